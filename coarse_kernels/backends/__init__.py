@@ -1,0 +1,137 @@
+"""Who computes. A backend is one module here with a `Backend` object, and one line in `_REGISTRY`.
+
+An automatic choice falls back and logs the reason once; an explicit choice (argument, `use_backend`, environment
+variable COARSE_KERNELS_BACKEND) that cannot run raises with the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..checks import Stream
+from . import cpu, reference
+
+logger = logging.getLogger("coarse_kernels")
+
+
+class Backend(Protocol):
+    """What a backend owes. Tensors as in `checks.Stream`; results in ``stream.compute_dtype`` unless stated."""
+
+    name: str
+    device_types: tuple[str, ...]  # empty: any
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run in this process at all, or None."""
+
+    def unsupported(self, stream: Stream) -> str | None:
+        """Why it cannot serve these arguments, or None."""
+
+    def labelled_weight(self, stream: Stream) -> Tensor:
+        """Summed weight of the labelled pixels, 0-d; the (B, *S) weights themselves for reduction "none"."""
+
+    def nll_sum(self, stream: Stream, scale: Tensor | None, loss_scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """0-d ``scale * loss_scale * sum w (nll + trace_weight tr A)``, ``scale * sum w nll``, ``scale * sum w tr A``.
+
+        Only the first carries gradient.
+        """
+
+    def nll_map(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, *S) ``w (nll + trace_weight tr A)``, ``w nll``, ``w tr A``. Only the first carries gradient."""
+
+    def posterior(self, stream: Stream) -> Tensor:
+        """(B, C, *S) in the dtype of seg_logits."""
+
+
+# In the order in which an automatic choice tries them.
+_REGISTRY: dict[str, Backend] = {backend.name: backend for backend in (cpu.BACKEND, reference.BACKEND)}
+
+# The innermost `use_backend`. A plain global, so that torch.compile can guard on it.
+_forced: str | None = None
+
+
+def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """Names of the backends that can run on ``device``, in the order in which an automatic choice tries them."""
+    return tuple(name for name, reason in explain(device).items() if reason is None)
+
+
+def explain(device: torch.device | str = "cpu") -> dict[str, str | None]:
+    """For every backend, why it cannot run on ``device``, or None where it can."""
+    kind = torch.device(device).type
+    return {name: _reason(backend, kind) for name, backend in _REGISTRY.items()}
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Take backend ``name`` in this block wherever no ``backend=`` is given; None lets the library choose.
+
+    Process-wide while it lasts, like `torch.set_default_dtype`; not meant for threads that disagree.
+    """
+    global _forced
+    if name is not None:
+        _lookup(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def select(stream: Stream, name: str | None) -> Backend:
+    """The backend for these arguments: ``name``, else `use_backend`, else the environment, else the first that can."""
+    name = name if name is not None else _forced
+    if name is None:
+        name = _from_environment()
+    if stream.cm_logits is None:
+        # A = I needs no C x C kernel: log_softmax is all there is to it, on any device. A wrong name is still an error.
+        if name is not None and (reason := _lookup(name).unavailable()) is not None:
+            raise RuntimeError(f"backend {name!r} cannot run: {reason}")
+        return reference.BACKEND
+    kind = stream.device.type
+    if name is not None:
+        backend = _lookup(name)
+        reason = _reason(backend, kind) or backend.unsupported(stream)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} cannot run: {reason}")
+        return backend
+    for backend in _REGISTRY.values():
+        if backend.device_types and kind not in backend.device_types:
+            continue  # not worth a word: nobody expects the CPU kernels on a GPU
+        reason = backend.unavailable() or backend.unsupported(stream)
+        if reason is None:
+            return backend
+        _log_fallback(backend.name, kind, reason)
+    raise RuntimeError(f"no backend can run on {kind}: {explain(kind)}")
+
+
+def _lookup(name: str) -> Backend:
+    if name not in _REGISTRY:
+        raise ValueError(f"backend: expected one of {tuple(_REGISTRY)}, got {name!r}")
+    return _REGISTRY[name]
+
+
+def _reason(backend: Backend, kind: str) -> str | None:
+    if backend.device_types and kind not in backend.device_types:
+        return f"it serves {', '.join(backend.device_types)} tensors, got {kind}"
+    return backend.unavailable()
+
+
+def _from_environment() -> str | None:
+    return os.environ.get("COARSE_KERNELS_BACKEND") or None
+
+
+@functools.lru_cache(maxsize=None)
+def _remember(message: str) -> None:
+    logger.warning(message)
+
+
+def _log_fallback(name: str, kind: str, reason: str) -> None:
+    if not torch.compiler.is_compiling():
+        _remember(f"backend {name!r} is not used for {kind} tensors: {reason}")

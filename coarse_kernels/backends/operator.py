@@ -1,0 +1,225 @@
+"""`torch.ops.coarse_kernels.annotation_nll`: fake kernel and autograd, shared by every compiled backend.
+
+The operator (schema in csrc/ops.cpp) returns ``(loss, nll, trace, grad_seg, grad_cm, grad_transition)``, the gradients
+being those of ``loss``; one that is not in ``wanted`` has no elements. The same operator serves all three uses:
+
+    forward without gradient      wanted = 0
+    one_pass                      forward: wanted = what autograd will ask for; backward hands it out
+    recompute                     forward: wanted = 0; backward: the operator again, grad_output folded into scale
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import native, schedule
+from ..checks import Stream
+from .reference import interpolate, label_weights
+
+SEG, CM, TRANSITION = 1, 2, 4  # bits of ``wanted``
+
+_SECOND_DERIVATIVE = (
+    "coarse_kernels: the fused operator has no second derivatives; "
+    'use backend="reference", which computes them with plain PyTorch'
+)
+
+
+def operands(stream: Stream) -> tuple[Any, ...]:
+    """The leading arguments of the operator: logits on the pixel grid, constants in the compute dtype."""
+    assert stream.cm_logits is not None
+    size, dtype = stream.labels.shape[1:], stream.compute_dtype
+    seg, cm, labels = stream.seg_logits, stream.cm_logits, stream.labels
+    if seg.shape[2:] != size:
+        seg = interpolate(seg.to(dtype), size)
+    if dtype == torch.float64:  # only float64 with float64: nobody needs the mixtures to be fast
+        seg, cm = seg.to(dtype), cm.to(dtype)
+    if labels.dtype not in (torch.uint8, torch.int64):
+        labels = labels.to(torch.int64)
+    return (
+        seg,
+        cm,
+        labels,
+        None if stream.transition is None else stream.transition.to(dtype),
+        None if stream.class_weight is None else stream.class_weight.detach().to(dtype),
+        None if stream.pixel_weight is None else stream.pixel_weight.detach().to(dtype),
+    )
+
+
+def nll_sum(stream: Stream, scale: Tensor | None, loss_scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    args = operands(stream)
+    wanted = 0
+    if schedule.current() == "one_pass" and not torch.compiler.is_compiling():
+        wanted = _needed(*args[:2], args[3])
+    out = torch.ops.coarse_kernels.annotation_nll(
+        *args, scale, loss_scale, stream.trace_weight, stream.ignore_index, False, wanted
+    )
+    return out[0], out[1].detach(), out[2].detach()
+
+
+def nll_map(stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+    out = torch.ops.coarse_kernels.annotation_nll(
+        *operands(stream), None, 1.0, stream.trace_weight, stream.ignore_index, True, 0
+    )
+    return out[0], out[1].detach(), out[2].detach()
+
+
+def posterior(stream: Stream) -> Tensor:
+    seg, cm, labels, transition, *_ = operands(stream)
+    posterior = torch.ops.coarse_kernels.annotation_posterior(seg, cm, labels, transition, stream.ignore_index)
+    return posterior.to(stream.seg_logits.dtype)
+
+
+def labelled_weight(stream: Stream) -> Tensor:
+    if stream.reduction == "none":
+        return label_weights(stream)
+    _, _, labels, _, class_weight, pixel_weight = operands(stream)
+    dtype = stream.compute_dtype
+    weight = torch.ops.coarse_kernels.labelled_weight(labels, class_weight, pixel_weight, stream.ignore_index)
+    return weight.to(dtype)
+
+
+def _needed(seg: Tensor, cm: Tensor, transition: Tensor | None) -> int:
+    if not torch.is_grad_enabled():
+        return 0
+    return (
+        SEG * seg.requires_grad
+        + CM * cm.requires_grad
+        + TRANSITION * (transition is not None and transition.requires_grad)
+    )
+
+
+# --- fake kernels: shapes and dtypes without computing ------------------------------------------------------------------
+
+
+def _nll_fake(
+    seg_logits: Tensor,
+    cm_logits: Tensor,
+    labels: Tensor,
+    transition: Tensor | None,
+    class_weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    scale: Tensor | None,
+    loss_scale: float,
+    trace_weight: float,
+    ignore_index: int,
+    per_pixel: bool,
+    wanted: int,
+) -> tuple[Tensor, ...]:
+    dtype = torch.float64 if cm_logits.dtype == torch.float64 else torch.float32
+    shape = labels.shape if per_pixel else ()
+
+    def gradient(of: Tensor | None, bit: int) -> Tensor:
+        if of is None or not wanted & bit:
+            return seg_logits.new_empty((0,), dtype=dtype)
+        return of.new_empty(of.shape)
+
+    return (
+        *(labels.new_empty(shape, dtype=dtype) for _ in range(3)),
+        gradient(seg_logits, SEG),
+        gradient(cm_logits, CM),
+        gradient(transition, TRANSITION),
+    )
+
+
+def _posterior_fake(
+    seg_logits: Tensor, cm_logits: Tensor, labels: Tensor, transition: Tensor | None, ignore_index: int
+) -> Tensor:
+    return seg_logits.new_empty(seg_logits.shape)
+
+
+def _labelled_weight_fake(
+    labels: Tensor, class_weight: Tensor | None, pixel_weight: Tensor | None, ignore_index: int
+) -> Tensor:
+    return labels.new_empty((), dtype=torch.float64)
+
+
+def _find_bad_label_fake(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    return labels.new_empty((2,), dtype=torch.int64)
+
+
+# --- autograd -----------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, loss_scale, trace_weight, ignore_index, per_pixel, wanted = inputs
+    ctx.set_materialize_grads(False)
+    ctx.settings = (loss_scale, trace_weight, ignore_index)
+    ctx.per_pixel, ctx.wanted = per_pixel, wanted
+    ctx.save_for_backward(*(output[3:] if wanted else tensors))
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    if any(grad is not None for grad in others):
+        raise RuntimeError(_SECOND_DERIVATIVE)
+    needed = [bit for index, bit in ((0, SEG), (1, CM), (3, TRANSITION)) if ctx.needs_input_grad[index]]
+    none = (None,) * 12
+    if grad_loss is None or not needed:
+        return none
+    if ctx.wanted:
+        grads = _handed_out(ctx.saved_tensors, grad_loss)
+    else:
+        grads = _recomputed(ctx, grad_loss, sum(needed))
+    seg, cm, transition = (
+        grad if bit in needed else None for grad, bit in zip(grads, (SEG, CM, TRANSITION), strict=True)
+    )
+    return seg, cm, None, transition, *none[4:]
+
+
+def _handed_out(saved: tuple[Tensor, ...], grad_loss: Tensor) -> tuple[Tensor, ...]:
+    """The gradients saved in forward, times ``grad_loss``. They are given away only where nobody can ask for them again:
+    under retain_graph a second backward would find them changed by whoever owns them by then (``param.grad`` first of all).
+    """
+    if grad_loss.device.type == "cpu" and float(grad_loss) == 1.0 and not _graph_is_kept():
+        return saved
+    return tuple(grad * grad_loss.to(grad.dtype) if grad.numel() else grad for grad in saved)
+
+
+def _graph_is_kept() -> bool:
+    # A private function of autograd, the one that torch.compile uses for the same question. Without it: assume so.
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else bool(ask())
+
+
+def _recomputed(ctx: Any, grad_loss: Tensor, wanted: int) -> tuple[Tensor, ...]:
+    seg, cm, labels, transition, class_weight, pixel_weight, scale = ctx.saved_tensors
+    loss_scale, trace_weight, ignore_index = ctx.settings
+    if ctx.per_pixel:
+        # loss is the map w (nll + ...): its gradient is that of the sum with weights w * grad_loss
+        factor = grad_loss.contiguous()
+        pixel_weight = factor if pixel_weight is None else pixel_weight * factor
+    else:
+        scale = grad_loss if scale is None else scale * grad_loss
+    out = torch.ops.coarse_kernels.annotation_nll(
+        seg,
+        cm,
+        labels,
+        transition,
+        class_weight,
+        pixel_weight,
+        scale,
+        loss_scale,
+        trace_weight,
+        ignore_index,
+        False,
+        wanted,
+    )
+    return out[3:]
+
+
+def register() -> None:
+    library = torch.library
+    for name, fake in (
+        ("annotation_nll", _nll_fake),
+        ("annotation_posterior", _posterior_fake),
+        ("labelled_weight", _labelled_weight_fake),
+        ("find_bad_label", _find_bad_label_fake),
+    ):
+        library.register_fake(f"coarse_kernels::{name}", fake)
+    library.register_autograd("coarse_kernels::annotation_nll", _backward, setup_context=_setup_context)
+
+
+if native.OPERATORS is not None:
+    register()

@@ -1,0 +1,182 @@
+"""nn.Module forms of the public functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .functional import AnnotationLoss, CoarseLabelLoss, annotation_nll, coarse_label_loss
+from .transition import estimate_transition, uniform_transition
+
+
+class AnnotationNLL(nn.Module):
+    """`annotation_nll` with its settings fixed.
+
+    Shape: ``forward(seg_logits (B, C, *S), cm_logits (B or 1, C, C, *G) | None, labels (B, *S), transition (C, C) | None,
+    pixel_weight (B, *S) | None, normalizer)`` -> `AnnotationLoss`.
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        trace_weight: float = 0.0,
+        ignore_index: int = 255,
+        class_weight: Tensor | None = None,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ):
+        super().__init__()
+        self.trace_weight = trace_weight
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.backend = backend
+        self.register_buffer("class_weight", class_weight)
+
+    def forward(
+        self,
+        seg_logits: Tensor,
+        cm_logits: Tensor | None,
+        labels: Tensor,
+        transition: Tensor | None = None,
+        *,
+        pixel_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> AnnotationLoss:
+        return annotation_nll(
+            seg_logits,
+            cm_logits,
+            labels,
+            transition,
+            trace_weight=self.trace_weight,
+            ignore_index=self.ignore_index,
+            class_weight=self.class_weight,
+            pixel_weight=pixel_weight,
+            reduction=self.reduction,
+            normalizer=normalizer,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"trace_weight={self.trace_weight}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+
+
+class CoarseLabelCriterion(nn.Module):
+    """`coarse_label_loss` with its settings fixed, and its transition a `TransitionMatrix` (learned ones train with it).
+
+    Shape: ``forward(seg_logits, positive_cm | None, positive_labels | None, negative_cm=None, negative_labels=None)``
+    -> `CoarseLabelLoss`; shapes as in `coarse_label_loss`.
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        transition: TransitionMatrix | None = None,
+        *,
+        trace_weight: float = 0.01,
+        negative_weight: float = 1.0,
+        ignore_index: int = 255,
+        class_weight: Tensor | None = None,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ):
+        super().__init__()
+        self.transition = transition
+        self.trace_weight = trace_weight
+        self.negative_weight = negative_weight
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.backend = backend
+        self.register_buffer("class_weight", class_weight)
+
+    def forward(
+        self,
+        seg_logits: Tensor,
+        positive_cm: Tensor | None,
+        positive_labels: Tensor | None,
+        negative_cm: Tensor | None = None,
+        negative_labels: Tensor | None = None,
+        *,
+        pixel_weight: Any = None,
+        normalizer: Any = None,
+    ) -> CoarseLabelLoss:
+        transition = None if self.transition is None or negative_labels is None else self.transition()
+        return coarse_label_loss(
+            seg_logits,
+            positive_cm,
+            positive_labels,
+            negative_cm,
+            negative_labels,
+            transition,
+            trace_weight=self.trace_weight,
+            negative_weight=self.negative_weight,
+            ignore_index=self.ignore_index,
+            class_weight=self.class_weight,
+            pixel_weight=pixel_weight,
+            reduction=self.reduction,
+            normalizer=normalizer,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"trace_weight={self.trace_weight}, negative_weight={self.negative_weight}, "
+            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+        )
+
+
+class TransitionMatrix(nn.Module):
+    """Transition of the negative drawings, (C, C) with zero diagonal and rows that sum to 1; ``forward()`` returns it.
+
+    Build it by name: `TransitionMatrix.uniform`, `.fixed`, `.estimated`, `.learned`. Only the learned one has a
+    parameter: logits (C, C) of the off-diagonal softmax, ``M[i, y] = softmax over y != i``.
+    """
+
+    matrix: Tensor
+
+    def __init__(self, matrix: Tensor, *, learned: bool = False):
+        super().__init__()
+        classes = matrix.shape[0] if matrix.dim() == 2 else -1
+        checks._check_matrix("matrix", matrix, classes)
+        matrix = matrix.detach().to(checks.compute_dtype(matrix.dtype))
+        checks._check_probabilities("matrix", matrix, complementary=True)
+        rows = matrix.sum(1)
+        if not torch.allclose(rows, torch.ones_like(rows), atol=1e-4):
+            raise ValueError(f"matrix: expected rows that sum to 1, got row sums {rows.tolist()}")
+        self.is_learned = learned
+        if learned:
+            # a zero off the diagonal could never grow back from -inf
+            self.logits = nn.Parameter(matrix.clamp_min(1e-6).log().fill_diagonal_(0.0))
+        else:
+            self.register_buffer("matrix", matrix.clone())
+
+    @classmethod
+    def uniform(cls, num_classes: int) -> TransitionMatrix:
+        return cls(uniform_transition(num_classes))
+
+    @classmethod
+    def fixed(cls, matrix: Tensor) -> TransitionMatrix:
+        return cls(matrix)
+
+    @classmethod
+    def estimated(
+        cls, positive_labels: Tensor, negative_labels: Tensor, num_classes: int, **options: Any
+    ) -> TransitionMatrix:
+        """From co-occurrence; ``options`` are those of `estimate_transition`."""
+        return cls(estimate_transition(positive_labels, negative_labels, num_classes, **options))
+
+    @classmethod
+    def learned(cls, num_classes: int, initial: Tensor | None = None) -> TransitionMatrix:
+        """Trained from ``initial`` (uniform where None)."""
+        return cls(uniform_transition(num_classes) if initial is None else initial, learned=True)
+
+    def forward(self) -> Tensor:
+        if not self.is_learned:
+            return self.matrix
+        diagonal = torch.eye(self.logits.shape[0], dtype=torch.bool, device=self.logits.device)
+        return self.logits.masked_fill(diagonal, -torch.inf).softmax(1)

@@ -1,0 +1,44 @@
+"""The compiled modules, if they were built: `_C` (operators, LibTorch stable ABI) and `_native` (pybind11, no torch).
+
+Nothing here raises on import: the reason why a module is missing is kept for `env_report` and for error messages.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module(f"coarse_kernels.{name}"), None
+    except ImportError as error:  # not built, or built against another Python or torch
+        return None, f"{type(error).__name__}: {error}"
+
+
+# torch is imported above: the operators link against its libraries.
+OPERATORS, OPERATORS_ERROR = _load("_C")
+TOOLS, TOOLS_ERROR = _load("_native")
+
+
+def operators_reason() -> str | None:
+    """Why the compiled operators cannot be used, or None."""
+    if OPERATORS is not None:
+        return None
+    return (
+        "the compiled extension is missing (no C++ compiler at install time, COARSE_KERNELS_BUILD=0, or a failed build; "
+        f"reinstall with `pip install --no-build-isolation -v -e .` to see why): {OPERATORS_ERROR}"
+    )
+
+
+def first_bad_label(labels: Tensor, num_classes: int, ignore_index: int) -> int | None:
+    """A label outside [0, num_classes) that is not ``ignore_index``, or None."""
+    if OPERATORS is not None and labels.device.type == "cpu" and labels.dtype in (torch.uint8, torch.int64):
+        found, label = torch.ops.coarse_kernels.find_bad_label(labels, num_classes, ignore_index).tolist()
+        return label if found else None
+    values = labels.to(torch.int64) if labels.dtype == torch.uint8 and ignore_index < 0 else labels
+    bad = labels[((values < 0) | (values >= num_classes)) & (values != ignore_index)]
+    return int(bad.flatten()[0]) if bad.numel() else None

@@ -1,0 +1,44 @@
+"""When a fused backend forms its gradients.
+
+one_pass: in forward, in the pass that computes the loss. Logits are read once and the gradient written once; the gradient
+    is held until backward instead of the logits. If backward then arrives with a factor other than 1 (a scaled loss) or
+    under retain_graph, the saved gradient is copied, never changed in place.
+recompute: in backward, from the logits. They are read twice, and nothing but the logits is held.
+
+``reduction="none"`` and torch.compile always recompute. The default was chosen by measurement (README, "Schedules").
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+SCHEDULES = ("one_pass", "recompute")
+DEFAULT = "one_pass"
+
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def use_schedule(name: str | None) -> Iterator[None]:
+    """Take schedule ``name`` ("one_pass" or "recompute") in this block; None is the default. Process-wide while it lasts."""
+    global _forced
+    before, _forced = _forced, _checked(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def current() -> str:
+    """`use_schedule`, else environment variable COARSE_KERNELS_SCHEDULE, else the default."""
+    if _forced is not None:
+        return _forced
+    return _checked(os.environ.get("COARSE_KERNELS_SCHEDULE") or None) or DEFAULT
+
+
+def _checked(name: str | None) -> str | None:
+    if name is not None and name not in SCHEDULES:
+        raise ValueError(f"schedule: expected one of {SCHEDULES}, got {name!r}")
+    return name

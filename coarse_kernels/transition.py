@@ -1,0 +1,70 @@
+"""Transition matrices T (C, C): entry [i, y] is the probability that a pixel of class i is reported with label y.
+
+Negative ("this region is not y") drawings have a zero diagonal and rows that sum to 1 (complementary labels, Yu et al.,
+ECCV 2018).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def uniform_transition(
+    num_classes: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(C, C) with zero diagonal and ``1 / (C - 1)`` elsewhere: every class but the true one is as likely to be named."""
+    if not isinstance(num_classes, int) or num_classes < 2:
+        raise ValueError(f"num_classes: expected an int >= 2, got {num_classes!r}")
+    off_diagonal = 1.0 - torch.eye(num_classes, device=device, dtype=dtype)
+    return off_diagonal / (num_classes - 1)
+
+
+def estimate_transition(
+    positive_labels: Tensor,
+    negative_labels: Tensor,
+    num_classes: int,
+    *,
+    ignore_index: int = 255,
+    smoothing: float = 1.0,
+) -> Tensor:
+    """Transition of the negative drawings, from where positive and negative drawings meet.
+
+        M[i, y] = (n[i, y] + smoothing) / sum_{y' != i} (n[i, y'] + smoothing),   M[i, i] = 0
+
+    with n[i, y] the number of pixels that are drawn as i in ``positive_labels`` and as "not y" in ``negative_labels``.
+    The positive drawing stands in for the true class, so its own confusions leak into M; pixels where the two
+    contradict each other (y = i) are left out.
+
+    Args:
+        positive_labels, negative_labels: integer tensors of one shape, any rank; ``ignore_index`` where nothing is drawn.
+        num_classes: C >= 2.
+        smoothing: pseudo-count per off-diagonal entry, >= 0; a row with no count at all is uniform.
+
+    Returns:
+        (C, C) float32 on the device of the labels.
+    """
+    fallback = uniform_transition(num_classes, device=positive_labels.device)
+    for name, labels in (("positive_labels", positive_labels), ("negative_labels", negative_labels)):
+        if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+            raise TypeError(f"{name}: expected an integer tensor, got {labels.dtype}")
+    if positive_labels.shape != negative_labels.shape:
+        raise ValueError(
+            f"negative_labels: expected the shape of positive_labels {tuple(positive_labels.shape)}, "
+            f"got {tuple(negative_labels.shape)}"
+        )
+    if not smoothing >= 0:
+        raise ValueError(f"smoothing: expected a number >= 0, got {smoothing}")
+    both = (positive_labels != ignore_index) & (negative_labels != ignore_index)
+    observed, reported = positive_labels[both].long(), negative_labels[both].long()
+    for name, labels in (("positive_labels", observed), ("negative_labels", reported)):
+        if labels.numel() and (labels.min() < 0 or labels.max() >= num_classes):
+            raise ValueError(
+                f"{name}: expected labels in [0, {num_classes}) or ignore_index {ignore_index}, "
+                f"got labels from {labels.min().item()} to {labels.max().item()}"
+            )
+    counts = torch.bincount(observed * num_classes + reported, minlength=num_classes**2)
+    counts = (counts.reshape(num_classes, num_classes).to(torch.float64) + smoothing).fill_diagonal_(0.0)
+    total = counts.sum(1, keepdim=True)
+    estimate = torch.where(total > 0, counts / total.clamp_min(1e-300), fallback.to(torch.float64))
+    return estimate.to(torch.float32)
