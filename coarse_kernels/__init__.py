@@ -11,8 +11,9 @@ from .functional import (
 from .modules import AnnotationNLL, CoarseLabelCriterion, TransitionMatrix
 from .schedule import use_schedule
 from .transition import estimate_transition, uniform_transition
+from .version import __version__
 
-__version__ = "0.1.0"
+
 
 __all__ = [
     "AnnotationLoss",
@@ -20,6 +21,7 @@ __all__ = [
     "CoarseLabelCriterion",
     "CoarseLabelLoss",
     "TransitionMatrix",
+    "__version__",
     "annotation_nll",
     "annotation_posterior",
     "available_backends",

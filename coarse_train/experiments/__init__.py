@@ -1,0 +1,1 @@
+"""Experiments; each writes a table, a figure and its config."""

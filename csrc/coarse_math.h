@@ -1,0 +1,302 @@
+// The mathematics of one pixel, once. The CPU kernels instantiate it with vectors of pixels, everything else (CUDA, the
+// native tests) with one float; `V` below is either. Nothing here knows of torch.
+//
+//   p[j]   = softmax_j(s)                      true class j, from segmentation logits s
+//   A[i,j] = softmax_i(a[i,j])                 p(observed i | true j), from CM logits a
+//   q[j]   = sum_i T[i,y] A[i,j]               p(label y | true j)
+//   D      = sum_j p[j] q[j]                   p(label y);  nll = -log D
+//   r[j]   = p[j] q[j] / D                     p(true j | label y), the posterior
+//
+//   d nll / d s[j]    = p[j] - r[j]
+//   d nll / d a[i,j]  = r[j] A[i,j] - p[j] T[i,y] A[i,j] / D
+//   d tr  / d a[i,j]  = A[j,j] ([i = j] - A[i,j])
+//   d nll / d T[i,y]  = -(sum_j A[i,j] p[j]) / D
+//
+// The second line is r[j] (A[i,j] - h[i,j]) with h[i,j] = T[i,y] A[i,j] / q[j]: written so that it divides by D alone.
+// Everything lies in an anonymous namespace on purpose: the header is compiled once per instruction set, and a function
+// shared between translation units would be whichever copy the linker happens to keep.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define COARSE_HD __host__ __device__ __forceinline__
+#else
+#define COARSE_HD inline __attribute__((always_inline))
+#endif
+
+namespace coarse {
+namespace {
+
+// --- lanes: what the functions below ask of V ------------------------------------------------------------------------
+
+template <class V>
+struct Lanes;  // Scalar: the element; Int, UInt: integers of the same width and shape
+
+template <>
+struct Lanes<float> {
+  using Scalar = float;
+  using Int = int32_t;
+  using UInt = uint32_t;
+};
+template <>
+struct Lanes<double> {
+  using Scalar = double;
+  using Int = int64_t;
+  using UInt = uint64_t;
+};
+
+// Built-in vector types have no namespace to look functions up in, so these are templates rather than overloads.
+template <class M, class V>
+COARSE_HD V select(M m, V a, V b) {
+  return m ? a : b;
+}
+
+template <class V>
+COARSE_HD V broadcast(typename Lanes<V>::Scalar x) {
+  if constexpr (sizeof(V) == sizeof(x)) {
+    return x;
+  } else {
+    return x - V{};
+  }
+}
+
+template <class To, class From>
+COARSE_HD To bit_cast(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+// --- elementary functions --------------------------------------------------------------------------------------------
+
+// exp(x) for x <= 88. Error at most kExpUlp units in the last place for x >= kExpFlush; exactly 0 below it; NaN stays NaN.
+// Cody-Waite reduction x = n ln 2 + r, |r| <= ln 2 / 2, and the degree 7 polynomial of Cephes expf (Moshier 1992).
+constexpr float kExpFlush = -87.3365f;  // 2^-126: the smallest normal float
+constexpr double kExpUlp = 2.0;
+
+template <class V>
+COARSE_HD V exp_f32(V x) {
+  using U = typename Lanes<V>::UInt;
+  const V magic = broadcast<V>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits
+  const V t = x * broadcast<V>(1.44269504088896341f) + magic;
+  const V n = t - magic;
+  V r = x - n * broadcast<V>(0.693359375f);  // exact: n has at most 8 bits, the constant 9
+  r = r + n * broadcast<V>(2.12194440e-4f);
+  V y = broadcast<V>(1.9875691500e-4f);
+  y = y * r + broadcast<V>(1.3981999507e-3f);
+  y = y * r + broadcast<V>(8.3334519073e-3f);
+  y = y * r + broadcast<V>(4.1665795894e-2f);
+  y = y * r + broadcast<V>(1.6666665459e-1f);
+  y = y * r + broadcast<V>(5.0000001201e-1f);
+  y = y * (r * r) + r + broadcast<V>(1.0f);
+  const U exponent = (bit_cast<U>(t) - bit_cast<U>(magic) + 127) << 23;
+  return select(x < broadcast<V>(kExpFlush), broadcast<V>(0.0f), y * bit_cast<V>(exponent));
+}
+
+// log(x) for normal x > 0; -inf at 0; +inf and NaN stay. Error at most kLogUlp. Polynomial of Cephes logf (Moshier 1992).
+constexpr double kLogUlp = 2.0;
+
+template <class V>
+COARSE_HD V log_f32(V x) {
+  using I = typename Lanes<V>::Int;
+  // x = m 2^e with m in [sqrt(1/2), sqrt(2)): subtracting the bits of sqrt(1/2) moves the carry into the exponent.
+  const I offset = bit_cast<I>(x) - 0x3f3504f3;
+  const I e = offset >> 23;
+  const V m = bit_cast<V>((offset & 0x007fffff) + 0x3f3504f3);
+  V exponent;
+  if constexpr (sizeof(V) == sizeof(float)) {
+    exponent = static_cast<V>(e);
+  } else {
+    exponent = __builtin_convertvector(e, V);
+  }
+  const V z = m - broadcast<V>(1.0f);
+  V y = broadcast<V>(7.0376836292e-2f);
+  y = y * z + broadcast<V>(-1.1514610310e-1f);
+  y = y * z + broadcast<V>(1.1676998740e-1f);
+  y = y * z + broadcast<V>(-1.2420140846e-1f);
+  y = y * z + broadcast<V>(1.4249322787e-1f);
+  y = y * z + broadcast<V>(-1.6668057665e-1f);
+  y = y * z + broadcast<V>(2.0000714765e-1f);
+  y = y * z + broadcast<V>(-2.4999993993e-1f);
+  y = y * z + broadcast<V>(3.3333331174e-1f);
+  const V z2 = z * z;
+  y = y * z2 * z + exponent * broadcast<V>(-2.12194440e-4f) - z2 * broadcast<V>(0.5f);
+  y = z + y + exponent * broadcast<V>(0.693359375f);
+  const V inf = broadcast<V>(std::numeric_limits<float>::infinity());
+  y = select(x < inf, y, x);  // +inf, NaN
+  return select(x == broadcast<V>(0.0f), -inf, y);
+}
+
+// Float: as above. Double exists for checking gradients, not for speed: the C library, lane by lane.
+template <class V>
+COARSE_HD V exp_v(V x) {
+  if constexpr (sizeof(typename Lanes<V>::Scalar) == sizeof(float)) {
+    return exp_f32(x);
+  } else if constexpr (sizeof(V) == sizeof(double)) {
+    return exp(x);
+  } else {
+    for (unsigned k = 0; k < sizeof(V) / sizeof(double); ++k) x[k] = exp(x[k]);
+    return x;
+  }
+}
+
+template <class V>
+COARSE_HD V log_v(V x) {
+  if constexpr (sizeof(typename Lanes<V>::Scalar) == sizeof(float)) {
+    return log_f32(x);
+  } else if constexpr (sizeof(V) == sizeof(double)) {
+    return log(x);
+  } else {
+    for (unsigned k = 0; k < sizeof(V) / sizeof(double); ++k) x[k] = log(x[k]);
+    return x;
+  }
+}
+
+// exp that overflows to +inf (from x = 88 on in float) instead of leaving its range.
+template <class V>
+COARSE_HD V exp_wide(V x) {
+  using R = typename Lanes<V>::Scalar;
+  const V limit = broadcast<V>(R(sizeof(R) == 4 ? 88.0 : 709.0));
+  return select(x > limit, broadcast<V>(std::numeric_limits<R>::infinity()), exp_v(select(x > limit, limit, x)));
+}
+
+template <class V>
+COARSE_HD V max_v(V a, V b) {
+  return select(a > b, a, b);
+}
+
+// --- interpolation ---------------------------------------------------------------------------------------------------
+
+// Where pixel `dst` of `out` reads an axis of `in` points: value = (1 - lambda) x[i0] + lambda x[i1]. Exactly the linear
+// mode of torch.nn.functional.interpolate with align_corners=False, in its arithmetic (float for float, double for double).
+template <class R>
+struct Tap {
+  int64_t i0, i1;
+  R lambda;
+};
+
+template <class R>
+COARSE_HD Tap<R> linear_tap(int64_t dst, int64_t in, int64_t out) {
+  if (in == out) return {dst, dst, R(0)};
+  const R scale = static_cast<R>(in) / static_cast<R>(out);
+  R source = scale * (static_cast<R>(dst) + R(0.5)) - R(0.5);
+  source = source < R(0) ? R(0) : source;
+  int64_t i0 = static_cast<int64_t>(source);
+  i0 = i0 < in - 1 ? i0 : in - 1;
+  R lambda = source - static_cast<R>(i0);
+  lambda = lambda < R(0) ? R(0) : lambda > R(1) ? R(1) : lambda;
+  return {i0, i0 + (i0 < in - 1 ? 1 : 0), lambda};
+}
+
+// --- one pixel, probability space ------------------------------------------------------------------------------------
+//
+// With e[i,j] = exp(a[i,j] - max_i a[i,j]) and Z[j] = sum_i e[i,j], so A = e / Z, the gradient of
+// weight * (nll + trace_weight * tr A) with respect to the CM logits is
+//
+//   e[i,j] (keep[j] - T[i,y] drop[j]) + [i = j] diag[j]
+//
+// which leaves one multiply-add and one multiply for each of the C x C entries.
+template <class V>
+struct ColumnGradient {
+  V keep, drop, diag;
+};
+
+// inv_z = 1 / Z[j]; r, p, inv_d as above; ajj = A[j,j]; weight and trace already hold the pixel's weight.
+template <class V>
+COARSE_HD ColumnGradient<V> column_gradient(V p, V r, V inv_d, V inv_z, V ajj, V weight, V trace) {
+  const V diag = trace * ajj;
+  return {(weight * r - diag) * inv_z, weight * p * inv_d * inv_z, diag};
+}
+
+// Smallest D for which probability space is exact enough: terms of D that underflowed (below 2^-126) are then less than
+// 1e-8 of it. Below, `pixel_log_space`. For double the same reasoning with its own range.
+template <class R>
+constexpr R kSmallestEvidence = sizeof(R) == 4 ? R(1e-30) : R(1e-290);
+
+// --- one pixel, log space --------------------------------------------------------------------------------------------
+
+template <class V>
+struct PixelTerms {
+  V nll, trace;
+};
+
+// Any logits (finite, or -inf in some entries). Reads s[C], a[C*C] (index i*C+j) and log_t[i] = log T[i,y].
+// Writes p[C] and the posterior r[C]; over a[i,j] the gradient of weight * nll + trace_weight * tr A; and, where `reported`
+// is not null, reported[i] = -weight * (sum_j A[i,j] p[j]) / D, the gradient of T[i,y]. `log_q` is scratch of C.
+// A label that no class can explain (D = 0): nll = inf, r = p, and its gradients are 0.
+template <class V>
+COARSE_HD PixelTerms<V> pixel_log_space(int classes, const V* s, V* a, const V* log_t, V weight, V trace_weight, V* p,
+                                        V* r, V* log_q, V* reported) {
+  using R = typename Lanes<V>::Scalar;
+  const V zero = broadcast<V>(R(0));
+  const V inf = broadcast<V>(std::numeric_limits<R>::infinity());
+  V top = s[0];
+  for (int j = 1; j < classes; ++j) top = max_v(s[j], top);
+  V sum = zero;
+  for (int j = 0; j < classes; ++j) sum += exp_v(s[j] - top);
+  const V log_sum = top + log_v(sum);
+  for (int j = 0; j < classes; ++j) p[j] = s[j] - log_sum;  // log p for now
+
+  // Column by column: a becomes log A, log_q its label's term.
+  V trace = zero;
+  for (int j = 0; j < classes; ++j) {
+    V column_top = a[j], label_top = -inf;
+    for (int i = 0; i < classes; ++i) {
+      const V x = a[i * classes + j];
+      column_top = max_v(x, column_top);
+      label_top = max_v(x + log_t[i], label_top);
+    }
+    V z = zero, q = zero;
+    const V label_shift = select(label_top == -inf, zero, label_top);
+    for (int i = 0; i < classes; ++i) {
+      const V x = a[i * classes + j];
+      z += exp_v(x - column_top);
+      q += exp_v(x + log_t[i] - label_shift);
+    }
+    const V log_z = column_top + log_v(z);
+    for (int i = 0; i < classes; ++i) a[i * classes + j] = a[i * classes + j] - log_z;
+    log_q[j] = label_shift + log_v(q) - log_z;
+    trace += exp_v(a[j * classes + j]);
+  }
+  top = -inf;
+  for (int j = 0; j < classes; ++j) {
+    r[j] = p[j] + log_q[j];
+    top = max_v(r[j], top);
+  }
+  // -inf + inf must not become NaN where the label is impossible; a NaN among the logits must stay one.
+  V shifted = select(top == -inf, zero, top);
+  sum = zero;
+  for (int j = 0; j < classes; ++j) sum += exp_v(r[j] - shifted);
+  const V log_d = shifted + log_v(sum);
+  const V shift = select(log_d == -inf, zero, log_d);
+  const V possible = select(log_d == -inf, zero, broadcast<V>(R(1)));
+  const V live = weight * possible;
+  const V live_trace = trace_weight * possible;
+
+  for (int j = 0; j < classes; ++j) {
+    const V log_p = p[j];
+    const V posterior = select(log_d == -inf, exp_v(log_p), exp_v(r[j] - shift));
+    const V ajj = exp_v(a[j * classes + j]);
+    for (int i = 0; i < classes; ++i) {
+      const V log_a = a[i * classes + j];
+      const V aij = exp_v(log_a);
+      // p T A / D in one exponential: each factor alone may leave the range. It is at most r[j].
+      const V share = exp_v(log_p + log_t[i] + log_a - shift);
+      if (reported != nullptr) reported[i] = (j == 0 ? zero : reported[i]) - live * exp_wide(log_p + log_a - shift);
+      V gradient = live * (posterior * aij - share) - live_trace * ajj * aij;
+      if (i == j) gradient += live_trace * ajj;
+      a[i * classes + j] = select(live + live_trace == zero, zero, gradient);
+    }
+    p[j] = exp_v(log_p);
+    r[j] = posterior;
+  }
+  return {select(log_d == -inf, inf, -log_d), trace};
+}
+
+}  // namespace
+}  // namespace coarse

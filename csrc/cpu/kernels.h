@@ -1,0 +1,69 @@
+// The kernels of one instruction set, as a table. Included last by each kernels_*.cpp.
+#pragma once
+
+#include "pixel_grid.h"
+#include "strided_grid.h"
+
+namespace coarse {
+namespace {
+
+LabelScan scan_labels(const void* labels, LabelType type, int64_t n, int64_t ignore_index, int64_t classes) {
+  int64_t counted = 0, bad = 0;
+  const auto scan = [&](const auto* y) {
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t label = y[k];
+      const bool used = label != ignore_index;
+      counted += used;
+      bad += used & ((label < 0) | (label >= classes));
+    }
+    if (bad == 0) return int64_t{0};
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t label = y[k];
+      if (label != ignore_index && (label < 0 || label >= classes)) return label;
+    }
+    return int64_t{0};
+  };
+  const int64_t first = type == LabelType::u8 ? scan(static_cast<const uint8_t*>(labels)) : scan(static_cast<const int64_t*>(labels));
+  return {static_cast<double>(counted), bad != 0, first};
+}
+
+template <class F>
+void map_array(const float* x, float* y, int64_t n, F f) {
+  constexpr int64_t N = kLanes<float>;
+  int64_t k = 0;
+  for (; k + N <= n; k += N) store(y + k, f(load(x + k)));
+  if (k == n) return;
+  float rest[N] = {};
+  memcpy(rest, x + k, sizeof(float) * static_cast<size_t>(n - k));
+  store(rest, f(load(rest)));
+  memcpy(y + k, rest, sizeof(float) * static_cast<size_t>(n - k));
+}
+
+void exp_array(const float* x, float* y, int64_t n) {
+  map_array(x, y, n, [](VecF v) { return exp_v(v); });
+}
+
+void log_array(const float* x, float* y, int64_t n) {
+  map_array(x, y, n, [](VecF v) { return log_v(v); });
+}
+
+// Copies n floats past the caches (n a multiple of the lanes, dst aligned): the machine's ceiling for read + write.
+void stream_copy(const float* src, float* dst, int64_t n) {
+  for (int64_t k = 0; k < n; k += kLanes<float>) stream(dst + k, load(src + k));
+  stream_fence();
+}
+
+void convert(const float* src, void* dst, Storage storage, int64_t n) { store_run(dst, storage, 0, n, src); }
+
+template <class R>
+constexpr KernelSet<R> kernel_set() {
+  return {pixel_workspace<R>, pixel_grid<R>, strided_workspace<R>, strided_grid<R>};
+}
+
+constexpr Kernels make_kernels(const char* isa) {
+  return {isa,       COARSE_SIMD_BYTES, kernel_set<float>(), scan_labels, exp_array,
+          log_array, stream_copy,       convert};
+}
+
+}  // namespace
+}  // namespace coarse

@@ -1,0 +1,480 @@
+// CM logits on the pixel grid: every logit is read once and every gradient written once.
+//
+// A tile of pixels goes through three steps, with the exponentials of its C x C logits kept in cache (E) meanwhile:
+//   1. softmax of the class logits; for each column j: load, shift by the column maximum, exponentiate, sum (Z, q)
+//   2. per pixel: D, posterior, loss, and the three coefficients of each column's gradient (coarse_math.h)
+//   3. for each column j: E * coefficients, streamed to memory
+// Step 3 of a tile is run column by column between the step 1 of the next tile: writes then drain while the next column is
+// computed, and a column's slot in E is free just when the next tile needs it. Reading and writing in turn, rather than
+// in separate phases, is worth 1.3x in memory bandwidth alone.
+#pragma once
+
+#include "simd.h"
+
+namespace coarse {
+namespace {
+
+constexpr int64_t kTileBytes = 384 * 1024;  // of E: most of a 1 MB second-level cache is left to streams in flight
+constexpr int64_t kMaxTile = 256;           // pixels: a run of 1 KB in each of the C x C planes
+
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+template <class R>
+inline int64_t tile_pixels(int classes) {
+  const int64_t fit = kTileBytes / (static_cast<int64_t>(classes) * classes * static_cast<int64_t>(sizeof(R)));
+  const int64_t tile = fit < kMaxTile ? fit / kLanes<R> * kLanes<R> : kMaxTile;
+  return tile < kLanes<R> ? kLanes<R> : tile;
+}
+
+// Hands out aligned pieces of the workspace; with a null base it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class X>
+  X* take(int64_t n) {
+    X* piece = base_ == nullptr ? nullptr : reinterpret_cast<X*>(base_ + used_);
+    used_ += round_up(n * static_cast<int64_t>(sizeof(X)), 64);
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// Labels, weights and the label's row of T for a run of pixels: the part that both grids share.
+template <class R>
+struct LabelRun {
+  int32_t* label;  // 0 where ignored, so that a lane without label computes something harmless
+  R* valid;        // 1 or 0
+  R* weight;       // class_weight[label] * pixel_weight, 0 where ignored
+  bool any_valid, all_valid;
+
+  void take(Arena& arena, int64_t n) {
+    label = arena.take<int32_t>(n);
+    valid = arena.take<R>(n);
+    weight = arena.take<R>(n);
+  }
+
+  // Pixels [at, at + n) of the flattened (B, D, H, W) label map; lanes up to `padded` count as ignored.
+  // `valid` and `weight` are written from position `to` on, so that a row of a segment can have its place.
+  inline bool read(const Stream<R>& s, int64_t at, int64_t n, int64_t padded, int64_t to) {
+    bool bad = false;
+    int64_t count = 0;
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t y = s.label_type == LabelType::u8 ? static_cast<const uint8_t*>(s.labels)[at + k]
+                                                      : static_cast<const int64_t*>(s.labels)[at + k];
+      bool ok = y != s.ignore_index;
+      if (ok && (y < 0 || y >= s.classes)) {
+        bad = true;
+        ok = false;
+      }
+      count += ok;
+      label[to + k] = ok ? static_cast<int32_t>(y) : 0;
+      valid[to + k] = ok ? R(1) : R(0);
+      weight[to + k] = valid[to + k];
+    }
+    for (int64_t k = n; k < padded; ++k) {
+      label[to + k] = 0;
+      valid[to + k] = weight[to + k] = R(0);
+    }
+    if (s.class_weight != nullptr) {
+      for (int64_t k = 0; k < n; ++k) weight[to + k] *= s.class_weight[label[to + k]];
+    }
+    if (s.pixel_weight != nullptr) {  // not a product: an ignored pixel's weight may be NaN
+      for (int64_t k = 0; k < n; ++k) weight[to + k] = valid[to + k] != R(0) ? weight[to + k] * s.pixel_weight[at + k] : R(0);
+    }
+    any_valid = any_valid || count > 0;
+    all_valid = all_valid && count == n;
+    return bad;
+  }
+};
+
+// reported[i][k] = T[i, y(k)] for k in [0, n); rows `stride` apart.
+template <class R>
+inline void report_run(const R* transition, int classes, const int32_t* label, int64_t n, R* reported, int64_t stride) {
+  for (int i = 0; i < classes; ++i) {
+    R* row = reported + i * stride;
+    if (transition == nullptr) {
+      for (int64_t k = 0; k < n; ++k) row[k] = label[k] == i ? R(1) : R(0);
+    } else {
+      const R* t = transition + static_cast<int64_t>(i) * classes;
+      for (int64_t k = 0; k < n; ++k) row[k] = t[label[k]];
+    }
+  }
+}
+
+// One vector of pixels in log space: the slow path of both grids. `a` holds the logits and leaves with the gradient.
+template <class R>
+struct LogSpace {
+  using V = Vec<R>;
+  V *s, *a, *log_t, *p, *r, *log_q, *reported;
+
+  void take(Arena& arena, int64_t classes) {
+    s = arena.take<V>(classes);
+    a = arena.take<V>(classes * classes);
+    log_t = arena.take<V>(classes);
+    p = arena.take<V>(classes);
+    r = arena.take<V>(classes);
+    log_q = arena.take<V>(classes);
+    reported = arena.take<V>(classes);
+  }
+
+  inline PixelTerms<V> run(int classes, const R* row_of_t, int64_t stride, V weight, V trace_weight, bool want_reported) {
+    for (int i = 0; i < classes; ++i) {
+      log_t[i] = load(row_of_t + i * stride);
+      for (int k = 0; k < kLanes<R>; ++k) log_t[i][k] = std::log(log_t[i][k]);  // T may hold subnormals
+    }
+    return pixel_log_space<V>(classes, s, a, log_t, weight, trace_weight, p, r, log_q, want_reported ? reported : nullptr);
+  }
+
+  // sum += the gradient of T: lane k belongs to column label[k]
+  inline void add_reported(int classes, const int32_t* label, double* sum) const {
+    for (int i = 0; i < classes; ++i)
+      for (int k = 0; k < kLanes<R>; ++k) sum[i * classes + label[k]] += static_cast<double>(reported[i][k]);
+  }
+};
+
+template <class R, int kClasses>
+class PixelGrid {
+  using V = Vec<R>;
+  static constexpr int N = kLanes<R>;
+
+ public:
+  PixelGrid(const Stream<R>& s, void* workspace) : s_(s), arena_(workspace), tile_(tile_pixels<R>(s.classes)) {
+    const int64_t c = s.classes, t = tile_;
+    want_cm_ = s.cm_gradient != nullptr;
+    keep_field_ = want_cm_ || s.transition_gradient != nullptr;
+    accumulate_ = s.cm_batch == 1 && s.batch > 1;
+    constexpr Storage own = sizeof(R) == 4 ? Storage::f32 : Storage::f64;
+    own_storage_ = s.cm_storage == own;
+    own_gradient_ = s.cm_gradient_storage == own;
+    field_ = arena_.take<R>(c * t * (keep_field_ ? c : 1));
+    for (R*& reported : reported_) reported = arena_.take<R>(c * t);
+    p_ = arena_.take<R>(c * t);
+    q_ = arena_.take<R>(c * t);
+    inv_z_ = arena_.take<R>(c * t);
+    ajj_ = arena_.take<R>(c * t);
+    keep_ = arena_.take<R>(c * t);
+    drop_ = arena_.take<R>(c * t);
+    diag_ = arena_.take<R>(c * t);
+    row_ = arena_.take<R>(t);
+    top_ = arena_.take<V>(t / N);
+    labels_.take(arena_, t);
+    slow_.take(arena_, c);
+  }
+
+  int64_t workspace_bytes() const { return arena_.used(); }
+
+  void run(int64_t task, int64_t b, int64_t begin, int64_t end) {
+    task_ = task;
+    Tile pending{};
+    int which = 0;
+    for (int64_t x = begin; x < end; x += tile_) {
+      const int64_t n = end - x < tile_ ? end - x : tile_;
+      const int64_t b0 = accumulate_ ? 0 : b, b1 = accumulate_ ? s_.batch : b + 1;
+      for (int64_t image = b0; image < b1; ++image) {
+        const Tile tile{true, false, image, x, n, round_up(n, N), reported_[which]};
+        pending = step(tile, pending);
+        which ^= 1;
+      }
+    }
+    for (int j = 0; j < classes(); ++j) write_column(j, pending);
+    stream_fence();
+  }
+
+ private:
+  struct Tile {
+    bool active, zero;
+    int64_t image, x, n, padded;
+    R* reported;
+  };
+
+  int classes() const { return kClasses > 0 ? kClasses : s_.classes; }
+  R* column(int i, int j) const { return field_ + (keep_field_ ? static_cast<int64_t>(i) * classes() + j : i) * tile_; }
+  int64_t plane(const Tile& t, int64_t index) const { return index * s_.pixels() + t.x; }
+
+  // Steps 1 and 2 of `tile`, with step 3 of `pending` between its columns. Returns what is to be written next.
+  Tile step(Tile tile, const Tile& pending) {
+    labels_.any_valid = false;
+    labels_.all_valid = true;
+    const int64_t at = tile.image * s_.pixels() + tile.x;
+    if (labels_.read(s_, at, tile.n, tile.padded, 0)) s_.bad_label[task_] = 1;
+    if (!labels_.any_valid && s_.posterior == nullptr) {
+      for (int j = 0; j < classes(); ++j) write_column(j, pending);
+      tile.zero = true;
+      zero_outputs(tile, at);
+      return tile;
+    }
+    report_run(s_.transition, classes(), labels_.label, tile.padded, tile.reported, tile_);
+    softmax(tile);
+    for (int j = 0; j < classes(); ++j) {
+      write_column(j, pending);
+      stage_column(j, tile);
+      exponentiate_column(j, tile);
+    }
+    finish(tile, at);
+    return tile;
+  }
+
+  void softmax(const Tile& t) {
+    const int c = classes();
+    for (int j = 0; j < c; ++j) {
+      R* p = p_ + j * tile_;
+      load_run(s_.seg_logits, s_.seg_storage, plane(t, t.image * c + j), t.n, p);
+      for (int64_t k = t.n; k < t.padded; ++k) p[k] = R(0);
+      if (!labels_.all_valid && s_.posterior == nullptr) mask(p, t);
+    }
+    for (int64_t k = 0; k < t.padded; k += N) {
+      V top = load(p_ + k);
+      for (int j = 1; j < c; ++j) top = max_v(load(p_ + j * tile_ + k), top);
+      V sum = broadcast<V>(R(0));
+      for (int j = 0; j < c; ++j) {
+        const V e = exp_v(load(p_ + j * tile_ + k) - top);
+        store(p_ + j * tile_ + k, e);
+        sum += e;
+      }
+      const V inv = R(1) / sum;
+      for (int j = 0; j < c; ++j) store(p_ + j * tile_ + k, load(p_ + j * tile_ + k) * inv);
+    }
+  }
+
+  // Logits that nobody labelled may be anything, NaN too: they count as 0.
+  void mask(R* run, const Tile& t) const {
+    for (int64_t k = 0; k < t.padded; k += N) {
+      const V valid = load(labels_.valid + k);
+      store(run + k, select(valid != broadcast<V>(R(0)), load(run + k), broadcast<V>(R(0))));
+    }
+  }
+
+  int64_t cm_offset(const Tile& t, int i, int j) const {
+    return t.image * s_.cm_batch_stride + plane(t, static_cast<int64_t>(i) * classes() + j);
+  }
+
+  // E = logits of column j, and their maximum over i.
+  void stage_column(int j, const Tile& t) {
+    const int64_t vectors = t.padded / N, full = t.n / N;
+    for (int64_t k = 0; k < vectors; ++k) top_[k] = broadcast<V>(-std::numeric_limits<R>::infinity());
+    for (int i = 0; i < classes(); ++i) {
+      R* e = column(i, j);
+      const int64_t offset = cm_offset(t, i, j);
+      if (own_storage_ && labels_.all_valid) {
+        const R* logits = static_cast<const R*>(s_.cm_logits) + offset;
+        for (int64_t k = 0; k < full; ++k) {
+          const V x = load(logits + k * N);
+          store(e + k * N, x);
+          top_[k] = max_v(x, top_[k]);
+        }
+        if (full < vectors) {
+          for (int64_t k = full * N; k < t.padded; ++k) e[k] = k < t.n ? logits[k] : R(0);
+          top_[full] = max_v(load(e + full * N), top_[full]);
+        }
+        continue;
+      }
+      load_run(s_.cm_logits, s_.cm_storage, offset, t.n, e);
+      for (int64_t k = t.n; k < t.padded; ++k) e[k] = R(0);
+      if (!labels_.all_valid) mask(e, t);
+      for (int64_t k = 0; k < vectors; ++k) top_[k] = max_v(load(e + k * N), top_[k]);
+    }
+  }
+
+  // E = exp(logits - maximum), and the sums over i. Meanwhile the next column's logits are on their way.
+  void exponentiate_column(int j, const Tile& t) {
+    const int c = classes();
+    const int64_t element = s_.cm_storage == Storage::f64 ? 8 : s_.cm_storage == Storage::f32 ? 4 : 2;
+    const bool last = j + 1 == c;
+    // After the last column the next tile's first: the same planes, further on (past the end at worst: a prefetch may).
+    const char* ahead = static_cast<const char*>(s_.cm_logits) + element * (cm_offset(t, 0, last ? 0 : j + 1) + (last ? tile_ : 0));
+    const int64_t plane_bytes = element * c * s_.pixels();
+    for (int64_t k = 0; k < t.padded; k += N) {
+      const V top = top_[k / N];
+      V z = broadcast<V>(R(0)), q = broadcast<V>(R(0));
+      for (int i = 0; i < c; ++i) {
+        __builtin_prefetch(ahead + i * plane_bytes + k * element, 0, 2);
+        R* slot = column(i, j) + k;
+        const V e = exp_v(load(slot) - top);
+        store(slot, e);
+        z += e;
+        q += e * load(t.reported + i * tile_ + k);
+      }
+      const V inv_z = R(1) / z;
+      const int64_t at = j * tile_ + k;
+      store(inv_z_ + at, inv_z);
+      store(q_ + at, q * inv_z);
+      store(ajj_ + at, load(column(j, j) + k) * inv_z);
+    }
+  }
+
+  void finish(const Tile& t, int64_t at) {
+    const int c = classes();
+    V sum_nll = broadcast<V>(R(0)), sum_trace = broadcast<V>(R(0));
+    const V zero = broadcast<V>(R(0));
+    for (int64_t k = 0; k < t.padded; k += N) {
+      V d = zero, trace = zero;
+      for (int j = 0; j < c; ++j) {
+        d += load(p_ + j * tile_ + k) * load(q_ + j * tile_ + k);
+        trace += load(ajj_ + j * tile_ + k);
+      }
+      const V weight = load(labels_.weight + k);
+      const V scaled = weight * s_.gradient_scale, scaled_trace = scaled * s_.trace_weight;
+      V nll;
+      if (any(!(d >= broadcast<V>(kSmallestEvidence<R>)))) {
+        const PixelTerms<V> terms = log_space(t, k, scaled, scaled_trace);
+        nll = terms.nll;
+        trace = terms.trace;
+      } else {
+        nll = -log_v(d);
+        const V inv_d = R(1) / d;
+        if (s_.transition_gradient != nullptr) add_transition_gradient(k, scaled * inv_d);
+        for (int j = 0; j < c; ++j) {
+          const int64_t slot = j * tile_ + k;
+          const V p = load(p_ + slot), r = p * load(q_ + slot) * inv_d;
+          const auto g = column_gradient(p, r, inv_d, load(inv_z_ + slot), load(ajj_ + slot), scaled, scaled_trace);
+          store(keep_ + slot, g.keep);
+          store(drop_ + slot, g.drop);
+          store(diag_ + slot, g.diag);
+          store(p_ + slot, s_.posterior == nullptr ? scaled * (p - r) : p);
+          store(q_ + slot, r);
+        }
+      }
+      nll = select(weight == zero, zero, weight * nll);  // 0 * inf is not 0
+      trace = select(weight == zero, zero, weight * trace);
+      sum_nll += nll;
+      sum_trace += trace;
+      store_pixels(s_.nll_map, nll, at + k, t.n - k);
+      store_pixels(s_.trace_map, trace, at + k, t.n - k);
+    }
+    s_.sums[2 * task_] += sum_lanes<R>(sum_nll);
+    s_.sums[2 * task_ + 1] += sum_lanes<R>(sum_trace);
+    for (int j = 0; j < c; ++j) {
+      const int64_t offset = plane(t, t.image * c + j);
+      if (s_.seg_gradient != nullptr) store_run(s_.seg_gradient, s_.seg_storage, offset, t.n, p_ + j * tile_);
+      if (s_.posterior == nullptr) continue;
+      const R *p = p_ + j * tile_, *r = q_ + j * tile_;
+      for (int64_t k = 0; k < t.n; ++k) row_[k] = labels_.valid[k] != R(0) ? r[k] : p[k];
+      store_run(s_.posterior, s_.seg_storage, offset, t.n, row_);
+    }
+  }
+
+  PixelTerms<V> log_space(const Tile& t, int64_t k, V scaled, V scaled_trace) {
+    const int c = classes();
+    const int64_t n = t.n - k < N ? t.n - k : N;
+    const V valid = load(labels_.valid + k), zero = broadcast<V>(R(0));
+    const auto fetch = [&](const void* src, Storage storage, int64_t offset, bool keep) {
+      R run[N] = {};
+      load_run(src, storage, offset + k, n, run);
+      return keep ? load(run) : select(valid != zero, load(run), zero);
+    };
+    for (int j = 0; j < c; ++j) {
+      slow_.s[j] = fetch(s_.seg_logits, s_.seg_storage, plane(t, t.image * c + j), s_.posterior != nullptr);
+      for (int i = 0; i < c; ++i) slow_.a[i * c + j] = fetch(s_.cm_logits, s_.cm_storage, cm_offset(t, i, j), false);
+    }
+    const bool want_reported = s_.transition_gradient != nullptr;
+    const auto terms = slow_.run(c, t.reported + k, tile_, scaled, scaled_trace, want_reported);
+    if (want_reported) slow_.add_reported(c, labels_.label + k, s_.transition_gradient + task_ * c * c);
+    const V possible = select(terms.nll == std::numeric_limits<R>::infinity(), zero, broadcast<V>(R(1)));
+    for (int j = 0; j < c; ++j) {
+      const int64_t slot = j * tile_ + k;
+      const V difference = select(scaled * possible == zero, zero, scaled * (slow_.p[j] - slow_.r[j]));
+      store(p_ + slot, s_.posterior == nullptr ? difference : slow_.p[j]);
+      store(q_ + slot, slow_.r[j]);
+      // E holds the gradient itself from here on
+      store(keep_ + slot, broadcast<V>(R(1)));
+      store(drop_ + slot, zero);
+      store(diag_ + slot, zero);
+      if (!keep_field_) continue;
+      for (int i = 0; i < c; ++i) store(column(i, j) + k, slow_.a[i * c + j]);
+    }
+    return terms;
+  }
+
+  // d loss / dT[i, y] -= weight / D * sum_j A[i,j] p[j], lane by lane into column y
+  void add_transition_gradient(int64_t k, V scaled_inv_d) {
+    const int c = classes();
+    double* sum = s_.transition_gradient + task_ * c * c;
+    for (int i = 0; i < c; ++i) {
+      V ap = broadcast<V>(R(0));
+      for (int j = 0; j < c; ++j) ap += load(column(i, j) + k) * (load(inv_z_ + j * tile_ + k) * load(p_ + j * tile_ + k));
+      ap *= scaled_inv_d;
+      for (int lane = 0; lane < N; ++lane) sum[i * c + labels_.label[k + lane]] -= static_cast<double>(ap[lane]);
+    }
+  }
+
+  void store_pixels(R* map, V v, int64_t at, int64_t n) const {
+    if (map == nullptr) return;
+    if (n >= N) return store(map + at, v);
+    for (int64_t k = 0; k < n; ++k) map[at + k] = v[k];
+  }
+
+  void zero_outputs(const Tile& t, int64_t at) {
+    for (int64_t k = 0; k < t.n; ++k) {
+      row_[k] = R(0);
+      if (s_.nll_map != nullptr) s_.nll_map[at + k] = s_.trace_map[at + k] = R(0);
+    }
+    if (s_.seg_gradient == nullptr) return;
+    for (int j = 0; j < classes(); ++j) {
+      store_run(s_.seg_gradient, s_.seg_storage, plane(t, t.image * classes() + j), t.n, row_);
+    }
+  }
+
+  // Step 3 for one column.
+  void write_column(int j, const Tile& t) {
+    if (!t.active || !want_cm_ || (t.zero && accumulate_)) return;
+    const int c = classes();
+    const R *keep = keep_ + j * tile_, *drop = drop_ + j * tile_, *diag = diag_ + j * tile_;
+    const V zero = broadcast<V>(R(0));
+    for (int i = 0; i < c; ++i) {
+      const R *e = column(i, j), *reported = t.reported + i * tile_;
+      const auto gradient = [&](int64_t k) {
+        if (t.zero) return zero;
+        V g = load(e + k) * (load(keep + k) - load(reported + k) * load(drop + k));
+        if (i == j) g += load(diag + k);
+        return g;
+      };
+      const int64_t image = accumulate_ ? 0 : t.image;
+      const int64_t offset = plane(t, (image * c + i) * c + j);
+      if (own_gradient_ && !accumulate_ && t.n == t.padded) {
+        R* out = static_cast<R*>(s_.cm_gradient) + offset;
+        // Streaming stores need whole aligned vectors; an odd image width gets plain ones.
+        if (reinterpret_cast<uintptr_t>(out) % sizeof(V) == 0) {
+          for (int64_t k = 0; k < t.n; k += N) stream(out + k, gradient(k));
+        } else {
+          for (int64_t k = 0; k < t.n; k += N) store(out + k, gradient(k));
+        }
+        continue;
+      }
+      for (int64_t k = 0; k < t.padded; k += N) store(row_ + k, gradient(k));
+      if (accumulate_) {
+        R* out = static_cast<R*>(s_.cm_gradient) + offset;
+        for (int64_t k = 0; k < t.n; ++k) out[k] += row_[k];
+      } else {
+        store_run(s_.cm_gradient, s_.cm_gradient_storage, offset, t.n, row_);
+      }
+    }
+  }
+
+  const Stream<R>& s_;
+  Arena arena_;
+  int64_t tile_, task_ = 0;
+  bool want_cm_, keep_field_, accumulate_, own_storage_, own_gradient_;
+  R *field_, *reported_[2], *p_, *q_, *inv_z_, *ajj_, *keep_, *drop_, *diag_, *row_;
+  V* top_;
+  LabelRun<R> labels_;
+  LogSpace<R> slow_;
+};
+
+template <class R>
+int64_t pixel_workspace(const Stream<R>& s) {
+  return PixelGrid<R, 0>(s, nullptr).workspace_bytes();
+}
+
+template <class R>
+void pixel_grid(const Stream<R>& s, int64_t task, int64_t b, int64_t begin, int64_t end, void* workspace) {
+  // Two classes are common and cheap enough for the loops over classes to show.
+  if (s.classes == 2) return PixelGrid<R, 2>(s, workspace).run(task, b, begin, end);
+  PixelGrid<R, 0>(s, workspace).run(task, b, begin, end);
+}
+
+}  // namespace
+}  // namespace coarse

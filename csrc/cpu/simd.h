@@ -1,0 +1,213 @@
+// Vectors of COARSE_SIMD_BYTES bytes (GCC/Clang vector extensions), one pixel per lane. Included by one translation unit per
+// instruction set, after its target pragma, hence the anonymous namespace (see coarse_math.h).
+#pragma once
+
+#ifndef COARSE_SIMD_BYTES
+#error "define COARSE_SIMD_BYTES before including cpu/simd.h"
+#endif
+
+#include "../coarse_math.h"
+#include "problem.h"
+
+namespace coarse {
+namespace {
+
+typedef float VecF __attribute__((vector_size(COARSE_SIMD_BYTES)));
+typedef double VecD __attribute__((vector_size(COARSE_SIMD_BYTES)));
+typedef int32_t VecI32 __attribute__((vector_size(COARSE_SIMD_BYTES)));
+typedef int64_t VecI64 __attribute__((vector_size(COARSE_SIMD_BYTES)));
+typedef uint32_t VecU32 __attribute__((vector_size(COARSE_SIMD_BYTES)));
+typedef uint64_t VecU64 __attribute__((vector_size(COARSE_SIMD_BYTES)));
+
+template <>
+struct Lanes<VecF> {
+  using Scalar = float;
+  using Int = VecI32;
+  using UInt = VecU32;
+};
+template <>
+struct Lanes<VecD> {
+  using Scalar = double;
+  using Int = VecI64;
+  using UInt = VecU64;
+};
+
+template <class R>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  using type = VecF;
+};
+template <>
+struct VecOf<double> {
+  using type = VecD;
+};
+template <class R>
+using Vec = typename VecOf<R>::type;
+template <class R>
+constexpr int kLanes = COARSE_SIMD_BYTES / static_cast<int>(sizeof(R));
+
+template <class R>
+COARSE_HD Vec<R> load(const R* p) {
+  Vec<R> v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <class R>
+COARSE_HD void store(R* p, Vec<R> v) {
+  memcpy(p, &v, sizeof(v));
+}
+
+// Past the caches, for whole lines that nobody reads soon. `p` aligned to the vector.
+template <class R>
+COARSE_HD void stream(R* p, Vec<R> v) {
+#if defined(__x86_64__) && COARSE_SIMD_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(v));
+#elif defined(__x86_64__) && COARSE_SIMD_BYTES == 32
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(v));
+#elif defined(__x86_64__) && COARSE_SIMD_BYTES == 16
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), bit_cast<__m128i>(v));
+#else
+  store(p, v);
+#endif
+}
+
+COARSE_HD void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+template <class I>
+COARSE_HD bool any(I mask) {
+#if defined(__x86_64__) && COARSE_SIMD_BYTES == 64
+  return _mm512_test_epi32_mask(bit_cast<__m512i>(mask), bit_cast<__m512i>(mask)) != 0;
+#elif defined(__x86_64__) && COARSE_SIMD_BYTES == 32
+  return !_mm256_testz_si256(bit_cast<__m256i>(mask), bit_cast<__m256i>(mask));
+#else
+  int64_t half[COARSE_SIMD_BYTES / 8], all = 0;
+  memcpy(half, &mask, sizeof(half));
+  for (int64_t h : half) all |= h;
+  return all != 0;
+#endif
+}
+
+template <class R>
+COARSE_HD double sum_lanes(Vec<R> v) {
+  double total = 0;
+  for (int k = 0; k < kLanes<R>; ++k) total += static_cast<double>(v[k]);
+  return total;
+}
+
+// Lane k of the result: lane index[k] of the 2 N values (low, high). One instruction on AVX-512.
+template <class R>
+COARSE_HD Vec<R> permute(Vec<R> low, Vec<R> high, typename Lanes<Vec<R>>::Int index) {
+#if defined(__clang__)
+  R both[2 * kLanes<R>];
+  store(both, low);
+  store(both + kLanes<R>, high);
+  Vec<R> v;
+  for (int k = 0; k < kLanes<R>; ++k) v[k] = both[index[k]];
+  return v;
+#else
+  return __builtin_shuffle(low, high, index);
+#endif
+}
+
+// --- storage types ---------------------------------------------------------------------------------------------------
+
+COARSE_HD float bfloat16_to_float(uint16_t x) { return bit_cast<float>(static_cast<uint32_t>(x) << 16); }
+COARSE_HD uint16_t float_to_bfloat16(float x) {  // to nearest even; NaN stays a (quiet) NaN
+  const uint32_t u = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 0x40 : rounded);
+}
+
+COARSE_HD float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, magnitude = h & 0x7fff;
+  if (magnitude >= 0x7c00) return bit_cast<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+  // multiplying by 2^112 moves the exponent bias from 15 to 127, and normalises subnormals on the way
+  return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(magnitude << 13) * 0x1p112f));
+}
+COARSE_HD uint16_t float_to_half(float x) {  // to nearest even
+  const uint32_t u = bit_cast<uint32_t>(x), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to 65536 or more
+  if (magnitude < 0x38800000) {                                              // subnormal: adding 1/2 rounds at 2^-24
+    const float shifted = bit_cast<float>(magnitude) + 0.5f;
+    return static_cast<uint16_t>(sign | (bit_cast<uint32_t>(shifted) - 0x3f000000));
+  }
+  return static_cast<uint16_t>(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13));
+}
+
+// dst[0..n) = src[0..n), from or to a storage type.
+template <class R>
+inline void load_run(const void* src, Storage storage, int64_t offset, int64_t n, R* dst) {
+  switch (storage) {
+    case Storage::f32: {
+      const float* p = static_cast<const float*>(src) + offset;
+      for (int64_t k = 0; k < n; ++k) dst[k] = static_cast<R>(p[k]);
+      break;
+    }
+    case Storage::f64: {
+      const double* p = static_cast<const double*>(src) + offset;
+      for (int64_t k = 0; k < n; ++k) dst[k] = static_cast<R>(p[k]);
+      break;
+    }
+    case Storage::bf16: {
+      const uint16_t* p = static_cast<const uint16_t*>(src) + offset;
+      for (int64_t k = 0; k < n; ++k) dst[k] = static_cast<R>(bfloat16_to_float(p[k]));
+      break;
+    }
+    case Storage::f16: {
+      const uint16_t* p = static_cast<const uint16_t*>(src) + offset;
+      int64_t k = 0;
+#if defined(__x86_64__) && COARSE_SIMD_BYTES >= 32
+      if constexpr (sizeof(R) == 4) {
+        for (; k + 8 <= n; k += 8) {
+          _mm256_storeu_ps(dst + k, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + k))));
+        }
+      }
+#endif
+      for (; k < n; ++k) dst[k] = static_cast<R>(half_to_float(p[k]));
+      break;
+    }
+  }
+}
+
+template <class R>
+inline void store_run(void* dst, Storage storage, int64_t offset, int64_t n, const R* src) {
+  switch (storage) {
+    case Storage::f32: {
+      float* p = static_cast<float*>(dst) + offset;
+      for (int64_t k = 0; k < n; ++k) p[k] = static_cast<float>(src[k]);
+      break;
+    }
+    case Storage::f64: {
+      double* p = static_cast<double*>(dst) + offset;
+      for (int64_t k = 0; k < n; ++k) p[k] = static_cast<double>(src[k]);
+      break;
+    }
+    case Storage::bf16: {
+      uint16_t* p = static_cast<uint16_t*>(dst) + offset;
+      for (int64_t k = 0; k < n; ++k) p[k] = float_to_bfloat16(static_cast<float>(src[k]));
+      break;
+    }
+    case Storage::f16: {
+      uint16_t* p = static_cast<uint16_t*>(dst) + offset;
+      int64_t k = 0;
+#if defined(__x86_64__) && COARSE_SIMD_BYTES >= 32
+      if constexpr (sizeof(R) == 4) {
+        for (; k + 8 <= n; k += 8) {
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(p + k), _mm256_cvtps_ph(_mm256_loadu_ps(src + k), 0));
+        }
+      }
+#endif
+      for (; k < n; ++k) p[k] = float_to_half(static_cast<float>(src[k]));
+      break;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace coarse

@@ -1,0 +1,181 @@
+// `coarse_kernels._native`: the native code seen from NumPy, without torch. Facts about the machine and the build, the
+// machine's own ceilings for the roofline, and the shared mathematics (coarse_math.h) for the tests to hold against NumPy.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "coarse_math.h"
+#include "cpu/problem.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+// The kernels that `_C` chose for this machine; this module holds none of its own.
+const coarse::Kernels& kernels() {
+  static const auto* chosen = static_cast<const coarse::Kernels*>(PyCapsule_Import("coarse_kernels._C.kernels", 0));
+  if (chosen == nullptr) throw py::error_already_set();
+  return *chosen;
+}
+
+double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+py::dict cpu_info() {
+  py::dict info;
+  info["isa"] = kernels().isa;
+  info["simd_bytes"] = kernels().simd_bytes;
+  py::list supported;
+  supported.append("baseline");
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) supported.append("avx2");
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) supported.append("avx512");
+#endif
+  info["supported"] = supported;
+  return info;
+}
+
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = std::string("clang ") + __clang_version__;
+#else
+  info["compiler"] = std::string("gcc ") + __VERSION__;
+#endif
+  info["cxx_standard"] = static_cast<long>(__cplusplus);
+#if defined(__x86_64__)
+  info["architecture"] = "x86_64";
+#elif defined(__aarch64__)
+  info["architecture"] = "aarch64";
+#else
+  info["architecture"] = "other";
+#endif
+  return info;
+}
+
+template <class F>
+FloatArray mapped(const FloatArray& x, F f) {
+  FloatArray y(std::vector<py::ssize_t>(x.shape(), x.shape() + x.ndim()));
+  f(x.data(), y.mutable_data(), static_cast<int64_t>(x.size()));
+  return y;
+}
+
+py::tuple linear_taps(int64_t grid, int64_t pixels, bool wide) {
+  if (grid < 1 || pixels < grid) throw std::invalid_argument("grid: expected 1 <= grid <= pixels");
+  py::array_t<int64_t> i0(pixels), i1(pixels);
+  py::array_t<double> lambda(pixels);
+  for (int64_t k = 0; k < pixels; ++k) {
+    const auto fill = [&](auto tap) {
+      i0.mutable_at(k) = tap.i0;
+      i1.mutable_at(k) = tap.i1;
+      lambda.mutable_at(k) = static_cast<double>(tap.lambda);
+    };
+    wide ? fill(coarse::linear_tap<double>(k, grid, pixels)) : fill(coarse::linear_tap<float>(k, grid, pixels));
+  }
+  return py::make_tuple(i0, i1, lambda);
+}
+
+// The log-space path on one pixel: seg_logits (C), cm_logits (C, C), reported (C) = T[:, y].
+template <class R>
+py::dict pixel(py::array_t<R, py::array::c_style | py::array::forcecast> seg_logits,
+               py::array_t<R, py::array::c_style | py::array::forcecast> cm_logits,
+               py::array_t<R, py::array::c_style | py::array::forcecast> reported, double trace_weight) {
+  const auto c = static_cast<int>(seg_logits.size());
+  if (seg_logits.ndim() != 1 || cm_logits.ndim() != 2 || cm_logits.shape(0) != c || cm_logits.shape(1) != c ||
+      reported.ndim() != 1 || reported.shape(0) != c) {
+    throw std::invalid_argument("expected seg_logits (C), cm_logits (C, C), reported (C)");
+  }
+  py::array_t<R> gradient({c, c}), p(c), r(c), transition_gradient(c);
+  std::memcpy(gradient.mutable_data(), cm_logits.data(), sizeof(R) * static_cast<size_t>(c) * c);
+  std::vector<R> log_t(c), scratch(c);
+  for (int i = 0; i < c; ++i) log_t[i] = std::log(reported.at(i));
+  const auto terms = coarse::pixel_log_space<R>(c, seg_logits.data(), gradient.mutable_data(), log_t.data(), R(1),
+                                                static_cast<R>(trace_weight), p.mutable_data(), r.mutable_data(),
+                                                scratch.data(), transition_gradient.mutable_data());
+  py::dict result;
+  result["nll"] = terms.nll;
+  result["trace"] = terms.trace;
+  result["p"] = p;
+  result["posterior"] = r;
+  result["cm_gradient"] = gradient;
+  result["transition_gradient"] = transition_gradient;
+  return result;
+}
+
+// Bytes read plus bytes written per second by a copy past the caches, median of `repeats`, on touched memory.
+double copy_bandwidth(int64_t megabytes, int repeats) {
+  if (megabytes < 1 || repeats < 1) throw std::invalid_argument("megabytes, repeats: expected at least 1");
+  const int64_t n = megabytes * (1 << 20) / 4;
+  const auto buffer = [&] {
+    float* p = static_cast<float*>(std::aligned_alloc(4096, sizeof(float) * static_cast<size_t>(n)));
+    if (p == nullptr) throw std::bad_alloc();
+    std::fill(p, p + n, 1.0f);
+    return std::unique_ptr<float, decltype(&std::free)>(p, &std::free);
+  };
+  const auto src = buffer(), dst = buffer();
+  std::vector<double> times;
+  py::gil_scoped_release release;
+  for (int k = 0; k <= repeats; ++k) {
+    const double start = seconds();
+    kernels().stream_copy(src.get(), dst.get(), n);
+    if (k > 0) times.push_back(seconds() - start);
+  }
+  return 2.0 * sizeof(float) * static_cast<double>(n) / median(times);
+}
+
+// Exponentials per second of the vector exp, in cache.
+double exp_throughput(int repeats) {
+  if (repeats < 1) throw std::invalid_argument("repeats: expected at least 1");
+  constexpr int64_t kCount = 4096, kRounds = 256;
+  std::vector<float> x(kCount), y(kCount);
+  for (int64_t k = 0; k < kCount; ++k) x[k] = -static_cast<float>(k) / 64.0f;
+  std::vector<double> times;
+  for (int k = 0; k <= repeats; ++k) {
+    const double start = seconds();
+    for (int64_t round = 0; round < kRounds; ++round) kernels().exp_array(x.data(), y.data(), kCount);
+    if (k > 0) times.push_back(seconds() - start);
+  }
+  return static_cast<double>(kCount * kRounds) / median(times);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native code of coarse_kernels seen from NumPy: facts, ceilings, and the shared per-pixel mathematics.";
+  m.attr("EXP_ULP") = coarse::kExpUlp;
+  m.attr("LOG_ULP") = coarse::kLogUlp;
+  m.attr("EXP_FLUSH") = coarse::kExpFlush;
+  m.def("cpu_info", &cpu_info, "Instruction set in use (isa, simd_bytes) and those that this machine supports.");
+  m.def("build_info", &build_info, "Compiler, language standard and architecture of the build.");
+  m.def("exp", [](const FloatArray& x) { return mapped(x, kernels().exp_array); }, py::arg("x"),
+        "The kernels' exp, float32: at most EXP_ULP for EXP_FLUSH <= x <= 88, 0 below.");
+  m.def("log", [](const FloatArray& x) { return mapped(x, kernels().log_array); }, py::arg("x"),
+        "The kernels' log, float32: at most LOG_ULP for normal x > 0; -inf at 0.");
+  m.def("linear_taps", &linear_taps, py::arg("grid"), py::arg("pixels"), py::arg("wide") = false,
+        "(i0, i1, lambda) of every pixel of an axis: value = (1 - lambda) x[i0] + lambda x[i1]. wide: in float64.");
+  m.def("pixel_f32", &pixel<float>, py::arg("seg_logits"), py::arg("cm_logits"), py::arg("reported"),
+        py::arg("trace_weight") = 0.0, "One pixel in log space, float32; reported = T[:, y].");
+  m.def("pixel_f64", &pixel<double>, py::arg("seg_logits"), py::arg("cm_logits"), py::arg("reported"),
+        py::arg("trace_weight") = 0.0, "One pixel in log space, float64; reported = T[:, y].");
+  m.def("copy_bandwidth", &copy_bandwidth, py::arg("megabytes") = 128, py::arg("repeats") = 7,
+        "Bytes per second, read plus written, of a streaming copy on one thread.");
+  m.def("exp_throughput", &exp_throughput, py::arg("repeats") = 7, "Exponentials per second on one thread, in cache.");
+}

@@ -1,0 +1,218 @@
+"""The benchmark's own correctness: baselines, the check before timing, the table, a run from end to end."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import baselines, cpu, plot, report, worker
+from benchmarks.cases import CASES, SMOKE, TRACE_WEIGHT, Case, Inputs, make_inputs, with_full_contestants
+from benchmarks.contestants import Contestant, errors, make_contestants, ours, run_once, truth, verdict
+from benchmarks.measure import environment, interleave, rounds_for
+
+# C = 2: the smallest. C = 5 with 6x10 pixels: smaller than a blob of labels, and no power of two.
+SMALL = (
+    Case("pixel", 5, 6, 10),
+    Case("two", 2, 16, 32),
+    Case("strided", 5, 24, 40, 4),
+    Case("odd", 3, 27, 45, 9),
+)
+
+
+def _inputs(case: Case) -> Inputs:
+    inputs = make_inputs(case)
+    labels = inputs.labels.clone()
+    generator = torch.Generator().manual_seed(1)
+    labels[torch.rand(labels.shape, generator=generator) < 0.3] = baselines.IGNORE
+    assert 0 < int((labels == baselines.IGNORE).sum()) < labels.numel()
+    return inputs._replace(labels=labels)
+
+
+@pytest.mark.parametrize("stream", ["positive", "negative"])
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize("name", tuple(baselines.BASELINES))
+def test_baseline_is_the_reference(name: str, case: Case, stream: str) -> None:
+    case = dataclasses.replace(case, stream=stream)
+    inputs = _inputs(case)
+    found = errors(Contestant(name, baselines.BASELINES[name]), inputs, truth(inputs))
+    assert set(found) == {"loss", "grad_seg", "grad_cm"}
+    assert verdict(case, found) is None, found
+
+
+@pytest.mark.parametrize("stream", ["positive", "negative"])
+@pytest.mark.parametrize("name", tuple(baselines.PLAIN_STRIDED))
+def test_baseline_in_float64(name: str, stream: str) -> None:
+    """To float64 accuracy: what differs in float32 is rounding, not a term. Also for a loss that is scaled."""
+    inputs = _inputs(Case("strided", 4, 16, 24, 4, dtype="float64", stream=stream))
+    inputs = inputs._replace(transition=None if inputs.transition is None else inputs.transition.double())
+
+    def gradients(formulation: baselines.Formulation) -> tuple[Tensor, ...]:
+        loss = formulation(inputs.seg_logits, inputs.cm_logits, inputs.labels, inputs.transition, TRACE_WEIGHT)
+        return torch.autograd.grad(loss * 3.0, (inputs.seg_logits, inputs.cm_logits))
+
+    for own, true in zip(gradients(baselines.BASELINES[name]), gradients(ours("reference")), strict=True):
+        torch.testing.assert_close(own, true, rtol=1e-9, atol=1e-12)
+
+
+def test_closed_form_survives_a_kept_graph() -> None:
+    seg_logits, cm_logits, labels, transition = _inputs(SMALL[0])
+    loss = baselines.closed_form(seg_logits, cm_logits, labels, transition, TRACE_WEIGHT)
+    loss.backward(retain_graph=True)
+    assert cm_logits.grad is not None
+    once = cm_logits.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(cm_logits.grad, 2 * once)
+
+
+def _wrong(seg_logits: Tensor, cm_logits: Tensor, labels: Tensor, transition: Tensor | None, weight: float) -> Tensor:
+    return baselines.softmax_gather(seg_logits, cm_logits, labels, transition, 2 * weight)  # the trace twice
+
+
+def _wrong_gradient(
+    seg_logits: Tensor, cm_logits: Tensor, labels: Tensor, transition: Tensor | None, weight: float
+) -> Tensor:
+    return baselines.softmax_gather(seg_logits.detach() * 1.0, cm_logits, labels, transition, weight)
+
+
+def _nan(seg_logits: Tensor, cm_logits: Tensor, labels: Tensor, transition: Tensor | None, weight: float) -> Tensor:
+    return baselines.softmax_gather(seg_logits, cm_logits, labels, transition, weight) * math.nan
+
+
+@pytest.mark.parametrize("formulation", [_wrong, _wrong_gradient, _nan])
+def test_wrong_contestant_is_not_timed(formulation: baselines.Formulation) -> None:
+    good, bad = Contestant("coarse_kernels:reference", ours("reference")), Contestant("bad", formulation)
+    result = worker.race(SMOKE, [good, bad], budget=0.01, repeats=3)
+    assert list(result["wrong"]) == ["bad (1 threads)"]
+    assert [row["contestant"] for row in result["rows"]] == ["coarse_kernels:reference"]
+
+
+def test_nobody_is_timed_where_ours_is_wrong() -> None:
+    bad = Contestant("coarse_kernels:cpu", _wrong)
+    result = worker.race(SMOKE, [bad, Contestant("published", baselines.published)], budget=0.01, repeats=3)
+    assert result["rows"] == []
+    assert len(result["wrong"]) == 1
+
+
+def test_wrong_contestant_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(task: dict[str, object], buffers: str, threads: int) -> dict[str, object]:
+        return {"rows": [], "wrong": {"published": "loss is off"}, "absent": {}}
+
+    monkeypatch.setattr(cpu, "ask_worker", answer)
+    assert cpu.main(["--case", "smoke", "--backend", "reference", "--out", str(tmp_path)]) == 1
+
+
+def test_no_fused_backend_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cpu.backends, "explain", lambda device: {"cpu": "it was not built", "reference": None})
+    monkeypatch.setattr(cpu.coarse_kernels, "available_backends", lambda device: ("reference",))
+    with pytest.raises(SystemExit) as exit_:
+        cpu.main([])
+    assert exit_.value.code == 2
+    assert "it was not built" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backend", "nonsense"], "'nonsense'"),
+        (["--backend", "reference", "--case", "nonsense"], "'nonsense'"),
+        (["--repeats", "1"], "--repeats"),
+        (["--threads", "0"], "--threads"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cpu.main(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_end_to_end(tmp_path: Path) -> None:
+    """Real processes: the table, the CSV with its columns, the figure."""
+    options = ["--case", "smoke", "--backend", "reference", "--repeats", "3", "--out", str(tmp_path)]
+    assert cpu.main(options) == 0
+    with (tmp_path / "cpu.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == report.COLUMNS
+    assert [row["contestant"] for row in rows] == ["coarse_kernels:reference", *SMOKE.contestants]
+    may_be_empty = {"schedule", "peak_extra_mb", "peak_over_cm"}
+    for row in rows:
+        assert not {key for key, value in row.items() if value == ""} - may_be_empty
+        assert float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
+        assert int(row["runs"]) >= 3
+        assert row["buffers"] == "reused"
+    assert float(rows[0]["times_ours"]) == 1.0
+    text = (tmp_path / "cpu.md").read_text()
+    assert ">= 1x" in text
+    assert "met" in text or "missed" in text
+    plot.main([str(tmp_path / "cpu.csv")])
+    assert (tmp_path / "cpu.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_worker_environments_differ_only_in_malloc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "7")
+    fresh, reused = (cpu.worker_environment(buffers, 1) for buffers in ("fresh", "reused"))
+    assert "MALLOC_MMAP_MAX_" not in fresh  # what the caller had set is not "the default"
+    assert reused["MALLOC_MMAP_MAX_"] == "0"
+    assert {key: value for key, value in reused.items() if not key.startswith("MALLOC_")} == fresh
+
+
+def test_rounds_are_interleaved() -> None:
+    rounds = [12, 3, 5]
+    turns = interleave(rounds)
+    assert len(turns) == 12
+    assert [sum(k in turn for turn in turns) for k in range(3)] == rounds
+    gaps = [index for index, turn in enumerate(turns) if 1 in turn]
+    assert gaps == [3, 7, 11]  # spread over the whole time
+    assert rounds_for(100.0, 1.0, None) == 3  # a slow one still runs three times
+
+
+def _row(case: Case, contestant: str, median_ms: float, our_ms: float, threads: int = 1) -> dict[str, object]:
+    numbers = dict.fromkeys(report.COLUMNS, 1.0)
+    about = {"schedule": "", "contestant": contestant, "case": case.name, "threads": threads}
+    return {**numbers, **environment(), **about, "median_ms": median_ms, "times_ours": median_ms / our_ms, "runs": 3}
+
+
+def test_bars_are_held_against_the_fastest() -> None:
+    case = next(case for case in CASES if case.name == "c19")
+    rows = [
+        _row(case, "coarse_kernels:cpu", 1.0, 1.0),
+        _row(case, "published", 30.0, 1.0),
+        _row(case, "softmax_gather", 20.0, 1.0),
+        _row(case, "closed_form", 11.0, 1.0),
+    ]
+    assert report.measured(rows, "plain") == 11.0
+    assert report.measured(rows, "autograd") == 20.0
+    text = report.markdown([case], rows, 1.0)
+    assert "30.0x, >= 25x met" in text
+    assert "11.0x, >= 12x **missed**" in text
+    assert "not run" in text  # no compiled row
+
+
+def test_two_threads_are_held_against_one() -> None:
+    case = next(case for case in CASES if case.threads == (1, 2))
+    rows = [_row(case, "coarse_kernels:cpu", 10.0, 10.0), _row(case, "coarse_kernels:cpu", 5.0, 10.0, threads=2)]
+    assert report.measured(rows, "threads") == 2.0
+    assert "2.0x, >= 1.8x met" in report.markdown([case], rows, 1.0)
+
+
+def test_cases_are_sound() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+    for case in CASES:
+        assert case.height % case.stride == 0
+        assert case.width % case.stride == 0
+        for schedule in (case, with_full_contestants(case)):
+            assert len(make_contestants(schedule, "reference")) >= 1
+        assert {kind for kind, _ in case.bars} <= {"published", "plain", "compiled", "threads"}
+
+
+def test_forward_case_computes_no_gradient() -> None:
+    inputs = make_inputs(dataclasses.replace(SMOKE, mode="forward"))
+    loss = run_once(Contestant("ours", ours("reference")), inputs)
+    assert not loss.requires_grad
+    assert inputs.seg_logits.grad is None

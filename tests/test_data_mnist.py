@@ -1,0 +1,158 @@
+"""IDX files, the sample in the package, digits on a canvas."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from coarse_train.data import DATASETS, IGNORE
+from coarse_train.data.make_mnist_sample import PER_CLASS, make_sample
+from coarse_train.data.mnist import CANVAS, DIGITS, SAMPLE_DIR, place_digits, read_idx, read_split, write_idx
+from coarse_train.simulate import BINARY, MULTICLASS
+
+FULL = Path(os.environ.get("COARSE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "mnist"
+
+
+def _idx(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
+
+
+def _folder(path: Path, images: np.ndarray, labels: np.ndarray) -> Path:
+    for split in ("train", "t10k"):
+        (path / f"{split}-images-idx3-ubyte").write_bytes(_idx(images))
+        (path / f"{split}-labels-idx1-ubyte").write_bytes(_idx(labels))
+    return path
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_read_idx_plain_and_gzip_whatever_the_name(tmp_path: Path, compress: bool) -> None:
+    array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    path = tmp_path / "values"
+    path.write_bytes(gzip.compress(_idx(array)) if compress else _idx(array))
+    np.testing.assert_array_equal(read_idx(path), array)
+
+
+def test_write_idx_is_read_back_and_has_the_same_bytes_every_time(tmp_path: Path) -> None:
+    array = np.arange(6, dtype=np.uint8).reshape(3, 2)
+    for name in ("a.gz", "b.gz"):
+        write_idx(tmp_path / name, array)
+    np.testing.assert_array_equal(read_idx(tmp_path / "a.gz"), array)
+    assert (tmp_path / "a.gz").read_bytes() == (tmp_path / "b.gz").read_bytes()
+
+
+_GOOD = _idx(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (_GOOD[:-1], "expected 24 values .* got 23"),
+        (_GOOD + b"x", "expected 24 values .* got 25"),
+        (_GOOD[:9], "header of 16 bytes for 3 axes, got 9"),
+        (b"", "no bytes"),
+        (b"\x89PNG\r\n", "expected an IDX file .* got 89 50 4e 47"),
+        (b"\x00\x00\x0d\x01\x00\x00\x00\x01....", "unsigned bytes .* got type 0x0d"),
+        (b"\x00\x00\x08\x03" + b"\xff" * 12, "got 0 "),  # sizes whose product overflows 64 bits
+        (gzip.compress(_GOOD)[:-10], "complete gzip file"),
+        (gzip.compress(_GOOD)[:12] + b"junkjunkjunkjunk", "complete gzip file"),
+    ],
+    ids=["short", "long", "short-header", "empty", "png", "float", "overflow", "gzip-short", "gzip-junk"],
+)
+def test_a_damaged_file_is_named_in_the_error(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "damaged-idx3-ubyte"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_idx(path)
+    assert str(path) in str(error.value)
+
+
+def test_labels_must_match_images(tmp_path: Path) -> None:
+    folder = _folder(tmp_path, np.zeros((5, 28, 28), np.uint8), np.zeros(4, np.uint8))
+    with pytest.raises(ValueError, match="labels-idx1-ubyte: expected 5 labels, one for each image, got 4"):
+        read_split(folder, "train")
+
+
+def test_wrong_ranks_and_sizes_are_named(tmp_path: Path) -> None:
+    labels = np.zeros(4, np.uint8)
+    with pytest.raises(ValueError, match=r"images-idx3-ubyte: expected images of shape \(N, 28, 28\), got \(4, 8, 8\)"):
+        read_split(_folder(tmp_path, np.zeros((4, 8, 8), np.uint8), labels), "train")
+    with pytest.raises(ValueError, match="expected labels from 0 to 9, got 12"):
+        read_split(_folder(tmp_path, np.zeros((4, 28, 28), np.uint8), labels + 12), "test")
+
+
+def test_a_folder_without_the_files_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"expected train-images-idx3-ubyte.* in {tmp_path}"):
+        read_split(tmp_path, "train")
+
+
+def test_too_few_digits_of_the_classes(tmp_path: Path) -> None:
+    folder = _folder(tmp_path, np.zeros((30, 28, 28), np.uint8), np.ones(30, np.uint8))
+    with pytest.raises(ValueError, match="at least 20 train digits .* got 0"):
+        DATASETS["mnist"](folder=folder, preset=MULTICLASS)
+
+
+def test_the_sample_is_small_attributed_and_balanced() -> None:
+    files = list(SAMPLE_DIR.iterdir())
+    assert sum(path.stat().st_size for path in files) <= 1_000_000
+    text = (SAMPLE_DIR / "ATTRIBUTION.md").read_text()
+    assert "LeCun" in text and "Cortes" in text and "Burges" in text and "licenses/by-sa/3.0" in text
+    for split, count in PER_CLASS.items():
+        images, labels = read_split(SAMPLE_DIR, split)
+        assert images.shape == (count * len(DIGITS), 28, 28)
+        assert [int((labels == digit).sum()) for digit in DIGITS] == [count] * len(DIGITS)
+
+
+@pytest.mark.skipif(not FULL.is_dir(), reason=f"the full MNIST is not at {FULL}; COARSE_DATA names its parent folder")
+def test_the_sample_is_made_from_the_full_files(tmp_path: Path) -> None:
+    assert make_sample(FULL, tmp_path) <= 1_000_000
+    for path in tmp_path.iterdir():
+        np.testing.assert_array_equal(read_idx(path), read_idx(SAMPLE_DIR / path.name))
+
+
+@pytest.mark.skipif(not FULL.is_dir(), reason=f"the full MNIST is not at {FULL}; COARSE_DATA names its parent folder")
+def test_full_files_are_read() -> None:
+    assert [len(read_split(FULL, split)[0]) for split in ("train", "test")] == [60_000, 10_000]
+    splits = DATASETS["mnist"](folder=FULL, preset=MULTICLASS, max_train=40, max_test=20)
+    assert [len(part) for part in splits[:3]] == [40, 5, 20]
+
+
+def test_place_digits_uses_each_digit_once_and_never_overlaps() -> None:
+    images, labels = read_split(SAMPLE_DIR, "test")
+    images, labels = images[:60], labels[:60]
+    canvas, mask, region = place_digits(images, labels, seed=3)
+    assert canvas.shape == mask.shape == region.shape == (30, CANVAS, CANVAS)
+    assert int(canvas.sum(dtype=np.int64)) == int(images[:, 4:-4, 4:-4].sum(dtype=np.int64))
+    np.testing.assert_array_equal(mask > 0, region > 0)
+    np.testing.assert_array_equal(mask > 0, canvas >= 100)
+    for n in range(30):
+        for number in (1, 2):
+            assert len(np.unique(mask[n][region[n] == number])) == 1
+    again = place_digits(images, labels, seed=3)
+    np.testing.assert_array_equal(canvas, again[0])
+
+
+def test_splits_are_disjoint_and_drawings_do_not_change() -> None:
+    splits = DATASETS["mnist"](preset=MULTICLASS, max_train=40, max_test=20, seed=5)
+    digits = [{bytes(image.numpy().tobytes()) for image in part.stacked.image} for part in splits[:3]]
+    assert not digits[0] & digits[1] and not digits[0] & digits[2] and not digits[1] & digits[2]
+    again = DATASETS["mnist"](preset=MULTICLASS, max_train=40, max_test=20, seed=5)
+    for one, two in zip(splits.train.stacked, again.train.stacked, strict=True):
+        assert torch.equal(one, two)
+    other = DATASETS["mnist"](preset=MULTICLASS, max_train=40, max_test=20, seed=6)
+    assert not torch.equal(splits.train.stacked.positive, other.train.stacked.positive)
+    assert torch.equal(splits.test.stacked.image, other.test.stacked.image)
+    sample = splits.train[0]
+    assert sample.image.shape == (1, CANVAS, CANVAS) and sample.image.dtype == torch.float32
+    assert sample.positive.dtype == sample.negative.dtype == sample.mask.dtype == torch.uint8
+
+
+def test_binary_task() -> None:
+    splits = DATASETS["mnist"](preset=BINARY, max_train=20, max_test=10)
+    assert splits.class_names == ("background", "digit")
+    for field in splits.train.stacked[1:]:
+        assert set(field.unique().tolist()) <= {0, 1, IGNORE}

@@ -1,0 +1,211 @@
+"""Networks, metric, loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from coarse_train.data import IGNORE, InMemory, Sample
+from coarse_train.engine import TrainConfig, evaluate, train
+from coarse_train.experiments.methods import (
+    METHODS,
+    MethodSettings,
+    build_loss,
+    build_model,
+    estimated_confusion,
+    transition_for,
+)
+from coarse_train.metrics import ConfusionMeter
+from coarse_train.model import CoarseModel, GlobalConfusion, PixelConfusion, UNet, confusion_logits
+
+
+def _toy(count: int = 64, swap: float = 0.3, seed: int = 0) -> InMemory:
+    """8x8 images whose brightness is the class (0, 1, 2), constant per image; a drawing swaps 1 -> 2 -> 1 with ``swap``."""
+    rng = torch.Generator().manual_seed(seed)
+    classes = torch.arange(count) % 3
+    image = (classes.float() / 2)[:, None, None, None] + 0.05 * torch.randn(count, 1, 8, 8, generator=rng)
+    mask = classes[:, None, None].expand(-1, 8, 8).to(torch.uint8).contiguous()
+    flip = (torch.rand(count, 8, 8, generator=rng) < swap) & (mask > 0)
+    positive = torch.where(flip, 3 - mask, mask).to(torch.uint8)
+    negative = torch.where(mask == 0, IGNORE, 3 - mask).to(torch.uint8)
+    return InMemory(Sample(image, positive, negative, mask))
+
+
+# ---- metric -----------------------------------------------------------------------------------------------------
+
+
+def test_iou_by_hand() -> None:
+    meter = ConfusionMeter(3)
+    meter.update(torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1, 1]]))
+    meter.update(torch.tensor([1, 0]), torch.tensor([0, IGNORE]))  # the second counts nowhere
+    # class 0: hit 1, in the masks 2, predicted 2 -> 1/3; class 1: hit 1, 2 and 2 -> 1/3; class 2 does not occur
+    assert meter.counts.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    assert meter.iou()[:2].tolist() == pytest.approx([1 / 3, 1 / 3])
+    assert torch.isnan(meter.iou()[2])
+    assert meter.mean_iou() == pytest.approx(100 / 3)
+
+
+def test_a_class_that_is_predicted_but_absent_scores_zero() -> None:
+    meter = ConfusionMeter(3)
+    meter.update(torch.tensor([0, 0, 2]), torch.tensor([0, 0, 0]))
+    assert meter.mean_iou() == pytest.approx(100 * (2 / 3 + 0) / 2)
+
+
+def test_counting_in_parts_is_counting_at_once() -> None:
+    rng = torch.Generator().manual_seed(0)
+    predicted, mask = (torch.randint(0, 4, (6, 5, 5), generator=rng) for _ in range(2))
+    whole, parts = ConfusionMeter(4), ConfusionMeter(4)
+    whole.update(predicted, mask)
+    for one, other in zip(predicted.split(2), mask.split(2), strict=True):
+        parts.update(one, other)
+    assert torch.equal(whole.counts, parts.counts)
+
+
+def test_metric_names_a_wrong_shape() -> None:
+    with pytest.raises(ValueError, match=r"predicted: expected the shape of mask \(3,\), got \(2,\)"):
+        ConfusionMeter(2).update(torch.zeros(2), torch.zeros(3))
+
+
+# ---- networks ---------------------------------------------------------------------------------------------------
+
+
+def test_shapes() -> None:
+    image = torch.rand(2, 1, 16, 24)
+    assert UNet(1, 5)(image).shape == (2, 5, 16, 24)
+    assert GlobalConfusion(5)(image).shape == (1, 5, 5, 1, 1)
+    assert PixelConfusion(3)(image).shape == (2, 3, 3, 16, 24)
+    seg_logits, cm_logits = CoarseModel(UNet(1, 3), PixelConfusion(3))(image)
+    assert seg_logits.is_contiguous() and cm_logits is not None and cm_logits.is_contiguous()
+    assert CoarseModel(UNet(1, 3))(image)[1] is None
+
+
+def test_unet_names_a_size_that_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"multiples of 8, got \(1, 1, 12, 16\)"):
+        UNet(1, 2)(torch.rand(1, 1, 12, 16))
+
+
+@pytest.mark.parametrize("confusion", [GlobalConfusion(4, 0.7), PixelConfusion(4, 0.7)])
+def test_confusions_start_at_the_given_diagonal(confusion: torch.nn.Module) -> None:
+    matrix = confusion(torch.zeros(1, 1, 8, 8)).softmax(1)[0].mean((-2, -1))
+    torch.testing.assert_close(matrix, confusion_logits(4, 0.7).softmax(0), atol=0.02, rtol=0)
+    torch.testing.assert_close(confusion_logits(4, 0.7).softmax(0).diagonal(), torch.full((4,), 0.7))
+
+
+@pytest.mark.parametrize("diagonal", [0.1, 1.0])
+def test_an_impossible_diagonal_is_refused(diagonal: float) -> None:
+    with pytest.raises(ValueError, match="diagonal"):
+        confusion_logits(4, diagonal)
+
+
+# ---- loop -------------------------------------------------------------------------------------------------------
+
+
+def test_samples_collate_to_a_sample() -> None:
+    batch = default_collate([_toy()[k] for k in range(3)])
+    assert isinstance(batch, Sample) and batch.image.shape == (3, 1, 8, 8) and batch.mask.dtype == torch.uint8
+
+
+def test_in_memory_refuses_fields_of_different_length() -> None:
+    with pytest.raises(ValueError, match="one length"):
+        InMemory(Sample(torch.zeros(2, 1, 8, 8), *(torch.zeros(3, 8, 8) for _ in range(3))))
+
+
+def test_every_method_lowers_its_loss_on_the_toy() -> None:
+    data = _toy()
+    for method in METHODS:
+        settings = MethodSettings(lr=1e-2)
+        loss = build_loss(method, settings, transition_for("estimated", data, 3), "reference")
+        config = TrainConfig(steps=12, batch_size=16, lr=1e-2, evaluations=3)
+        history = train(build_model(method, settings, 3, seed=0), loss, data, data, 3, config)
+        assert history.loss[-1] < history.loss[0], method
+        assert history.steps == [4, 8, 12] and len(history.miou) == 3
+        assert history.best == max(history.miou) and history.last == history.miou[-1]
+
+
+def test_the_global_matrix_learns_the_swap() -> None:
+    """Known noise: classes 1 and 2 are swapped in 0.3 of the pixels, class 0 never. A constant image of a class tells
+    its whole column, so the matrix must be found to within the sampling error; the negatives say which class is which."""
+    data = _toy(96)
+    settings = MethodSettings(lr=1e-2, cm_lr=5e-2)
+    model = build_model("coarse_both", settings, 3, seed=0)
+    loss = build_loss("coarse_both", settings, transition_for("uniform", data, 3), "reference")
+    history = train(model, loss, data, data, 3, TrainConfig(steps=150, batch_size=24, lr=1e-2, cm_lr=5e-2))
+    expected = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.7, 0.3], [0.0, 0.3, 0.7]])
+    torch.testing.assert_close(estimated_confusion(model, data.stacked.image), expected, atol=0.04, rtol=0)
+    assert history.last > 99
+
+
+def test_unchanged_computation_is_bit_identical_under_a_fixed_seed() -> None:
+    data = _toy()
+
+    def run() -> tuple[list[float], dict[str, Tensor]]:
+        settings = MethodSettings()
+        model = build_model("coarse_both", settings, 3, seed=7)
+        loss = build_loss("coarse_both", settings, transition_for("estimated", data, 3))
+        history = train(model, loss, data, data, 3, TrainConfig(steps=6, batch_size=8, evaluations=6, seed=7))
+        return history.loss, model.state_dict()
+
+    (losses, state), (losses_again, state_again) = run(), run()
+    assert losses == losses_again
+    assert all(torch.equal(state[name], state_again[name]) for name in state)
+
+
+def test_all_methods_start_from_the_same_network_and_see_the_same_batches() -> None:
+    data = _toy()
+    starts = [build_model(method, MethodSettings(), 3, seed=1).segmentation.state_dict() for method in METHODS]
+    assert all(torch.equal(start["head.weight"], starts[0]["head.weight"]) for start in starts)
+    seen: list[list[float]] = []
+    for method in ("ce_positive", "coarse_both"):
+        sums: list[float] = []
+        inner = build_loss(method, MethodSettings(), transition_for("uniform", data, 3), "reference")
+
+        def spy(seg: Tensor, cm: Tensor | None, batch: Sample, inner=inner, sums=sums) -> Tensor:  # type: ignore[no-untyped-def]
+            sums.append(float(batch.image.sum()))
+            return inner(seg, cm, batch)
+
+        train(build_model(method, MethodSettings(), 3, seed=1), spy, data, data, 3, TrainConfig(steps=5, batch_size=8))
+        seen.append(sums)
+    assert seen[0] == seen[1]
+
+
+def test_no_row_but_supervised_reads_the_masks() -> None:
+    data = _toy()
+    batch = data.select(range(8))
+    poisoned = batch._replace(mask=torch.full_like(batch.mask, 2))
+    for method in METHODS:
+        model = build_model(method, MethodSettings(), 3, seed=0).eval()
+        loss = build_loss(method, MethodSettings(), transition_for("uniform", data, 3), "reference")
+        same = torch.equal(loss(*model(batch.image), batch), loss(*model(batch.image), poisoned))
+        assert same == (method != "supervised")
+
+
+def test_exclude_is_complementary_label_learning() -> None:
+    data = _toy()
+    batch = data.select(range(6))
+    logits = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    value = build_loss("ce_negative", MethodSettings(), transition_for("exclude", data, 3))(logits, None, batch)
+    drawn = batch.negative != IGNORE
+    named = torch.where(drawn, batch.negative, 0).long()
+    probability = logits.softmax(1).gather(1, named[:, None])[:, 0]
+    torch.testing.assert_close(value, -torch.log(1 - probability)[drawn].mean())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run() -> None:
+    data = _toy()
+    with pytest.raises(FloatingPointError, match="step 1"):
+        train(
+            build_model("supervised", MethodSettings(), 3, seed=0),
+            lambda seg, cm, batch: seg.sum() * float("nan"),
+            data,
+            data,
+            3,
+            TrainConfig(steps=3),
+        )
+
+
+def test_evaluate_counts_every_pixel_once() -> None:
+    data = _toy(50)
+    meter = evaluate(build_model("supervised", MethodSettings(), 3, seed=0), data, 3, batch_size=16)
+    assert int(meter.counts.sum()) == 50 * 64
