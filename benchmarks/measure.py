@@ -41,6 +41,7 @@ class Timing(NamedTuple):
     p20_ms: float
     p80_ms: float
     page_faults: float  # median per run
+    cpu_share: float  # CPU time over wall time of all runs: below the thread count, someone else had the core
     runs: int
 
 
@@ -54,16 +55,24 @@ def _synchronize(inputs: Inputs) -> None:
         torch.cuda.synchronize()
 
 
-def _timed(contestant: Contestant, inputs: Inputs) -> tuple[float, int]:
-    """Seconds and minor page faults of one run; what went before is freed outside the clock."""
+class _Sample(NamedTuple):
+    seconds: float
+    cpu_seconds: float
+    faults: int
+
+
+def _timed(contestant: Contestant, inputs: Inputs) -> _Sample:
+    """One run under all meters; what went before is freed outside the clock."""
     clear(inputs)
     _synchronize(inputs)
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    before = resource.getrusage(resource.RUSAGE_SELF)
     start = time.perf_counter()
     run_once(contestant, inputs)
     _synchronize(inputs)
     seconds = time.perf_counter() - start
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return _Sample(seconds, cpu, after.ru_minflt - before.ru_minflt)
 
 
 def rounds_for(seconds: float, share: float, repeats: int | None) -> int:
@@ -90,12 +99,12 @@ def time_all(
     estimates = []
     for contestant in contestants:
         with contestant.setting():
-            seconds, _ = _timed(contestant, inputs)
+            seconds = _timed(contestant, inputs).seconds
             if seconds < 0.2:  # the first run may have paid for page faults; a slow one is slow either way
-                seconds, _ = _timed(contestant, inputs)
+                seconds = _timed(contestant, inputs).seconds
             estimates.append(seconds)
     rounds = [rounds_for(2 * seconds, budget / len(contestants), repeats) for seconds in estimates]
-    samples: list[list[tuple[float, int]]] = [[] for _ in contestants]
+    samples: list[list[_Sample]] = [[] for _ in contestants]
     gc.collect()
     gc.disable()
     try:
@@ -110,13 +119,14 @@ def time_all(
         clear(inputs)
     timings = []
     for sample in samples:
-        milliseconds = [1e3 * seconds for seconds, _ in sample]
+        milliseconds = [1e3 * one.seconds for one in sample]
         timings.append(
             Timing(
                 statistics.median(milliseconds),
                 _percentile(milliseconds, 0.2),
                 _percentile(milliseconds, 0.8),
-                statistics.median(faults for _, faults in sample),
+                statistics.median(one.faults for one in sample),
+                sum(one.cpu_seconds for one in sample) / sum(one.seconds for one in sample),
                 len(sample),
             )
         )
@@ -193,7 +203,7 @@ def copy_bandwidth(threads: int, megabytes: int = 256) -> float:
     ceiling = 2 * source.nbytes / best / 1e9
     streaming = getattr(native.TOOLS, "copy_bandwidth", None)
     if streaming is not None and threads == 1:
-        ceiling = max(ceiling, float(streaming()))
+        ceiling = max(ceiling, float(streaming()) / 1e9)
     return ceiling
 
 

@@ -50,7 +50,7 @@ def draw(values: dict[str, dict[str, float]], column: str, path: Path) -> None:
     axes.set_yticks([at for at, _ in ticks], [case for _, case in ticks])
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.margins(x=0.35)
+    axes.margins(x=0.35, y=0.01)
     axes.set_xlabel(COLUMNS[column])
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

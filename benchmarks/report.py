@@ -15,11 +15,14 @@ from .contestants import OURS
 COLUMNS = (
     "case", "classes", "height", "width", "stride", "device", "dtype", "stream", "contestant", "schedule", "mode",
     "threads", "buffers", "median_ms", "p20_ms", "p80_ms", "runs", "ns_per_pixel", "times_ours", "ideal_mb", "gb_per_s",
-    "copy_gb_per_s", "copy_fraction", "peak_extra_mb", "peak_over_cm", "page_faults", "loss_error", "grad_seg_error",
+    "copy_gb_per_s", "copy_fraction", "peak_extra_mb", "peak_over_cm",
+    "peak_over_gradients", "page_faults", "cpu_share", "loss_error", "grad_seg_error",
     "grad_cm_error", "cpu", "cores", "isa", "torch", "python", "os", "date",
 )  # fmt: skip
 
 Row = Mapping[str, Any]
+
+DISTURBED = 0.9  # of the cores that a row runs on: with less, it shared them with other processes
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
@@ -116,6 +119,13 @@ def markdown(cases: Sequence[Case], rows: Sequence[Row], seconds: float) -> str:
             f"{seconds:.0f} s in total.",
             "",
         ]
+        disturbed = [row for row in rows if float(row["cpu_share"]) < DISTURBED * _threads(row)]
+        if disturbed:
+            lines += [
+                f"**{len(disturbed)} of {len(rows)} rows were disturbed**: they had less than {100 * DISTURBED:.0f} % "
+                "of the cores that they run on (cpu_share in the CSV). Run again with nothing else running.",
+                "",
+            ]
     lines += _bar_table(shown, by_case)
     lines += _resource_table(shown, by_case)
     for case in shown:
@@ -158,9 +168,9 @@ def _resource_table(cases: Sequence[Case], by_case: Mapping[str, Sequence[Row]])
         "Bandwidth counts each logit read once, each gradient written once, each label read once. Extra memory is the "
         "peak over the inputs, gradients included.",
         "",
-        "| case | schedule | threads | ns per pixel | GB/s | of copy | extra MB | of the CM logits | faults per run | "
-        "two threads |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| case | schedule | threads | ns per pixel | GB/s | of copy | extra MB | of the CM logits | "
+        "of both gradients | faults per run | CPU share | two threads |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case in cases:
         rows = by_case[case.name]
@@ -175,7 +185,9 @@ def _resource_table(cases: Sequence[Case], by_case: Mapping[str, Sequence[Row]])
                 f"{100 * row['copy_fraction']:.0f} %",
                 _number(row["peak_extra_mb"], ".1f"),
                 _number(row["peak_over_cm"], ".2f"),
+                _number(row["peak_over_gradients"], ".2f"),
                 f"{row['page_faults']:.0f}",
+                f"{row['cpu_share']:.2f}",
                 _cell(rows, dict(case.bars), "threads") if many else "",
             ]
             lines.append(f"| {' | '.join(cells)} |")

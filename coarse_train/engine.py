@@ -22,13 +22,15 @@ LossFunction = Callable[[Tensor, Tensor | None, Sample], Tensor]
 @dataclass(frozen=True)
 class TrainConfig:
     """One run. ``lr`` is the segmentation network's, ``cm_lr`` the annotation network's; both warm up over the first
-    ``warmup`` share of the steps and fall to 0 along a cosine."""
+    ``warmup`` share of the steps, stay until ``hold`` of them are done, and fall to 0 along a cosine. With noisy
+    drawings a class may be found only after hundreds of steps, all of which need the full rate."""
 
     steps: int = 1200
     batch_size: int = 16
     lr: float = 4e-3
     cm_lr: float = 1e-2
     warmup: float = 0.05
+    hold: float = 0.6
     evaluations: int = 4
     seed: int = 0
 
@@ -120,7 +122,9 @@ def _endless(dataset: Dataset[Sample], config: TrainConfig) -> Iterator[Sample]:
 
 
 def _schedule(step: int, config: TrainConfig) -> float:
+    """Factor on both learning rates."""
     warm = max(1, round(config.steps * config.warmup))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, config.steps - warm)))
+    held = max(warm, round(config.steps * config.hold))
+    if step < held:
+        return min(1.0, (step + 1) / warm)
+    return 0.5 * (1 + math.cos(math.pi * (step - held) / max(1, config.steps - held)))

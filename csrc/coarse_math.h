@@ -24,7 +24,9 @@
 
 #if defined(__CUDACC__)
 #define COARSE_HD __host__ __device__ __forceinline__
+#define COARSE_INLINE_LAMBDA
 #else
+#define COARSE_INLINE_LAMBDA __attribute__((always_inline))
 #define COARSE_HD inline __attribute__((always_inline))
 #endif
 
@@ -227,75 +229,89 @@ struct PixelTerms {
 
 // Any logits (finite, or -inf in some entries). Reads s[C], a[C*C] (index i*C+j) and log_t[i] = log T[i,y].
 // Writes p[C] and the posterior r[C]; over a[i,j] the gradient of weight * nll + trace_weight * tr A; and, where `reported`
-// is not null, reported[i] = -weight * (sum_j A[i,j] p[j]) / D, the gradient of T[i,y]. `log_q` is scratch of C.
+// is not null, reported[i] = -weight * (sum_j A[i,j] p[j]) / D, the gradient of T[i,y]. `scratch` holds 4 C.
 // A label that no class can explain (D = 0): nll = inf, r = p, and its gradients are 0.
+//
+// Every exponential is of a difference of two logits divided by a sum that contains it, never of a difference of logarithms:
+// at a logit scale of 100 the latter costs two digits.
 template <class V>
-COARSE_HD PixelTerms<V> pixel_log_space(int classes, const V* s, V* a, const V* log_t, V weight, V trace_weight, V* p,
-                                        V* r, V* log_q, V* reported) {
+COARSE_HD PixelTerms<V> pixel_log_space(int classes, const V* s, V* a, const V* log_t, V weight, V trace_weight, V* p, V* r,
+                                        V* scratch, V* reported) {
   using R = typename Lanes<V>::Scalar;
   const V zero = broadcast<V>(R(0));
   const V inf = broadcast<V>(std::numeric_limits<R>::infinity());
+  V* const column_top = scratch;             // max_i a[i,j]
+  V* const inv_z = scratch + classes;        // 1 / sum_i exp(a[i,j] - column_top)
+  V* const label_top = scratch + 2 * classes;  // max_i a[i,j] + log T[i,y]
+  V* const inv_q = scratch + 3 * classes;    // 1 / sum_i exp(a[i,j] + log T[i,y] - label_top)
+
   V top = s[0];
   for (int j = 1; j < classes; ++j) top = max_v(s[j], top);
   V sum = zero;
-  for (int j = 0; j < classes; ++j) sum += exp_v(s[j] - top);
-  const V log_sum = top + log_v(sum);
-  for (int j = 0; j < classes; ++j) p[j] = s[j] - log_sum;  // log p for now
-
-  // Column by column: a becomes log A, log_q its label's term.
-  V trace = zero;
   for (int j = 0; j < classes; ++j) {
-    V column_top = a[j], label_top = -inf;
+    p[j] = exp_v(s[j] - top);
+    sum += p[j];
+  }
+  for (int j = 0; j < classes; ++j) p[j] = p[j] / sum;
+
+  // r[j] = log(p[j] q[j]) up to a constant of the pixel, joint_top its maximum
+  V trace = zero, joint_top = -inf;
+  const V log_sum = log_v(sum);
+  for (int j = 0; j < classes; ++j) {
+    V highest = a[j], reachable = -inf;
     for (int i = 0; i < classes; ++i) {
       const V x = a[i * classes + j];
-      column_top = max_v(x, column_top);
-      label_top = max_v(x + log_t[i], label_top);
+      highest = max_v(x, highest);
+      reachable = max_v(x + log_t[i], reachable);
     }
+    const V shift = select(reachable == -inf, zero, reachable);
     V z = zero, q = zero;
-    const V label_shift = select(label_top == -inf, zero, label_top);
     for (int i = 0; i < classes; ++i) {
       const V x = a[i * classes + j];
-      z += exp_v(x - column_top);
-      q += exp_v(x + log_t[i] - label_shift);
+      z += exp_v(x - highest);
+      q += exp_v(x + log_t[i] - shift);
     }
-    const V log_z = column_top + log_v(z);
-    for (int i = 0; i < classes; ++i) a[i * classes + j] = a[i * classes + j] - log_z;
-    log_q[j] = label_shift + log_v(q) - log_z;
-    trace += exp_v(a[j * classes + j]);
+    column_top[j] = highest;
+    label_top[j] = shift;
+    inv_z[j] = R(1) / z;
+    inv_q[j] = select(q == zero, zero, R(1) / q);
+    trace += exp_v(a[j * classes + j] - highest) * inv_z[j];
+    r[j] = (s[j] - top) + (shift - highest) + (log_v(q) - log_v(z));
+    joint_top = max_v(r[j], joint_top);
   }
-  top = -inf;
-  for (int j = 0; j < classes; ++j) {
-    r[j] = p[j] + log_q[j];
-    top = max_v(r[j], top);
-  }
-  // -inf + inf must not become NaN where the label is impossible; a NaN among the logits must stay one.
-  V shifted = select(top == -inf, zero, top);
+  // -inf - -inf must not become NaN where the label is impossible; a NaN among the logits must stay one.
+  const V shift = select(joint_top == -inf, zero, joint_top);
   sum = zero;
-  for (int j = 0; j < classes; ++j) sum += exp_v(r[j] - shifted);
-  const V log_d = shifted + log_v(sum);
-  const V shift = select(log_d == -inf, zero, log_d);
-  const V possible = select(log_d == -inf, zero, broadcast<V>(R(1)));
-  const V live = weight * possible;
-  const V live_trace = trace_weight * possible;
-
   for (int j = 0; j < classes; ++j) {
-    const V log_p = p[j];
-    const V posterior = select(log_d == -inf, exp_v(log_p), exp_v(r[j] - shift));
-    const V ajj = exp_v(a[j * classes + j]);
+    r[j] = exp_v(r[j] - shift);
+    sum += r[j];
+  }
+  const V log_d = shift + log_v(sum) - log_sum;
+  const V possible = select(sum == zero, zero, broadcast<V>(R(1)));
+  const V live = weight * possible, live_trace = trace_weight * possible;
+  const V counts = select(live + live_trace == zero, zero, broadcast<V>(R(1)));
+
+  if (reported != nullptr) {
+    for (int i = 0; i < classes; ++i) reported[i] = zero;
+  }
+  for (int j = 0; j < classes; ++j) {
+    const V posterior = select(sum == zero, p[j], r[j] / sum);
+    const V ajj = exp_v(a[j * classes + j] - column_top[j]) * inv_z[j];
     for (int i = 0; i < classes; ++i) {
-      const V log_a = a[i * classes + j];
-      const V aij = exp_v(log_a);
-      // p T A / D in one exponential: each factor alone may leave the range. It is at most r[j].
-      const V share = exp_v(log_p + log_t[i] + log_a - shift);
-      if (reported != nullptr) reported[i] = (j == 0 ? zero : reported[i]) - live * exp_wide(log_p + log_a - shift);
-      V gradient = live * (posterior * aij - share) - live_trace * ajj * aij;
+      const V x = a[i * classes + j];
+      const V aij = exp_v(x - column_top[j]) * inv_z[j];
+      const V hij = exp_v(x + log_t[i] - label_top[j]) * inv_q[j];
+      if (reported != nullptr) {
+        // p A / D in one exponential: each factor alone may leave the range, and so may the result
+        reported[i] -= select(live == zero, zero, live * exp_wide((s[j] - top - log_sum) + (x - column_top[j]) - log_d) * inv_z[j]);
+      }
+      V gradient = live * (posterior * (aij - hij)) - live_trace * ajj * aij;
       if (i == j) gradient += live_trace * ajj;
-      a[i * classes + j] = select(live + live_trace == zero, zero, gradient);
+      a[i * classes + j] = select(counts == zero, zero, gradient);
     }
-    p[j] = exp_v(log_p);
     r[j] = posterior;
   }
-  return {select(log_d == -inf, inf, -log_d), trace};
+  return {select(sum == zero, inf, -log_d), trace};
 }
 
 }  // namespace

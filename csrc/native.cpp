@@ -105,7 +105,7 @@ py::dict pixel(py::array_t<R, py::array::c_style | py::array::forcecast> seg_log
   }
   py::array_t<R> gradient({c, c}), p(c), r(c), transition_gradient(c);
   std::memcpy(gradient.mutable_data(), cm_logits.data(), sizeof(R) * static_cast<size_t>(c) * c);
-  std::vector<R> log_t(c), scratch(c);
+  std::vector<R> log_t(c), scratch(4 * c);
   for (int i = 0; i < c; ++i) log_t[i] = std::log(reported.at(i));
   const auto terms = coarse::pixel_log_space<R>(c, seg_logits.data(), gradient.mutable_data(), log_t.data(), R(1),
                                                 static_cast<R>(trace_weight), p.mutable_data(), r.mutable_data(),
@@ -132,10 +132,11 @@ double copy_bandwidth(int64_t megabytes, int repeats) {
   };
   const auto src = buffer(), dst = buffer();
   std::vector<double> times;
+  const coarse::Kernels& chosen = kernels();  // may import a module: before the lock is released
   py::gil_scoped_release release;
   for (int k = 0; k <= repeats; ++k) {
     const double start = seconds();
-    kernels().stream_copy(src.get(), dst.get(), n);
+    chosen.stream_copy(src.get(), dst.get(), n);
     if (k > 0) times.push_back(seconds() - start);
   }
   return 2.0 * sizeof(float) * static_cast<double>(n) / median(times);

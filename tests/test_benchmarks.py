@@ -140,7 +140,7 @@ def test_end_to_end(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == report.COLUMNS
     assert [row["contestant"] for row in rows] == ["coarse_kernels:reference", *SMOKE.contestants]
-    may_be_empty = {"schedule", "peak_extra_mb", "peak_over_cm"}
+    may_be_empty = {"schedule", "peak_extra_mb", "peak_over_cm", "peak_over_gradients"}
     for row in rows:
         assert not {key for key, value in row.items() if value == ""} - may_be_empty
         assert float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
@@ -216,3 +216,11 @@ def test_forward_case_computes_no_gradient() -> None:
     loss = run_once(Contestant("ours", ours("reference")), inputs)
     assert not loss.requires_grad
     assert inputs.seg_logits.grad is None
+
+
+def test_a_disturbed_run_is_said() -> None:
+    case = CASES[0]
+    quiet, busy = (_row(case, name, 1.0, 1.0) for name in ("coarse_kernels:cpu", "published"))
+    assert "disturbed" not in report.markdown([case], [quiet, busy], 1.0)
+    busy["cpu_share"] = 0.6
+    assert "1 of 2 rows were disturbed" in report.markdown([case], [quiet, busy], 1.0)

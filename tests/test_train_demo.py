@@ -7,17 +7,18 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from coarse_train.cli import main
-from coarse_train.experiments.demo import SETTINGS, DemoConfig, run_demo
+from coarse_train.experiments.demo import DemoConfig, run_demo
 from coarse_train.experiments.methods import CROSS_ENTROPIES, METHODS
 from coarse_train.experiments.report import verdict
-from coarse_train.experiments.tune import TRIALS, TuneConfig, run_tune, used, write_json
+from coarse_train.experiments.tune import TRIALS, TuneConfig, chosen_settings, run_tune, used, write_json
+from coarse_train.simulate import PRESETS
 
 TINY = DemoConfig(steps=4, batch_size=4, evaluations=2, max_train=24, max_test=12)
 HERE = Path(__file__).resolve().parents[1]
@@ -42,7 +43,7 @@ def test_demo_writes_results_and_figure(tmp_path: Path, task: str, capsys: pytes
         assert (row["cm_error"] is not None) == row["method"].startswith("coarse")
     assert results["seed"] == 0 and results["preset"]["name"] == task and 0 < results["cm_error"] < 1
     assert results["backend"] in ("reference", "cpu")
-    assert set(results["config"]["settings"]) == set(METHODS) and "TRUE MASKS" in results["config"]["selection"]
+    assert set(results["config"]["settings"]) == set(METHODS) and results["config"]["selection"]
     scores = {row["method"]: row["miou"] for row in results["rows"]}
     assert results["lead"] == pytest.approx(scores["coarse_both"] - max(scores[m] for m in CROSS_ENTROPIES), abs=0.01)
     assert _finite(results)
@@ -81,7 +82,7 @@ def test_bad_input_is_one_line_before_anything_is_written(tmp_path: Path, capsys
     for arguments, message in (
         (["--data", str(tmp_path / "nowhere")], "data: expected train-images-idx3-ubyte"),
         (["--data", str(empty)], f"{empty}/train-images-idx3-ubyte: expected an IDX file"),
-        (["--task", "ternary"], "task: expected one of ('multiclass', 'binary'), got 'ternary'"),
+        (["--task", "ternary"], "task: expected one of ('multiclass', 'multiclass-even', 'binary'), got 'ternary'"),
         (["--steps", "0"], "steps: expected a number >= 1, got 0"),
         (["--backend", "quantum"], "backend: expected one that can run here"),
     ):
@@ -136,12 +137,20 @@ def test_tune_writes_every_trial(tmp_path: Path) -> None:
         assert table["chosen"][method]["validation_miou"] == max(scores)
 
 
-@pytest.mark.parametrize("task", ["multiclass", "binary"])
-def test_the_settings_are_the_ones_that_tuning_chose(task: str) -> None:
-    """What the demo uses is what the committed table of trials says."""
-    table = json.loads((HERE / "coarse_train" / "experiments" / f"tuned_{task}.json").read_text())
-    for method, settings in SETTINGS[task].items():
-        chosen = {k: v for k, v in table["chosen"][method].items() if k not in ("method", "validation_miou")}
-        assert used(method, settings) == chosen
-        assert [row["method"] for row in table["trials"]].count(method) == 6
-        assert asdict(settings)["lr"] == chosen["lr"]
+def test_the_demo_uses_what_tuning_chose() -> None:
+    """The committed table has equally many trials for every method, and the demo takes the best of each."""
+    table = json.loads((HERE / "coarse_train" / "experiments" / "tuned_multiclass.json").read_text())
+    settings, selection = chosen_settings("multiclass")
+    assert "TRUE MASKS" in selection
+    counts = {method: [row["method"] for row in table["trials"]].count(method) for method in METHODS}
+    assert len(set(counts.values())) == 1
+    for method in METHODS:
+        top = max((row for row in table["trials"] if row["method"] == method), key=lambda row: row["validation_miou"])
+        assert used(method, settings[method]) == {
+            k: v for k, v in top.items() if k not in ("method", "validation_miou")
+        }
+
+
+@pytest.mark.parametrize("task", list(PRESETS))
+def test_every_task_has_settings_for_every_row(task: str) -> None:
+    assert set(chosen_settings(task)[0]) == set(METHODS)

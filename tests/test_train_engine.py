@@ -22,7 +22,7 @@ from coarse_train.model import CoarseModel, GlobalConfusion, PixelConfusion, UNe
 
 
 def _toy(count: int = 64, swap: float = 0.3, seed: int = 0) -> InMemory:
-    """8x8 images whose brightness is the class (0, 1, 2), constant per image; a drawing swaps 1 -> 2 -> 1 with ``swap``."""
+    """8x8 images whose brightness is the class (0, 1, 2), constant per image; drawings swap 1 and 2 with ``swap``."""
     rng = torch.Generator().manual_seed(seed)
     classes = torch.arange(count) % 3
     image = (classes.float() / 2)[:, None, None, None] + 0.05 * torch.randn(count, 1, 8, 8, generator=rng)
@@ -93,6 +93,15 @@ def test_confusions_start_at_the_given_diagonal(confusion: torch.nn.Module) -> N
     torch.testing.assert_close(confusion_logits(4, 0.7).softmax(0).diagonal(), torch.full((4,), 0.7))
 
 
+def test_a_start_with_missing_objects() -> None:
+    matrix = confusion_logits(5, 0.5, 0.3).softmax(0)
+    torch.testing.assert_close(matrix.sum(0), torch.ones(5))
+    assert matrix[0, 0] == pytest.approx(0.97) and matrix[0, 1] == pytest.approx(0.3)
+    assert matrix[2, 2] == pytest.approx(0.5) and matrix[1, 2] == pytest.approx(0.2 / 3)
+    with pytest.raises(ValueError, match="missing"):
+        confusion_logits(5, 0.5, 0.6)
+
+
 @pytest.mark.parametrize("diagonal", [0.1, 1.0])
 def test_an_impossible_diagonal_is_refused(diagonal: float) -> None:
     with pytest.raises(ValueError, match="diagonal"):
@@ -126,7 +135,7 @@ def test_every_method_lowers_its_loss_on_the_toy() -> None:
 
 def test_the_global_matrix_learns_the_swap() -> None:
     """Known noise: classes 1 and 2 are swapped in 0.3 of the pixels, class 0 never. A constant image of a class tells
-    its whole column, so the matrix must be found to within the sampling error; the negatives say which class is which."""
+    its whole column, so the matrix must be found to within the sampling error; negatives tell the classes apart."""
     data = _toy(96)
     settings = MethodSettings(lr=1e-2, cm_lr=5e-2)
     model = build_model("coarse_both", settings, 3, seed=0)
@@ -181,15 +190,15 @@ def test_no_row_but_supervised_reads_the_masks() -> None:
         assert same == (method != "supervised")
 
 
-def test_exclude_is_complementary_label_learning() -> None:
+def test_uniform_is_complementary_label_learning() -> None:
     data = _toy()
     batch = data.select(range(6))
     logits = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    value = build_loss("ce_negative", MethodSettings(), transition_for("exclude", data, 3))(logits, None, batch)
+    value = build_loss("ce_negative", MethodSettings(), transition_for("uniform", data, 3))(logits, None, batch)
     drawn = batch.negative != IGNORE
     named = torch.where(drawn, batch.negative, 0).long()
     probability = logits.softmax(1).gather(1, named[:, None])[:, 0]
-    torch.testing.assert_close(value, -torch.log(1 - probability)[drawn].mean())
+    torch.testing.assert_close(value, -torch.log((1 - probability) / 2)[drawn].mean())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run() -> None:

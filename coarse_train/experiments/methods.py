@@ -15,8 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import coarse_kernels
 
@@ -32,18 +31,21 @@ CROSS_ENTROPIES = METHODS[:3]
 class MethodSettings:
     """What is tuned. A field that a method does not use is left alone.
 
-    transition: how a negative drawing is explained; "estimated" (from where the two drawings meet), "uniform", or
-        "exclude", which is -log(1 - p[y]): the label says no more than that y is absent.
+    transition: how a negative drawing is explained. "uniform": it says no more than that y is absent; up to a constant
+        this is -log(1 - p[y]). "estimated": from where the two drawings meet. No drawing ever names the background, so
+        an object has fewer labels to share its probability and explains each of them better than the background does:
+        this pulls towards objects, inside the margin too.
     confusion: "global" or "pixel" (`coarse_train.model.CONFUSIONS`).
-    diagonal: initial p(drawn as y | true y).
+    diagonal, missing: the confusion matrix to start from (`coarse_train.model.confusion_logits`).
     """
 
-    lr: float = 4e-3
-    transition: str = "estimated"
+    lr: float = 8e-3
+    transition: str = "uniform"
     negative_weight: float = 1.0
     confusion: str = "global"
     cm_lr: float = 1e-2
     diagonal: float = 0.7
+    missing: float | None = None
     trace_weight: float = 0.0
 
 
@@ -53,7 +55,7 @@ def build_model(method: str, settings: MethodSettings, num_classes: int, seed: i
     segmentation = UNet(1, num_classes)
     if method not in ("coarse_positive", "coarse_both"):
         return CoarseModel(segmentation)
-    return CoarseModel(segmentation, CONFUSIONS[settings.confusion](num_classes, settings.diagonal))
+    return CoarseModel(segmentation, CONFUSIONS[settings.confusion](num_classes, settings.diagonal, settings.missing))
 
 
 def transition_for(kind: str, train_set: InMemory, num_classes: int) -> Tensor:
@@ -65,19 +67,17 @@ def transition_for(kind: str, train_set: InMemory, num_classes: int) -> Tensor:
         return coarse_kernels.estimate_transition(
             drawings.positive, drawings.negative, num_classes, ignore_index=IGNORE
         )
-    if kind == "exclude":
-        return 1 - torch.eye(num_classes)  # sum_j p[j] T[j, y] = 1 - p[y]
-    raise ValueError(f"transition: expected 'uniform', 'estimated' or 'exclude', got {kind!r}")
+    raise ValueError(f"transition: expected 'uniform' or 'estimated', got {kind!r}")
 
 
 def build_loss(method: str, settings: MethodSettings, transition: Tensor, backend: str | None = None) -> LossFunction:
-    """The loss of one row (module docstring). ``backend`` serves the rows with a confusion matrix; None: the library chooses."""
+    """The loss of one row (module docstring). ``backend`` serves the confusion matrices; None: the library chooses."""
 
     def supervised(seg_logits: Tensor, cm_logits: Tensor | None, batch: Sample) -> Tensor:
-        return F.cross_entropy(seg_logits, batch.mask.long(), ignore_index=IGNORE)
+        return nn.functional.cross_entropy(seg_logits, batch.mask.long(), ignore_index=IGNORE)
 
     def ce_positive(seg_logits: Tensor, cm_logits: Tensor | None, batch: Sample) -> Tensor:
-        return F.cross_entropy(seg_logits, batch.positive.long(), ignore_index=IGNORE)
+        return nn.functional.cross_entropy(seg_logits, batch.positive.long(), ignore_index=IGNORE)
 
     def ce_negative(seg_logits: Tensor, cm_logits: Tensor | None, batch: Sample) -> Tensor:
         return coarse_kernels.annotation_nll(seg_logits, None, batch.negative, transition, ignore_index=IGNORE).loss

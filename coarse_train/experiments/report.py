@@ -42,7 +42,7 @@ def print_table(results: dict[str, Any]) -> None:
             f"{error:>10}{row['seconds']:>9.1f}"
         )
     print(
-        f"mIoU in percent on held-out digits with true masks, last step; background counts. Backend of the coarse rows: "
+        f"mIoU in percent on held-out digits with true masks, last step; background counts. Backend of coarse rows: "
         f"{results['backend']}; seed {results['seed']}."
     )
     print(verdict(results))
@@ -54,7 +54,7 @@ def verdict(results: dict[str, Any]) -> str:
     side = "above" if lead >= 0 else "BELOW"
     met = "as expected" if lead >= expected else "NOT as expected"
     return (
-        f"coarse_both is {abs(lead):.1f} points {side} the best cross-entropy ({best}); {met} (at least {expected:g})."
+        f"coarse_both is {abs(lead):.1f} points {side} the best cross-entropy, {best}: {met} (at least {expected:g})."
     )
 
 
@@ -73,7 +73,7 @@ def save_figure(
     panels = _panels(batch, models, transition)
     figure = Figure(figsize=(14, 2.0 * len(batch.image) + 5.2), layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(2.0 * len(batch.image), 5.2))
+    top, bottom = np.asarray(figure.subfigures(2, 1, height_ratios=(2.0 * len(batch.image), 5.2)))
 
     axes = top.subplots(len(batch.image), len(panels), squeeze=False)
     for column, (title, pictures) in enumerate(panels.items()):
@@ -83,16 +83,13 @@ def save_figure(
             axis.imshow(picture, interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
-    handles = [Patch(color=_COLOURS[k], label=name) for k, name in enumerate(names)]
-    handles.append(Patch(facecolor=_BLANK, edgecolor="0.6", label="nothing drawn"))
+    handles = [Patch(color=_COLOURS[k].tolist(), label=name) for k, name in enumerate(names)]
+    handles.append(Patch(facecolor=_BLANK.tolist(), edgecolor="0.6", label="nothing drawn"))
     top.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=12)
 
     left, middle, right = bottom.subplots(1, 3, width_ratios=(1, 1, 1.25))
-    for axis, matrix, title in (
-        (left, estimated, "confusion matrix: estimated"),
-        (middle, true, "confusion matrix: true"),
-    ):
-        _matrix(axis, matrix.numpy(), names, title)
+    _matrix(left, estimated.numpy(), names, "estimated confusion")
+    _matrix(middle, true.numpy(), names, "true confusion")
     _bars(right, rows)
     figure.savefig(path, dpi=110)
 

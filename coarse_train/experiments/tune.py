@@ -2,9 +2,9 @@
 
 Every method, the baselines and the supervised row included, gets the same number of trials (`TRIALS`), trained on the
 training canvases and scored at the last step on the validation canvases, which are made of other training digits. The
-score reads the TRUE MASKS of the validation canvases: selection sees dense labels of that part, as every row's does.
-The test digits are not looked at. The trial with the highest score is the setting in `demo.SETTINGS`; the table of all
-trials is kept in `tuned_<task>.json` beside this file.
+score reads the TRUE MASKS of the validation canvases: selection sees dense labels of that part, for every row.
+The test digits are not looked at. The tables of all trials are ``tuned_<task>.json`` beside this file, and the demo
+takes the best trial of each method from there (`chosen_settings`).
 """
 
 from __future__ import annotations
@@ -23,40 +23,47 @@ from ..engine import TrainConfig, train
 from ..simulate import PRESETS
 from .methods import METHODS, MethodSettings, build_loss, build_model, transition_for
 
-_LR = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
-_TWO_LR = (4e-3, 1.2e-2)
+_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 
 
-def _trials(confusion: str, diagonal: float) -> dict[str, list[MethodSettings]]:
+def _trials(
+    confusion: str, diagonal: float, other_start: tuple[float, float | None]
+) -> dict[str, list[MethodSettings]]:
     base = MethodSettings(confusion=confusion, diagonal=diagonal)
-    rates = [replace(base, lr=lr) for lr in _LR]
+    other = replace(base, diagonal=other_start[0], missing=other_start[1])
+    rates = [replace(base, lr=lr) for lr in _RATES]
     return {
         "ce_positive": rates,
         "ce_negative": [
-            replace(base, lr=lr, transition=kind) for lr in _TWO_LR for kind in ("estimated", "uniform", "exclude")
+            replace(base, lr=lr, transition=kind) for lr in (4e-3, 1.6e-2) for kind in ("estimated", "uniform")
         ],
         "ce_both": [
-            replace(base, lr=lr, transition=kind, negative_weight=weight)
-            for lr in _TWO_LR
-            for kind, weight in (("estimated", 1.0), ("exclude", 1.0), ("estimated", 3.0))
+            replace(base, transition=kind, negative_weight=weight)
+            for kind, weight in (("estimated", 0.3), ("estimated", 0.6), ("estimated", 1.0), ("uniform", 1.0))
         ],
         "coarse_positive": [
-            replace(base, lr=lr, cm_lr=cm_lr, trace_weight=trace)
-            for lr in _TWO_LR
-            for cm_lr, trace in ((1e-2, 0.0), (3e-2, 0.0), (3e-2, 0.02))
+            base,
+            other,
+            replace(other, cm_lr=3e-2),
+            replace(other, trace_weight=0.01),
         ],
         "coarse_both": [
-            replace(base, lr=lr, cm_lr=cm_lr, negative_weight=weight)
-            for lr in _TWO_LR
-            for cm_lr, weight in ((1e-2, 1.0), (3e-2, 1.0), (3e-2, 3.0))
+            base,
+            other,
+            replace(other, transition="estimated", negative_weight=0.3),
+            replace(other, transition="estimated", negative_weight=0.6),
         ],
         "supervised": rates,
     }
 
 
-# Per task: method -> six settings. The annotator's matrix is global where classes are swapped, and per pixel for binary
-# masks, where all there is to learn is the outline.
-TRIALS = {"multiclass": _trials("global", 0.7), "binary": _trials("pixel", 0.8)}
+# Per task: method -> four settings. The annotator's matrix is global where classes are swapped, and per pixel for
+# binary masks, where all there is to learn is the outline.
+TRIALS = {
+    "multiclass": _trials("global", 0.7, (0.5, 0.3)),
+    "multiclass-even": _trials("global", 0.7, (0.5, 0.3)),
+    "binary": _trials("pixel", 0.8, (0.65, None)),
+}
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,25 @@ def run_tune(config: TuneConfig, trials: dict[str, list[MethodSettings]] | None 
     return path
 
 
+def chosen_settings(task: str) -> tuple[dict[str, MethodSettings], str]:
+    """method -> the best of its trials in ``tuned_<task>.json``, and a sentence on how that was chosen; the first of
+    `TRIALS` for a task that has no table."""
+    path = Path(__file__).with_name(f"tuned_{task}.json")
+    if not path.exists():
+        return {
+            method: group[0] for method, group in TRIALS[task].items()
+        }, "not tuned: the first of TRIALS for each row"
+    table = json.loads(path.read_text())
+    settings = {}
+    for method, row in table["chosen"].items():
+        settings[method] = MethodSettings(**{k: v for k, v in row.items() if k not in ("method", "validation_miou")})
+    trials = len(table["trials"]) // len(METHODS)
+    return settings, (
+        f"{trials} trials for each row, the best by mIoU at the last step on {table['validation_canvases']} validation "
+        f"canvases (other training digits) with their TRUE MASKS; test digits were not looked at. Trials: {path.name}"
+    )
+
+
 def best(rows: Sequence[dict[str, object]], method: str) -> dict[str, object]:
     """The trial of ``method`` with the highest score; the first of equals."""
     return max((row for row in rows if row["method"] == method), key=lambda row: float(str(row["validation_miou"])))
@@ -121,7 +147,7 @@ def used(method: str, settings: MethodSettings) -> dict[str, object]:
     if method in ("ce_both", "coarse_both"):
         fields.add("negative_weight")
     if method in ("coarse_positive", "coarse_both"):
-        fields |= {"confusion", "cm_lr", "diagonal", "trace_weight"}
+        fields |= {"confusion", "cm_lr", "diagonal", "missing", "trace_weight"}
     return {name: value for name, value in asdict(settings).items() if name in fields}
 
 

@@ -1,21 +1,29 @@
 // CM logits on the pixel grid: every logit is read once and every gradient written once.
 //
-// A tile of pixels goes through three steps, with the exponentials of its C x C logits kept in cache (E) meanwhile:
+// A tile of pixels goes through three steps, with the exponentials of its C x C logits kept in cache (`field_`) meanwhile:
 //   1. softmax of the class logits; for each column j: load, shift by the column maximum, exponentiate, sum (Z, q)
 //   2. per pixel: D, posterior, loss, and the three coefficients of each column's gradient (coarse_math.h)
-//   3. for each column j: E * coefficients, streamed to memory
-// Step 3 of a tile is run column by column between the step 1 of the next tile: writes then drain while the next column is
-// computed, and a column's slot in E is free just when the next tile needs it. Reading and writing in turn, rather than
-// in separate phases, is worth 1.3x in memory bandwidth alone.
+//   3. for each column j: exponentials * coefficients, streamed to memory
+//
+// Memory is the limit (2 C x C x 4 bytes a pixel), arithmetic comes second (C x C exponentials), so one loop does all of it
+// at once (`pipeline`): for column j it streams out the gradient of the tile before, exponentiates this tile's logits into
+// the slots that become free, and stages the logits of column j + 1. In separate loops reading, computing and writing wait
+// for one another.
 #pragma once
 
 #include "simd.h"
+#ifndef COARSE_AHEAD
+#define COARSE_AHEAD 4
+#endif
+#ifndef COARSE_TILE
+#define COARSE_TILE 256
+#endif
 
 namespace coarse {
 namespace {
 
-constexpr int64_t kTileBytes = 384 * 1024;  // of E: most of a 1 MB second-level cache is left to streams in flight
-constexpr int64_t kMaxTile = 256;           // pixels: a run of 1 KB in each of the C x C planes
+constexpr int64_t kTileBytes = COARSE_TILE * 1536;  // of E: most of a 1 MB second-level cache is left to streams in flight
+constexpr int64_t kMaxTile = COARSE_TILE;           // pixels: a run of 1 KB in each of the C x C planes
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -109,7 +117,7 @@ inline void report_run(const R* transition, int classes, const int32_t* label, i
 template <class R>
 struct LogSpace {
   using V = Vec<R>;
-  V *s, *a, *log_t, *p, *r, *log_q, *reported;
+  V *s, *a, *log_t, *p, *r, *scratch, *reported;
 
   void take(Arena& arena, int64_t classes) {
     s = arena.take<V>(classes);
@@ -117,7 +125,7 @@ struct LogSpace {
     log_t = arena.take<V>(classes);
     p = arena.take<V>(classes);
     r = arena.take<V>(classes);
-    log_q = arena.take<V>(classes);
+    scratch = arena.take<V>(4 * classes);
     reported = arena.take<V>(classes);
   }
 
@@ -126,7 +134,7 @@ struct LogSpace {
       log_t[i] = load(row_of_t + i * stride);
       for (int k = 0; k < kLanes<R>; ++k) log_t[i][k] = std::log(log_t[i][k]);  // T may hold subnormals
     }
-    return pixel_log_space<V>(classes, s, a, log_t, weight, trace_weight, p, r, log_q, want_reported ? reported : nullptr);
+    return pixel_log_space<V>(classes, s, a, log_t, weight, trace_weight, p, r, scratch, want_reported ? reported : nullptr);
   }
 
   // sum += the gradient of T: lane k belongs to column label[k]
@@ -148,7 +156,6 @@ class PixelGrid {
     keep_field_ = want_cm_ || s.transition_gradient != nullptr;
     accumulate_ = s.cm_batch == 1 && s.batch > 1;
     constexpr Storage own = sizeof(R) == 4 ? Storage::f32 : Storage::f64;
-    own_storage_ = s.cm_storage == own;
     own_gradient_ = s.cm_gradient_storage == own;
     field_ = arena_.take<R>(c * t * (keep_field_ ? c : 1));
     for (R*& reported : reported_) reported = arena_.take<R>(c * t);
@@ -160,7 +167,10 @@ class PixelGrid {
     drop_ = arena_.take<R>(c * t);
     diag_ = arena_.take<R>(c * t);
     row_ = arena_.take<R>(t);
-    top_ = arena_.take<V>(t / N);
+    for (int side = 0; side < 2; ++side) {
+      staged_[side] = arena_.take<R>(c * t);
+      top_[side] = arena_.take<V>(t / N);
+    }
     labels_.take(arena_, t);
     slow_.take(arena_, c);
   }
@@ -209,10 +219,12 @@ class PixelGrid {
     }
     report_run(s_.transition, classes(), labels_.label, tile.padded, tile.reported, tile_);
     softmax(tile);
+    const bool whole = tile.n == tile.padded;
+    const bool together = whole && pending.active && !pending.zero && pending.n == tile.n && streams(pending);
     for (int j = 0; j < classes(); ++j) {
-      write_column(j, pending);
-      stage_column(j, tile);
-      exponentiate_column(j, tile);
+      if (!together) write_column(j, pending);
+      if (j == 0 || !whole) stage_column(j, tile);
+      pipeline(j, tile, together ? &pending : nullptr, whole && j + 1 < classes());
     }
     finish(tile, at);
     return tile;
@@ -252,57 +264,74 @@ class PixelGrid {
     return t.image * s_.cm_batch_stride + plane(t, static_cast<int64_t>(i) * classes() + j);
   }
 
-  // E = logits of column j, and their maximum over i.
+  // The logits of column j and their maximum over i, for whatever `pipeline` has not staged.
   void stage_column(int j, const Tile& t) {
-    const int64_t vectors = t.padded / N, full = t.n / N;
-    for (int64_t k = 0; k < vectors; ++k) top_[k] = broadcast<V>(-std::numeric_limits<R>::infinity());
+    R* const staged = staged_[j % 2];
+    V* const top = top_[j % 2];
+    for (int64_t k = 0; k < t.padded; k += N) top[k / N] = broadcast<V>(-std::numeric_limits<R>::infinity());
     for (int i = 0; i < classes(); ++i) {
-      R* e = column(i, j);
-      const int64_t offset = cm_offset(t, i, j);
-      if (own_storage_ && labels_.all_valid) {
-        const R* logits = static_cast<const R*>(s_.cm_logits) + offset;
-        for (int64_t k = 0; k < full; ++k) {
-          const V x = load(logits + k * N);
-          store(e + k * N, x);
-          top_[k] = max_v(x, top_[k]);
-        }
-        if (full < vectors) {
-          for (int64_t k = full * N; k < t.padded; ++k) e[k] = k < t.n ? logits[k] : R(0);
-          top_[full] = max_v(load(e + full * N), top_[full]);
-        }
-        continue;
-      }
-      load_run(s_.cm_logits, s_.cm_storage, offset, t.n, e);
-      for (int64_t k = t.n; k < t.padded; ++k) e[k] = R(0);
-      if (!labels_.all_valid) mask(e, t);
-      for (int64_t k = 0; k < vectors; ++k) top_[k] = max_v(load(e + k * N), top_[k]);
+      R* run = staged + i * tile_;
+      load_run(s_.cm_logits, s_.cm_storage, cm_offset(t, i, j), t.n, run);
+      for (int64_t k = t.n; k < t.padded; ++k) run[k] = R(0);
+      if (!labels_.all_valid) mask(run, t);
+      for (int64_t k = 0; k < t.padded; k += N) top[k / N] = max_v(load(run + k), top[k / N]);
     }
   }
 
-  // E = exp(logits - maximum), and the sums over i. Meanwhile the next column's logits are on their way.
-  void exponentiate_column(int j, const Tile& t) {
+  // Column j of tile t: exponentials of the staged logits, and their sums over i. With `pending`, the gradient of that tile
+  // leaves the slots first; with `stage_next`, the logits of column j + 1 come in. Plane by plane, in runs of a tile.
+  void pipeline(int j, const Tile& t, const Tile* pending, bool stage_next) {
+    constexpr int kAhead = COARSE_AHEAD;  // planes between the prefetch and the load
     const int c = classes();
-    const int64_t element = s_.cm_storage == Storage::f64 ? 8 : s_.cm_storage == Storage::f32 ? 4 : 2;
-    const bool last = j + 1 == c;
-    // After the last column the next tile's first: the same planes, further on (past the end at worst: a prefetch may).
-    const char* ahead = static_cast<const char*>(s_.cm_logits) + element * (cm_offset(t, 0, last ? 0 : j + 1) + (last ? tile_ : 0));
-    const int64_t plane_bytes = element * c * s_.pixels();
+    const V zero = broadcast<V>(R(0)), lowest = broadcast<V>(-std::numeric_limits<R>::infinity());
+    V* const top = top_[j % 2];
+    V* const next_top = top_[(j + 1) % 2];
+    R* const z = inv_z_ + j * tile_;
+    R* const q = q_ + j * tile_;
     for (int64_t k = 0; k < t.padded; k += N) {
-      const V top = top_[k / N];
-      V z = broadcast<V>(R(0)), q = broadcast<V>(R(0));
-      for (int i = 0; i < c; ++i) {
-        __builtin_prefetch(ahead + i * plane_bytes + k * element, 0, 2);
-        R* slot = column(i, j) + k;
-        const V e = exp_v(load(slot) - top);
-        store(slot, e);
-        z += e;
-        q += e * load(t.reported + i * tile_ + k);
+      store(z + k, zero);
+      store(q + k, zero);
+      next_top[k / N] = lowest;
+    }
+    const bool masked = !labels_.all_valid;
+    const int64_t tile = tile_, n = t.padded, c_planes = static_cast<int64_t>(c) * s_.pixels();
+    const Storage storage = s_.cm_storage;
+    for (int i = 0; i < c; ++i) {
+      if (stage_next) {
+        R* const next = staged_[(j + 1) % 2] + i * tile;
+        const int64_t from = cm_offset(t, i, j + 1);
+        if (storage == Storage::f32 && sizeof(R) == 4 && !masked) {
+          const R* const logits = static_cast<const R*>(s_.cm_logits) + from;
+          const R* const ahead = logits + kAhead * c_planes;
+          for (int64_t k = 0; k < n; k += N) {
+            __builtin_prefetch(ahead + k, 0, 3);
+            const V x = load(logits + k);
+            store(next + k, x);
+            next_top[k / N] = max_v(x, next_top[k / N]);
+          }
+        } else {
+          load_run(s_.cm_logits, storage, from, n, next);
+          if (masked) mask(next, t);
+          for (int64_t k = 0; k < n; k += N) next_top[k / N] = max_v(load(next + k), next_top[k / N]);
+        }
       }
-      const V inv_z = R(1) / z;
-      const int64_t at = j * tile_ + k;
-      store(inv_z_ + at, inv_z);
-      store(q_ + at, q * inv_z);
-      store(ajj_ + at, load(column(j, j) + k) * inv_z);
+      if (pending != nullptr) stream_gradient(i, j, *pending, 0, n);
+      R* const slot = column(i, j);
+      const R* const staged = staged_[j % 2] + i * tile;
+      const R* const reported = t.reported + i * tile;
+      for (int64_t k = 0; k < n; k += N) {
+        const V e = exp_v(load(staged + k) - top[k / N]);
+        store(slot + k, e);
+        store(z + k, load(z + k) + e);
+        store(q + k, load(q + k) + e * load(reported + k));
+      }
+    }
+    const R* const diagonal = column(j, j);
+    for (int64_t k = 0; k < t.padded; k += N) {
+      const V inv_z = R(1) / load(z + k);
+      store(z + k, inv_z);
+      store(q + k, load(q + k) * inv_z);
+      store(ajj_ + j * tile_ + k, load(diagonal + k) * inv_z);
     }
   }
 
@@ -418,33 +447,64 @@ class PixelGrid {
     }
   }
 
-  // Step 3 for one column.
+  // e (keep - T drop) [+ diag], see coarse_math.h; with everything it reads in local variables.
+  struct Entry {
+    const R *e, *keep, *drop, *reported, *diag;
+    COARSE_HD V at(int64_t k) const {
+      const V g = load(e + k) * (load(keep + k) - load(reported + k) * load(drop + k));
+      return diag == nullptr ? g : g + load(diag + k);
+    }
+  };
+  Entry entry(int i, int j, const Tile& t) const {
+    const int64_t at = j * tile_;
+    return {column(i, j), keep_ + at, drop_ + at, t.reported + i * tile_, i == j ? diag_ + at : nullptr};
+  }
+
+  int64_t gradient_offset(int i, int j, const Tile& t) const {
+    return plane(t, (static_cast<int64_t>(accumulate_ ? 0 : t.image) * classes() + i) * classes() + j);
+  }
+
+  // Whether `stream_gradient` serves this tile: the storage is the compute type's own, in whole vectors.
+  bool streams(const Tile& t) const { return want_cm_ && own_gradient_ && !accumulate_ && t.n == t.padded; }
+
+  // Gradient of entry (i, j) for pixels [k, k + n) of the tile, whole lines past the caches. Where the image's size is odd
+  // the planes begin anywhere in a line: vectors are then taken `head` pixels later, to end on lines, and the few pixels
+  // before the first and after the last are stored as usual.
+  COARSE_HD void stream_gradient(int i, int j, const Tile& t, int64_t k, int64_t n) {
+    R* const out = static_cast<R*>(s_.cm_gradient) + gradient_offset(i, j, t);
+    const Entry gradient = entry(i, j, t);
+    const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % sizeof(V) / sizeof(R));
+    if (past == 0) {
+      for (int64_t u = k; u < k + n; u += N) stream(out + u, gradient.at(u));
+      return;
+    }
+    const int64_t head = N - past;
+    if (k == 0) store_part(out, gradient.at(0), head);
+    for (int64_t u = k + head; u < k + n + head && u + N <= t.n; u += N) stream(out + u, gradient.at(u));
+    if (k + n == t.n) {
+      const V last = gradient.at(t.n - N);
+      R run[N];
+      store(run, last);
+      memcpy(out + t.n - past, run + N - past, sizeof(R) * static_cast<size_t>(past));
+    }
+  }
+
+  static void store_part(R* out, V v, int64_t n) {
+    R run[N];
+    store(run, v);
+    memcpy(out, run, sizeof(R) * static_cast<size_t>(n));
+  }
+
+  // Step 3 for one column, where it does not go along with the next tile.
   void write_column(int j, const Tile& t) {
     if (!t.active || !want_cm_ || (t.zero && accumulate_)) return;
-    const int c = classes();
-    const R *keep = keep_ + j * tile_, *drop = drop_ + j * tile_, *diag = diag_ + j * tile_;
-    const V zero = broadcast<V>(R(0));
-    for (int i = 0; i < c; ++i) {
-      const R *e = column(i, j), *reported = t.reported + i * tile_;
-      const auto gradient = [&](int64_t k) {
-        if (t.zero) return zero;
-        V g = load(e + k) * (load(keep + k) - load(reported + k) * load(drop + k));
-        if (i == j) g += load(diag + k);
-        return g;
-      };
-      const int64_t image = accumulate_ ? 0 : t.image;
-      const int64_t offset = plane(t, (image * c + i) * c + j);
-      if (own_gradient_ && !accumulate_ && t.n == t.padded) {
-        R* out = static_cast<R*>(s_.cm_gradient) + offset;
-        // Streaming stores need whole aligned vectors; an odd image width gets plain ones.
-        if (reinterpret_cast<uintptr_t>(out) % sizeof(V) == 0) {
-          for (int64_t k = 0; k < t.n; k += N) stream(out + k, gradient(k));
-        } else {
-          for (int64_t k = 0; k < t.n; k += N) store(out + k, gradient(k));
-        }
+    for (int i = 0; i < classes(); ++i) {
+      if (!t.zero && streams(t)) {
+        stream_gradient(i, j, t, 0, t.n);
         continue;
       }
-      for (int64_t k = 0; k < t.padded; k += N) store(row_ + k, gradient(k));
+      for (int64_t k = 0; k < t.padded; k += N) store(row_ + k, t.zero ? broadcast<V>(R(0)) : entry(i, j, t).at(k));
+      const int64_t offset = gradient_offset(i, j, t);
       if (accumulate_) {
         R* out = static_cast<R*>(s_.cm_gradient) + offset;
         for (int64_t k = 0; k < t.n; ++k) out[k] += row_[k];
@@ -457,9 +517,9 @@ class PixelGrid {
   const Stream<R>& s_;
   Arena arena_;
   int64_t tile_, task_ = 0;
-  bool want_cm_, keep_field_, accumulate_, own_storage_, own_gradient_;
-  R *field_, *reported_[2], *p_, *q_, *inv_z_, *ajj_, *keep_, *drop_, *diag_, *row_;
-  V* top_;
+  bool want_cm_, keep_field_, accumulate_, own_gradient_;
+  R *field_, *reported_[2], *p_, *q_, *inv_z_, *ajj_, *keep_, *drop_, *diag_, *row_, *staged_[2];
+  V* top_[2];  // per vector of pixels: the column's maximum
   LabelRun<R> labels_;
   LogSpace<R> slow_;
 };

@@ -47,16 +47,15 @@ using Vec = typename VecOf<R>::type;
 template <class R>
 constexpr int kLanes = COARSE_SIMD_BYTES / static_cast<int>(sizeof(R));
 
-template <class R>
-COARSE_HD Vec<R> load(const R* p) {
-  Vec<R> v;
-  memcpy(&v, p, sizeof(v));
-  return v;
-}
-template <class R>
-COARSE_HD void store(R* p, Vec<R> v) {
-  memcpy(p, &v, sizeof(v));
-}
+// Unaligned. Through a vector type rather than memcpy, whose stores might change anything, members of `this` included, and
+// have them reloaded in every iteration.
+typedef VecF UnalignedF __attribute__((aligned(sizeof(float))));
+typedef VecD UnalignedD __attribute__((aligned(sizeof(double))));
+
+COARSE_HD VecF load(const float* p) { return *reinterpret_cast<const UnalignedF*>(p); }
+COARSE_HD VecD load(const double* p) { return *reinterpret_cast<const UnalignedD*>(p); }
+COARSE_HD void store(float* p, VecF v) { *reinterpret_cast<UnalignedF*>(p) = v; }
+COARSE_HD void store(double* p, VecD v) { *reinterpret_cast<UnalignedD*>(p) = v; }
 
 // Past the caches, for whole lines that nobody reads soon. `p` aligned to the vector.
 template <class R>
@@ -206,6 +205,26 @@ inline void store_run(void* dst, Storage storage, int64_t offset, int64_t n, con
       for (; k < n; ++k) p[k] = float_to_half(static_cast<float>(src[k]));
       break;
     }
+  }
+}
+
+// One vector from a storage type.
+template <class R>
+COARSE_HD Vec<R> load_as(const void* src, Storage storage, int64_t offset) {
+  if constexpr (sizeof(R) == 8) {
+    return load(static_cast<const double*>(src) + offset);
+  } else {
+    if (storage == Storage::f32) return load(static_cast<const float*>(src) + offset);
+    const uint16_t* p = static_cast<const uint16_t*>(src) + offset;
+    if (storage == Storage::bf16) {
+      typedef uint16_t VecU16 __attribute__((vector_size(COARSE_SIMD_BYTES / 2)));
+      VecU16 x;
+      memcpy(&x, p, sizeof(x));
+      return bit_cast<VecF>(__builtin_convertvector(x, VecU32) << 16);
+    }
+    float run[kLanes<R>];
+    load_run(p, storage, 0, kLanes<R>, run);
+    return load(run);
   }
 }
 
