@@ -2,11 +2,10 @@
 
     python -m coarse_train demo                      four digit classes; about three minutes on two cores
     python -m coarse_train demo --task binary        the paper's binary masks
-    python -m coarse_train demo --task multiclass-even    the same error for every digit: here the method does not pay
     python -m coarse_train demo --data DIR           the full IDX files instead of the sample in the package
 
-Two digits stand on a 48x48 canvas. Their positive drawings are distorted, some are missing, and three in ten carry
-another class's name; their negative drawings ("this region is not a 7") are honest but weak (`coarse_train.simulate`).
+Two digits stand on a 48x48 canvas. Their positive drawings are mostly incomplete, and three in ten carry another
+class's name; their negative drawings ("this region is not a 7") are honest but weak (`coarse_train.simulate`).
 All six rows share network, steps, batches, optimizer and schedule. Scores are mIoU in percent, background included, of
 held-out test digits with true masks; the last step counts, and nothing is chosen by a test score (settings: `tune.py`).
 
@@ -52,8 +51,7 @@ class DemoConfig:
     """Train the six rows, print the table, write results.json and figure.png."""
 
     task: str = "multiclass"
-    """multiclass (background + 4 digit classes), multiclass-even (the same error for every digit) or binary
-    (background + digit)."""
+    """multiclass (background + 4 digit classes) or binary (background + digit)."""
     data: Path | None = None
     """Folder with the four IDX files of MNIST; without it the sample in the package."""
     seed: int = 0

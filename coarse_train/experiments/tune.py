@@ -45,13 +45,13 @@ def _trials(
             base,
             other,
             replace(other, cm_lr=3e-2),
-            replace(other, trace_weight=0.01),
+            replace(base, trace_weight=0.005),
         ],
         "coarse_both": [
             base,
+            replace(base, trace_weight=0.005),
             other,
             replace(other, transition="estimated", negative_weight=0.3),
-            replace(other, transition="estimated", negative_weight=0.6),
         ],
         "supervised": rates,
     }
@@ -61,7 +61,6 @@ def _trials(
 # binary masks, where all there is to learn is the outline.
 TRIALS = {
     "multiclass": _trials("global", 0.7, (0.5, 0.3)),
-    "multiclass-even": _trials("global", 0.7, (0.5, 0.3)),
     "binary": _trials("pixel", 0.8, (0.65, None)),
 }
 
@@ -86,6 +85,8 @@ def run_tune(config: TuneConfig, trials: dict[str, list[MethodSettings]] | None 
     """Run all trials, print them, and return the path of the table (JSON), which is rewritten after every trial."""
     if config.task not in TRIALS:
         raise ValueError(f"task: expected one of {tuple(TRIALS)}, got {config.task!r}")
+    if unknown := set(config.methods) - set(METHODS):
+        raise ValueError(f"methods: expected some of {METHODS}, got {sorted(unknown)}")
     config.out.mkdir(parents=True, exist_ok=True)
     if config.threads is not None:
         torch.set_num_threads(config.threads)

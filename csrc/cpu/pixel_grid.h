@@ -12,26 +12,23 @@
 #pragma once
 
 #include "simd.h"
-#ifndef COARSE_AHEAD
-#define COARSE_AHEAD 4
-#endif
-#ifndef COARSE_TILE
-#define COARSE_TILE 256
-#endif
 
 namespace coarse {
 namespace {
 
-constexpr int64_t kTileBytes = COARSE_TILE * 1536;  // of E: most of a 1 MB second-level cache is left to streams in flight
-constexpr int64_t kMaxTile = COARSE_TILE;           // pixels: a run of 1 KB in each of the C x C planes
+constexpr int64_t kTileBytes = 384 * 1024;  // of E: most of a 1 MB second-level cache is left to streams in flight
+constexpr int64_t kMaxTile = 256;           // pixels: a run of 1 KB in each of the C x C planes
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
+constexpr int kUnroll = 2;  // vectors of a plane that are worked on together
+
 template <class R>
 inline int64_t tile_pixels(int classes) {
+  constexpr int64_t kStep = kUnroll * kLanes<R>;
   const int64_t fit = kTileBytes / (static_cast<int64_t>(classes) * classes * static_cast<int64_t>(sizeof(R)));
-  const int64_t tile = fit < kMaxTile ? fit / kLanes<R> * kLanes<R> : kMaxTile;
-  return tile < kLanes<R> ? kLanes<R> : tile;
+  const int64_t tile = fit < kMaxTile ? fit / kStep * kStep : kMaxTile;
+  return tile < kStep ? kStep : tile;
 }
 
 // Hands out aligned pieces of the workspace; with a null base it only counts.
@@ -129,10 +126,13 @@ struct LogSpace {
     reported = arena.take<V>(classes);
   }
 
-  inline PixelTerms<V> run(int classes, const R* row_of_t, int64_t stride, V weight, V trace_weight, bool want_reported) {
+  inline PixelTerms<V> run(int classes, const R* transition, const int32_t* label, V weight, V trace_weight,
+                           bool want_reported) {
     for (int i = 0; i < classes; ++i) {
-      log_t[i] = load(row_of_t + i * stride);
-      for (int k = 0; k < kLanes<R>; ++k) log_t[i][k] = std::log(log_t[i][k]);  // T may hold subnormals
+      for (int k = 0; k < kLanes<R>; ++k) {
+        const R t = transition != nullptr ? transition[i * classes + label[k]] : label[k] == i ? R(1) : R(0);
+        log_t[i][k] = std::log(t);  // of the C library: T may hold subnormals
+      }
     }
     return pixel_log_space<V>(classes, s, a, log_t, weight, trace_weight, p, r, scratch, want_reported ? reported : nullptr);
   }
@@ -156,9 +156,11 @@ class PixelGrid {
     keep_field_ = want_cm_ || s.transition_gradient != nullptr;
     accumulate_ = s.cm_batch == 1 && s.batch > 1;
     constexpr Storage own = sizeof(R) == 4 ? Storage::f32 : Storage::f64;
+    own_storage_ = s.cm_storage == own;
     own_gradient_ = s.cm_gradient_storage == own;
+    aligned_planes_ = reinterpret_cast<uintptr_t>(s.cm_gradient) % sizeof(V) == 0 && s.pixels() % N == 0;
     field_ = arena_.take<R>(c * t * (keep_field_ ? c : 1));
-    for (R*& reported : reported_) reported = arena_.take<R>(c * t);
+    for (R*& reported : reported_) reported = arena_.take<R>(t * (one_hot() ? 1 : c));
     p_ = arena_.take<R>(c * t);
     q_ = arena_.take<R>(c * t);
     inv_z_ = arena_.take<R>(c * t);
@@ -167,10 +169,8 @@ class PixelGrid {
     drop_ = arena_.take<R>(c * t);
     diag_ = arena_.take<R>(c * t);
     row_ = arena_.take<R>(t);
-    for (int side = 0; side < 2; ++side) {
-      staged_[side] = arena_.take<R>(c * t);
-      top_[side] = arena_.take<V>(t / N);
-    }
+    staged_ = arena_.take<R>(c * t);
+    top_ = arena_.take<V>(t / N);
     labels_.take(arena_, t);
     slow_.take(arena_, c);
   }
@@ -185,7 +185,7 @@ class PixelGrid {
       const int64_t n = end - x < tile_ ? end - x : tile_;
       const int64_t b0 = accumulate_ ? 0 : b, b1 = accumulate_ ? s_.batch : b + 1;
       for (int64_t image = b0; image < b1; ++image) {
-        const Tile tile{true, false, image, x, n, round_up(n, N), reported_[which]};
+        const Tile tile{true, false, image, x, n, round_up(n, kUnroll * N), reported_[which]};
         pending = step(tile, pending);
         which ^= 1;
       }
@@ -198,10 +198,11 @@ class PixelGrid {
   struct Tile {
     bool active, zero;
     int64_t image, x, n, padded;
-    R* reported;
+    R* reported;  // (C, tile) T[i, y]; of positive drawings (tile) the labels themselves, as numbers
   };
 
   int classes() const { return kClasses > 0 ? kClasses : s_.classes; }
+  bool one_hot() const { return s_.transition == nullptr; }
   R* column(int i, int j) const { return field_ + (keep_field_ ? static_cast<int64_t>(i) * classes() + j : i) * tile_; }
   int64_t plane(const Tile& t, int64_t index) const { return index * s_.pixels() + t.x; }
 
@@ -217,14 +218,19 @@ class PixelGrid {
       zero_outputs(tile, at);
       return tile;
     }
-    report_run(s_.transition, classes(), labels_.label, tile.padded, tile.reported, tile_);
+    if (one_hot()) {
+      for (int64_t k = 0; k < tile.padded; ++k) tile.reported[k] = static_cast<R>(labels_.label[k]);
+    } else {
+      report_run(s_.transition, classes(), labels_.label, tile.padded, tile.reported, tile_);
+    }
     softmax(tile);
     const bool whole = tile.n == tile.padded;
-    const bool together = whole && pending.active && !pending.zero && pending.n == tile.n && streams(pending);
+    const bool together = whole && pending.active && !pending.zero && pending.n == tile.n && streams(pending) && aligned_planes_;
     for (int j = 0; j < classes(); ++j) {
       if (!together) write_column(j, pending);
-      if (j == 0 || !whole) stage_column(j, tile);
-      pipeline(j, tile, together ? &pending : nullptr, whole && j + 1 < classes());
+      stage_column(j, tile);
+      const Tile* leaving = together ? &pending : nullptr;
+      one_hot() ? pipeline<true>(j, tile, leaving) : pipeline<false>(j, tile, leaving);
     }
     finish(tile, at);
     return tile;
@@ -264,74 +270,109 @@ class PixelGrid {
     return t.image * s_.cm_batch_stride + plane(t, static_cast<int64_t>(i) * classes() + j);
   }
 
-  // The logits of column j and their maximum over i, for whatever `pipeline` has not staged.
+  // The logits of column j, and their maximum over i.
   void stage_column(int j, const Tile& t) {
-    R* const staged = staged_[j % 2];
-    V* const top = top_[j % 2];
+    R* const staged = staged_;
+    V* const top = top_;
+    const bool direct = own_storage_ && t.n == t.padded && labels_.all_valid;
     for (int64_t k = 0; k < t.padded; k += N) top[k / N] = broadcast<V>(-std::numeric_limits<R>::infinity());
     for (int i = 0; i < classes(); ++i) {
-      R* run = staged + i * tile_;
-      load_run(s_.cm_logits, s_.cm_storage, cm_offset(t, i, j), t.n, run);
+      R* const run = staged + i * tile_;
+      const int64_t offset = cm_offset(t, i, j);
+      if (direct) {
+        const R* const logits = static_cast<const R*>(s_.cm_logits) + offset;
+        for (int64_t k = 0, n = t.n; k < n; k += N) {
+          const V x = load(logits + k);
+          store(run + k, x);
+          top[k / N] = max_v(x, top[k / N]);
+        }
+        continue;
+      }
+      load_run(s_.cm_logits, s_.cm_storage, offset, t.n, run);
       for (int64_t k = t.n; k < t.padded; ++k) run[k] = R(0);
       if (!labels_.all_valid) mask(run, t);
       for (int64_t k = 0; k < t.padded; k += N) top[k / N] = max_v(load(run + k), top[k / N]);
     }
   }
 
-  // Column j of tile t: exponentials of the staged logits, and their sums over i. With `pending`, the gradient of that tile
-  // leaves the slots first; with `stage_next`, the logits of column j + 1 come in. Plane by plane, in runs of a tile.
-  void pipeline(int j, const Tile& t, const Tile* pending, bool stage_next) {
-    constexpr int kAhead = COARSE_AHEAD;  // planes between the prefetch and the load
+  // Column j of tile t: exponentials of the staged logits, and their sums over i; with `pending`, the gradient of that tile
+  // leaves the slots first. kOneHot: T is the identity, so T[i, y] is a comparison. A few vectors of a plane at a time, so that
+  // all sums and coefficients stay in registers. Meanwhile the next column is fetched, in runs of a tile: DRAM serves
+  // whole kilobytes of a plane twice as fast as lines of one plane after the other.
+  template <bool kOneHot>
+  void pipeline(int j, const Tile& t, const Tile* pending) {
     const int c = classes();
-    const V zero = broadcast<V>(R(0)), lowest = broadcast<V>(-std::numeric_limits<R>::infinity());
-    V* const top = top_[j % 2];
-    V* const next_top = top_[(j + 1) % 2];
-    R* const z = inv_z_ + j * tile_;
-    R* const q = q_ + j * tile_;
-    for (int64_t k = 0; k < t.padded; k += N) {
-      store(z + k, zero);
-      store(q + k, zero);
-      next_top[k / N] = lowest;
-    }
-    const bool masked = !labels_.all_valid;
-    const int64_t tile = tile_, n = t.padded, c_planes = static_cast<int64_t>(c) * s_.pixels();
-    const Storage storage = s_.cm_storage;
-    for (int i = 0; i < c; ++i) {
-      if (stage_next) {
-        R* const next = staged_[(j + 1) % 2] + i * tile;
-        const int64_t from = cm_offset(t, i, j + 1);
-        if (storage == Storage::f32 && sizeof(R) == 4 && !masked) {
-          const R* const logits = static_cast<const R*>(s_.cm_logits) + from;
-          const R* const ahead = logits + kAhead * c_planes;
-          for (int64_t k = 0; k < n; k += N) {
-            __builtin_prefetch(ahead + k, 0, 3);
-            const V x = load(logits + k);
-            store(next + k, x);
-            next_top[k / N] = max_v(x, next_top[k / N]);
+    const int64_t tile = tile_, slot_stride = (keep_field_ ? c : 1) * tile_, plane_stride = c * s_.pixels();
+    const R* const staged = staged_;
+    const V *const top = top_, zero = broadcast<V>(R(0));
+    R* const slots = column(0, j);
+    const int64_t column_at = j * tile;
+    const bool emit = pending != nullptr;
+    R* const out = emit ? static_cast<R*>(s_.cm_gradient) + gradient_offset(0, j, *pending) : nullptr;
+    const R* const leaving_reported = emit ? pending->reported : nullptr;
+
+    // The next column's lines, in order. After the last column: the first of the next tile (a prefetch may miss the end).
+    const int64_t element = s_.cm_storage == Storage::f64 ? 8 : s_.cm_storage == Storage::f32 ? 4 : 2;
+    const bool last = j + 1 == c;
+    const char* line =
+        static_cast<const char*>(s_.cm_logits) + element * (cm_offset(t, 0, last ? 0 : j + 1) + (last ? tile : 0));
+    const int64_t run_bytes = element * tile, run_step = element * plane_stride - run_bytes;
+    const int lines = static_cast<int>(kUnroll * N * element / 64);
+    int64_t left = run_bytes;
+
+    for (int64_t k = 0; k < t.padded; k += kUnroll * N) {
+      V z[kUnroll], q[kUnroll], shift[kUnroll], label[kUnroll], keep[kUnroll], drop[kUnroll], leaving_label[kUnroll];
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t at = k + u * N;
+        z[u] = q[u] = zero;
+        shift[u] = top[at / N];
+        label[u] = load(t.reported + at);
+        keep[u] = load(keep_ + column_at + at);
+        drop[u] = load(drop_ + column_at + at);
+        leaving_label[u] = emit ? load(leaving_reported + at) : zero;
+      }
+      for (int i = 0; i < c; ++i) {
+        R* const slot = slots + i * slot_stride + k;
+        const V observed = broadcast<V>(static_cast<R>(i));
+        for (int u = 0; u < lines; ++u) __builtin_prefetch(line + 64 * u, 0, 2);
+        line += 64 * lines;
+        left -= 64 * lines;
+        if (left <= 0) {
+          line += run_step;
+          left = run_bytes;
+        }
+        if (emit) {
+          R* const to = out + i * plane_stride + k;
+          for (int u = 0; u < kUnroll; ++u) {
+            V factor;
+            if constexpr (kOneHot) {
+              factor = select(leaving_label[u] == observed, keep[u] - drop[u], keep[u]);
+            } else {
+              factor = keep[u] - load(leaving_reported + i * tile + k + u * N) * drop[u];
+            }
+            V g = load(slot + u * N) * factor;
+            if (i == j) g += load(diag_ + column_at + k + u * N);
+            stream(to + u * N, g);
           }
-        } else {
-          load_run(s_.cm_logits, storage, from, n, next);
-          if (masked) mask(next, t);
-          for (int64_t k = 0; k < n; k += N) next_top[k / N] = max_v(load(next + k), next_top[k / N]);
+        }
+        for (int u = 0; u < kUnroll; ++u) {
+          const V e = exp_v(load(staged + i * tile + k + u * N) - shift[u]);
+          store(slot + u * N, e);
+          z[u] += e;
+          if constexpr (kOneHot) {
+            q[u] += select(label[u] == observed, e, zero);
+          } else {
+            q[u] += e * load(t.reported + i * tile + k + u * N);
+          }
         }
       }
-      if (pending != nullptr) stream_gradient(i, j, *pending, 0, n);
-      R* const slot = column(i, j);
-      const R* const staged = staged_[j % 2] + i * tile;
-      const R* const reported = t.reported + i * tile;
-      for (int64_t k = 0; k < n; k += N) {
-        const V e = exp_v(load(staged + k) - top[k / N]);
-        store(slot + k, e);
-        store(z + k, load(z + k) + e);
-        store(q + k, load(q + k) + e * load(reported + k));
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t at = column_at + k + u * N;
+        const V inv_z = R(1) / z[u];
+        store(inv_z_ + at, inv_z);
+        store(q_ + at, q[u] * inv_z);
+        store(ajj_ + at, load(slots + j * slot_stride + k + u * N) * inv_z);
       }
-    }
-    const R* const diagonal = column(j, j);
-    for (int64_t k = 0; k < t.padded; k += N) {
-      const V inv_z = R(1) / load(z + k);
-      store(z + k, inv_z);
-      store(q + k, load(q + k) * inv_z);
-      store(ajj_ + j * tile_ + k, load(diagonal + k) * inv_z);
     }
   }
 
@@ -400,7 +441,7 @@ class PixelGrid {
       for (int i = 0; i < c; ++i) slow_.a[i * c + j] = fetch(s_.cm_logits, s_.cm_storage, cm_offset(t, i, j), false);
     }
     const bool want_reported = s_.transition_gradient != nullptr;
-    const auto terms = slow_.run(c, t.reported + k, tile_, scaled, scaled_trace, want_reported);
+    const auto terms = slow_.run(c, s_.transition, labels_.label + k, scaled, scaled_trace, want_reported);
     if (want_reported) slow_.add_reported(c, labels_.label + k, s_.transition_gradient + task_ * c * c);
     const V possible = select(terms.nll == std::numeric_limits<R>::infinity(), zero, broadcast<V>(R(1)));
     for (int j = 0; j < c; ++j) {
@@ -450,14 +491,24 @@ class PixelGrid {
   // e (keep - T drop) [+ diag], see coarse_math.h; with everything it reads in local variables.
   struct Entry {
     const R *e, *keep, *drop, *reported, *diag;
+    bool one_hot;
+    R observed;
     COARSE_HD V at(int64_t k) const {
-      const V g = load(e + k) * (load(keep + k) - load(reported + k) * load(drop + k));
+      V t = load(reported + k);
+      if (one_hot) t = select(t == broadcast<V>(observed), broadcast<V>(R(1)), broadcast<V>(R(0)));
+      const V g = load(e + k) * (load(keep + k) - t * load(drop + k));
       return diag == nullptr ? g : g + load(diag + k);
     }
   };
   Entry entry(int i, int j, const Tile& t) const {
     const int64_t at = j * tile_;
-    return {column(i, j), keep_ + at, drop_ + at, t.reported + i * tile_, i == j ? diag_ + at : nullptr};
+    return {column(i, j),
+            keep_ + at,
+            drop_ + at,
+            t.reported + (one_hot() ? 0 : i * tile_),
+            i == j ? diag_ + at : nullptr,
+            one_hot(),
+            static_cast<R>(i)};
   }
 
   int64_t gradient_offset(int i, int j, const Tile& t) const {
@@ -517,9 +568,9 @@ class PixelGrid {
   const Stream<R>& s_;
   Arena arena_;
   int64_t tile_, task_ = 0;
-  bool want_cm_, keep_field_, accumulate_, own_gradient_;
-  R *field_, *reported_[2], *p_, *q_, *inv_z_, *ajj_, *keep_, *drop_, *diag_, *row_, *staged_[2];
-  V* top_[2];  // per vector of pixels: the column's maximum
+  bool want_cm_, keep_field_, accumulate_, own_storage_, own_gradient_, aligned_planes_;
+  R *field_, *reported_[2], *p_, *q_, *inv_z_, *ajj_, *keep_, *drop_, *diag_, *row_, *staged_;
+  V* top_;  // per vector of pixels: the column's maximum
   LabelRun<R> labels_;
   LogSpace<R> slow_;
 };

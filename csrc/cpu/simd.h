@@ -47,6 +47,13 @@ using Vec = typename VecOf<R>::type;
 template <class R>
 constexpr int kLanes = COARSE_SIMD_BYTES / static_cast<int>(sizeof(R));
 
+#if defined(__x86_64__) && COARSE_SIMD_BYTES == 64
+template <>
+struct PowerOfTwo<VecF> {
+  static COARSE_HD VecF scale(VecF y, VecF t, VecF magic) { return _mm512_scalef_ps(y, t - magic); }
+};
+#endif
+
 // Unaligned. Through a vector type rather than memcpy, whose stores might change anything, members of `this` included, and
 // have them reloaded in every iteration.
 typedef VecF UnalignedF __attribute__((aligned(sizeof(float))));
@@ -122,6 +129,19 @@ COARSE_HD uint16_t float_to_bfloat16(float x) {  // to nearest even; NaN stays a
   return static_cast<uint16_t>((u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 0x40 : rounded);
 }
 
+typedef uint16_t VecU16 __attribute__((vector_size(COARSE_SIMD_BYTES / 2)));
+COARSE_HD VecF load_bfloat16(const uint16_t* p) {
+  VecU16 x;
+  memcpy(&x, p, sizeof(x));
+  return bit_cast<VecF>(__builtin_convertvector(x, VecU32) << 16);
+}
+COARSE_HD void store_bfloat16(uint16_t* p, VecF v) {  // as float_to_bfloat16
+  const VecU32 u = bit_cast<VecU32>(v);
+  const VecU32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const VecU16 x = __builtin_convertvector(v == v ? rounded : ((u >> 16) | 0x40), VecU16);
+  memcpy(p, &x, sizeof(x));
+}
+
 COARSE_HD float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, magnitude = h & 0x7fff;
   if (magnitude >= 0x7c00) return bit_cast<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
@@ -155,7 +175,11 @@ inline void load_run(const void* src, Storage storage, int64_t offset, int64_t n
     }
     case Storage::bf16: {
       const uint16_t* p = static_cast<const uint16_t*>(src) + offset;
-      for (int64_t k = 0; k < n; ++k) dst[k] = static_cast<R>(bfloat16_to_float(p[k]));
+      int64_t k = 0;
+      if constexpr (sizeof(R) == 4) {
+        for (; k + kLanes<float> <= n; k += kLanes<float>) store(dst + k, load_bfloat16(p + k));
+      }
+      for (; k < n; ++k) dst[k] = static_cast<R>(bfloat16_to_float(p[k]));
       break;
     }
     case Storage::f16: {
@@ -189,7 +213,11 @@ inline void store_run(void* dst, Storage storage, int64_t offset, int64_t n, con
     }
     case Storage::bf16: {
       uint16_t* p = static_cast<uint16_t*>(dst) + offset;
-      for (int64_t k = 0; k < n; ++k) p[k] = float_to_bfloat16(static_cast<float>(src[k]));
+      int64_t k = 0;
+      if constexpr (sizeof(R) == 4) {
+        for (; k + kLanes<float> <= n; k += kLanes<float>) store_bfloat16(p + k, load(src + k));
+      }
+      for (; k < n; ++k) p[k] = float_to_bfloat16(static_cast<float>(src[k]));
       break;
     }
     case Storage::f16: {
@@ -205,26 +233,6 @@ inline void store_run(void* dst, Storage storage, int64_t offset, int64_t n, con
       for (; k < n; ++k) p[k] = float_to_half(static_cast<float>(src[k]));
       break;
     }
-  }
-}
-
-// One vector from a storage type.
-template <class R>
-COARSE_HD Vec<R> load_as(const void* src, Storage storage, int64_t offset) {
-  if constexpr (sizeof(R) == 8) {
-    return load(static_cast<const double*>(src) + offset);
-  } else {
-    if (storage == Storage::f32) return load(static_cast<const float*>(src) + offset);
-    const uint16_t* p = static_cast<const uint16_t*>(src) + offset;
-    if (storage == Storage::bf16) {
-      typedef uint16_t VecU16 __attribute__((vector_size(COARSE_SIMD_BYTES / 2)));
-      VecU16 x;
-      memcpy(&x, p, sizeof(x));
-      return bit_cast<VecF>(__builtin_convertvector(x, VecU32) << 16);
-    }
-    float run[kLanes<R>];
-    load_run(p, storage, 0, kLanes<R>, run);
-    return load(run);
   }
 }
 

@@ -417,8 +417,7 @@ class StridedGridBand {
       }
       const V scaled = load(labels_.weight + r * N) * s_.gradient_scale, scaled_trace = scaled * s_.trace_weight;
       const bool want_reported = s_.transition_gradient != nullptr;
-      const auto terms = slow_.run(c, reinterpret_cast<const R*>(reported_ + r), static_cast<int64_t>(kMaxRows) * N, scaled,
-                                   scaled_trace, want_reported);
+      const auto terms = slow_.run(c, s_.transition, labels_.label + r * N, scaled, scaled_trace, want_reported);
       if (want_reported) slow_.add_reported(c, labels_.label + r * N, s_.transition_gradient + task_ * c * c);
       add_terms(seg, r, terms.nll, terms.trace);
       for (int j = 0; j < c; ++j) {

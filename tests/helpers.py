@@ -1,0 +1,223 @@
+"""The oracle (reference backend in float64) and how close a backend has to come to it.
+
+Bound per dtype: ours may have 2x (loss) or 3x (gradients) the error of the plain PyTorch formulation in the same dtype,
+plus a floor. Errors are relative: of a loss to max(1, |truth|), of a gradient or a map in the 2-norm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import coarse_kernels as ck
+
+ROOT = Path(__file__).resolve().parents[1]
+FUSED = tuple(name for name in ck.available_backends() if name != "reference")
+SCHEDULES = ("one_pass", "recompute")
+
+# Rounding of the maths (float) and of the stored gradient (bfloat16, float16).
+LOSS_FLOOR = {torch.float32: 5e-7, torch.bfloat16: 5e-7, torch.float16: 5e-7, torch.float64: 1e-14}
+GRADIENT_FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-13}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One stream's arguments; logits and transition are leaves that are cloned for each evaluation."""
+
+    seg: Tensor
+    cm: Tensor | None
+    labels: Tensor
+    transition: Tensor | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    learn_transition: bool = True
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """Logits in ``dtype``; constants follow where that is float64."""
+        constant = torch.float64 if dtype == torch.float64 else torch.float32
+        options = {
+            key: value.to(constant) if isinstance(value, Tensor) and value.is_floating_point() else value
+            for key, value in self.options.items()
+        }
+        return dataclasses.replace(
+            self,
+            seg=self.seg.to(dtype),
+            cm=None if self.cm is None else self.cm.to(dtype),
+            transition=None if self.transition is None else self.transition.to(constant),
+            options=options,
+        )
+
+    def with_options(self, **options: Any) -> Problem:
+        return dataclasses.replace(self, options={**self.options, **options})
+
+
+def leaf(tensor: Tensor | None, wanted: bool = True) -> Tensor | None:
+    """A copy with the same strides that wants a gradient."""
+    if tensor is None:
+        return None
+    return tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_(wanted)
+
+
+@dataclass
+class Result:
+    loss: Tensor
+    nll: Tensor
+    trace: Tensor
+    count: Tensor
+    gradients: dict[str, Tensor]
+
+
+def evaluate(
+    problem: Problem, backend: str, schedule: str = "one_pass", grad_output: Tensor | float | None = None
+) -> Result:
+    """Forward and backward through the public function."""
+    seg, cm = leaf(problem.seg), leaf(problem.cm)
+    transition = leaf(problem.transition, problem.learn_transition)
+    before = [None if t is None else t.detach().clone() for t in (seg, cm, problem.labels, transition)]
+    with ck.use_schedule(schedule):
+        out = ck.annotation_nll(seg, cm, problem.labels, transition, backend=backend, **problem.options)
+        weight = torch.ones_like(out.loss) if grad_output is None else torch.as_tensor(grad_output).to(out.loss.dtype)
+        out.loss.backward(weight.expand_as(out.loss))
+    for was, now in zip(before, (seg, cm, problem.labels, transition), strict=True):
+        if was is not None:
+            assert now is not None
+            assert torch.equal(was.nan_to_num(7.0), now.detach().nan_to_num(7.0)), "an input was written to"
+    gradients = {
+        name: tensor.grad
+        for name, tensor in (("seg", seg), ("cm", cm), ("transition", transition))
+        if tensor is not None and tensor.grad is not None
+    }
+    return Result(out.loss.detach(), out.nll, out.trace, out.count, gradients)
+
+
+def oracle(problem: Problem, grad_output: Tensor | float | None = None) -> Result:
+    return evaluate(problem.to(torch.float64), "reference", grad_output=grad_output)
+
+
+def loss_error(ours: Tensor, truth: Tensor) -> float:
+    """Relative to max(1, |truth|), a map in the 2-norm; what is infinite or NaN has to be so in both."""
+    ours, truth = ours.detach().double(), truth.detach().double()
+    assert ours.shape == truth.shape, (ours.shape, truth.shape)
+    finite = truth.isfinite()
+    if not torch.equal(ours.nan_to_num(1e300, 2e300, 3e300)[~finite], truth.nan_to_num(1e300, 2e300, 3e300)[~finite]):
+        return math.inf
+    ours, truth = ours[finite], truth[finite]
+    error = float((ours - truth).norm()) / max(1.0, float(truth.norm()))
+    return math.inf if math.isnan(error) else error
+
+
+def gradient_error(ours: Tensor, truth: Tensor) -> float:
+    """2-norm of the difference over that of the truth; a truth of zeros has to be met exactly."""
+    ours, truth = ours.detach().double(), truth.detach().double()
+    assert ours.shape == truth.shape, (ours.shape, truth.shape)
+    difference, size = float((ours - truth).norm()), float(truth.norm())
+    if math.isnan(difference):
+        return math.inf
+    if difference == 0:
+        return 0.0
+    return difference / size if size > 0 else math.inf
+
+
+def check(
+    problem: Problem,
+    backend: str,
+    schedule: str = "one_pass",
+    grad_output: Tensor | float | None = None,
+    *,
+    loss_floor: float | None = None,
+    gradient_floor: float | None = None,
+) -> Result:
+    """Hold one evaluation against the oracle, with the error of the plain formulation as the measure."""
+    dtype = problem.seg.dtype
+    loss_floor = LOSS_FLOOR[dtype] if loss_floor is None else loss_floor
+    gradient_floor = GRADIENT_FLOOR[dtype] if gradient_floor is None else gradient_floor
+    truth = oracle(problem, grad_output)
+    plain = evaluate(problem, "reference", grad_output=grad_output)
+    ours = evaluate(problem, backend, schedule, grad_output)
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    for name in ("loss", "nll", "trace", "count"):
+        got, want, usual = (getattr(result, name) for result in (ours, truth, plain))
+        assert got.dtype == expected, f"{name}: {got.dtype}"
+        assert not got.requires_grad
+        bound = 2 * loss_error(usual, want) + loss_floor
+        assert loss_error(got, want) <= bound, f"{name}: {loss_error(got, want):.2e} > {bound:.2e}: {got} for {want}"
+    assert ours.gradients.keys() == truth.gradients.keys()
+    for name, got in ours.gradients.items():
+        leaf_dtype = getattr(problem, name).dtype
+        assert got.dtype == leaf_dtype, f"gradient of {name}: {got.dtype}"
+        floor = 1e-6 if name == "transition" and dtype != torch.float64 else gradient_floor
+        floor = max(floor, gradient_floor) if gradient_floor > GRADIENT_FLOOR[dtype] else floor
+        bound = 3 * gradient_error(plain.gradients[name], truth.gradients[name]) + floor
+        error = gradient_error(got, truth.gradients[name])
+        assert error <= bound, f"gradient of {name}: {error:.2e} > {bound:.2e}"
+    return ours
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_transition(classes: int, gen: torch.Generator) -> Tensor:
+    """Zero diagonal, rows that sum to 1."""
+    matrix = torch.rand(classes, classes, generator=gen) + 0.05
+    matrix.fill_diagonal_(0.0)
+    return matrix / matrix.sum(1, keepdim=True)
+
+
+def make_problem(
+    classes: int,
+    size: tuple[int, ...],
+    grid: tuple[int, ...] | None = None,
+    *,
+    batch: int = 2,
+    cm_batch: int | None = None,
+    seg_grid: tuple[int, ...] | None = None,
+    stream: str = "positive",
+    ignored: str = "some",
+    ignore_index: int = 255,
+    label_dtype: torch.dtype = torch.uint8,
+    scale: float = 3.0,
+    seed: int = 0,
+    learn_transition: bool = True,
+    **options: Any,
+) -> Problem:
+    """Random logits at ``scale``; ``stream`` positive, uniform or random; ``ignored`` none, some, image or all."""
+    gen = generator(seed)
+    seg = scale * torch.randn(batch, classes, *(seg_grid or size), generator=gen)
+    cm = scale * torch.randn(batch if cm_batch is None else cm_batch, classes, classes, *(grid or size), generator=gen)
+    labels = torch.randint(0, classes, (batch, *size), generator=gen)
+    if ignored == "some":
+        # in runs, as drawings are: whole vectors without a label beside others with a few
+        draw = torch.rand(labels.shape, generator=gen)
+        labels[draw < 0.3] = ignore_index
+        labels.view(batch, -1)[:, : labels[0].numel() // 4] = ignore_index
+    elif ignored == "image":
+        labels[0] = ignore_index
+    elif ignored == "all":
+        labels.fill_(ignore_index)
+    transition = None
+    if stream == "uniform":
+        transition = ck.uniform_transition(classes)
+    elif stream == "random":
+        transition = random_transition(classes, gen)
+    return Problem(
+        seg, cm, labels.to(label_dtype), transition, {"ignore_index": ignore_index, **options}, learn_transition
+    )
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``code`` in a fresh interpreter that sees this repository."""
+    import os
+
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )

@@ -1,0 +1,233 @@
+"""Logits that a probability-space kernel loses: large, infinite, NaN, and labels that cannot be."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import coarse_kernels as ck
+from tests.helpers import FUSED, SCHEDULES, Problem, check, evaluate, generator, gradient_error, make_problem, oracle
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+EVERY = pytest.mark.parametrize("backend", ck.available_backends())
+COMPILED = pytest.mark.parametrize("backend", FUSED)
+SCHEDULE = pytest.mark.parametrize("schedule", SCHEDULES)
+GRID = pytest.mark.parametrize(
+    "grid", [None, (4, 7), (2, 3), (1, 1)], ids=["pixel", "strided", "coarse-strided", "one-point"]
+)
+
+
+@COMPILED
+@SCHEDULE
+@GRID
+@pytest.mark.parametrize("stream", ["positive", "uniform", "random"])
+@pytest.mark.parametrize("scale", [10.0, 30.0, 120.0])
+def test_logit_scale(backend: str, schedule: str, grid: tuple[int, int] | None, stream: str, scale: float) -> None:
+    """log(p + 1e-30) loses most of these gradients from scale 30 on, and p without log space is NaN.
+
+    Floors at scale 10 are the usual ones. Above, a float32 logit of size 4 x scale is itself only known to 3e-8 of that,
+    so that an exponential carries scale x 1e-7 of relative error whatever the formulation.
+    """
+    problem = make_problem(5, (16, 28), grid, stream=stream, scale=scale, trace_weight=0.1)
+    floor = 1e-6 if scale <= 10 else scale * 1e-7
+    check(problem, backend, schedule, gradient_floor=floor)
+
+
+@COMPILED
+@pytest.mark.parametrize("classes", [2, 3, 19])
+@pytest.mark.parametrize("stream", ["positive", "random"])
+def test_extreme_logits_on_the_pixel_grid(backend: str, stream: str, classes: int) -> None:
+    """+-1e4 somewhere, -inf elsewhere: finite and equal to the oracle wherever that is finite."""
+    problem = make_problem(classes, (6, 33), stream=stream, trace_weight=0.1, reduction="none")
+    assert problem.cm is not None
+    gen = generator(7)
+    for logits in (problem.seg, problem.cm):
+        draw = torch.rand(logits.shape, generator=gen)
+        logits[draw < 0.05] = 1e4
+        logits[(draw > 0.05) & (draw < 0.1)] = -1e4
+        impossible = (draw > 0.9) & (draw < 0.95)
+        impossible[:, 0] = False  # a column of -inf alone is not a distribution
+        logits[impossible] = -torch.inf
+    out = check(problem, backend)
+    assert not out.loss.isnan().any()
+    for grad in out.gradients.values():
+        assert grad.isfinite().all()
+
+
+@COMPILED
+@GRID
+def test_steep_logits_on_a_grid(backend: str, grid: tuple[int, int] | None) -> None:
+    """Neighbouring grid points 1e4 apart: no geometric sequence spans that. float32 knows such a logit to 1e-3."""
+    problem = make_problem(3, (16, 28), grid, stream="random", trace_weight=0.1, scale=1.0)
+    assert problem.cm is not None
+    signs = torch.randint(-1, 2, problem.cm.shape, generator=generator(3))
+    problem = dataclasses.replace(problem, cm=problem.cm + 1e4 * signs)
+    out = check(problem, backend, loss_floor=1e-5, gradient_floor=1e-3)
+    assert out.loss.isfinite()
+    assert all(grad.isfinite().all() for grad in out.gradients.values())
+
+
+@COMPILED
+@SCHEDULE
+@pytest.mark.parametrize("grid", [None, (2, 4), (1, 1)], ids=["pixel", "strided", "one-point"])
+def test_confident_pixels(backend: str, schedule: str, grid: tuple[int, int] | None) -> None:
+    """A network that is sure, right or wrong, and a field that trusts its labels: evidence from 1 down to e^-200."""
+    gen = generator(2)
+    labels = torch.randint(0, 4, (2, 8, 24), generator=gen)
+    guess = torch.where(torch.rand(2, 8, 24, generator=gen) < 0.5, labels, torch.randint(0, 4, (2, 8, 24), generator=gen))
+    size = torch.tensor([5.0, 30.0, 70.0, 100.0])[torch.randint(0, 4, (2, 1, 8, 24), generator=gen)]
+    seg = torch.nn.functional.one_hot(guess, 4).movedim(-1, 1) * size
+    cm = (100.0 * torch.eye(4))[None, :, :, None, None].repeat(2, 1, 1, *(grid or (8, 24)))
+    cm += torch.randn(cm.shape, generator=gen)
+    problem = Problem(seg, cm, labels.to(torch.uint8), options={"trace_weight": 0.01})
+    check(problem, backend, schedule, gradient_floor=1e-5)  # as at scale 100 above
+
+
+@COMPILED
+def test_evidence_on_both_sides_of_the_switch_to_log_space(backend: str) -> None:
+    """Probabilities are left for log space near 1e-30 (pixel grid) and 1e-12 (strided): the two meet without a step."""
+    evidence = torch.linspace(0.0, -100.0, 4 * 64).reshape(1, 4, 64)
+    for grid in (None, (1, 16), (1, 1)):
+        seg = torch.zeros(1, 3, 4, 64)
+        seg[:, 1] = evidence
+        seg[:, 2] = -120.0
+        cm = torch.full((1, 3, 3, *(grid or (4, 64))), -60.0)
+        for j in range(3):
+            cm[:, j, j] = 60.0
+        labels = torch.ones(1, 4, 64, dtype=torch.uint8)
+        check(Problem(seg, cm, labels, options={"reduction": "none"}), backend, gradient_floor=2e-5)
+
+
+@EVERY
+@SCHEDULE
+@pytest.mark.parametrize("grid", [None, (2, 5), (1, 1)], ids=["pixel", "strided", "one-point"])
+def test_a_label_of_probability_zero_has_infinite_loss_and_zero_gradient(
+    backend: str, schedule: str, grid: tuple[int, int] | None
+) -> None:
+    """Class 2 is never reported: no class can explain that label. Its neighbours in the vector keep their gradient."""
+    transition = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
+    problem = make_problem(3, (4, 20), grid, stream="random", trace_weight=0.1, ignored="none", reduction="none")
+    impossible = problem.labels == 2
+    assert 0 < int(impossible.sum()) < impossible.numel()
+    problem = dataclasses.replace(problem, transition=transition)
+    out = evaluate(problem, backend, schedule)
+    assert (out.loss[impossible] == torch.inf).all()
+    assert out.loss[~impossible].isfinite().all()
+    assert (out.gradients["seg"][impossible.unsqueeze(1).expand_as(problem.seg)] == 0).all()
+    assert all(grad.isfinite().all() for name, grad in out.gradients.items())
+    truth = oracle(problem)
+    for name in ("seg", "cm"):
+        assert gradient_error(out.gradients[name], truth.gradients[name]) < 2e-6
+    summed = evaluate(problem.with_options(reduction="mean"), backend, schedule)
+    assert summed.loss == torch.inf
+    posterior = ck.annotation_posterior(problem.seg, problem.cm, problem.labels, transition, backend=backend)
+    expected = problem.seg.softmax(1)
+    mask = impossible.unsqueeze(1).expand_as(posterior)
+    torch.testing.assert_close(posterior[mask], expected[mask])
+
+
+@EVERY
+@SCHEDULE
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("width", [16, 27, 64])
+def test_nan_logits_of_ignored_pixels_reach_nothing(backend: str, schedule: str, bad: float, width: int) -> None:
+    for stream in ("positive", "random"):
+        problem = make_problem(3, (6, width), stream=stream, trace_weight=0.1)
+        assert problem.cm is not None
+        expected = oracle(problem)
+        ignored = problem.labels == 255
+        seg = problem.seg.masked_fill(ignored.unsqueeze(1), bad)
+        cm = problem.cm.masked_fill(ignored[:, None, None], bad)
+        ours = evaluate(dataclasses.replace(problem, seg=seg, cm=cm), backend, schedule)
+        assert abs(ours.loss.item() - expected.loss.item()) < 1e-6 * abs(expected.loss.item())
+        for name, grad in ours.gradients.items():
+            assert gradient_error(grad, expected.gradients[name]) < 2e-6
+
+
+@EVERY
+@SCHEDULE
+@pytest.mark.parametrize(
+    ("grid", "node", "rows", "columns"),
+    [
+        # the node's reach: everything within one node of it. All of that is ignored.
+        ((4, 6), (1, 2), slice(2, 14), slice(4, 16)),
+        ((4, 24), (1, 5), slice(2, 14), slice(5, 6)),  # equal in x: the columns beside it are others' alone
+        ((16, 6), (4, 2), slice(4, 5), slice(4, 16)),  # equal in y
+        ((4, 6), (3, 5), slice(8, 16), slice(16, 24)),  # the last node, in the corner
+    ],
+    ids=["strided", "equal-in-x", "equal-in-y", "corner"],
+)
+def test_a_nan_grid_point_under_ignored_pixels_reaches_nothing(
+    backend: str, schedule: str, grid: tuple[int, int], node: tuple[int, int], rows: slice, columns: slice
+) -> None:
+    problem = make_problem(2, (16, 24), grid, ignored="none", trace_weight=0.1)
+    assert problem.cm is not None
+    problem.labels[:, rows, columns] = 255
+    expected = oracle(problem)
+    problem.cm[..., node[0], node[1]] = torch.nan
+    ours = evaluate(problem, backend, schedule)
+    assert abs(ours.loss.item() - expected.loss.item()) < 1e-6 * abs(expected.loss.item())
+    for name, grad in ours.gradients.items():
+        assert gradient_error(grad, expected.gradients[name]) < 2e-6
+
+
+@EVERY
+@pytest.mark.parametrize("axis", ["x", "y"])
+def test_minus_infinity_on_a_grid_that_equals_the_image_in_one_axis(backend: str, axis: str) -> None:
+    """Along that axis nothing is interpolated, as in F.interpolate: a structural zero stays at its own pixels."""
+    problem = make_problem(3, (4, 6), (1, 6) if axis == "x" else (4, 1), ignored="none", reduction="none")
+    assert problem.cm is not None
+    problem.cm[:, 0, 1].view(2, -1)[:, 2] = -torch.inf
+    found = evaluate(problem, backend).loss
+    truth = oracle(problem).loss
+    outside = truth.isfinite()
+    assert outside.sum() >= truth.numel() - 2 * 6
+    assert found[outside].isfinite().all()
+    torch.testing.assert_close(found[outside].double(), truth[outside], rtol=1e-5, atol=1e-6)
+
+
+@EVERY
+@GRID
+@pytest.mark.parametrize("where", ["seg", "cm"])
+def test_a_nan_at_a_labelled_pixel_shows_in_the_loss(backend: str, grid: tuple[int, int] | None, where: str) -> None:
+    """A diverged network must not be hidden by the kernel."""
+    for stream in ("positive", "random"):
+        problem = make_problem(3, (16, 28), grid, ignored="none", stream=stream)
+        tensor = getattr(problem, where)
+        tensor.view(2, -1)[1, tensor[1].numel() // 2] = torch.nan
+        assert evaluate(problem, backend).loss.isnan()
+
+
+@COMPILED
+@pytest.mark.parametrize("grid", [None, (2, 4)], ids=["pixel", "strided"])
+def test_large_weights_and_tiny_evidence(backend: str, grid: tuple[int, int] | None) -> None:
+    """A weight of 1e9 over an evidence of 1e-29 is beyond float32 as a quotient, and so is no business of the result."""
+    problem = make_problem(3, (8, 16), grid, ignored="none", scale=1.0, reduction="sum")
+    assert problem.cm is not None
+    seg = torch.zeros_like(problem.seg)
+    seg[:, 0] = 33.0
+    cm = torch.zeros_like(problem.cm)
+    cm[:, 0, 0] = 34.0
+    cm[:, 1, 1] = cm[:, 2, 2] = 34.0
+    problem = dataclasses.replace(problem, seg=seg, cm=cm, labels=torch.full_like(problem.labels, 1))
+    check(problem.with_options(pixel_weight=torch.full((2, 8, 16), 1e9)), backend, gradient_floor=1e-5)
+
+
+@COMPILED
+def test_float16_gradients_need_loss_scaling(backend: str) -> None:
+    """As documented: the mean over many pixels falls below 6e-8; scaled, it is there."""
+    problem = make_problem(2, (128, 128), batch=1, ignored="none", scale=0.1).to(torch.float16)
+    scaled = evaluate(problem, backend, grad_output=2.0**14)
+    truth = oracle(problem, 2.0**14)
+    assert gradient_error(scaled.gradients["cm"], truth.gradients["cm"]) < 2e-3
+
+
+@COMPILED
+def test_tall_image_with_an_odd_stride(backend: str) -> None:
+    """Interpolation weights far from the origin: as exact as F.interpolate in float32, loss map and gradient."""
+    for grid in ((667, 1), (251, 2), (1500, 2)):
+        problem = make_problem(2, (2001, 3), grid, batch=1, ignored="none", scale=5.0, reduction="none")
+        check(problem, backend)
