@@ -26,6 +26,7 @@ CXX_FLAGS = [
     "-fno-math-errno",
     "-fvisibility=hidden",
     "-Wno-psabi",  # vectors never cross the boundary of a translation unit
+    "-Wno-maybe-uninitialized",  # GCC 12 on its own AVX-512 intrinsics
 ]
 
 

@@ -29,9 +29,12 @@ def test_logit_scale(backend: str, schedule: str, grid: tuple[int, int] | None, 
     """log(p + 1e-30) loses most of these gradients from scale 30 on, and p without log space is NaN.
 
     Floors at scale 10 are the usual ones. Above, a float32 logit of size 4 x scale is itself only known to 3e-8 of that,
-    so that an exponential carries scale x 1e-7 of relative error whatever the formulation.
+    so that an exponential carries scale x 1e-7 of relative error whatever the formulation. The gradient of T holds
+    quotients A[i, j] / q[j], which at scale 120 leave float32: it is looked at up to 30.
     """
-    problem = make_problem(5, (16, 28), grid, stream=stream, scale=scale, trace_weight=0.1)
+    problem = make_problem(
+        5, (16, 28), grid, stream=stream, scale=scale, trace_weight=0.1, learn_transition=scale <= 30
+    )
     floor = 1e-6 if scale <= 10 else scale * 1e-7
     check(problem, backend, schedule, gradient_floor=floor)
 
@@ -40,8 +43,14 @@ def test_logit_scale(backend: str, schedule: str, grid: tuple[int, int] | None, 
 @pytest.mark.parametrize("classes", [2, 3, 19])
 @pytest.mark.parametrize("stream", ["positive", "random"])
 def test_extreme_logits_on_the_pixel_grid(backend: str, stream: str, classes: int) -> None:
-    """+-1e4 somewhere, -inf elsewhere: finite and equal to the oracle wherever that is finite."""
-    problem = make_problem(classes, (6, 33), stream=stream, trace_weight=0.1, reduction="none")
+    """+-1e4 somewhere, -inf elsewhere: finite and equal to the oracle wherever that is finite.
+
+    float32 numbers near 1e4 are 1e-3 apart: where two explanations of a label, each a sum of such logits, compete, their
+    ratio is known to a few times 1e-3 and no better.
+    """
+    problem = make_problem(
+        classes, (6, 33), stream=stream, trace_weight=0.1, reduction="none", learn_transition=False
+    )
     assert problem.cm is not None
     gen = generator(7)
     for logits in (problem.seg, problem.cm):
@@ -51,7 +60,7 @@ def test_extreme_logits_on_the_pixel_grid(backend: str, stream: str, classes: in
         impossible = (draw > 0.9) & (draw < 0.95)
         impossible[:, 0] = False  # a column of -inf alone is not a distribution
         logits[impossible] = -torch.inf
-    out = check(problem, backend)
+    out = check(problem, backend, gradient_floor=4e-3)
     assert not out.loss.isnan().any()
     for grad in out.gradients.values():
         assert grad.isfinite().all()
@@ -61,7 +70,9 @@ def test_extreme_logits_on_the_pixel_grid(backend: str, stream: str, classes: in
 @GRID
 def test_steep_logits_on_a_grid(backend: str, grid: tuple[int, int] | None) -> None:
     """Neighbouring grid points 1e4 apart: no geometric sequence spans that. float32 knows such a logit to 1e-3."""
-    problem = make_problem(3, (16, 28), grid, stream="random", trace_weight=0.1, scale=1.0)
+    problem = make_problem(
+        3, (16, 28), grid, stream="random", trace_weight=0.1, scale=1.0, learn_transition=False
+    )
     assert problem.cm is not None
     signs = torch.randint(-1, 2, problem.cm.shape, generator=generator(3))
     problem = dataclasses.replace(problem, cm=problem.cm + 1e4 * signs)
@@ -103,30 +114,29 @@ def test_evidence_on_both_sides_of_the_switch_to_log_space(backend: str) -> None
 
 @EVERY
 @SCHEDULE
+@pytest.mark.parametrize("trace_weight", [0.0, 0.1])
 @pytest.mark.parametrize("grid", [None, (2, 5), (1, 1)], ids=["pixel", "strided", "one-point"])
 def test_a_label_of_probability_zero_has_infinite_loss_and_zero_gradient(
-    backend: str, schedule: str, grid: tuple[int, int] | None
+    backend: str, schedule: str, grid: tuple[int, int] | None, trace_weight: float
 ) -> None:
-    """Class 2 is never reported: no class can explain that label. Its neighbours in the vector keep their gradient."""
+    """Class 2 is never reported: no class can explain that label. To the gradients, trace included, it is ignored."""
     transition = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
-    problem = make_problem(3, (4, 20), grid, stream="random", trace_weight=0.1, ignored="none", reduction="none")
+    problem = make_problem(
+        3, (4, 20), grid, stream="random", trace_weight=trace_weight, ignored="none", reduction="none"
+    )
     impossible = problem.labels == 2
     assert 0 < int(impossible.sum()) < impossible.numel()
     problem = dataclasses.replace(problem, transition=transition)
     out = evaluate(problem, backend, schedule)
     assert (out.loss[impossible] == torch.inf).all()
     assert out.loss[~impossible].isfinite().all()
-    assert (out.gradients["seg"][impossible.unsqueeze(1).expand_as(problem.seg)] == 0).all()
-    assert all(grad.isfinite().all() for name, grad in out.gradients.items())
-    truth = oracle(problem)
-    for name in ("seg", "cm"):
-        assert gradient_error(out.gradients[name], truth.gradients[name]) < 2e-6
-    summed = evaluate(problem.with_options(reduction="mean"), backend, schedule)
-    assert summed.loss == torch.inf
+    without = oracle(dataclasses.replace(problem, labels=problem.labels.masked_fill(impossible, 255)))
+    for name, grad in out.gradients.items():
+        assert gradient_error(grad, without.gradients[name]) < 2e-6, name
+    assert evaluate(problem.with_options(reduction="mean"), backend, schedule).loss == torch.inf
     posterior = ck.annotation_posterior(problem.seg, problem.cm, problem.labels, transition, backend=backend)
-    expected = problem.seg.softmax(1)
     mask = impossible.unsqueeze(1).expand_as(posterior)
-    torch.testing.assert_close(posterior[mask], expected[mask])
+    torch.testing.assert_close(posterior[mask], problem.seg.softmax(1)[mask])
 
 
 @EVERY
@@ -152,9 +162,10 @@ def test_nan_logits_of_ignored_pixels_reach_nothing(backend: str, schedule: str,
 @pytest.mark.parametrize(
     ("grid", "node", "rows", "columns"),
     [
-        # the node's reach: everything within one node of it. All of that is ignored.
-        ((4, 6), (1, 2), slice(2, 14), slice(4, 16)),
-        ((4, 24), (1, 5), slice(2, 14), slice(5, 6)),  # equal in x: the columns beside it are others' alone
+        # All that the node reaches is ignored: everything up to the next node, and the border, which F.interpolate
+        # multiplies with weight 0 where its coordinate is clamped.
+        ((4, 6), (1, 2), slice(0, 14), slice(4, 16)),
+        ((4, 24), (1, 5), slice(0, 14), slice(5, 6)),  # equal in x: the columns beside it are others' alone
         ((16, 6), (4, 2), slice(4, 5), slice(4, 16)),  # equal in y
         ((4, 6), (3, 5), slice(8, 16), slice(16, 24)),  # the last node, in the corner
     ],
@@ -226,8 +237,7 @@ def test_float16_gradients_need_loss_scaling(backend: str) -> None:
 
 
 @COMPILED
-def test_tall_image_with_an_odd_stride(backend: str) -> None:
+@pytest.mark.parametrize("grid", [(667, 1), (251, 2), (1500, 2), (29, 3)])
+def test_tall_image_with_an_odd_stride(backend: str, grid: tuple[int, int]) -> None:
     """Interpolation weights far from the origin: as exact as F.interpolate in float32, loss map and gradient."""
-    for grid in ((667, 1), (251, 2), (1500, 2)):
-        problem = make_problem(2, (2001, 3), grid, batch=1, ignored="none", scale=5.0, reduction="none")
-        check(problem, backend)
+    check(make_problem(2, (2001, 3), grid, batch=1, ignored="none", scale=5.0, reduction="none"), backend)

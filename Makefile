@@ -1,0 +1,66 @@
+# `make train` and `make test` do everything on a fresh machine with Python >= 3.10 and a C++ compiler.
+#
+#   make train       the demo: six ways to train on coarse drawings of MNIST digits, under four minutes on two cores
+#   make test        the test suite
+#   make bench       speed table of the CPU kernels, under five minutes; make bench-full for every case
+#   make tune        how the demo's settings were chosen (long)
+#   make lint        ruff, mypy, clang-format        make format: apply them
+#
+# TORCH overrides the torch that a new .venv gets, PYTHON the interpreter it is made from.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN = $(VENV)/bin
+CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h')
+CXX_DEPENDENCIES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h) setup.py pyproject.toml
+
+.PHONY: train test bench bench-full tune lint format clean
+
+train: $(VENV)/installed
+	$(BIN)/python -m coarse_train demo $(ARGS)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks.cpu $(ARGS)
+	$(BIN)/python -m benchmarks.plot
+
+bench-full: $(VENV)/installed
+	$(BIN)/python -m benchmarks.cpu --full $(ARGS)
+	$(BIN)/python -m benchmarks.plot
+
+tune: $(VENV)/installed
+	$(BIN)/python -m coarse_train tune-demo $(ARGS)
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy coarse_kernels coarse_train benchmarks
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# torch first and pinned: unpinned, or as a dependency of a build environment, it comes with gigabytes of CUDA. The build
+# uses this very torch, hence no isolation.
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel pybind11 ninja
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch $(CXX_DEPENDENCIES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,test]"
+	$(BIN)/python -m coarse_kernels.env_report
+	touch $@
+
+$(VENV)/lint: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -e ".[lint]" --no-build-isolation
+	touch $@
+
+clean:
+	rm -rf build $(VENV) coarse_kernels/*.so *.egg-info

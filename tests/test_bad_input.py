@@ -1,0 +1,302 @@
+"""Bad input: the error names the argument, what came and what was expected, and nothing was computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import coarse_kernels as ck
+from coarse_kernels import backends
+
+B, C, H, W = 2, 3, 4, 5
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Every way into a backend is watched; tests that expect an error end with the list empty."""
+    entered: list[str] = []
+    for backend in backends._REGISTRY.values():
+        for name in ("labelled_weight", "nll_sum", "nll_map", "posterior"):
+            monkeypatch.setattr(backend, name, lambda *a, _name=name, **k: entered.append(_name), raising=True)
+    yield entered
+    assert entered == []
+
+
+def good() -> dict[str, Any]:
+    return {
+        "seg_logits": torch.zeros(B, C, H, W),
+        "cm_logits": torch.zeros(B, C, C, H, W),
+        "labels": torch.zeros(B, H, W, dtype=torch.uint8),
+        "transition": ck.uniform_transition(C),
+    }
+
+
+def matrix(*rows: list[float]) -> torch.Tensor:
+    return torch.tensor(rows)
+
+
+NAN, INF = torch.nan, torch.inf
+# argument, what is given, exception, what the message has to contain besides the argument's name
+CASES: list[tuple[str, Any, type[Exception], list[str]]] = [
+    # ranks
+    ("seg_logits", torch.zeros(C, H), ValueError, ["(B, C, *S)", "2 dimensions"]),
+    ("seg_logits", torch.zeros(1, C, 2, 2, 2, 2), ValueError, ["1, 2 or 3 spatial", "6 dimensions"]),
+    ("labels", torch.zeros(B, W, dtype=torch.uint8), ValueError, ["(B, *S)", "(2, 5)"]),
+    ("labels", torch.zeros(B, 1, H, W, dtype=torch.uint8), ValueError, ["(B, *S)", "(2, 1, 4, 5)"]),
+    ("cm_logits", torch.zeros(B, C, C, W), ValueError, ["(B or 1, C, C, *G)", "(2, 3, 3, 5)"]),
+    # channels
+    ("seg_logits", torch.zeros(B, 1, H, W), ValueError, ["C >= 2", "(2, 1, 4, 5)"]),
+    ("cm_logits", torch.zeros(B, C * C - 1, H, W), ValueError, ["C*C", "C = 3", "(2, 8, 4, 5)"]),
+    ("cm_logits", torch.zeros(B, C, C + 1, H, W), ValueError, ["C = 3", "(2, 3, 4, 4, 5)"]),
+    ("cm_logits", torch.zeros(B, C, H, W), ValueError, ["C*C", "(2, 3, 4, 5)"]),
+    # batches
+    ("labels", torch.zeros(B + 1, H, W, dtype=torch.uint8), ValueError, ["B = 2", "(3, 4, 5)"]),
+    ("cm_logits", torch.zeros(B + 1, C, C, H, W), ValueError, ["B = 2", "batch 3"]),
+    # grids
+    ("cm_logits", torch.zeros(B, C, C, H + 1, W), ValueError, ["(5, 5)", "larger than the image", "(4, 5)"]),
+    ("cm_logits", torch.zeros(B, C, C, 0, W), ValueError, ["at least 1", "(0, 5)"]),
+    ("seg_logits", torch.zeros(B, C, H, W + 1), ValueError, ["(4, 6)", "larger than the image", "(4, 5)"]),
+    # types
+    ("seg_logits", [[0.0]], TypeError, ["torch.Tensor", "list"]),
+    ("seg_logits", torch.zeros(B, C, H, W, dtype=torch.int64), TypeError, ["float32", "torch.int64"]),
+    ("seg_logits", torch.zeros(B, C, H, W, dtype=torch.complex64), TypeError, ["float32", "torch.complex64"]),
+    ("cm_logits", "identity", TypeError, ["torch.Tensor", "str"]),
+    ("cm_logits", torch.zeros(B, C, C, H, W, dtype=torch.uint8), TypeError, ["float32", "torch.uint8"]),
+    ("labels", None, TypeError, ["torch.Tensor", "NoneType"]),
+    ("labels", torch.zeros(B, H, W), TypeError, ["integer", "torch.float32"]),
+    ("labels", torch.zeros(B, H, W, dtype=torch.bool), TypeError, ["integer", "torch.bool"]),
+    # label values
+    ("labels", torch.full((B, H, W), C, dtype=torch.uint8), ValueError, ["[0, 3)", "255", "got 3"]),
+    ("labels", torch.full((B, H, W), 254, dtype=torch.uint8), ValueError, ["[0, 3)", "got 254"]),
+    ("labels", torch.full((B, H, W), -1), ValueError, ["[0, 3)", "got -1"]),
+    ("labels", torch.full((B, H, W), -1, dtype=torch.int8), ValueError, ["[0, 3)", "got -1"]),
+    ("labels", torch.full((B, H, W), 1 << 40), ValueError, ["[0, 3)", str(1 << 40)]),
+    ("labels", torch.full((B, H, W), 255 + (1 << 32)), ValueError, ["[0, 3)", str(255 + (1 << 32))]),
+    ("labels", torch.full((B, H, W), 7, dtype=torch.int32), ValueError, ["[0, 3)", "got 7"]),
+    # transition
+    ("transition", torch.zeros(C, C + 1), ValueError, ["(3, 3)", "(3, 4)"]),
+    ("transition", torch.zeros(C), ValueError, ["(3, 3)", "(3,)"]),
+    ("transition", torch.zeros(C, C, dtype=torch.int64), TypeError, ["float32", "torch.int64"]),
+    ("transition", matrix([0, 1, 0], [1, 0, 0], [-0.5, 1.5, 0]), ValueError, [">= 0", "-0.5"]),
+    ("transition", matrix([0, 1, 0], [1, 0, 0], [NAN, 1, 0]), ValueError, ["finite", "nan"]),
+    ("transition", matrix([0, 1, 0], [1, 0, 0], [INF, 1, 0]), ValueError, ["finite", "inf"]),
+    ("transition", "uniform", TypeError, ["torch.Tensor", "str"]),
+    # weights
+    ("class_weight", torch.ones(C + 1), ValueError, ["(3,)", "(4,)"]),
+    ("class_weight", torch.ones(1, C), ValueError, ["(3,)", "(1, 3)"]),
+    ("class_weight", [1.0, 1.0, 1.0], TypeError, ["torch.Tensor", "list"]),
+    ("class_weight", torch.ones(C, dtype=torch.int64), TypeError, ["float32", "torch.int64"]),
+    ("class_weight", torch.ones(C, requires_grad=True), ValueError, ["constant", "requires grad", "detach"]),
+    ("pixel_weight", torch.ones(B, 1, H, W), ValueError, ["(2, 4, 5)", "(2, 1, 4, 5)"]),
+    ("pixel_weight", torch.ones(H, W), ValueError, ["(2, 4, 5)", "(4, 5)"]),
+    ("pixel_weight", torch.ones(B, H, W, requires_grad=True), ValueError, ["constant", "requires grad", "detach"]),
+    # settings
+    ("reduction", "avg", ValueError, ["mean", "sum", "none", "'avg'"]),
+    ("reduction", None, ValueError, ["mean", "None"]),
+    ("backend", "gpu", ValueError, ["cpu", "reference", "'gpu'"]),
+    ("normalizer", 0.0, ValueError, ["> 0", "0.0"]),
+    ("normalizer", -1, ValueError, ["> 0", "-1"]),
+    ("normalizer", NAN, ValueError, ["finite", "nan"]),
+    ("normalizer", "batch", TypeError, ["number", "'batch'"]),
+    ("normalizer", torch.ones(2), ValueError, ["0-d", "(2,)"]),
+    ("trace_weight", "0.1", TypeError, ["number", "'0.1'"]),
+    ("trace_weight", None, TypeError, ["number", "None"]),
+    ("trace_weight", NAN, ValueError, ["finite", "nan"]),
+    ("ignore_index", 2.5, TypeError, ["int", "2.5"]),
+    ("ignore_index", None, TypeError, ["int", "None"]),
+    # devices
+    ("cm_logits", torch.zeros(B, C, C, H, W, device="meta"), ValueError, ["cpu", "meta"]),
+    ("labels", torch.zeros(B, H, W, dtype=torch.uint8, device="meta"), ValueError, ["cpu", "meta"]),
+    ("transition", torch.zeros(C, C, device="meta"), ValueError, ["cpu", "meta"]),
+    ("class_weight", torch.ones(C, device="meta"), ValueError, ["cpu", "meta"]),
+    ("pixel_weight", torch.ones(B, H, W, device="meta"), ValueError, ["cpu", "meta"]),
+    ("normalizer", torch.ones((), device="meta"), ValueError, ["cpu", "meta"]),
+]
+
+
+def case_id(case: tuple[str, Any, type[Exception], list[str]]) -> str:
+    given = case[1]
+    if isinstance(given, torch.Tensor):
+        return f"{case[0]}-{given.dtype}{list(given.shape)}-{given.device}-{case[3][-1]}".replace("torch.", "")
+    return f"{case[0]}-{given!r}"
+
+
+def expect(error: type[Exception], parts: list[str], call: Callable[[], Any]) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error
+    for part in parts:
+        assert part in str(caught.value), f"{part!r} is not in: {caught.value}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_annotation_nll(case: tuple[str, Any, type[Exception], list[str]]) -> None:
+    name, given, error, parts = case
+    expect(error, [name, *parts], lambda: ck.annotation_nll(**{**good(), name: given}))
+
+
+STREAM = ("seg_logits", "cm_logits", "labels", "transition", "ignore_index", "backend")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] in STREAM], ids=case_id)
+def test_annotation_posterior(case: tuple[str, Any, type[Exception], list[str]]) -> None:
+    name, given, error, parts = case
+    expect(error, [name, *parts], lambda: ck.annotation_posterior(**{**good(), name: given}))
+
+
+@pytest.mark.parametrize("stream", ["positive", "negative"])
+@pytest.mark.parametrize("case", [case for case in CASES if case[1] is not None], ids=case_id)
+def test_coarse_label_loss(case: tuple[str, Any, type[Exception], list[str]], stream: str) -> None:
+    """The same errors, under the names that this function's arguments have."""
+    name, given, error, parts = case
+    if stream == "positive" and name == "transition":
+        pytest.skip("the positive stream has none")
+    arguments = good()
+    transition = arguments.pop("transition")
+    renamed = {"cm_logits": f"{stream}_cm", "labels": f"{stream}_labels"}
+    arguments = {renamed.get(key, key): value for key, value in arguments.items()}
+    arguments = {"positive_cm": None, "positive_labels": None, **arguments}
+    if stream == "negative":
+        arguments["transition"] = transition
+    arguments[renamed.get(name, name)] = given
+    expect(error, [renamed.get(name, name), *parts], lambda: ck.coarse_label_loss(**arguments))
+
+
+def test_a_negative_drawing_never_names_its_own_class() -> None:
+    seg, labels = torch.zeros(B, C, H, W), torch.zeros(B, H, W, dtype=torch.uint8)
+    for transition in (torch.eye(C), matrix([0, 1, 0], [0.5, 0, 0.5], [0.5, 0.25, 0.25])):
+        expect(
+            ValueError,
+            ["transition", "zero diagonal", str(transition.diagonal().tolist())],
+            lambda t=transition: ck.coarse_label_loss(seg, None, None, None, labels, t),  # type: ignore[misc]
+        )
+
+
+def test_both_streams_absent() -> None:
+    expect(
+        ValueError,
+        ["positive_labels", "negative_labels", "None"],
+        lambda: ck.coarse_label_loss(torch.zeros(B, C, H, W), None, None),
+    )
+
+
+@pytest.mark.parametrize("stream", ["positive", "negative"])
+def test_matrices_without_their_labels(stream: str) -> None:
+    seg, cm, labels = (good()[name] for name in ("seg_logits", "cm_logits", "labels"))
+    other = "negative" if stream == "positive" else "positive"
+    arguments = {"positive_cm": None, "positive_labels": None, f"{stream}_cm": cm, f"{other}_labels": labels}
+    expect(ValueError, [f"{stream}_cm", f"{stream}_labels"], lambda: ck.coarse_label_loss(seg, **arguments))
+
+
+def test_transition_without_a_negative_stream() -> None:
+    seg, labels = good()["seg_logits"], good()["labels"]
+    expect(
+        ValueError,
+        ["transition", "negative_labels"],
+        lambda: ck.coarse_label_loss(seg, None, labels, transition=ck.uniform_transition(C)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("weight", "error"), [(-0.1, ValueError), (NAN, ValueError), ("1", TypeError), (True, TypeError)]
+)
+def test_negative_weight(weight: Any, error: type[Exception]) -> None:
+    seg, labels = good()["seg_logits"], good()["labels"]
+    expect(
+        error,
+        ["negative_weight", "expected", str(weight)],
+        lambda: ck.coarse_label_loss(seg, None, labels, negative_weight=weight),
+    )
+
+
+@pytest.mark.parametrize("name", ["pixel_weight", "normalizer"])
+def test_a_pair_of_three(name: str) -> None:
+    seg, labels = good()["seg_logits"], good()["labels"]
+    expect(
+        ValueError,
+        [name, "(positive, negative)", "3"],
+        lambda: ck.coarse_label_loss(seg, None, labels, **{name: (None, None, None)}),
+    )
+
+
+def test_normalizer_belongs_to_the_mean() -> None:
+    for reduction in ("sum", "none"):
+        expect(
+            ValueError,
+            ["normalizer", "mean", reduction],
+            lambda r=reduction: ck.annotation_nll(**good(), reduction=r, normalizer=3.0),  # type: ignore[misc]
+        )
+
+
+def test_unknown_backend_in_the_context_and_schedule() -> None:
+    expect(ValueError, ["backend", "'gpu'", "reference"], lambda: ck.use_backend("gpu").__enter__())
+    expect(ValueError, ["schedule", "'later'", "one_pass"], lambda: ck.use_schedule("later").__enter__())
+
+
+def test_unknown_backend_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COARSE_KERNELS_BACKEND", "gpu")
+    expect(ValueError, ["'gpu'", "reference"], lambda: ck.annotation_nll(**good()))
+
+
+TRANSITION_CASES: list[tuple[Callable[[], Any], type[Exception], list[str]]] = [
+    (lambda: ck.uniform_transition(1), ValueError, ["num_classes", ">= 2", "1"]),
+    (lambda: ck.uniform_transition(2.0), ValueError, ["num_classes", "int", "2.0"]),  # type: ignore[arg-type]
+    (
+        lambda: ck.estimate_transition(torch.zeros(3), torch.zeros(3, dtype=torch.uint8), 3),
+        TypeError,
+        ["positive_labels", "integer", "float32"],
+    ),
+    (
+        lambda: ck.estimate_transition(torch.zeros(3, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8), 3),
+        ValueError,
+        ["negative_labels", "(3,)", "(4,)"],
+    ),
+    (
+        lambda: ck.estimate_transition(torch.tensor([0, 1]), torch.tensor([1, 3]), 3),
+        ValueError,
+        ["negative_labels", "[0, 3)", "3"],
+    ),
+    (
+        lambda: ck.estimate_transition(torch.tensor([0]), torch.tensor([1]), 3, smoothing=-1.0),
+        ValueError,
+        ["smoothing", ">= 0", "-1.0"],
+    ),
+    (
+        lambda: ck.estimate_transition([0], torch.tensor([1]), 3),  # type: ignore[arg-type]
+        TypeError,
+        ["positive_labels", "torch.Tensor", "list"],
+    ),
+    (lambda: ck.TransitionMatrix.fixed(torch.zeros(2, 3)), ValueError, ["matrix", "(2, 3)"]),
+    (lambda: ck.TransitionMatrix.fixed(torch.zeros(3)), ValueError, ["matrix", "(3,)"]),
+    (lambda: ck.TransitionMatrix.fixed(torch.eye(2)), ValueError, ["matrix", "zero diagonal", "[1.0, 1.0]"]),
+    (lambda: ck.TransitionMatrix.fixed(matrix([0, 2], [1, 0])), ValueError, ["matrix", "sum to 1", "2.0"]),
+    (lambda: ck.TransitionMatrix.fixed(matrix([0, NAN], [1, 0])), ValueError, ["matrix", "finite", "nan"]),
+    (lambda: ck.TransitionMatrix.learned(1), ValueError, ["num_classes", "1"]),
+    (lambda: ck.TransitionMatrix.fixed([[0.0, 1.0], [1.0, 0.0]]), TypeError, ["matrix", "torch.Tensor"]),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize(("call", "error", "parts"), TRANSITION_CASES, ids=range(len(TRANSITION_CASES)))
+def test_transitions(call: Callable[[], Any], error: type[Exception], parts: list[str]) -> None:
+    expect(error, parts, call)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "error", "parts"),
+    [
+        ("reduction", "avg", ValueError, ["reduction", "'avg'"]),
+        ("backend", "gpu", ValueError, ["backend", "'gpu'"]),
+        ("class_weight", torch.ones(C + 1), ValueError, ["class_weight", "(3,)", "(4,)"]),
+        ("trace_weight", NAN, ValueError, ["trace_weight", "nan"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_modules(name: str, given: Any, error: type[Exception], parts: list[str]) -> None:
+    """Where the settings are checked is the module's business; that the first call raises is the user's."""
+    arguments = good()
+    transition = arguments.pop("transition")
+    expect(error, parts, lambda: ck.AnnotationNLL(**{name: given})(*arguments.values(), transition))
+    expect(error, parts, lambda: ck.CoarseLabelCriterion(**{name: given})(*arguments.values()))
