@@ -87,11 +87,16 @@ double scalar_value(const OptionalTensor& t) {
 }
 
 // A gradient of hundreds of megabytes that is written for the first time spends most of its time in page faults; on huge
-// pages there are 512 times fewer. Advice only: ignored where it does not apply.
+// pages there are 512 times fewer. Advice only: ignored where it does not apply. COARSE_KERNELS_HUGE_PAGES=0 forgoes it (on a
+// fragmented machine the kernel may stall to make huge pages).
 void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = 2 << 20;
-  if (bytes < static_cast<int64_t>(8 * kHuge)) return;
+  static const bool wanted = [] {
+    const char* value = std::getenv("COARSE_KERNELS_HUGE_PAGES");
+    return value == nullptr || std::strcmp(value, "0") != 0;
+  }();
+  if (!wanted || bytes < static_cast<int64_t>(8 * kHuge)) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);

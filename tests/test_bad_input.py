@@ -212,6 +212,32 @@ def test_negative_weight(weight: Any, error: type[Exception]) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "part"),
+    [
+        ("negative_labels", torch.full((B, H, W), 9, dtype=torch.uint8), "got 9"),
+        ("negative_labels", torch.zeros(B, H, W), "torch.float32"),
+        ("negative_cm", torch.zeros(B, C, C, H + 1, W), "larger than the image"),
+        ("transition", torch.eye(C), "zero diagonal"),
+        ("normalizer", (1.0, -1.0), "> 0"),
+        ("pixel_weight", (None, torch.ones(H, W)), "(4, 5)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_bad_negative_stream_is_seen_before_the_positive_one_is_computed(name: str, given: Any, part: str) -> None:
+    data = good()
+    arguments = {
+        "positive_cm": data["cm_logits"],
+        "positive_labels": data["labels"],
+        "negative_cm": data["cm_logits"],
+        "negative_labels": data["labels"],
+        name: given,
+    }
+    with pytest.raises((ValueError, TypeError), match=name) as caught:
+        ck.coarse_label_loss(data["seg_logits"], **arguments)
+    assert part in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["pixel_weight", "normalizer"])
 def test_a_pair_of_three(name: str) -> None:
     seg, labels = good()["seg_logits"], good()["labels"]
@@ -272,8 +298,8 @@ TRANSITION_CASES: list[tuple[Callable[[], Any], type[Exception], list[str]]] = [
     (lambda: ck.TransitionMatrix.fixed(torch.zeros(2, 3)), ValueError, ["matrix", "(2, 3)"]),
     (lambda: ck.TransitionMatrix.fixed(torch.zeros(3)), ValueError, ["matrix", "(3,)"]),
     (lambda: ck.TransitionMatrix.fixed(torch.eye(2)), ValueError, ["matrix", "zero diagonal", "[1.0, 1.0]"]),
-    (lambda: ck.TransitionMatrix.fixed(matrix([0, 2], [1, 0])), ValueError, ["matrix", "sum to 1", "2.0"]),
-    (lambda: ck.TransitionMatrix.fixed(matrix([0, NAN], [1, 0])), ValueError, ["matrix", "finite", "nan"]),
+    (lambda: ck.TransitionMatrix.fixed(matrix([0.0, 2.0], [1.0, 0.0])), ValueError, ["matrix", "sum to 1", "2.0"]),
+    (lambda: ck.TransitionMatrix.fixed(matrix([0.0, NAN], [1.0, 0.0])), ValueError, ["matrix", "finite", "nan"]),
     (lambda: ck.TransitionMatrix.learned(1), ValueError, ["num_classes", "1"]),
     (lambda: ck.TransitionMatrix.fixed([[0.0, 1.0], [1.0, 0.0]]), TypeError, ["matrix", "torch.Tensor"]),  # type: ignore[arg-type]
 ]

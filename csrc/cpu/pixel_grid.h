@@ -158,7 +158,7 @@ class PixelGrid {
     constexpr Storage own = sizeof(R) == 4 ? Storage::f32 : Storage::f64;
     own_storage_ = s.cm_storage == own;
     own_gradient_ = s.cm_gradient_storage == own;
-    aligned_planes_ = reinterpret_cast<uintptr_t>(s.cm_gradient) % sizeof(V) == 0 && s.pixels() % N == 0;
+    aligned_planes_ = reinterpret_cast<uintptr_t>(s.cm_gradient) % sizeof(V) == 0 && s.pixels() % (kUnroll * N) == 0;
     field_ = arena_.take<R>(c * t * (keep_field_ ? c : 1));
     for (R*& reported : reported_) reported = arena_.take<R>(t * (one_hot() ? 1 : c));
     p_ = arena_.take<R>(c * t);
@@ -225,7 +225,7 @@ class PixelGrid {
     }
     softmax(tile);
     const bool whole = tile.n == tile.padded;
-    const bool together = whole && pending.active && !pending.zero && pending.n == tile.n && streams(pending) && aligned_planes_;
+    const bool together = whole && pending.active && !pending.zero && pending.n == tile.n && want_cm_ && !accumulate_ && aligned_planes_;
     for (int j = 0; j < classes(); ++j) {
       if (!together) write_column(j, pending);
       stage_column(j, tile);
@@ -308,7 +308,7 @@ class PixelGrid {
     R* const slots = column(0, j);
     const int64_t column_at = j * tile;
     const bool emit = pending != nullptr;
-    R* const out = emit ? static_cast<R*>(s_.cm_gradient) + gradient_offset(0, j, *pending) : nullptr;
+    const int64_t leaving_at = emit ? gradient_offset(0, j, *pending) : 0;
     const R* const leaving_reported = emit ? pending->reported : nullptr;
 
     // The next column's lines, in order. After the last column: the first of the next tile (a prefetch may miss the end).
@@ -342,7 +342,7 @@ class PixelGrid {
           left = run_bytes;
         }
         if (emit) {
-          R* const to = out + i * plane_stride + k;
+          V g[kUnroll];
           for (int u = 0; u < kUnroll; ++u) {
             V factor;
             if constexpr (kOneHot) {
@@ -350,10 +350,10 @@ class PixelGrid {
             } else {
               factor = keep[u] - load(leaving_reported + i * tile + k + u * N) * drop[u];
             }
-            V g = load(slot + u * N) * factor;
-            if (i == j) g += load(diag_ + column_at + k + u * N);
-            stream(to + u * N, g);
+            g[u] = load(slot + u * N) * factor;
+            if (i == j) g[u] += load(diag_ + column_at + k + u * N);
           }
+          stream_vectors(g, leaving_at + i * plane_stride + k);
         }
         for (int u = 0; u < kUnroll; ++u) {
           const V e = exp_v(load(staged + i * tile + k + u * N) - shift[u]);
@@ -537,6 +537,29 @@ class PixelGrid {
       R run[N];
       store(run, last);
       memcpy(out + t.n - past, run + N - past, sizeof(R) * static_cast<size_t>(past));
+    }
+  }
+
+  // kUnroll vectors past the caches. Halves are packed first: with 64-byte vectors two of them make a whole line, and parts
+  // of lines stream several times slower than lines.
+  COARSE_HD void stream_vectors(const V* g, int64_t offset) const {
+    if (own_gradient_) {
+      R* const out = static_cast<R*>(s_.cm_gradient) + offset;
+      for (int u = 0; u < kUnroll; ++u) stream(out + u * N, g[u]);
+      return;
+    }
+    if constexpr (sizeof(R) == 4) {
+      alignas(64) uint16_t packed[kUnroll * N];
+      if (s_.cm_gradient_storage == Storage::bf16) {
+        for (int u = 0; u < kUnroll; ++u) store_bfloat16(packed + u * N, g[u]);
+      } else {
+        R run[kUnroll * N];
+        for (int u = 0; u < kUnroll; ++u) store(run + u * N, g[u]);
+        store_run(packed, Storage::f16, 0, kUnroll * N, run);
+      }
+      static_assert(sizeof(packed) == sizeof(V));
+      stream(reinterpret_cast<float*>(static_cast<uint16_t*>(s_.cm_gradient) + offset),
+             load(reinterpret_cast<const float*>(packed)));
     }
   }
 

@@ -1,0 +1,225 @@
+"""torch.library and torch.compile: opcheck, no graph break, the numbers of eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import coarse_kernels as ck
+from coarse_kernels import native
+from tests.helpers import generator, gradient_error, leaf, loss_error, make_problem, oracle
+
+pytestmark = pytest.mark.skipif(native.OPERATORS is None, reason="not built")
+
+GRIDS = {"pixel": None, "strided": (2, 3), "one-point": (1, 1)}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# --- opcheck -------------------------------------------------------------------------------------------------------------
+
+
+def operator_samples() -> dict[str, tuple[Any, ...]]:
+    samples: dict[str, tuple[Any, ...]] = {}
+    gen = generator(0)
+    for name, grid in GRIDS.items():
+        for stream in ("positive", "random"):
+            problem = make_problem(3, (4, 9), grid, cm_batch=1 if name == "strided" else None, stream=stream)
+            seg, cm, transition = leaf(problem.seg), leaf(problem.cm), leaf(problem.transition)
+            weights = torch.rand(3, generator=gen), torch.rand(2, 4, 9, generator=gen)
+            base = (seg, cm, problem.labels, transition)
+            samples[f"{name}-{stream}"] = (*base, None, None, None, 1.0, 0.1, 255, False, 0)
+            samples[f"{name}-{stream}-map"] = (*base, *weights, None, 1.0, 0.0, 255, True, 0)
+            samples[f"{name}-{stream}-scale"] = (*base, None, None, torch.tensor(0.5), 2.0, 0.1, 255, False, 0)
+            wanted = 3 if transition is None else 7
+            samples[f"{name}-{stream}-wanted"] = (*base, None, None, None, 1.0, 0.1, 255, False, wanted)
+    problem = make_problem(3, (4, 9), stream="random").to(torch.float64)
+    samples["float64"] = (
+        leaf(problem.seg), leaf(problem.cm), problem.labels.long(), leaf(problem.transition),
+        None, None, None, 1.0, 0.1, 255, False, 0,
+    )  # fmt: skip
+    problem = make_problem(3, (4, 9)).to(torch.bfloat16)
+    samples["bfloat16"] = (leaf(problem.seg), leaf(problem.cm), problem.labels, *(None,) * 4, 1.0, 0.1, 255, False, 0)
+    problem = make_problem(2, (2, 3, 4), (1, 2, 2))
+    samples["rank-3"] = (leaf(problem.seg), leaf(problem.cm), problem.labels, *(None,) * 4, 1.0, 0.1, 255, False, 3)
+    return samples
+
+
+SAMPLES = operator_samples() if native.OPERATORS is not None else {}
+
+
+@pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
+def test_opcheck_annotation_nll(sample: tuple[Any, ...]) -> None:
+    operator = torch.ops.coarse_kernels.annotation_nll.default
+    checks = ["test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"]
+    if sample[-1]:
+        # With gradients among the outputs AOT would ask for second derivatives, which this operator refuses by design.
+        checks.remove("test_aot_dispatch_dynamic")
+    result = torch.library.opcheck(operator, sample, test_utils=checks)
+    assert set(result.values()) == {"SUCCESS"}, result
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_opcheck_annotation_posterior(dtype: torch.dtype, grid: tuple[int, int] | None) -> None:
+    problem = make_problem(3, (4, 9), grid, stream="random").to(dtype)
+    sample = (problem.seg, problem.cm, problem.labels, problem.transition, 255)
+    result = torch.library.opcheck(torch.ops.coarse_kernels.annotation_posterior.default, sample)
+    assert set(result.values()) == {"SUCCESS"}, result
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
+def test_opcheck_label_operators(dtype: torch.dtype) -> None:
+    labels = torch.tensor([[0, 1, 255, 2]]).to(dtype)
+    weights = torch.rand(3), torch.rand(1, 4)
+    for class_weight, pixel_weight in ((None, None), (weights[0], None), weights, tuple(w.double() for w in weights)):
+        sample = (labels, class_weight, pixel_weight, 255)
+        result = torch.library.opcheck(torch.ops.coarse_kernels.labelled_weight.default, sample)
+        assert set(result.values()) == {"SUCCESS"}, result
+    result = torch.library.opcheck(torch.ops.coarse_kernels.find_bad_label.default, (labels, 3, 255))
+    assert set(result.values()) == {"SUCCESS"}, result
+
+
+def test_find_bad_label_finds_the_first() -> None:
+    find = torch.ops.coarse_kernels.find_bad_label
+    for dtype in (torch.uint8, torch.int64):
+        for size in (1, 7, 64, 1000):
+            labels = torch.zeros(size, dtype=dtype)
+            assert find(labels, 2, 255).tolist() == [0, 0]
+            for at in {0, size // 2, size - 1}:
+                labels.zero_()
+                labels[at:] = 255
+                labels[at] = 9
+                assert find(labels, 2, 255).tolist() == [1, 9]
+                assert find(labels, 10, 255).tolist() == [0, 0]
+                assert find(labels, 2, 9).tolist() == ([0, 0] if at == size - 1 else [1, 255])
+
+
+# --- torch.compile -------------------------------------------------------------------------------------------------------
+
+
+def both(use: Callable[..., Tensor], *inputs: Tensor | None, backend: str, dynamic: bool | None = None) -> None:
+    """Loss and gradients of ``use`` compiled without a break, against eager."""
+    compiled = torch.compile(use, fullgraph=True, backend=backend, dynamic=dynamic)
+    found = []
+    for call in (use, compiled):
+        leaves = [leaf(t) if t is not None and t.is_floating_point() else t for t in inputs]
+        loss = call(*leaves)
+        loss.sum().backward()
+        found.append((loss.detach(), [t.grad for t in leaves if t is not None and t.is_floating_point()]))
+    assert loss_error(found[1][0], found[0][0]) < 1e-6
+    for ours, eager in zip(found[1][1], found[0][1], strict=True):
+        assert (ours is None) == (eager is None)
+        if ours is not None and eager is not None:
+            assert gradient_error(ours, eager) < 2e-6
+
+
+@pytest.mark.parametrize("backend", ck.available_backends())
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("stream", ["positive", "random"])
+@pytest.mark.parametrize("grid", [None, (2, 3)], ids=["pixel", "strided"])
+def test_annotation_nll(grid: tuple[int, int] | None, stream: str, reduction: str, backend: str) -> None:
+    problem = make_problem(3, (4, 9), grid, stream=stream)
+    weight = torch.rand(3, generator=generator(0))
+
+    def use(seg: Tensor, cm: Tensor, labels: Tensor, transition: Tensor | None) -> Tensor:
+        return ck.annotation_nll(
+            seg, cm, labels, transition, trace_weight=0.1, class_weight=weight, reduction=reduction, backend=backend
+        ).loss
+
+    both(use, problem.seg, problem.cm, problem.labels, problem.transition, backend="aot_eager")
+
+
+@pytest.mark.parametrize("grid", [None, (2, 3)], ids=["pixel", "strided"])
+def test_coarse_label_loss_with_the_default_compiler(grid: tuple[int, int] | None) -> None:
+    positive, negative = make_problem(3, (4, 9), grid), make_problem(3, (4, 9), (1, 1), seed=1)
+
+    def use(seg: Tensor, cm: Tensor, labels: Tensor, other: Tensor, negative_labels: Tensor) -> Tensor:
+        return ck.coarse_label_loss(seg * 2, cm, labels, other, negative_labels, negative_weight=0.3).loss * 3
+
+    both(use, positive.seg, positive.cm, positive.labels, negative.cm, negative.labels, backend="inductor")
+
+
+def test_seg_logits_on_a_coarser_grid_and_a_trusted_source() -> None:
+    problem = make_problem(3, (4, 9), (2, 3), seg_grid=(2, 5))
+
+    def use(seg: Tensor, cm: Tensor, labels: Tensor) -> Tensor:
+        return ck.coarse_label_loss(seg, None, labels, cm, labels).loss
+
+    both(use, problem.seg, problem.cm, problem.labels, backend="aot_eager")
+
+
+def test_modules() -> None:
+    """Criterion with a learned transition, and its gradient through the compiled graph."""
+    problem = make_problem(3, (4, 9), (2, 3))
+    criterion = ck.CoarseLabelCriterion(ck.TransitionMatrix.learned(3), class_weight=torch.tensor([0.5, 1.0, 2.0]))
+    (parameter,) = criterion.parameters()
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    found = []
+    for module in (criterion, compiled):
+        parameter.grad = None
+        seg, cm = leaf(problem.seg), leaf(problem.cm)
+        module(seg, None, problem.labels, cm, problem.labels).loss.backward()
+        assert parameter.grad is not None
+        assert seg is not None
+        assert seg.grad is not None
+        found.append((parameter.grad, seg.grad))
+    assert gradient_error(found[1][0], found[0][0]) < 2e-6
+    assert gradient_error(found[1][1], found[0][1]) < 2e-6
+    nll = torch.compile(ck.AnnotationNLL(trace_weight=0.1), fullgraph=True, backend="aot_eager")
+    out = nll(problem.seg, problem.cm, problem.labels)
+    assert loss_error(out.loss, oracle(problem.with_options(trace_weight=0.1)).loss) < 1e-6
+
+
+def test_posterior_and_no_grad() -> None:
+    problem = make_problem(3, (4, 9), stream="random")
+    arguments = (problem.seg, problem.cm, problem.labels, problem.transition)
+    compiled = torch.compile(ck.annotation_posterior, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments), ck.annotation_posterior(*arguments))
+    with torch.no_grad():
+        loss = torch.compile(lambda *a: ck.annotation_nll(*a).loss, fullgraph=True, backend="aot_eager")(*arguments)
+    assert loss_error(loss, oracle(problem).loss) < 1e-6
+
+
+def test_dynamic_shapes_compile_once() -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def use(seg: Tensor, cm: Tensor, labels: Tensor) -> Tensor:
+        return ck.annotation_nll(seg, cm, labels, trace_weight=0.1).loss
+
+    compiled = torch.compile(use, fullgraph=True, backend=counter, dynamic=True)
+    # No two lengths of one call are equal: the compiler would take them for the same one.
+    for size, grid, batch in (((8, 12), (4, 3), 2), ((10, 21), (3, 6), 4), ((16, 9), (7, 4), 3)):
+        problem = make_problem(5, size, grid, batch=batch, trace_weight=0.1)
+        seg, cm = leaf(problem.seg), leaf(problem.cm)
+        assert seg is not None
+        assert cm is not None
+        compiled(seg, cm, problem.labels).backward()
+        truth = oracle(problem)
+        assert seg.grad is not None
+        assert cm.grad is not None
+        assert gradient_error(seg.grad, truth.gradients["seg"]) < 2e-6
+        assert gradient_error(cm.grad, truth.gradients["cm"]) < 2e-6
+    assert counter.frame_count == 1
+
+
+def test_the_caller_s_backend_is_honoured_inside_a_compiled_function() -> None:
+    problem = make_problem(3, (4, 9), stream="random")
+
+    def use(*arguments: Any) -> Tensor:
+        return ck.annotation_nll(*arguments).loss
+
+    compiled = torch.compile(use, fullgraph=True, backend="aot_eager")
+    arguments = (problem.seg, problem.cm, problem.labels, problem.transition)
+    for name in (*ck.available_backends(), ck.available_backends()[0]):
+        with ck.use_backend(name):
+            assert loss_error(compiled(*arguments), oracle(problem).loss) < 1e-6

@@ -1,0 +1,236 @@
+"""Who computes, and what is left where nothing was compiled."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import coarse_kernels as ck
+from coarse_kernels import backends, native
+from tests.helpers import ROOT, loss_error, make_problem, oracle, run_python
+
+HIDDEN = "import sys; sys.modules['coarse_kernels._C'] = None; sys.modules['coarse_kernels._native'] = None\n"
+STEP = """
+import torch, coarse_kernels as ck
+seg = torch.randn(1, 3, 4, 5, requires_grad=True); cm = torch.randn(1, 3, 3, 2, 2, requires_grad=True)
+labels = torch.randint(0, 3, (1, 4, 5), dtype=torch.uint8)
+"""
+
+
+# --- choosing a backend --------------------------------------------------------------------------------------------------
+
+
+class Spy:
+    """Counts how often a backend is entered."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.entered: list[str] = []
+        for name, backend in backends._REGISTRY.items():
+            inner = backend.nll_sum
+            monkeypatch.setattr(
+                backend, "nll_sum", lambda *a, _n=name, _f=inner: (self.entered.append(_n), _f(*a))[1], raising=True
+            )
+
+
+def run_one(**options: object) -> None:
+    problem = make_problem(3, (4, 5))
+    ck.annotation_nll(problem.seg, problem.cm, problem.labels, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(native.OPERATORS is None, reason="not built")
+def test_argument_before_context_before_environment_before_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COARSE_KERNELS_BACKEND", raising=False)
+    spy = Spy(monkeypatch)
+    run_one()
+    assert spy.entered.pop() == "cpu" == ck.available_backends()[0]
+    monkeypatch.setenv("COARSE_KERNELS_BACKEND", "reference")
+    run_one()
+    assert spy.entered.pop() == "reference"
+    with ck.use_backend("cpu"):
+        run_one()
+        assert spy.entered.pop() == "cpu"
+        run_one(backend="reference")
+        assert spy.entered.pop() == "reference"
+        with ck.use_backend("reference"):
+            run_one()
+            assert spy.entered.pop() == "reference"
+        run_one()
+        assert spy.entered.pop() == "cpu"
+    run_one()
+    assert spy.entered.pop() == "reference"
+    monkeypatch.setenv("COARSE_KERNELS_BACKEND", "")
+    run_one()
+    assert spy.entered == ["cpu"]
+
+
+def test_use_backend_is_undone_by_an_exception() -> None:
+    with pytest.raises(KeyError), ck.use_backend("reference"):
+        raise KeyError
+    assert backends._forced is None
+    with pytest.raises(KeyError), ck.use_schedule("recompute"):
+        raise KeyError
+    from coarse_kernels import schedule
+
+    assert schedule._forced is None
+
+
+def test_the_schedule_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    from coarse_kernels import schedule
+
+    monkeypatch.setenv("COARSE_KERNELS_SCHEDULE", "recompute")
+    assert schedule.current() == "recompute"
+    with ck.use_schedule("one_pass"):
+        assert schedule.current() == "one_pass"
+    monkeypatch.setenv("COARSE_KERNELS_SCHEDULE", "later")
+    with pytest.raises(ValueError, match="one_pass"):
+        schedule.current()
+
+
+def test_what_can_run_is_said_with_reasons() -> None:
+    assert "reference" in ck.available_backends()
+    assert ck.available_backends("cuda") == tuple(n for n, r in backends.explain("cuda").items() if r is None)
+    assert backends.explain("cuda")["cpu"] is not None
+    assert set(backends.explain("cpu")) == set(backends._REGISTRY)
+
+
+def test_without_the_extension_the_reference_serves_and_the_reason_is_logged_once() -> None:
+    code = (
+        HIDDEN
+        + "import logging; logging.basicConfig(format='LOG %(name)s %(message)s')"
+        + STEP
+        + """
+assert ck.available_backends() == ("reference",), ck.available_backends()
+for _ in range(3):
+    out = ck.annotation_nll(seg, cm, labels, trace_weight=0.1)
+    out.loss.backward()
+    ck.annotation_posterior(seg, cm, labels)
+    ck.coarse_label_loss(seg, cm, labels, cm, labels)
+assert cm.grad.isfinite().all() and seg.grad.abs().sum() > 0
+assert out.loss == ck.annotation_nll(seg, cm, labels, trace_weight=0.1, backend="reference").loss
+for bad in (lambda: ck.annotation_nll(seg, cm, labels, backend="cpu"),
+            lambda: ck.annotation_posterior(seg, cm, labels, backend="cpu"),
+            lambda: ck.annotation_nll(seg, None, labels, backend="cpu")):
+    try:
+        bad()
+    except RuntimeError as error:
+        assert "'cpu'" in str(error) and "compiler" in str(error), error
+    else:
+        raise AssertionError("an explicit choice fell back")
+with ck.use_backend("cpu"):
+    try:
+        ck.annotation_nll(seg, cm, labels)
+    except RuntimeError as error:
+        assert "compiler" in str(error)
+    else:
+        raise AssertionError("an explicit choice fell back")
+try:
+    ck.annotation_nll(seg, cm, labels + 3)
+except ValueError as error:
+    assert "[0, 3)" in str(error)
+else:
+    raise AssertionError("labels out of range")
+print("done")
+"""
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "done\n"
+    logged = [line for line in done.stderr.splitlines() if line.startswith("LOG")]
+    assert len(logged) == 1, done.stderr
+    assert "LOG coarse_kernels backend 'cpu' is not used" in logged[0]
+
+
+def test_an_environment_variable_that_cannot_run_raises_with_the_reason() -> None:
+    done = run_python(HIDDEN + STEP + "ck.annotation_nll(seg, cm, labels)", COARSE_KERNELS_BACKEND="cpu")
+    assert done.returncode != 0
+    assert "RuntimeError: backend 'cpu' cannot run" in done.stderr
+    assert "compiler" in done.stderr
+
+
+@pytest.mark.parametrize("label_dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_label_checks_without_the_extension(monkeypatch: pytest.MonkeyPatch, label_dtype: torch.dtype) -> None:
+    """The plain scan finds what the compiled one finds, also where numbers do not fit the label's type."""
+    monkeypatch.setattr(native, "OPERATORS", None)
+    signed = label_dtype != torch.uint8
+    for classes, ignore_index, values, bad in (
+        (3, 255, [0, 1, 2], None),
+        (3, 255, [0, 3, 2], 3),
+        (3, -100, [0, 1, 2], None),
+        (200, 255, [0, 100, 7], None),
+        (300, 1000, [0, 100, 7], None),
+        (3, 255, [0, -1, 2], -1 if signed else 255),
+    ):
+        labels = torch.tensor(values).to(label_dtype)
+        if bad == 255:  # -1 in eight bits is the ignored label itself
+            bad = None
+        assert native.first_bad_label(labels, classes, ignore_index) == bad, (classes, ignore_index, values)
+
+
+def test_fallback_logger_is_the_library_s(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    backends._remember.cache_clear()
+    monkeypatch.setattr(native, "OPERATORS", None)
+    monkeypatch.setattr(native, "OPERATORS_ERROR", "hidden by a test")
+    problem = make_problem(3, (4, 5), (2, 2))
+    with caplog.at_level(logging.WARNING, logger="coarse_kernels"):
+        first = ck.annotation_nll(problem.seg, problem.cm, problem.labels)
+        ck.annotation_nll(problem.seg, problem.cm, problem.labels)
+    assert len(caplog.records) == 1
+    assert "hidden by a test" in caplog.text
+    assert loss_error(first.loss, oracle(problem).loss) < 1e-6
+    backends._remember.cache_clear()
+
+
+# --- building ------------------------------------------------------------------------------------------------------------
+
+
+def build(tmp_path: Path, mode: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "COARSE_KERNELS_BUILD": mode, **environment}
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path / "lib")]
+    return subprocess.run(
+        [*command, "--build-temp", str(tmp_path / "temp")],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
+
+
+def binaries(tmp_path: Path) -> list[Path]:
+    return [path for path in tmp_path.rglob("*") if path.suffix in (".so", ".pyd", ".dylib")]
+
+
+def test_without_a_compiler_the_build_goes_on_and_says_why(tmp_path: Path) -> None:
+    done = build(tmp_path, "auto", **NO_COMPILER)
+    assert done.returncode == 0, done.stderr
+    assert "installing without the compiled kernels" in done.stderr + done.stdout
+    assert "nonexistent" in done.stderr + done.stdout
+    assert binaries(tmp_path) == []
+
+
+def test_without_a_compiler_a_forced_build_fails(tmp_path: Path) -> None:
+    done = build(tmp_path, "1", **NO_COMPILER)
+    assert done.returncode != 0
+    assert binaries(tmp_path) == []
+
+
+def test_a_forbidden_build_builds_nothing(tmp_path: Path) -> None:
+    done = build(tmp_path, "0")
+    assert done.returncode == 0, done.stderr
+    assert binaries(tmp_path) == []
+
+
+def test_an_unknown_build_mode_is_refused(tmp_path: Path) -> None:
+    done = build(tmp_path, "maybe")
+    assert done.returncode != 0
+    assert "COARSE_KERNELS_BUILD: expected auto, 0 or 1, got 'maybe'" in done.stderr

@@ -1,0 +1,95 @@
+"""Peak memory over the inputs, measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from coarse_kernels import native
+from tests.helpers import run_python
+
+pytestmark = [
+    pytest.mark.skipif(native.OPERATORS is None, reason="not built"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc/self/clear_refs"),
+]
+
+# Blocks of 64 KB and more are mapped when they are allocated and unmapped when they are freed: resident is live.
+LIVE = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_MMAP_MAX_": str(1 << 20), "MALLOC_ARENA_MAX": "1"}
+# Workspaces of the threads, label scans, bookkeeping of Python, huge pages that are rounded up.
+SLACK = 8 << 20
+
+MEASURE = """
+import gc, json, torch, coarse_kernels as ck
+from pathlib import Path
+
+def status(name):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return 1024 * int(line.split()[1])
+
+torch.set_num_threads(2)
+size, grid, classes = {size}, {grid}, {classes}
+
+def inputs(size, grid):
+    gen = torch.Generator().manual_seed(0)
+    seg = torch.randn(1, classes, *size, generator=gen).requires_grad_()
+    cm = torch.randn(1, classes, classes, *(grid or size), generator=gen).requires_grad_()
+    return seg, cm, torch.randint(0, classes, (1, *size), generator=gen, dtype=torch.uint8)
+
+def step(seg, cm, labels):
+    if {train}:
+        ck.annotation_nll(seg, cm, labels, trace_weight=0.01).loss.backward()
+    else:
+        with torch.no_grad():
+            ck.annotation_nll(seg, cm, labels, trace_weight=0.01)
+
+with ck.use_schedule({schedule!r}):
+    step(*inputs((32, 32), (4, 4) if grid else None))  # code, threads and autograd are loaded
+    seg, cm, labels = inputs(size, grid)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    step(seg, cm, labels)
+    print(json.dumps({{"peak": status("VmHWM") - before, "seg": seg.nbytes, "cm": cm.nbytes}}))
+"""
+
+
+def measure(
+    size: tuple[int, int], grid: tuple[int, int] | None, train: bool, schedule: str = "one_pass", classes: int = 19
+) -> dict[str, int]:
+    code = MEASURE.format(size=size, grid=grid, train=train, schedule=schedule, classes=classes)
+    done = run_python(code, **LIVE)
+    if "PermissionError" in done.stderr:
+        pytest.skip("the kernel does not let us reset the high-water mark")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("schedule", ["one_pass", "recompute"])
+def test_pixel_grid_costs_its_gradients(schedule: str) -> None:
+    found = measure((320, 320), None, True, schedule)
+    assert found["cm"] > 140 << 20
+    assert found["cm"] <= found["peak"] <= found["cm"] + found["seg"] + SLACK, found
+
+
+def test_no_grad_forward_costs_nothing() -> None:
+    assert measure((320, 320), None, False)["peak"] <= SLACK
+
+
+@pytest.mark.parametrize("schedule", ["one_pass", "recompute"])
+def test_strided_grid_never_makes_the_field(schedule: str) -> None:
+    """At full resolution the field would be 189 MB, twice that with its gradient."""
+    found = measure((256, 512), (32, 64), True, schedule)
+    assert found["peak"] <= found["cm"] + found["seg"] + 2 * SLACK, found
+    assert found["peak"] < 19 * 19 * 256 * 512 * 4 / 5
+
+
+def test_strided_no_grad_forward_costs_nothing() -> None:
+    assert measure((256, 512), (32, 64), False)["peak"] <= SLACK
+
+
+def test_one_matrix_for_the_image_costs_the_class_gradient() -> None:
+    found = measure((512, 1024), (1, 1), True)
+    assert found["peak"] <= found["seg"] + 2 * SLACK, found
