@@ -13,8 +13,6 @@ from .schedule import use_schedule
 from .transition import estimate_transition, uniform_transition
 from .version import __version__
 
-
-
 __all__ = [
     "AnnotationLoss",
     "AnnotationNLL",

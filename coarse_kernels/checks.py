@@ -154,7 +154,9 @@ def check_objective(
         ("negative", negative_cm, negative_labels),
     ):
         if cm is not None and labels is None:
-            raise ValueError(f"{stream}_cm: got confusion matrices but {stream}_labels is None; expected both or neither")
+            raise ValueError(
+                f"{stream}_cm: got confusion matrices but {stream}_labels is None; expected both or neither"
+            )
     if transition is not None and negative_labels is None:
         raise ValueError("transition: belongs to the negative stream, expected None where negative_labels is None")
     _check_number("negative_weight", negative_weight)
@@ -208,7 +210,9 @@ def _check_cm(name: str, cm_logits: Tensor, batch: int, classes: int, rank: int)
 def _check_grid(name: str, field: Tensor, size: torch.Size, labels_name: str) -> None:
     grid = field.shape[-len(size) :]
     if any(g > s for g, s in zip(grid, size, strict=True)):
-        raise ValueError(f"{name}: its grid {tuple(grid)} is larger than the image {tuple(size)} that {labels_name} define")
+        raise ValueError(
+            f"{name}: its grid {tuple(grid)} is larger than the image {tuple(size)} that {labels_name} define"
+        )
     if any(g < 1 for g in grid) and any(s > 0 for s in size):
         raise ValueError(f"{name}: expected a grid of at least 1 point on each axis, got {tuple(grid)}")
 
@@ -249,9 +253,11 @@ def _may_read(tensor: Tensor) -> bool:
 
     COARSE_KERNELS_DEBUG=1 looks at them on every device.
     """
-    if torch.compiler.is_compiling() or type(tensor) is not Tensor and not isinstance(tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or (type(tensor) is not Tensor and not isinstance(tensor, torch.nn.Parameter)):
         return False
-    return tensor.device.type == "cpu" or (tensor.device.type != "meta" and os.environ.get("COARSE_KERNELS_DEBUG") == "1")
+    return tensor.device.type == "cpu" or (
+        tensor.device.type != "meta" and os.environ.get("COARSE_KERNELS_DEBUG") == "1"
+    )
 
 
 def _check_probabilities(name: str, matrix: Tensor, complementary: bool) -> None:

@@ -40,7 +40,7 @@ class AnnotationLoss(NamedTuple):
     loss: Tensor
     nll: Tensor
     trace: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
 
 
 class CoarseLabelLoss(NamedTuple):

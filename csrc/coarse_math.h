@@ -85,15 +85,16 @@ struct PowerOfTwo {
   }
 };
 
-// exp(x) for x <= 88. Error at most kExpUlp units in the last place for x >= kExpFlush; exactly 0 below it; NaN stays NaN.
-// Cody-Waite reduction x = n ln 2 + r, |r| <= ln 2 / 2; then the polynomial of degree 6 with the smallest relative error
-// on that interval (2.0e-9: 1/30 of half a unit in the last place).
+// exp(x) for x <= 88. Error at most kExpUlp units in the last place for x >= kExpFlush; exactly 0 below it; NaN stays
+// NaN. Cody-Waite reduction x = n ln 2 + r, |r| <= ln 2 / 2; then the polynomial of degree 6 with the smallest relative
+// error on that interval (2.0e-9: 1/30 of half a unit in the last place).
 constexpr float kExpFlush = -87.3365f;  // 2^-126: the smallest normal float
 constexpr double kExpUlp = 2.0;
 
 template <class V>
 COARSE_HD V exp_f32(V x) {
-  const V magic = broadcast<V>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits
+  const V magic =
+      broadcast<V>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits
   const V t = x * broadcast<V>(1.44269504088896341f) + magic;
   const V n = t - magic;
   V r = x - n * broadcast<V>(0.693359375f);  // exact: n has at most 8 bits, the constant 9
@@ -108,7 +109,8 @@ COARSE_HD V exp_f32(V x) {
   return select(x < broadcast<V>(kExpFlush), broadcast<V>(0.0f), PowerOfTwo<V>::scale(y, t, magic));
 }
 
-// log(x) for normal x > 0; -inf at 0; +inf and NaN stay. Error at most kLogUlp. Polynomial of Cephes logf (Moshier 1992).
+// log(x) for normal x > 0; -inf at 0; +inf and NaN stay. Error at most kLogUlp. Polynomial of Cephes logf (Moshier
+// 1992).
 constexpr double kLogUlp = 2.0;
 
 template <class V>
@@ -182,8 +184,9 @@ COARSE_HD V max_v(V a, V b) {
 
 // --- interpolation ---------------------------------------------------------------------------------------------------
 
-// Where pixel `dst` of `out` reads an axis of `in` points: value = (1 - lambda) x[i0] + lambda x[i1]. Exactly the linear
-// mode of torch.nn.functional.interpolate with align_corners=False, in its arithmetic (float for float, double for double).
+// Where pixel `dst` of `out` reads an axis of `in` points: value = (1 - lambda) x[i0] + lambda x[i1]. Exactly the
+// linear mode of torch.nn.functional.interpolate with align_corners=False, in its arithmetic (float for float, double
+// for double).
 template <class R>
 struct Tap {
   int64_t i0, i1;
@@ -236,22 +239,22 @@ struct PixelTerms {
 };
 
 // Any logits (finite, or -inf in some entries). Reads s[C], a[C*C] (index i*C+j) and log_t[i] = log T[i,y].
-// Writes p[C] and the posterior r[C]; over a[i,j] the gradient of weight * nll + trace_weight * tr A; and, where `reported`
-// is not null, reported[i] = -weight * (sum_j A[i,j] p[j]) / D, the gradient of T[i,y]. `scratch` holds 4 C.
+// Writes p[C] and the posterior r[C]; over a[i,j] the gradient of weight * nll + trace_weight * tr A; and, where
+// `reported` is not null, reported[i] = -weight * (sum_j A[i,j] p[j]) / D, the gradient of T[i,y]. `scratch` holds 4 C.
 // A label that no class can explain (D = 0): nll = inf, r = p, and its gradients are 0.
 //
-// Every exponential is of a difference of two logits divided by a sum that contains it, never of a difference of logarithms:
-// at a logit scale of 100 the latter costs two digits.
+// Every exponential is of a difference of two logits divided by a sum that contains it, never of a difference of
+// logarithms: at a logit scale of 100 the latter costs two digits.
 template <class V>
-COARSE_HD PixelTerms<V> pixel_log_space(int classes, const V* s, V* a, const V* log_t, V weight, V trace_weight, V* p, V* r,
-                                        V* scratch, V* reported) {
+COARSE_HD PixelTerms<V> pixel_log_space(int classes, const V* s, V* a, const V* log_t, V weight, V trace_weight, V* p,
+                                        V* r, V* scratch, V* reported) {
   using R = typename Lanes<V>::Scalar;
   const V zero = broadcast<V>(R(0));
   const V inf = broadcast<V>(std::numeric_limits<R>::infinity());
-  V* const column_top = scratch;             // max_i a[i,j]
-  V* const inv_z = scratch + classes;        // 1 / sum_i exp(a[i,j] - column_top)
+  V* const column_top = scratch;               // max_i a[i,j]
+  V* const inv_z = scratch + classes;          // 1 / sum_i exp(a[i,j] - column_top)
   V* const label_top = scratch + 2 * classes;  // max_i a[i,j] + log T[i,y]
-  V* const inv_q = scratch + 3 * classes;    // 1 / sum_i exp(a[i,j] + log T[i,y] - label_top)
+  V* const inv_q = scratch + 3 * classes;      // 1 / sum_i exp(a[i,j] + log T[i,y] - label_top)
 
   V top = s[0];
   for (int j = 1; j < classes; ++j) top = max_v(s[j], top);
@@ -311,7 +314,8 @@ COARSE_HD PixelTerms<V> pixel_log_space(int classes, const V* s, V* a, const V* 
       const V hij = exp_v(x + log_t[i] - label_top[j]) * inv_q[j];
       if (reported != nullptr) {
         // p A / D in one exponential: each factor alone may leave the range, and so may the result
-        reported[i] -= select(live == zero, zero, live * exp_wide((s[j] - top - log_sum) + (x - column_top[j]) - log_d) * inv_z[j]);
+        reported[i] -= select(live == zero, zero,
+                              live * exp_wide((s[j] - top - log_sum) + (x - column_top[j]) - log_d) * inv_z[j]);
       }
       V gradient = live * (posterior * (aij - hij)) - live_trace * ajj * aij;
       if (i == j) gradient += live_trace * ajj;

@@ -1,5 +1,6 @@
 // `coarse_kernels._native`: the native code seen from NumPy, without torch. Facts about the machine and the build, the
-// machine's own ceilings for the roofline, and the shared mathematics (coarse_math.h) for the tests to hold against NumPy.
+// machine's own ceilings for the roofline, and the shared mathematics (coarse_math.h) for the tests to hold against
+// NumPy.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -29,9 +30,7 @@ const coarse::Kernels& kernels() {
   return *chosen;
 }
 
-double seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 double median(std::vector<double> values) {
   std::sort(values.begin(), values.end());
@@ -166,10 +165,12 @@ PYBIND11_MODULE(_native, m) {
   m.attr("EXP_FLUSH") = coarse::kExpFlush;
   m.def("cpu_info", &cpu_info, "Instruction set in use (isa, simd_bytes) and those that this machine supports.");
   m.def("build_info", &build_info, "Compiler, language standard and architecture of the build.");
-  m.def("exp", [](const FloatArray& x) { return mapped(x, kernels().exp_array); }, py::arg("x"),
-        "The kernels' exp, float32: at most EXP_ULP for EXP_FLUSH <= x <= 88, 0 below.");
-  m.def("log", [](const FloatArray& x) { return mapped(x, kernels().log_array); }, py::arg("x"),
-        "The kernels' log, float32: at most LOG_ULP for normal x > 0; -inf at 0.");
+  m.def(
+      "exp", [](const FloatArray& x) { return mapped(x, kernels().exp_array); }, py::arg("x"),
+      "The kernels' exp, float32: at most EXP_ULP for EXP_FLUSH <= x <= 88, 0 below.");
+  m.def(
+      "log", [](const FloatArray& x) { return mapped(x, kernels().log_array); }, py::arg("x"),
+      "The kernels' log, float32: at most LOG_ULP for normal x > 0; -inf at 0.");
   m.def("linear_taps", &linear_taps, py::arg("grid"), py::arg("pixels"), py::arg("wide") = false,
         "(i0, i1, lambda) of every pixel of an axis: value = (1 - lambda) x[i0] + lambda x[i1]. wide: in float64.");
   m.def("pixel_f32", &pixel<float>, py::arg("seg_logits"), py::arg("cm_logits"), py::arg("reported"),

@@ -80,6 +80,7 @@ def evaluate(
 ) -> Result:
     """Forward and backward through the public function."""
     seg, cm = leaf(problem.seg), leaf(problem.cm)
+    assert seg is not None
     transition = leaf(problem.transition, problem.learn_transition)
     before = [None if t is None else t.detach().clone() for t in (seg, cm, problem.labels, transition)]
     with ck.use_schedule(schedule):

@@ -241,10 +241,11 @@ def test_a_bad_negative_stream_is_seen_before_the_positive_one_is_computed(name:
 @pytest.mark.parametrize("name", ["pixel_weight", "normalizer"])
 def test_a_pair_of_three(name: str) -> None:
     seg, labels = good()["seg_logits"], good()["labels"]
+    triple: dict[str, Any] = {name: (None, None, None)}
     expect(
         ValueError,
         [name, "(positive, negative)", "3"],
-        lambda: ck.coarse_label_loss(seg, None, labels, **{name: (None, None, None)}),
+        lambda: ck.coarse_label_loss(seg, None, labels, **triple),
     )
 
 

@@ -110,7 +110,7 @@ def test_find_bad_label_finds_the_first() -> None:
 def both(use: Callable[..., Tensor], *inputs: Tensor | None, backend: str, dynamic: bool | None = None) -> None:
     """Loss and gradients of ``use`` compiled without a break, against eager."""
     compiled = torch.compile(use, fullgraph=True, backend=backend, dynamic=dynamic)
-    found = []
+    found: list[tuple[Tensor, list[Tensor | None]]] = []
     for call in (use, compiled):
         leaves = [leaf(t) if t is not None and t.is_floating_point() else t for t in inputs]
         loss = call(*leaves)

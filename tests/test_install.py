@@ -6,7 +6,9 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,10 +34,14 @@ class Spy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.entered: list[str] = []
         for name, backend in backends._REGISTRY.items():
-            inner = backend.nll_sum
-            monkeypatch.setattr(
-                backend, "nll_sum", lambda *a, _n=name, _f=inner: (self.entered.append(_n), _f(*a))[1], raising=True
-            )
+            monkeypatch.setattr(backend, "nll_sum", self.watched(name, backend.nll_sum))
+
+    def watched(self, name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            self.entered.append(name)
+            return inner(*args)
+
+        return call
 
 
 def run_one(**options: object) -> None:

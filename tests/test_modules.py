@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -108,9 +109,7 @@ def test_annotation_nll_module_is_the_function(backend: str) -> None:
     weight = torch.tensor([0.5, 1.0, 2.0])
     problem = make_problem(3, (6, 9), (2, 3), stream="random", ignore_index=7)
     pixel_weight = torch.rand(2, 6, 9, generator=generator(0))
-    module = ck.AnnotationNLL(
-        trace_weight=0.2, ignore_index=7, class_weight=weight, reduction="mean", backend=backend
-    )
+    module = ck.AnnotationNLL(trace_weight=0.2, ignore_index=7, class_weight=weight, reduction="mean", backend=backend)
     ours = module(
         problem.seg, problem.cm, problem.labels, problem.transition, pixel_weight=pixel_weight, normalizer=11.0
     )
@@ -135,7 +134,7 @@ def test_annotation_nll_module_is_the_function(backend: str) -> None:
 def test_criterion_is_the_function(backend: str) -> None:
     positive, negative = make_problem(3, (6, 9), (2, 3)), make_problem(3, (6, 9), (1, 1), seed=1)
     matrix = torch.tensor([[0.0, 0.2, 0.8], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
-    options = {"trace_weight": 0.03, "negative_weight": 0.4, "reduction": "sum", "backend": backend}
+    options: dict[str, Any] = {"trace_weight": 0.03, "negative_weight": 0.4, "reduction": "sum", "backend": backend}
     module = ck.CoarseLabelCriterion(ck.TransitionMatrix.fixed(matrix), **options)
     pair = (torch.rand(2, 6, 9, generator=generator(0)), None)
     arguments = (positive.seg, positive.cm, positive.labels, negative.cm, negative.labels)
@@ -156,6 +155,7 @@ def test_criterion_is_the_function(backend: str) -> None:
 def test_negative_weight_zero_switches_the_stream_off() -> None:
     positive, negative = make_problem(3, (6, 9)), make_problem(3, (6, 9), seed=1)
     seg, cm, other = leaf(positive.seg), leaf(positive.cm), leaf(negative.cm)
+    assert seg is not None
     out = ck.coarse_label_loss(seg, cm, positive.labels, other, negative.labels, negative_weight=0.0)
     alone = ck.coarse_label_loss(positive.seg, positive.cm, positive.labels)
     out.loss.backward()
@@ -209,9 +209,7 @@ def test_results_pickle_and_unpack() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_modules_move_to_another_dtype(dtype: torch.dtype) -> None:
     """model.half() takes the criterion along: class weights and transition in 16 bits still serve."""
-    criterion = ck.CoarseLabelCriterion(
-        ck.TransitionMatrix.learned(3), class_weight=torch.tensor([0.5, 1.0, 2.0])
-    )
+    criterion = ck.CoarseLabelCriterion(ck.TransitionMatrix.learned(3), class_weight=torch.tensor([0.5, 1.0, 2.0]))
     problem = make_problem(3, (6, 9), (2, 3))
     before = criterion(problem.seg, problem.cm, problem.labels, problem.cm, problem.labels).loss
     criterion.to(dtype)

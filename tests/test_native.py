@@ -226,7 +226,11 @@ def test_the_first_call_in_a_fresh_process(call: str) -> None:
 def test_ceilings_are_plausible() -> None:
     assert 1e8 < tools.copy_bandwidth(16, 3) < 1e13
     assert 1e6 < tools.exp_throughput(3) < 1e12
-    for call in (lambda: tools.copy_bandwidth(0, 3), lambda: tools.copy_bandwidth(1, 0), lambda: tools.exp_throughput(0)):
+    for call in (
+        lambda: tools.copy_bandwidth(0, 3),
+        lambda: tools.copy_bandwidth(1, 0),
+        lambda: tools.exp_throughput(0),
+    ):
         with pytest.raises(ValueError, match="at least 1"):
             call()
 

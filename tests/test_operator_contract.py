@@ -242,9 +242,7 @@ def test_per_pixel_grad_output(
 @COMPILED
 @SCHEDULE
 @GRID
-def test_expanded_grad_output(
-    backend: str, schedule: str, size: tuple[int, int], grid: tuple[int, int] | None
-) -> None:
+def test_expanded_grad_output(backend: str, schedule: str, size: tuple[int, int], grid: tuple[int, int] | None) -> None:
     """quack PR#126: the gradient of a sum arrives with stride 0; a slice's with holes; a permuted map's permuted."""
     problem = make_problem(3, size, grid, reduction="none")
     for use in (

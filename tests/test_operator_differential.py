@@ -138,9 +138,7 @@ GRIDS = {"pixel": None, "strided": (3, 5)}
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("stream", ["positive", "random"])
 @pytest.mark.parametrize("backend", FUSED)
-def test_dtypes(
-    backend: str, stream: str, dtype: torch.dtype, grid: tuple[int, int] | None, schedule: str
-) -> None:
+def test_dtypes(backend: str, stream: str, dtype: torch.dtype, grid: tuple[int, int] | None, schedule: str) -> None:
     problem = make_problem(5, (10, 21), grid, stream=stream, trace_weight=0.1).to(dtype)
     # float16 gradients need loss scaling, as documented: without it they fall among its subnormals
     check(problem, backend, schedule, 1024.0 if dtype == torch.float16 else None)

@@ -48,9 +48,7 @@ def test_extreme_logits_on_the_pixel_grid(backend: str, stream: str, classes: in
     float32 numbers near 1e4 are 1e-3 apart: where two explanations of a label, each a sum of such logits, compete, their
     ratio is known to a few times 1e-3 and no better.
     """
-    problem = make_problem(
-        classes, (6, 33), stream=stream, trace_weight=0.1, reduction="none", learn_transition=False
-    )
+    problem = make_problem(classes, (6, 33), stream=stream, trace_weight=0.1, reduction="none", learn_transition=False)
     assert problem.cm is not None
     gen = generator(7)
     for logits in (problem.seg, problem.cm):
@@ -70,9 +68,7 @@ def test_extreme_logits_on_the_pixel_grid(backend: str, stream: str, classes: in
 @GRID
 def test_steep_logits_on_a_grid(backend: str, grid: tuple[int, int] | None) -> None:
     """Neighbouring grid points 1e4 apart: no geometric sequence spans that. float32 knows such a logit to 1e-3."""
-    problem = make_problem(
-        3, (16, 28), grid, stream="random", trace_weight=0.1, scale=1.0, learn_transition=False
-    )
+    problem = make_problem(3, (16, 28), grid, stream="random", trace_weight=0.1, scale=1.0, learn_transition=False)
     assert problem.cm is not None
     signs = torch.randint(-1, 2, problem.cm.shape, generator=generator(3))
     problem = dataclasses.replace(problem, cm=problem.cm + 1e4 * signs)
@@ -88,7 +84,9 @@ def test_confident_pixels(backend: str, schedule: str, grid: tuple[int, int] | N
     """A network that is sure, right or wrong, and a field that trusts its labels: evidence from 1 down to e^-200."""
     gen = generator(2)
     labels = torch.randint(0, 4, (2, 8, 24), generator=gen)
-    guess = torch.where(torch.rand(2, 8, 24, generator=gen) < 0.5, labels, torch.randint(0, 4, (2, 8, 24), generator=gen))
+    guess = torch.where(
+        torch.rand(2, 8, 24, generator=gen) < 0.5, labels, torch.randint(0, 4, (2, 8, 24), generator=gen)
+    )
     size = torch.tensor([5.0, 30.0, 70.0, 100.0])[torch.randint(0, 4, (2, 1, 8, 24), generator=gen)]
     seg = torch.nn.functional.one_hot(guess, 4).movedim(-1, 1) * size
     cm = (100.0 * torch.eye(4))[None, :, :, None, None].repeat(2, 1, 1, *(grid or (8, 24)))

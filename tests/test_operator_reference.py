@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,7 +181,7 @@ def test_confusion_matrix_given_as_positive_numbers() -> None:
 
 def test_objective_is_the_sum_of_its_streams() -> None:
     problem, negative = make_problem(4, (3, 4)).to(F64), make_problem(4, (3, 4), (2, 2), seed=1).to(F64)
-    options = {"trace_weight": 0.05, "backend": "reference"}
+    options: dict[str, Any] = {"trace_weight": 0.05, "backend": "reference"}
     out = ck.coarse_label_loss(
         problem.seg, problem.cm, problem.labels, negative.cm, negative.labels, negative_weight=0.3, **options
     )

@@ -127,7 +127,7 @@ def _from_environment() -> str | None:
     return os.environ.get("COARSE_KERNELS_BACKEND") or None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _remember(message: str) -> None:
     logger.warning(message)
 

@@ -52,7 +52,7 @@ def nll_sum(stream: Stream, scale: Tensor | None, loss_scale: float) -> tuple[Te
     args = operands(stream)
     wanted = 0
     if schedule.current() == "one_pass" and not torch.compiler.is_compiling():
-        wanted = _needed(*args[:2], args[3])
+        wanted = _needed(args[0], args[1], args[3])
     out = torch.ops.coarse_kernels.annotation_nll(
         *args, scale, loss_scale, stream.trace_weight, stream.ignore_index, False, wanted
     )

@@ -1,6 +1,6 @@
 """The first run: six ways to learn segmentation from coarse drawings of real MNIST digits.
 
-    python -m coarse_train demo                      four digit classes; about three minutes on two cores
+    python -m coarse_train demo                      four digit classes; two to three minutes on two idle cores
     python -m coarse_train demo --task binary        the paper's binary masks
     python -m coarse_train demo --data DIR           the full IDX files instead of the sample in the package
 

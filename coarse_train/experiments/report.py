@@ -67,8 +67,8 @@ def save_figure(
     true: Tensor,
     rows: Sequence[dict[str, Any]],
 ) -> None:
-    """The first test canvases with their drawings and what became of them; confusion matrices; scores."""
-    batch = splits.test.select(range(min(_SHOWN, len(splits.test))))
+    """A few test canvases with their drawings and what became of them; confusion matrices; scores."""
+    batch = splits.test.select(_shown(splits.test.stacked))
     names = splits.class_names
     panels = _panels(batch, models, transition)
     figure = Figure(figsize=(14, 2.0 * len(batch.image) + 5.2), layout="constrained")
@@ -92,6 +92,15 @@ def save_figure(
     _matrix(middle, true.numpy(), names, "true confusion")
     _bars(right, rows)
     figure.savefig(path, dpi=110)
+
+
+def _shown(samples: Sample) -> list[int]:
+    """The first canvases with an object that carries another class's name, then the first of the others: what is to be
+    seen is chosen by the drawings, never by the predictions."""
+    named = (samples.positive != 0) & (samples.positive != IGNORE)
+    swapped = ((samples.mask != 0) & named & (samples.positive != samples.mask)).flatten(1).any(1)
+    order = sorted(range(len(samples.mask)), key=lambda n: not bool(swapped[n]))  # sorted() keeps the order of equals
+    return order[:_SHOWN]
 
 
 @torch.no_grad()

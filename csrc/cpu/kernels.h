@@ -23,7 +23,8 @@ LabelScan scan_labels(const void* labels, LabelType type, int64_t n, int64_t ign
     }
     return int64_t{0};
   };
-  const int64_t first = type == LabelType::u8 ? scan(static_cast<const uint8_t*>(labels)) : scan(static_cast<const int64_t*>(labels));
+  const int64_t first =
+      type == LabelType::u8 ? scan(static_cast<const uint8_t*>(labels)) : scan(static_cast<const int64_t*>(labels));
   return {static_cast<double>(counted), bad != 0, first};
 }
 
@@ -61,8 +62,7 @@ constexpr KernelSet<R> kernel_set() {
 }
 
 constexpr Kernels make_kernels(const char* isa) {
-  return {isa,       COARSE_SIMD_BYTES, kernel_set<float>(), scan_labels, exp_array,
-          log_array, stream_copy,       convert};
+  return {isa, COARSE_SIMD_BYTES, kernel_set<float>(), scan_labels, exp_array, log_array, stream_copy, convert};
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// Kernels for avx2, in a file that the compiler's default flags can build: the pragma raises the instruction set for what
-// follows. System headers come before it, so that their inline functions are not compiled for avx2 and then picked by the
-// linker for everybody.
+// Kernels for avx2, in a file that the compiler's default flags can build: the pragma raises the instruction set for
+// what follows. System headers come before it, so that their inline functions are not compiled for avx2 and then picked
+// by the linker for everybody.
 #if defined(__x86_64__)
 #define COARSE_SIMD_BYTES 32
 

@@ -10,4 +10,4 @@
 namespace coarse {
 extern const Kernels kKernelsBaseline = make_kernels("baseline");
 extern const KernelSet<double> kKernelsDouble = kernel_set<double>();
-}
+}  // namespace coarse

@@ -1,25 +1,25 @@
 // CM logits on the pixel grid: every logit is read once and every gradient written once.
 //
-// A tile of pixels goes through three steps, with the exponentials of its C x C logits kept in cache (`field_`) meanwhile:
+// A tile of pixels goes through three steps, with the exponentials of its C x C logits kept in cache (`field_`)
+// meanwhile:
 //   1. softmax of the class logits; for each column j: load, shift by the column maximum, exponentiate, sum (Z, q)
 //   2. per pixel: D, posterior, loss, and the three coefficients of each column's gradient (coarse_math.h)
 //   3. for each column j: exponentials * coefficients, streamed to memory
 //
-// Memory is the limit (2 C x C x 4 bytes a pixel), arithmetic comes second (C x C exponentials), so one loop does all of it
-// at once (`pipeline`): for column j it streams out the gradient of the tile before, exponentiates this tile's logits into
-// the slots that become free, and stages the logits of column j + 1. In separate loops reading, computing and writing wait
-// for one another.
+// Memory is the limit (2 C x C x 4 bytes a pixel), arithmetic comes second (C x C exponentials), so one loop keeps both
+// busy
+// (`pipeline`): for column j it exponentiates this tile's logits, streams out the gradient of the tile before from the
+// slots that they go to, and fetches the logits of column j + 1. In separate loops reading, computing and writing wait
+// for one another: 0.3 of the copy bandwidth at C = 19, together 0.4 to 0.5.
 #pragma once
 
-#include "simd.h"
+#include "common.h"
 
 namespace coarse {
 namespace {
 
 constexpr int64_t kTileBytes = 384 * 1024;  // of E: most of a 1 MB second-level cache is left to streams in flight
 constexpr int64_t kMaxTile = 256;           // pixels: a run of 1 KB in each of the C x C planes
-
-inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 constexpr int kUnroll = 2;  // vectors of a plane that are worked on together
 
@@ -30,119 +30,6 @@ inline int64_t tile_pixels(int classes) {
   const int64_t tile = fit < kMaxTile ? fit / kStep * kStep : kMaxTile;
   return tile < kStep ? kStep : tile;
 }
-
-// Hands out aligned pieces of the workspace; with a null base it only counts.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class X>
-  X* take(int64_t n) {
-    X* piece = base_ == nullptr ? nullptr : reinterpret_cast<X*>(base_ + used_);
-    used_ += round_up(n * static_cast<int64_t>(sizeof(X)), 64);
-    return piece;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
-// Labels, weights and the label's row of T for a run of pixels: the part that both grids share.
-template <class R>
-struct LabelRun {
-  int32_t* label;  // 0 where ignored, so that a lane without label computes something harmless
-  R* valid;        // 1 or 0
-  R* weight;       // class_weight[label] * pixel_weight, 0 where ignored
-  bool any_valid, all_valid;
-
-  void take(Arena& arena, int64_t n) {
-    label = arena.take<int32_t>(n);
-    valid = arena.take<R>(n);
-    weight = arena.take<R>(n);
-  }
-
-  // Pixels [at, at + n) of the flattened (B, D, H, W) label map; lanes up to `padded` count as ignored.
-  // `valid` and `weight` are written from position `to` on, so that a row of a segment can have its place.
-  inline bool read(const Stream<R>& s, int64_t at, int64_t n, int64_t padded, int64_t to) {
-    bool bad = false;
-    int64_t count = 0;
-    for (int64_t k = 0; k < n; ++k) {
-      const int64_t y = s.label_type == LabelType::u8 ? static_cast<const uint8_t*>(s.labels)[at + k]
-                                                      : static_cast<const int64_t*>(s.labels)[at + k];
-      bool ok = y != s.ignore_index;
-      if (ok && (y < 0 || y >= s.classes)) {
-        bad = true;
-        ok = false;
-      }
-      count += ok;
-      label[to + k] = ok ? static_cast<int32_t>(y) : 0;
-      valid[to + k] = ok ? R(1) : R(0);
-      weight[to + k] = valid[to + k];
-    }
-    for (int64_t k = n; k < padded; ++k) {
-      label[to + k] = 0;
-      valid[to + k] = weight[to + k] = R(0);
-    }
-    if (s.class_weight != nullptr) {
-      for (int64_t k = 0; k < n; ++k) weight[to + k] *= s.class_weight[label[to + k]];
-    }
-    if (s.pixel_weight != nullptr) {  // not a product: an ignored pixel's weight may be NaN
-      for (int64_t k = 0; k < n; ++k) weight[to + k] = valid[to + k] != R(0) ? weight[to + k] * s.pixel_weight[at + k] : R(0);
-    }
-    any_valid = any_valid || count > 0;
-    all_valid = all_valid && count == n;
-    return bad;
-  }
-};
-
-// reported[i][k] = T[i, y(k)] for k in [0, n); rows `stride` apart.
-template <class R>
-inline void report_run(const R* transition, int classes, const int32_t* label, int64_t n, R* reported, int64_t stride) {
-  for (int i = 0; i < classes; ++i) {
-    R* row = reported + i * stride;
-    if (transition == nullptr) {
-      for (int64_t k = 0; k < n; ++k) row[k] = label[k] == i ? R(1) : R(0);
-    } else {
-      const R* t = transition + static_cast<int64_t>(i) * classes;
-      for (int64_t k = 0; k < n; ++k) row[k] = t[label[k]];
-    }
-  }
-}
-
-// One vector of pixels in log space: the slow path of both grids. `a` holds the logits and leaves with the gradient.
-template <class R>
-struct LogSpace {
-  using V = Vec<R>;
-  V *s, *a, *log_t, *p, *r, *scratch, *reported;
-
-  void take(Arena& arena, int64_t classes) {
-    s = arena.take<V>(classes);
-    a = arena.take<V>(classes * classes);
-    log_t = arena.take<V>(classes);
-    p = arena.take<V>(classes);
-    r = arena.take<V>(classes);
-    scratch = arena.take<V>(4 * classes);
-    reported = arena.take<V>(classes);
-  }
-
-  inline PixelTerms<V> run(int classes, const R* transition, const int32_t* label, V weight, V trace_weight,
-                           bool want_reported) {
-    for (int i = 0; i < classes; ++i) {
-      for (int k = 0; k < kLanes<R>; ++k) {
-        const R t = transition != nullptr ? transition[i * classes + label[k]] : label[k] == i ? R(1) : R(0);
-        log_t[i][k] = std::log(t);  // of the C library: T may hold subnormals
-      }
-    }
-    return pixel_log_space<V>(classes, s, a, log_t, weight, trace_weight, p, r, scratch, want_reported ? reported : nullptr);
-  }
-
-  // sum += the gradient of T: lane k belongs to column label[k]
-  inline void add_reported(int classes, const int32_t* label, double* sum) const {
-    for (int i = 0; i < classes; ++i)
-      for (int k = 0; k < kLanes<R>; ++k) sum[i * classes + label[k]] += static_cast<double>(reported[i][k]);
-  }
-};
 
 template <class R, int kClasses>
 class PixelGrid {
@@ -225,7 +112,8 @@ class PixelGrid {
     }
     softmax(tile);
     const bool whole = tile.n == tile.padded;
-    const bool together = whole && pending.active && !pending.zero && pending.n == tile.n && want_cm_ && !accumulate_ && aligned_planes_;
+    const bool together =
+        whole && pending.active && !pending.zero && pending.n == tile.n && want_cm_ && !accumulate_ && aligned_planes_;
     for (int j = 0; j < classes(); ++j) {
       if (!together) write_column(j, pending);
       stage_column(j, tile);
@@ -295,10 +183,10 @@ class PixelGrid {
     }
   }
 
-  // Column j of tile t: exponentials of the staged logits, and their sums over i; with `pending`, the gradient of that tile
-  // leaves the slots first. kOneHot: T is the identity, so T[i, y] is a comparison. A few vectors of a plane at a time, so that
-  // all sums and coefficients stay in registers. Meanwhile the next column is fetched, in runs of a tile: DRAM serves
-  // whole kilobytes of a plane twice as fast as lines of one plane after the other.
+  // Column j of tile t: exponentials of the staged logits, and their sums over i; with `pending`, the gradient of that
+  // tile leaves the slots first. kOneHot: T is the identity, so T[i, y] is a comparison. A few vectors of a plane at a
+  // time, so that all sums and coefficients stay in registers. Meanwhile the next column is fetched, in runs of a tile:
+  // DRAM serves whole kilobytes of a plane twice as fast as lines of one plane after the other.
   template <bool kOneHot>
   void pipeline(int j, const Tile& t, const Tile* pending) {
     const int c = classes();
@@ -311,7 +199,8 @@ class PixelGrid {
     const int64_t leaving_at = emit ? gradient_offset(0, j, *pending) : 0;
     const R* const leaving_reported = emit ? pending->reported : nullptr;
 
-    // The next column's lines, in order. After the last column: the first of the next tile (a prefetch may miss the end).
+    // The next column's lines, in order. After the last column: the first of the next tile (a prefetch may miss the
+    // end).
     const int64_t element = s_.cm_storage == Storage::f64 ? 8 : s_.cm_storage == Storage::f32 ? 4 : 2;
     const bool last = j + 1 == c;
     const char* line =
@@ -465,7 +354,8 @@ class PixelGrid {
     double* sum = s_.transition_gradient + task_ * c * c;
     for (int i = 0; i < c; ++i) {
       V ap = broadcast<V>(R(0));
-      for (int j = 0; j < c; ++j) ap += load(column(i, j) + k) * (load(inv_z_ + j * tile_ + k) * load(p_ + j * tile_ + k));
+      for (int j = 0; j < c; ++j)
+        ap += load(column(i, j) + k) * (load(inv_z_ + j * tile_ + k) * load(p_ + j * tile_ + k));
       ap *= scaled_inv_d;
       for (int lane = 0; lane < N; ++lane) sum[i * c + labels_.label[k + lane]] -= static_cast<double>(ap[lane]);
     }
@@ -518,9 +408,9 @@ class PixelGrid {
   // Whether `stream_gradient` serves this tile: the storage is the compute type's own, in whole vectors.
   bool streams(const Tile& t) const { return want_cm_ && own_gradient_ && !accumulate_ && t.n == t.padded; }
 
-  // Gradient of entry (i, j) for pixels [k, k + n) of the tile, whole lines past the caches. Where the image's size is odd
-  // the planes begin anywhere in a line: vectors are then taken `head` pixels later, to end on lines, and the few pixels
-  // before the first and after the last are stored as usual.
+  // Gradient of entry (i, j) for pixels [k, k + n) of the tile, whole lines past the caches. Where the image's size is
+  // odd the planes begin anywhere in a line: vectors are then taken `head` pixels later, to end on lines, and the few
+  // pixels before the first and after the last are stored as usual.
   COARSE_HD void stream_gradient(int i, int j, const Tile& t, int64_t k, int64_t n) {
     R* const out = static_cast<R*>(s_.cm_gradient) + gradient_offset(i, j, t);
     const Entry gradient = entry(i, j, t);
@@ -540,8 +430,8 @@ class PixelGrid {
     }
   }
 
-  // kUnroll vectors past the caches. Halves are packed first: with 64-byte vectors two of them make a whole line, and parts
-  // of lines stream several times slower than lines.
+  // kUnroll vectors past the caches. Halves are packed first: with 64-byte vectors two of them make a whole line, and
+  // parts of lines stream several times slower than lines.
   COARSE_HD void stream_vectors(const V* g, int64_t offset) const {
     if (own_gradient_) {
       R* const out = static_cast<R*>(s_.cm_gradient) + offset;

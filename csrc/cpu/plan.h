@@ -20,9 +20,9 @@ struct StridedTask {
 template <class R>
 struct StridedPlan {
   StridedGrid<R> grid;
-  int64_t copies = 1;              // of the gradient: bands that share grid rows and run at the same time have their own
-  std::vector<StridedTask> tasks;  // in order; tasks of one phase run at the same time
-  std::vector<int64_t> phases;     // begin of each phase, and the end
+  int64_t copies = 1;  // of the gradient: bands that share grid rows and run at the same time have their own
+  std::vector<StridedTask> tasks;              // in order; tasks of one phase run at the same time
+  std::vector<int64_t> phases;                 // begin of each phase, and the end
   std::array<std::vector<int32_t>, 3> points;  // what `grid` points into
   std::array<std::vector<R>, 3> lambdas;
   std::vector<RowSegment<R>> segments;
@@ -46,8 +46,8 @@ Axis<R> plan_axis(int64_t grid, int64_t pixels, std::vector<int32_t>& points, st
   return {grid, points.data(), lambdas.data()};
 }
 
-// Rows [y0, y1) of one cell, in runs along which lambda grows evenly (it is clamped to 0 above the first grid point), of
-// 8, 4, 2 or 1 rows.
+// Rows [y0, y1) of one cell, in runs along which lambda grows evenly (it is clamped to 0 above the first grid point),
+// of 8, 4, 2 or 1 rows.
 template <class R>
 void cut_rows(const Axis<R>& axis, int32_t y0, int32_t y1, std::vector<RowSegment<R>>& segments) {
   // lambda is the fraction of a coordinate: that is how exactly it can be known
@@ -97,8 +97,8 @@ StridedPlan<R> plan_strided(const Stream<R>& s, const std::array<int64_t, 3>& gr
   if (shared) groups = grid[1] >= kEnoughRows ? 1 : std::min<int64_t>(s.batch, std::max(1, kMaxCopies / bands_a_cell));
   plan.copies = bands_a_cell * (shared ? groups : 1);
 
-  // Neighbouring cells add to the grid row between them, so even cells go before odd ones; slices of a volume share grid
-  // slices, so they go one after the other.
+  // Neighbouring cells add to the grid row between them, so even cells go before odd ones; slices of a volume share
+  // grid slices, so they go one after the other.
   plan.phases.push_back(0);
   for (int64_t z = 0; z < s.depth; ++z) {
     for (int colour = 0; colour < 2; ++colour) {

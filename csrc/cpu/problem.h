@@ -19,8 +19,8 @@ struct Stream {
   Storage seg_storage = Storage::f32;
   const void* cm_logits = nullptr;  // (B or 1, C, C, grid), the batch axis with its own stride
   Storage cm_storage = Storage::f32;
-  int64_t cm_batch = 0;         // 1: the same field for every image
-  int64_t cm_batch_stride = 0;  // elements; 0 for an expanded field
+  int64_t cm_batch = 0;          // 1: the same field for every image
+  int64_t cm_batch_stride = 0;   // elements; 0 for an expanded field
   const void* labels = nullptr;  // (B, D, H, W)
   LabelType label_type = LabelType::u8;
   int64_t ignore_index = 255;
@@ -30,13 +30,13 @@ struct Stream {
   R trace_weight = 0;
   R gradient_scale = 1;
 
-  // Gradients of gradient_scale * sum w (nll + trace_weight * tr A). On a strided grid, and where one field serves several
-  // images, cm_gradient is float/double (cm_gradient_storage says which) and arrives filled with zeros.
+  // Gradients of gradient_scale * sum w (nll + trace_weight * tr A). On a strided grid, and where one field serves
+  // several images, cm_gradient is float/double (cm_gradient_storage says which) and arrives filled with zeros.
   void* seg_gradient = nullptr;  // as seg_logits
   void* cm_gradient = nullptr;   // (cm_batch, C, C, grid)
   Storage cm_gradient_storage = Storage::f32;
-  R* nll_map = nullptr;      // (B, D, H, W): w nll
-  R* trace_map = nullptr;    // (B, D, H, W): w tr A
+  R* nll_map = nullptr;       // (B, D, H, W): w nll
+  R* trace_map = nullptr;     // (B, D, H, W): w tr A
   void* posterior = nullptr;  // as seg_logits
 
   // One row per task, so that the sums do not depend on the number of threads.
@@ -90,8 +90,8 @@ struct KernelSet {
   void (*pixel_grid)(const Stream<R>&, int64_t task, int64_t b, int64_t begin, int64_t end, void* workspace);
   // Strided grid: one band of one slice z, images [b0, b1).
   int64_t (*strided_workspace)(const Stream<R>&, const StridedGrid<R>&);
-  void (*strided_grid)(const Stream<R>&, const StridedGrid<R>&, int64_t task, Band band, int64_t z, int64_t b0, int64_t b1,
-                       void* workspace);
+  void (*strided_grid)(const Stream<R>&, const StridedGrid<R>&, int64_t task, Band band, int64_t z, int64_t b0,
+                       int64_t b1, void* workspace);
 };
 
 struct Kernels {

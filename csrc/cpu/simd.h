@@ -1,5 +1,5 @@
-// Vectors of COARSE_SIMD_BYTES bytes (GCC/Clang vector extensions), one pixel per lane. Included by one translation unit per
-// instruction set, after its target pragma, hence the anonymous namespace (see coarse_math.h).
+// Vectors of COARSE_SIMD_BYTES bytes (GCC/Clang vector extensions), one pixel per lane. Included by one translation
+// unit per instruction set, after its target pragma, hence the anonymous namespace (see coarse_math.h).
 #pragma once
 
 #ifndef COARSE_SIMD_BYTES
@@ -54,8 +54,8 @@ struct PowerOfTwo<VecF> {
 };
 #endif
 
-// Unaligned. Through a vector type rather than memcpy, whose stores might change anything, members of `this` included, and
-// have them reloaded in every iteration.
+// Unaligned. Through a vector type rather than memcpy, whose stores might change anything, members of `this` included,
+// and have them reloaded in every iteration.
 typedef VecF UnalignedF __attribute__((aligned(sizeof(float))));
 typedef VecD UnalignedD __attribute__((aligned(sizeof(double))));
 

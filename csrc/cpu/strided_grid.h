@@ -9,15 +9,17 @@
 // gradient of e's logits at the two grid rows needs the sums of v[row] e[row] and of row v[row] e[row], v being the
 // coefficients of coarse_math.h: one Horner scheme gives both (the second is g times the derivative of the first).
 //
-// Where the logits change by more than kMaxSpan over a segment, terms could underflow that matter; there, and where D is
-// small, pixels are taken one row at a time in log space.
+// Where the logits change by more than kMaxSpan over a segment, terms could underflow that matter; there, and where D
+// is small, pixels are taken one row at a time in log space.
 //
-// A band is a row of grid cells (or a part of it). Its two rows of logits are copied to float rows first (`grid_`), which
-// also takes care of the storage type and of the depth interpolation of volumes; its gradients are summed in two such rows
-// (`sum_`) and added to the output at the end. ops.cpp runs bands that share no grid row at the same time, in fixed order.
+// A band is a row of grid cells (or a part of it). Its two rows of logits are copied to float rows first (`grid_`),
+// which also takes care of the storage type and of the depth interpolation of volumes; its gradients are summed in two
+// such rows
+// (`sum_`) and added to the output at the end. ops.cpp runs bands that share no grid row at the same time, in fixed
+// order.
 #pragma once
 
-#include "pixel_grid.h"
+#include "common.h"
 
 namespace coarse {
 namespace {
@@ -137,7 +139,8 @@ class StridedGridBand {
     nodes_ = static_cast<int>(right_[N - 1]) + 1;
     const V zero = broadcast<V>(R(0));
     if (want_cm_) {
-      for (int64_t ij = 0; ij < static_cast<int64_t>(classes()) * classes(); ++ij) top_sum_[ij] = bottom_sum_[ij] = zero;
+      for (int64_t ij = 0; ij < static_cast<int64_t>(classes()) * classes(); ++ij)
+        top_sum_[ij] = bottom_sum_[ij] = zero;
     }
     bool touched = false;
     for (int32_t k = band.begin; k < band.end; ++k) touched = segment(g_.segments[k]) || touched;
@@ -298,7 +301,8 @@ class StridedGridBand {
     return !any(steep);
   }
 
-  // Loss, posterior and gradient coefficients of every row; false, and nothing added, where probabilities are too small.
+  // Loss, posterior and gradient coefficients of every row; false, and nothing added, where probabilities are too
+  // small.
   bool finish(const RowSegment<R>& seg) {
     const int c = classes();
     const V zero = broadcast<V>(R(0));
@@ -456,7 +460,8 @@ class StridedGridBand {
     const R zeros[N] = {};
     for (int r = 0; r < seg.rows; ++r) {
       if (s_.nll_map != nullptr) {
-        for (int64_t k = 0; k < lanes_; ++k) s_.nll_map[pixel(seg.y0 + r) + k] = s_.trace_map[pixel(seg.y0 + r) + k] = R(0);
+        for (int64_t k = 0; k < lanes_; ++k)
+          s_.nll_map[pixel(seg.y0 + r) + k] = s_.trace_map[pixel(seg.y0 + r) + k] = R(0);
       }
       if (s_.seg_gradient == nullptr) continue;
       for (int j = 0; j < classes(); ++j) {
@@ -479,7 +484,7 @@ class StridedGridBand {
   V lambda_x_{};
   V *top_sum_, *bottom_sum_, *scatter_;  // (C * C) gradient at the upper and lower grid row, by lane
   // the segment
-  V *first_, *ratio_;                                                         // (C * C) e0 and g
+  V *first_, *ratio_;                                              // (C * C) e0 and g
   V *reported_, *p_, *q_, *inv_z_, *ajj_, *keep_, *drop_, *diag_;  // (C, kMaxRows)
   LabelRun<R> labels_;
   LogSpace<R> slow_;
@@ -491,8 +496,8 @@ int64_t strided_workspace(const Stream<R>& s, const StridedGrid<R>& g) {
 }
 
 template <class R>
-void strided_grid(const Stream<R>& s, const StridedGrid<R>& g, int64_t task, Band band, int64_t z, int64_t b0, int64_t b1,
-                  void* workspace) {
+void strided_grid(const Stream<R>& s, const StridedGrid<R>& g, int64_t task, Band band, int64_t z, int64_t b0,
+                  int64_t b1, void* workspace) {
   StridedGridBand<R>(s, g, workspace).run(task, band, z, b0, b1);
 }
 
