@@ -25,7 +25,7 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-# --- opcheck -------------------------------------------------------------------------------------------------------------
+# --- opcheck ----------------------------------------------------------------------------------------------------------
 
 
 def operator_samples() -> dict[str, tuple[Any, ...]]:
@@ -104,7 +104,7 @@ def test_find_bad_label_finds_the_first() -> None:
                 assert find(labels, 2, 9).tolist() == ([0, 0] if at == size - 1 else [1, 255])
 
 
-# --- torch.compile -------------------------------------------------------------------------------------------------------
+# --- torch.compile ----------------------------------------------------------------------------------------------------
 
 
 def both(use: Callable[..., Tensor], *inputs: Tensor | None, backend: str, dynamic: bool | None = None) -> None:
@@ -164,7 +164,7 @@ def test_modules() -> None:
     criterion = ck.CoarseLabelCriterion(ck.TransitionMatrix.learned(3), class_weight=torch.tensor([0.5, 1.0, 2.0]))
     (parameter,) = criterion.parameters()
     compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
-    found = []
+    found: list[tuple[Tensor, Tensor]] = []
     for module in (criterion, compiled):
         parameter.grad = None
         seg, cm = leaf(problem.seg), leaf(problem.cm)

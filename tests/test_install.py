@@ -25,7 +25,7 @@ labels = torch.randint(0, 3, (1, 4, 5), dtype=torch.uint8)
 """
 
 
-# --- choosing a backend --------------------------------------------------------------------------------------------------
+# --- choosing a backend -----------------------------------------------------------------------------------------------
 
 
 class Spy:
@@ -192,7 +192,7 @@ def test_fallback_logger_is_the_library_s(caplog: pytest.LogCaptureFixture, monk
     backends._remember.cache_clear()
 
 
-# --- building ------------------------------------------------------------------------------------------------------------
+# --- building ---------------------------------------------------------------------------------------------------------
 
 
 def build(tmp_path: Path, mode: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from torch import nn
 import coarse_kernels as ck
 from tests.helpers import generator, gradient_error, leaf, make_problem
 
-# --- transitions ---------------------------------------------------------------------------------------------------------
+# --- transitions ------------------------------------------------------------------------------------------------------
 
 
 def test_uniform_transition() -> None:
@@ -101,7 +101,7 @@ def test_learned_transition_stays_a_transition_and_trains() -> None:
     torch.testing.assert_close(learned().detach(), truth, rtol=0, atol=0.05)
 
 
-# --- modules -------------------------------------------------------------------------------------------------------------
+# --- modules ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ck.available_backends())

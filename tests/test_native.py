@@ -1,4 +1,4 @@
-"""The compiled code seen from NumPy: elementary functions in ULP, interpolation, one pixel; and every instruction set."""
+"""The compiled code seen from NumPy: exp and log in ULP, interpolation, one pixel; and every instruction set."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ulp_error(ours: np.ndarray, exact: np.ndarray) -> np.ndarray:
     return np.abs(ours.astype(np.float64) - exact) / np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
 
 
-# --- exp and log ---------------------------------------------------------------------------------------------------------
+# --- exp and log ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("low", "high"), [(-87.3365, 88.0), (-1.0, 1.0), (-1e-3, 1e-3), (-40.0, -20.0)])
@@ -92,7 +92,7 @@ def test_arrays_of_any_length_and_shape(size: int) -> None:
     np.testing.assert_array_equal(tools.exp(x[::-1]), tools.exp(x)[::-1])
 
 
-# --- interpolation -------------------------------------------------------------------------------------------------------
+# --- interpolation ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -122,7 +122,7 @@ def test_linear_taps_of_no_grid(grid: int, pixels: int) -> None:
         tools.linear_taps(grid, pixels)
 
 
-# --- one pixel -----------------------------------------------------------------------------------------------------------
+# --- one pixel --------------------------------------------------------------------------------------------------------
 
 
 def pixel(seg: np.ndarray, cm: np.ndarray, reported: np.ndarray, trace_weight: float) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def test_one_pixel_of_the_wrong_shape() -> None:
             tools.pixel_f32(*arguments)
 
 
-# --- facts and ceilings --------------------------------------------------------------------------------------------------
+# --- facts and ceilings -----------------------------------------------------------------------------------------------
 
 ISAS = {"baseline": 16, "avx2": 32, "avx512": 64}
 
@@ -217,7 +217,7 @@ def test_cpu_and_build_info() -> None:
 
 @pytest.mark.parametrize("call", ["copy_bandwidth(8, 3)", "exp_throughput(3)", "exp([0.0])", "cpu_info()"])
 def test_the_first_call_in_a_fresh_process(call: str) -> None:
-    """It fetches the kernels from the other module, which may not be imported yet, and with the lock released crashed."""
+    """It fetches the kernels from the other module, which may not be imported yet: with the lock released it crashed."""
     done = run_python(f"import coarse_kernels._native as m\nprint(m.{call})")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
@@ -235,7 +235,7 @@ def test_ceilings_are_plausible() -> None:
             call()
 
 
-# --- every instruction set -----------------------------------------------------------------------------------------------
+# --- every instruction set --------------------------------------------------------------------------------------------
 
 DIFFERENTIAL = """
 import torch
@@ -280,7 +280,7 @@ def test_every_instruction_set_that_this_machine_runs(isa: str) -> None:
     assert done.stdout.startswith("checked")
 
 
-# --- the binary ----------------------------------------------------------------------------------------------------------
+# --- the binary -------------------------------------------------------------------------------------------------------
 
 
 def operators_path() -> Path:

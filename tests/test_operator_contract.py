@@ -68,7 +68,7 @@ def calls_of_the_operator(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]
         yield seen
 
 
-# --- outputs -------------------------------------------------------------------------------------------------------------
+# --- outputs ----------------------------------------------------------------------------------------------------------
 
 
 @COMPILED
@@ -142,11 +142,11 @@ def test_nll_trace_and_count_are_detached(backend: str) -> None:
     for reduction in ("mean", "sum", "none"):
         out = ck.annotation_nll(seg, cm, labels, reduction=reduction, backend=backend)
         assert out.loss.requires_grad
-        assert not (out.nll.requires_grad or out.trace.requires_grad or out.count.requires_grad)
+        assert not any(t.requires_grad for t in (out.nll, out.trace, out.count))
         assert all(t.shape == (labels.shape if reduction == "none" else ()) for t in out)
 
 
-# --- which gradients -----------------------------------------------------------------------------------------------------
+# --- which gradients --------------------------------------------------------------------------------------------------
 
 
 @COMPILED
@@ -210,7 +210,7 @@ def test_autograd_grad_of_one_input(
             assert gradient_error(grad, truth.gradients[name]) < 2e-6
 
 
-# --- grad_output ---------------------------------------------------------------------------------------------------------
+# --- grad_output ------------------------------------------------------------------------------------------------------
 
 
 @COMPILED
@@ -261,7 +261,7 @@ def test_expanded_grad_output(backend: str, schedule: str, size: tuple[int, int]
             assert gradient_error(ours, truth) < 2e-6
 
 
-# --- several backwards ---------------------------------------------------------------------------------------------------
+# --- several backwards ------------------------------------------------------------------------------------------------
 
 
 @COMPILED
@@ -397,7 +397,7 @@ def test_objective_streams_can_be_trained_apart_and_together(backend: str, sched
             assert gradient_error(ours, truth) < 2e-6
 
 
-# --- strides -------------------------------------------------------------------------------------------------------------
+# --- strides ----------------------------------------------------------------------------------------------------------
 
 
 def transposed(t: Tensor) -> Tensor:
@@ -506,7 +506,7 @@ def test_logits_that_do_not_begin_on_a_line(backend: str) -> None:
         assert gradient_error(grad, truth.gradients[name]) < 2e-6
 
 
-# --- missing labels ------------------------------------------------------------------------------------------------------
+# --- missing labels ---------------------------------------------------------------------------------------------------
 
 
 @EVERY
@@ -631,7 +631,7 @@ def test_an_image_without_pixels_has_zero_loss(backend: str, size: tuple[int, in
     assert all(grad.numel() == 0 for grad in out.gradients.values())
 
 
-# --- determinism, autocast, threads --------------------------------------------------------------------------------------
+# --- determinism, autocast, threads -----------------------------------------------------------------------------------
 
 
 @COMPILED

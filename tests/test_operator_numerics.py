@@ -28,7 +28,7 @@ GRID = pytest.mark.parametrize(
 def test_logit_scale(backend: str, schedule: str, grid: tuple[int, int] | None, stream: str, scale: float) -> None:
     """log(p + 1e-30) loses most of these gradients from scale 30 on, and p without log space is NaN.
 
-    Floors at scale 10 are the usual ones. Above, a float32 logit of size 4 x scale is itself only known to 3e-8 of that,
+    Floors at scale 10 are the usual ones. Above, a float32 logit of size 4 x scale is only known to 3e-8 of that,
     so that an exponential carries scale x 1e-7 of relative error whatever the formulation. The gradient of T holds
     quotients A[i, j] / q[j], which at scale 120 leave float32: it is looked at up to 30.
     """
@@ -45,8 +45,8 @@ def test_logit_scale(backend: str, schedule: str, grid: tuple[int, int] | None, 
 def test_extreme_logits_on_the_pixel_grid(backend: str, stream: str, classes: int) -> None:
     """+-1e4 somewhere, -inf elsewhere: finite and equal to the oracle wherever that is finite.
 
-    float32 numbers near 1e4 are 1e-3 apart: where two explanations of a label, each a sum of such logits, compete, their
-    ratio is known to a few times 1e-3 and no better.
+    float32 numbers near 1e4 are 1e-3 apart: where two explanations of a label, each a sum of such logits, compete,
+    their ratio is known to a few times 1e-3 and no better.
     """
     problem = make_problem(classes, (6, 33), stream=stream, trace_weight=0.1, reduction="none", learn_transition=False)
     assert problem.cm is not None
@@ -213,7 +213,7 @@ def test_a_nan_at_a_labelled_pixel_shows_in_the_loss(backend: str, grid: tuple[i
 @COMPILED
 @pytest.mark.parametrize("grid", [None, (2, 4)], ids=["pixel", "strided"])
 def test_large_weights_and_tiny_evidence(backend: str, grid: tuple[int, int] | None) -> None:
-    """A weight of 1e9 over an evidence of 1e-29 is beyond float32 as a quotient, and so is no business of the result."""
+    """A weight of 1e9 over an evidence of 1e-29 is beyond float32, but only as a quotient on the way."""
     problem = make_problem(3, (8, 16), grid, ignored="none", scale=1.0, reduction="sum")
     assert problem.cm is not None
     seg = torch.zeros_like(problem.seg)

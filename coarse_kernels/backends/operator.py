@@ -172,7 +172,7 @@ def _handed_out(saved: tuple[Tensor, ...], grad_loss: Tensor) -> tuple[Tensor, .
     """The gradients saved in forward, times ``grad_loss``. They are given away only where nobody can ask for them again:
     under retain_graph a second backward would find them changed by whoever owns them by then (``param.grad`` first of all).
     """
-    if grad_loss.device.type == "cpu" and float(grad_loss) == 1.0 and not _graph_is_kept():
+    if grad_loss.device.type == "cpu" and grad_loss.detach().item() == 1.0 and not _graph_is_kept():
         return saved
     return tuple(grad * grad_loss.to(grad.dtype) if grad.numel() else grad for grad in saved)
 

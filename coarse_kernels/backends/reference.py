@@ -27,12 +27,12 @@ def interpolate(field: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
 def label_weights(stream: Stream) -> Tensor:
     """(B, *S) weight of each pixel: class_weight[label] * pixel_weight, 0 where there is no label."""
     valid = stream.labels != stream.ignore_index
+    # where, not products: the weight of an unlabelled pixel, or of a class that nobody drew, may be inf or NaN
     weight = valid.to(stream.compute_dtype)
     if stream.class_weight is not None:
         labels = torch.where(valid, stream.labels, 0).long()
-        weight = weight * stream.class_weight.detach().to(weight.dtype)[labels]
+        weight = torch.where(valid, stream.class_weight.detach().to(weight.dtype)[labels], 0.0)
     if stream.pixel_weight is not None:
-        # where, not a product: an unlabelled pixel counts in no sum, whatever its weight holds
         weight = torch.where(valid, weight * stream.pixel_weight.detach().to(weight.dtype), 0.0)
     return weight
 

@@ -61,10 +61,11 @@ struct LabelRun {
       label[to + k] = 0;
       valid[to + k] = weight[to + k] = R(0);
     }
+    // Not products: the weight of an ignored pixel, or of a class that nobody drew, may be inf or NaN.
     if (s.class_weight != nullptr) {
-      for (int64_t k = 0; k < n; ++k) weight[to + k] *= s.class_weight[label[to + k]];
+      for (int64_t k = 0; k < n; ++k) weight[to + k] = valid[to + k] != R(0) ? s.class_weight[label[to + k]] : R(0);
     }
-    if (s.pixel_weight != nullptr) {  // not a product: an ignored pixel's weight may be NaN
+    if (s.pixel_weight != nullptr) {
       for (int64_t k = 0; k < n; ++k)
         weight[to + k] = valid[to + k] != R(0) ? weight[to + k] * s.pixel_weight[at + k] : R(0);
     }
