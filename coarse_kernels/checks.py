@@ -22,7 +22,7 @@ class Stream:
 
     seg_logits: Tensor  # (B, C, *S or coarser)
     cm_logits: Tensor | None  # (B or 1, C, C, *G); None: trusted source, A = I
-    labels: Tensor  # (B, *S) integer
+    labels: Tensor  # (B, *S) uint8 or int64
     transition: Tensor | None  # (C, C); None: identity
     trace_weight: float
     ignore_index: int
@@ -34,6 +34,13 @@ class Stream:
     @property
     def num_classes(self) -> int:
         return self.seg_logits.shape[1]
+
+    @property
+    def labelled(self) -> Tensor:
+        """(B, *S) bool: where there is a label."""
+        if self.labels.dtype == torch.uint8 and not 0 <= self.ignore_index <= 255:
+            return torch.ones_like(self.labels, dtype=torch.bool)  # the comparison would wrap: -100 is 156
+        return self.labels != self.ignore_index
 
     @property
     def device(self) -> torch.device:
@@ -122,6 +129,8 @@ def check_stream(
         raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
     if transition is not None and _may_read(transition):
         _check_probabilities("transition", transition, complementary)
+    if labels.dtype not in (torch.uint8, torch.int64):
+        labels = labels.long()  # an int8 label would compare equal to an ignore_index of 255
     if _may_read(labels):
         _check_label_range(labels_name, labels, classes, int(ignore_index))
     return Stream(
@@ -164,6 +173,13 @@ def check_objective(
         raise ValueError(f"negative_weight: expected a number >= 0, got {negative_weight}")
 
 
+def check_transition(name: str, matrix: Tensor) -> None:
+    """A complementary transition on its own: square, finite, >= 0, zero diagonal."""
+    _check_float(name, matrix)
+    _check_matrix(name, matrix, matrix.shape[0] if matrix.dim() > 0 else 0)
+    _check_probabilities(name, matrix, complementary=True)
+
+
 def per_stream(name: str, value: Any) -> tuple[Any, Any]:
     """A value for both streams, or a (positive, negative) pair."""
     if not isinstance(value, (tuple, list)):
@@ -197,13 +213,14 @@ def _check_number(name: str, value: Any) -> None:
 def _check_cm(name: str, cm_logits: Tensor, batch: int, classes: int, rank: int) -> Tensor:
     """-> (B or 1, C, C, *G)."""
     _check_float(name, cm_logits)
-    wanted = f"(B or 1, C, C, *G) or (B or 1, C*C, *G) with B = {batch}, C = {classes} and {rank} grid axes"
     if cm_logits.dim() == rank + 2 and cm_logits.shape[1] == classes * classes:
         cm_logits = cm_logits.unflatten(1, (classes, classes))
-    if cm_logits.dim() != rank + 3 or cm_logits.shape[1:3] != (classes, classes):
-        raise ValueError(f"{name}: expected {wanted}, got {_shape(cm_logits)}")
-    if cm_logits.shape[0] not in (1, batch):
-        raise ValueError(f"{name}: expected {wanted}, got batch {cm_logits.shape[0]} in {_shape(cm_logits)}")
+    fits = cm_logits.dim() == rank + 3 and cm_logits.shape[1:3] == (classes, classes)
+    if not fits or cm_logits.shape[0] not in (1, batch):  # the message is built here only: it would fix dynamic shapes
+        raise ValueError(
+            f"{name}: expected (B or 1, C, C, *G) or (B or 1, C*C, *G) with B = {batch}, C = {classes} and {rank} grid axes, "
+            f"got {_shape(cm_logits)} with batch {cm_logits.shape[0]}"
+        )
     return cm_logits
 
 
@@ -213,7 +230,7 @@ def _check_grid(name: str, field: Tensor, size: torch.Size, labels_name: str) ->
         raise ValueError(
             f"{name}: its grid {tuple(grid)} is larger than the image {tuple(size)} that {labels_name} define"
         )
-    if any(g < 1 for g in grid) and any(s > 0 for s in size):
+    if any(g < 1 <= s for g, s in zip(grid, size, strict=True)):
         raise ValueError(f"{name}: expected a grid of at least 1 point on each axis, got {tuple(grid)}")
 
 

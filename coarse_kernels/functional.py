@@ -18,7 +18,7 @@ the confusion matrices, same number of axes, any size from 1 to S.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -149,50 +149,45 @@ def coarse_label_loss(
     Raises:
         ValueError, TypeError: as `annotation_nll`; also for a transition with a non-zero diagonal.
     """
+    checks.num_classes(seg_logits)
     checks.check_objective(positive_cm, positive_labels, negative_cm, negative_labels, transition, negative_weight)
     pixel_weights = checks.per_stream("pixel_weight", pixel_weight)
     normalizers = checks.per_stream("normalizer", normalizer)
 
-    positive = negative = None
-    total = None
-    if positive_labels is not None:
-        stream = checks.check_stream(
+    def check(cm: Tensor | None, labels: Tensor, side: int, **options: Any) -> checks.Stream:
+        return checks.check_stream(
             seg_logits,
-            positive_cm,
-            positive_labels,
-            None,
+            cm,
+            labels,
             trace_weight=trace_weight,
             ignore_index=ignore_index,
             class_weight=class_weight,
-            pixel_weight=pixel_weights[0],
+            pixel_weight=pixel_weights[side],
             reduction=reduction,
-            normalizer=normalizers[0],
-            names=("positive_cm", "positive_labels"),
+            normalizer=normalizers[side],
+            **options,
         )
-        positive = _reduce(stream, backend, 1.0)
-        total = positive.loss
+
+    # Both are checked before either is computed.
+    streams: list[checks.Stream | None] = [None, None]
+    if positive_labels is not None:
+        names = ("positive_cm", "positive_labels")
+        streams[0] = check(positive_cm, positive_labels, 0, transition=None, names=names)
     if negative_labels is not None:
         if transition is None:
-            transition = uniform_transition(
-                checks.num_classes(seg_logits), device=seg_logits.device, dtype=checks.compute_dtype(seg_logits.dtype)
-            )
-        stream = checks.check_stream(
-            seg_logits,
-            negative_cm,
-            negative_labels,
-            transition,
-            trace_weight=trace_weight,
-            ignore_index=ignore_index,
-            class_weight=class_weight,
-            pixel_weight=pixel_weights[1],
-            reduction=reduction,
-            normalizer=normalizers[1],
-            names=("negative_cm", "negative_labels"),
-            complementary=True,
-        )
+            dtype = checks.compute_dtype(seg_logits.dtype)
+            transition = uniform_transition(checks.num_classes(seg_logits), device=seg_logits.device, dtype=dtype)
+        names = ("negative_cm", "negative_labels")
+        streams[1] = check(negative_cm, negative_labels, 1, transition=transition, names=names, complementary=True)
+
+    positive = negative = total = None
+    if streams[0] is not None:
+        positive = _reduce(streams[0], backend, 1.0)
+        total = positive.loss
+    if streams[1] is not None:
         # The weight goes into the operator rather than onto its result: a gradient formed in the forward pass then
         # already has it, and backward needs no second pass over a field of C x C values.
-        scaled = _reduce(stream, backend, negative_weight)
+        scaled = _reduce(streams[1], backend, negative_weight)
         total = scaled.loss if total is None else total + scaled.loss
         own_loss = scaled.loss / negative_weight if negative_weight != 0 else scaled.nll + trace_weight * scaled.trace
         negative = scaled._replace(loss=own_loss)

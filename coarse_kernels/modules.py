@@ -141,10 +141,8 @@ class TransitionMatrix(nn.Module):
 
     def __init__(self, matrix: Tensor, *, learned: bool = False):
         super().__init__()
-        classes = matrix.shape[0] if matrix.dim() == 2 else -1
-        checks._check_matrix("matrix", matrix, classes)
+        checks.check_transition("matrix", matrix)
         matrix = matrix.detach().to(checks.compute_dtype(matrix.dtype))
-        checks._check_probabilities("matrix", matrix, complementary=True)
         rows = matrix.sum(1)
         if not torch.allclose(rows, torch.ones_like(rows), atol=1e-4):
             raise ValueError(f"matrix: expected rows that sum to 1, got row sums {rows.tolist()}")

@@ -35,10 +35,10 @@ def operators_reason() -> str | None:
 
 
 def first_bad_label(labels: Tensor, num_classes: int, ignore_index: int) -> int | None:
-    """A label outside [0, num_classes) that is not ``ignore_index``, or None."""
-    if OPERATORS is not None and labels.device.type == "cpu" and labels.dtype in (torch.uint8, torch.int64):
+    """A label outside [0, num_classes) that is not ``ignore_index``, or None. ``labels``: uint8 or int64."""
+    if OPERATORS is not None and labels.device.type == "cpu":
         found, label = torch.ops.coarse_kernels.find_bad_label(labels, num_classes, ignore_index).tolist()
         return label if found else None
-    values = labels.to(torch.int64) if labels.dtype == torch.uint8 and ignore_index < 0 else labels
-    bad = labels[((values < 0) | (values >= num_classes)) & (values != ignore_index)]
-    return int(bad.flatten()[0]) if bad.numel() else None
+    labels = labels.long()  # or a number above 255 would wrap
+    bad = labels[((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)]
+    return int(bad[0]) if bad.numel() else None

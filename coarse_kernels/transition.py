@@ -44,8 +44,9 @@ def estimate_transition(
     Returns:
         (C, C) float32 on the device of the labels.
     """
-    fallback = uniform_transition(num_classes, device=positive_labels.device)
     for name, labels in (("positive_labels", positive_labels), ("negative_labels", negative_labels)):
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(labels).__name__}")
         if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
             raise TypeError(f"{name}: expected an integer tensor, got {labels.dtype}")
     if positive_labels.shape != negative_labels.shape:
@@ -53,10 +54,12 @@ def estimate_transition(
             f"negative_labels: expected the shape of positive_labels {tuple(positive_labels.shape)}, "
             f"got {tuple(negative_labels.shape)}"
         )
+    fallback = uniform_transition(num_classes, device=positive_labels.device)
     if not smoothing >= 0:
         raise ValueError(f"smoothing: expected a number >= 0, got {smoothing}")
+    positive_labels, negative_labels = positive_labels.long(), negative_labels.long()  # 255 must not wrap in int8
     both = (positive_labels != ignore_index) & (negative_labels != ignore_index)
-    observed, reported = positive_labels[both].long(), negative_labels[both].long()
+    observed, reported = positive_labels[both], negative_labels[both]
     for name, labels in (("positive_labels", observed), ("negative_labels", reported)):
         if labels.numel() and (labels.min() < 0 or labels.max() >= num_classes):
             raise ValueError(

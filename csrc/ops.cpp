@@ -54,9 +54,11 @@ NllOutput nll(Inputs inputs, const OptionalTensor& scale, double loss_scale, dou
       loss_data[k] = static_cast<R>(factor * loss_scale) * (nll_data[k] + s.trace_weight * trace_data[k]);
     }
   } else {
-    *nll_data = static_cast<R>(factor * totals.nll);
-    *trace_data = static_cast<R>(factor * totals.trace);
-    *loss_data = static_cast<R>(factor * loss_scale * (totals.nll + trace_weight * totals.trace));
+    // a weight of 0 counts for nothing, even if the sum is inf
+    const auto scaled = [](double weight, double sum) { return weight == 0 ? R(0) : static_cast<R>(weight * sum); };
+    *nll_data = scaled(factor, totals.nll);
+    *trace_data = scaled(factor, totals.trace);
+    *loss_data = scaled(factor * loss_scale, totals.nll + trace_weight * totals.trace);
   }
   return {loss, nll, trace, seg_gradient, cm_gradient, transition_gradient};
 }

@@ -225,7 +225,8 @@ class Run {
     gradient_ = new_tensor(in_.cm_logits, sizes_of(in_.cm_logits), in_.cm_logits.scalar_type());
     const int64_t n = gradient_.numel();
     const bool half = s_.cm_storage == coarse::Storage::bf16 || s_.cm_storage == coarse::Storage::f16;
-    const bool sums = !on_pixels_ || (s_.cm_batch == 1 && s_.batch > 1);
+    // sums start from zero; so does the gradient of a shared field when there is no image to write it
+    const bool sums = !on_pixels_ || (s_.cm_batch == 1 && s_.batch != 1);
     const int64_t copies = on_pixels_ ? 1 : plan_.copies;
     s_.cm_gradient_storage = s_.cm_storage;
     s_.cm_gradient = gradient_.data_ptr();

@@ -234,3 +234,18 @@ def test_learned_transition_has_the_gradient_of_the_oracle() -> None:
         assert learned.logits.grad is not None
         found.append(learned.logits.grad)
     assert gradient_error(found[1], found[0]) < 5e-6
+
+
+@pytest.mark.parametrize("backend", ck.available_backends())
+def test_a_stream_of_weight_zero_adds_nothing_even_where_its_loss_is_infinite(backend: str) -> None:
+    """Ablations set the weight to 0; one impossible label must not turn the objective into 0 * inf = NaN."""
+    problem = make_problem(3, (4, 5), ignored="none")
+    matrix = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])  # class 2 is never named
+    arguments = (problem.seg, problem.cm, problem.labels)
+    out = ck.coarse_label_loss(
+        *arguments, problem.cm, problem.labels, matrix, negative_weight=0.0, trace_weight=0.0, backend=backend
+    )
+    alone = ck.coarse_label_loss(*arguments, trace_weight=0.0, backend=backend)
+    assert out.negative is not None
+    assert out.negative.loss == torch.inf
+    assert torch.equal(out.loss, alone.loss)

@@ -36,8 +36,6 @@ def operands(stream: Stream) -> tuple[Any, ...]:
         seg = interpolate(seg.to(dtype), size)
     if dtype == torch.float64:  # only float64 with float64: nobody needs the mixtures to be fast
         seg, cm = seg.to(dtype), cm.to(dtype)
-    if labels.dtype not in (torch.uint8, torch.int64):
-        labels = labels.to(torch.int64)
     return (
         seg,
         cm,
@@ -146,14 +144,13 @@ def _find_bad_label_fake(labels: Tensor, num_classes: int, ignore_index: int) ->
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, loss_scale, trace_weight, ignore_index, per_pixel, wanted = inputs
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.settings = (loss_scale, trace_weight, ignore_index)
     ctx.per_pixel, ctx.wanted = per_pixel, wanted
     ctx.save_for_backward(*(output[3:] if wanted else tensors))
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    if any(grad is not None for grad in others):
-        raise RuntimeError(_SECOND_DERIVATIVE)
     needed = [bit for index, bit in ((0, SEG), (1, CM), (3, TRANSITION)) if ctx.needs_input_grad[index]]
     none = (None,) * 12
     if grad_loss is None or not needed:
@@ -162,10 +159,24 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *others: Tensor | None) -> tup
         grads = _handed_out(ctx.saved_tensors, grad_loss)
     else:
         grads = _recomputed(ctx, grad_loss, sum(needed))
+    if torch.is_grad_enabled():  # create_graph=True: somebody may want to go on from here
+        grads = tuple(_FirstDerivative.apply(grad, torch.zeros((), requires_grad=True)) for grad in grads)
     seg, cm, transition = (
         grad if bit in needed else None for grad, bit in zip(grads, (SEG, CM, TRANSITION), strict=True)
     )
     return seg, cm, None, transition, *none[4:]
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """The identity, with a clear error behind it. ``anchor`` makes the result part of a graph."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(_SECOND_DERIVATIVE)
 
 
 def _handed_out(saved: tuple[Tensor, ...], grad_loss: Tensor) -> tuple[Tensor, ...]:

@@ -21,12 +21,14 @@ def interpolate(field: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
     """(B, K, *G) -> (B, K, *S), linear, align_corners=False; the field itself where G = S."""
     if tuple(field.shape[2:]) == tuple(size):
         return field
+    if all(points == 1 for points in field.shape[2:]):
+        return field.expand(*field.shape[:2], *size)  # F.interpolate would make NaN of -inf, as 0 * -inf
     return F.interpolate(field, size=tuple(size), mode=_MODES[len(size)], align_corners=False)
 
 
 def label_weights(stream: Stream) -> Tensor:
     """(B, *S) weight of each pixel: class_weight[label] * pixel_weight, 0 where there is no label."""
-    valid = stream.labels != stream.ignore_index
+    valid = stream.labelled
     # where, not products: the weight of an unlabelled pixel, or of a class that nobody drew, may be inf or NaN
     weight = valid.to(stream.compute_dtype)
     if stream.class_weight is not None:
@@ -45,7 +47,7 @@ class _Pixels:
 
     def __init__(self, stream: Stream):
         size, dtype, classes = stream.labels.shape[1:], stream.compute_dtype, stream.num_classes
-        valid = stream.labels != stream.ignore_index
+        valid = stream.labelled
         labels = torch.where(valid, stream.labels, 0).long()
         seg = interpolate(stream.seg_logits.to(dtype), size)
         log_p = F.log_softmax(torch.where(valid.unsqueeze(1), seg, 0.0), dim=1)
@@ -73,6 +75,7 @@ class _Pixels:
         possible = _possible(self.log_joint)
         nll = -torch.logsumexp(torch.where(possible, self.log_joint, 0.0), dim=1)
         self.nll = torch.where(possible.squeeze(1), nll, math.inf)
+        self.trace = torch.where(possible.squeeze(1), self.trace, self.trace.detach())
 
 
 def _possible(log_joint: Tensor) -> Tensor:
@@ -122,13 +125,14 @@ class ReferenceBackend:
     def nll_sum(self, stream: Stream, scale: Tensor | None, loss_scale: float) -> tuple[Tensor, Tensor, Tensor]:
         loss, nll, trace = (term.sum() for term in self.nll_map(stream))
         if scale is not None:
-            loss, nll, trace = loss * scale, nll * scale, trace * scale
-        return loss * loss_scale, nll, trace
+            loss, nll, trace = (torch.where(scale == 0, 0.0, term) * scale for term in (loss, nll, trace))
+        # a weight of 0 counts for nothing, even if the sum is inf
+        return torch.where(loss.isinf(), 0.0, loss) * 0.0 if loss_scale == 0 else loss * loss_scale, nll, trace
 
     def posterior(self, stream: Stream) -> Tensor:
         log_joint = _Pixels(stream).log_joint
         seg = interpolate(stream.seg_logits.to(stream.compute_dtype), stream.labels.shape[1:])
-        labelled = (stream.labels != stream.ignore_index).unsqueeze(1)
+        labelled = stream.labelled.unsqueeze(1)
         posterior = torch.where(labelled & _possible(log_joint), F.softmax(log_joint, 1), F.softmax(seg, 1))
         return posterior.to(stream.seg_logits.dtype)
 

@@ -38,12 +38,13 @@ template <class R>
 Axis<R> plan_axis(int64_t grid, int64_t pixels, std::vector<int32_t>& points, std::vector<R>& lambdas) {
   points.resize(pixels);
   lambdas.resize(pixels);
+  const bool interpolated = grid > 1 && grid < pixels;
   for (int64_t k = 0; k < pixels; ++k) {
     const Tap<R> tap = linear_tap<R>(k, grid, pixels);
     points[k] = static_cast<int32_t>(tap.i0);
-    lambdas[k] = tap.lambda;
+    lambdas[k] = interpolated ? tap.lambda : R(0);
   }
-  return {grid, points.data(), lambdas.data()};
+  return {grid, interpolated, points.data(), lambdas.data()};
 }
 
 // Rows [y0, y1) of one cell, in runs along which lambda grows evenly (it is clamped to 0 above the first grid point),
@@ -60,7 +61,9 @@ void cut_rows(const Axis<R>& axis, int32_t y0, int32_t y1, std::vector<RowSegmen
       ++rows;
     }
     while ((rows & (rows - 1)) != 0) rows &= rows - 1;  // down to a power of two
-    segments.push_back({y0, rows, axis.lambda[y0], step});
+    // from end to end: one difference of neighbours would carry its rounding error `rows` times
+    const R even = rows > 1 ? (axis.lambda[y0 + rows - 1] - axis.lambda[y0]) / static_cast<R>(rows - 1) : R(0);
+    segments.push_back({y0, rows, axis.lambda[y0], even});
     y0 += rows;
   }
 }

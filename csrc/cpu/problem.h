@@ -51,6 +51,7 @@ struct Stream {
 template <class R>
 struct Axis {
   int64_t grid = 1;
+  bool interpolated = false;  // else one point serves a pixel, and its neighbour, which may be -inf or NaN, is not read
   const int32_t* i0 = nullptr;  // (pixels of the axis)
   const R* lambda = nullptr;
 };

@@ -92,7 +92,7 @@ class StridedGridBand {
     const R lambda = g_.z.lambda[z_];
     const int64_t image = s_.cm_batch == 1 ? 0 : image_ * s_.cm_batch_stride;
     for (int side = 0; side < 2; ++side) {
-      const int64_t y = cell + (side == 1 && cell < g_.y.grid - 1);
+      const int64_t y = cell + (side == 1 && g_.y.interpolated && cell < g_.y.grid - 1);
       for (int64_t plane = 0; plane < c * c; ++plane) {
         R* row = grid_[side] + plane * pitch_;
         load_run(s_.cm_logits, s_.cm_storage, image + grid_offset(plane, z0, y), w, row);
@@ -112,7 +112,7 @@ class StridedGridBand {
     R* out = static_cast<R*>(s_.cm_gradient) + band.copy * g_.copy_stride;
     const int64_t image = s_.cm_batch == 1 ? 0 : image_ * c * c * grid_points();
     for (int side = 0; side < 2; ++side) {
-      const int64_t y = band.cell + (side == 1 && band.cell < g_.y.grid - 1);
+      const int64_t y = band.cell + (side == 1 && g_.y.interpolated && band.cell < g_.y.grid - 1);
       for (int64_t plane = 0; plane < c * c; ++plane) {
         const R* sum = sum_[side] + plane * pitch_;
         R* to0 = out + image + grid_offset(plane, z0, y);
@@ -133,7 +133,7 @@ class StridedGridBand {
     for (int k = 0; k < N; ++k) {
       const int64_t at = k < lanes_ ? x + k : x + lanes_ - 1;
       left_[k] = g_.x.i0[at] - node_;
-      right_[k] = left_[k] + (g_.x.i0[at] < g_.x.grid - 1);
+      right_[k] = left_[k] + (g_.x.interpolated && g_.x.i0[at] < g_.x.grid - 1);
       lambda_x_[k] = g_.x.lambda[at];
     }
     nodes_ = static_cast<int>(right_[N - 1]) + 1;
@@ -149,7 +149,9 @@ class StridedGridBand {
 
   V interpolate_x(const R* row) const {
     const V low = load(row + node_), high = load(row + node_ + N);
-    const V a = permute<R>(low, high, left_), b = permute<R>(low, high, right_);
+    const V a = permute<R>(low, high, left_);
+    if (!g_.x.interpolated) return a;  // 0 times -inf would be NaN
+    const V b = permute<R>(low, high, right_);
     return (R(1) - lambda_x_) * a + lambda_x_ * b;
   }
 
@@ -417,7 +419,8 @@ class StridedGridBand {
       }
       for (int64_t ij = 0; ij < static_cast<int64_t>(c) * c; ++ij) {
         const V a = interpolate_x(grid_[0] + ij * pitch_), b = interpolate_x(grid_[1] + ij * pitch_);
-        slow_.a[ij] = select(labelled != zero, (R(1) - lambda) * a + lambda * b, zero);
+        const V x = g_.y.interpolated ? (R(1) - lambda) * a + lambda * b : a;
+        slow_.a[ij] = select(labelled != zero, x, zero);
       }
       const V scaled = load(labels_.weight + r * N) * s_.gradient_scale, scaled_trace = scaled * s_.trace_weight;
       const bool want_reported = s_.transition_gradient != nullptr;
