@@ -14,10 +14,6 @@
 #include <utility>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "coarse_math.h"
 #include "cpu/plan.h"
 #include "cpu/problem.h"
@@ -84,26 +80,6 @@ double scalar_value(const OptionalTensor& t) {
   STD_TORCH_CHECK(t->scalar_type() == dtype_of<R>() && t->numel() == 1,
                   "scale: expected one value in the compute dtype");
   return static_cast<double>(*static_cast<const R*>(t->data_ptr()));
-}
-
-// A gradient of hundreds of megabytes that is written for the first time spends most of its time in page faults; on
-// huge pages there are 512 times fewer. Advice only: ignored where it does not apply. COARSE_KERNELS_HUGE_PAGES=0
-// forgoes it (on a fragmented machine the kernel may stall to make huge pages).
-void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = 2 << 20;
-  static const bool wanted = [] {
-    const char* value = std::getenv("COARSE_KERNELS_HUGE_PAGES");
-    return value == nullptr || std::strcmp(value, "0") != 0;
-  }();
-  if (!wanted || bytes < static_cast<int64_t>(8 * kHuge)) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data;
-  (void)bytes;
-#endif
 }
 
 // --- one call --------------------------------------------------------------------------------------------------------
@@ -236,11 +212,7 @@ class Run {
       s_.cm_gradient_storage = sizeof(R) == 4 ? coarse::Storage::f32 : coarse::Storage::f64;
       plan_.grid.copy_stride = n;
     }
-    if (sums) {
-      std::memset(s_.cm_gradient, 0, sizeof(R) * static_cast<size_t>(copies * n));
-    } else {
-      advise_huge_pages(s_.cm_gradient, n * (half ? 2 : static_cast<int64_t>(sizeof(R))));
-    }
+    if (sums) std::memset(s_.cm_gradient, 0, sizeof(R) * static_cast<size_t>(copies * n));
     return gradient_;
   }
 

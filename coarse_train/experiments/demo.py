@@ -162,7 +162,7 @@ def _row(
         "method": method,
         "miou": round(history.last, 2),
         "miou_best": round(history.best, 2),
-        "seconds": round(history.seconds, 1),
+        "seconds": round(history.seconds, 3),
         "cm_error": None if estimated is None else round(float((estimated - true_confusion).abs().mean()), 4),
         "iou": {k: None if math.isnan(x) else round(x, 2) for k, x in zip(splits.class_names, per_class, strict=True)},
         "history": {"step": history.steps, "miou": [round(x, 2) for x in history.miou], "loss": history.loss},

@@ -162,7 +162,9 @@ class PixelGrid {
   void stage_column(int j, const Tile& t) {
     R* const staged = staged_;
     V* const top = top_;
-    const bool direct = own_storage_ && t.n == t.padded && labels_.all_valid;
+    const bool direct = own_storage_ && t.n == t.padded, masked = !labels_.all_valid;
+    const R* const valid = labels_.valid;
+    const V zero = broadcast<V>(R(0));
     for (int64_t k = 0; k < t.padded; k += N) top[k / N] = broadcast<V>(-std::numeric_limits<R>::infinity());
     for (int i = 0; i < classes(); ++i) {
       R* const run = staged + i * tile_;
@@ -170,7 +172,8 @@ class PixelGrid {
       if (direct) {
         const R* const logits = static_cast<const R*>(s_.cm_logits) + offset;
         for (int64_t k = 0, n = t.n; k < n; k += N) {
-          const V x = load(logits + k);
+          V x = load(logits + k);
+          if (masked) x = select(load(valid + k) != zero, x, zero);
           store(run + k, x);
           top[k / N] = max_v(x, top[k / N]);
         }
@@ -178,7 +181,7 @@ class PixelGrid {
       }
       load_run(s_.cm_logits, s_.cm_storage, offset, t.n, run);
       for (int64_t k = t.n; k < t.padded; ++k) run[k] = R(0);
-      if (!labels_.all_valid) mask(run, t);
+      if (masked) mask(run, t);
       for (int64_t k = 0; k < t.padded; k += N) top[k / N] = max_v(load(run + k), top[k / N]);
     }
   }
