@@ -92,7 +92,7 @@ def test_a_folder_without_the_files_is_named(tmp_path: Path) -> None:
 
 def test_too_few_digits_of_the_classes(tmp_path: Path) -> None:
     folder = _folder(tmp_path, np.zeros((30, 28, 28), np.uint8), np.ones(30, np.uint8))
-    with pytest.raises(ValueError, match="at least 20 train digits .* got 0"):
+    with pytest.raises(ValueError, match=r"at least 20 train digits .* got 0"):
         DATASETS["mnist"](folder=folder, preset=MULTICLASS)
 
 
@@ -100,7 +100,10 @@ def test_the_sample_is_small_attributed_and_balanced() -> None:
     files = list(SAMPLE_DIR.iterdir())
     assert sum(path.stat().st_size for path in files) <= 1_000_000
     text = (SAMPLE_DIR / "ATTRIBUTION.md").read_text()
-    assert "LeCun" in text and "Cortes" in text and "Burges" in text and "licenses/by-sa/3.0" in text
+    assert "LeCun" in text
+    assert "Cortes" in text
+    assert "Burges" in text
+    assert "licenses/by-sa/3.0" in text
     for split, count in PER_CLASS.items():
         images, labels = read_split(SAMPLE_DIR, split)
         assert images.shape == (count * len(DIGITS), 28, 28)
@@ -139,7 +142,9 @@ def test_place_digits_uses_each_digit_once_and_never_overlaps() -> None:
 def test_splits_are_disjoint_and_drawings_do_not_change() -> None:
     splits = DATASETS["mnist"](preset=MULTICLASS, max_train=40, max_test=20, seed=5)
     digits = [{bytes(image.numpy().tobytes()) for image in part.stacked.image} for part in splits[:3]]
-    assert not digits[0] & digits[1] and not digits[0] & digits[2] and not digits[1] & digits[2]
+    assert not digits[0] & digits[1]
+    assert not digits[0] & digits[2]
+    assert not digits[1] & digits[2]
     again = DATASETS["mnist"](preset=MULTICLASS, max_train=40, max_test=20, seed=5)
     for one, two in zip(splits.train.stacked, again.train.stacked, strict=True):
         assert torch.equal(one, two)
@@ -147,7 +152,8 @@ def test_splits_are_disjoint_and_drawings_do_not_change() -> None:
     assert not torch.equal(splits.train.stacked.positive, other.train.stacked.positive)
     assert torch.equal(splits.test.stacked.image, other.test.stacked.image)
     sample = splits.train[0]
-    assert sample.image.shape == (1, CANVAS, CANVAS) and sample.image.dtype == torch.float32
+    assert sample.image.shape == (1, CANVAS, CANVAS)
+    assert sample.image.dtype == torch.float32
     assert sample.positive.dtype == sample.negative.dtype == sample.mask.dtype == torch.uint8
 
 

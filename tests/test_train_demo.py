@@ -39,18 +39,23 @@ def test_demo_writes_results_and_figure(tmp_path: Path, task: str, capsys: pytes
     results = json.loads((out / "results.json").read_text())
     assert [row["method"] for row in results["rows"]] == list(METHODS)
     for row in results["rows"]:
-        assert 0 <= row["miou"] <= row["miou_best"] <= 100 and row["seconds"] > 0
+        assert 0 <= row["miou"] <= row["miou_best"] <= 100
+        assert row["seconds"] > 0
         assert (row["cm_error"] is not None) == row["method"].startswith("coarse")
-    assert results["seed"] == 0 and results["preset"]["name"] == task and 0 < results["cm_error"] < 1
+    assert results["seed"] == 0
+    assert results["preset"]["name"] == task
+    assert 0 < results["cm_error"] < 1
     assert results["backend"] in ("reference", "cpu")
-    assert set(results["config"]["settings"]) == set(METHODS) and results["config"]["selection"]
+    assert set(results["config"]["settings"]) == set(METHODS)
+    assert results["config"]["selection"]
     scores = {row["method"]: row["miou"] for row in results["rows"]}
     assert results["lead"] == pytest.approx(scores["coarse_both"] - max(scores[m] for m in CROSS_ENTROPIES), abs=0.01)
     assert _finite(results)
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
     assert sorted(path.name for path in out.iterdir()) == ["figure.png", "results.json"]
     printed = capsys.readouterr().out
-    assert all(method in printed for method in METHODS) and verdict(results) in printed
+    assert all(method in printed for method in METHODS)
+    assert verdict(results) in printed
 
 
 def test_equal_seeds_give_equal_numbers(tmp_path: Path) -> None:
@@ -114,7 +119,8 @@ def test_command_line_as_a_module() -> None:
         [sys.executable, "-m", "coarse_train", "--help"], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert "demo" in done.stdout and "tune-demo" in done.stdout
+    assert "demo" in done.stdout
+    assert "tune-demo" in done.stdout
 
 
 @pytest.mark.parametrize("command", ["demo", "tune-demo"])

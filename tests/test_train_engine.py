@@ -77,7 +77,9 @@ def test_shapes() -> None:
     assert GlobalConfusion(5)(image).shape == (1, 5, 5, 1, 1)
     assert PixelConfusion(3)(image).shape == (2, 3, 3, 16, 24)
     seg_logits, cm_logits = CoarseModel(UNet(1, 3), PixelConfusion(3))(image)
-    assert seg_logits.is_contiguous() and cm_logits is not None and cm_logits.is_contiguous()
+    assert seg_logits.is_contiguous()
+    assert cm_logits is not None
+    assert cm_logits.is_contiguous()
     assert CoarseModel(UNet(1, 3))(image)[1] is None
 
 
@@ -96,8 +98,10 @@ def test_confusions_start_at_the_given_diagonal(confusion: torch.nn.Module) -> N
 def test_a_start_with_missing_objects() -> None:
     matrix = confusion_logits(5, 0.5, 0.3).softmax(0)
     torch.testing.assert_close(matrix.sum(0), torch.ones(5))
-    assert matrix[0, 0] == pytest.approx(0.97) and matrix[0, 1] == pytest.approx(0.3)
-    assert matrix[2, 2] == pytest.approx(0.5) and matrix[1, 2] == pytest.approx(0.2 / 3)
+    assert matrix[0, 0] == pytest.approx(0.97)
+    assert matrix[0, 1] == pytest.approx(0.3)
+    assert matrix[2, 2] == pytest.approx(0.5)
+    assert matrix[1, 2] == pytest.approx(0.2 / 3)
     with pytest.raises(ValueError, match="missing"):
         confusion_logits(5, 0.5, 0.6)
 
@@ -113,7 +117,9 @@ def test_an_impossible_diagonal_is_refused(diagonal: float) -> None:
 
 def test_samples_collate_to_a_sample() -> None:
     batch = default_collate([_toy()[k] for k in range(3)])
-    assert isinstance(batch, Sample) and batch.image.shape == (3, 1, 8, 8) and batch.mask.dtype == torch.uint8
+    assert isinstance(batch, Sample)
+    assert batch.image.shape == (3, 1, 8, 8)
+    assert batch.mask.dtype == torch.uint8
 
 
 def test_in_memory_refuses_fields_of_different_length() -> None:
@@ -129,8 +135,10 @@ def test_every_method_lowers_its_loss_on_the_toy() -> None:
         config = TrainConfig(steps=12, batch_size=16, lr=1e-2, evaluations=3)
         history = train(build_model(method, settings, 3, seed=0), loss, data, data, 3, config)
         assert history.loss[-1] < history.loss[0], method
-        assert history.steps == [4, 8, 12] and len(history.miou) == 3
-        assert history.best == max(history.miou) and history.last == history.miou[-1]
+        assert history.steps == [4, 8, 12]
+        assert len(history.miou) == 3
+        assert history.best == max(history.miou)
+        assert history.last == history.miou[-1]
 
 
 def test_the_global_matrix_learns_the_swap() -> None:

@@ -83,14 +83,16 @@ def test_the_negative_keeps_off_other_objects() -> None:
     preset = Preset("near", EXACT, EXACT, cyclic_swap(3, 0.0), margin=(4, 4))
     for seed in range(20):
         _, negative = draw(mask, preset, np.random.default_rng(seed))
-        assert set(negative[mask == 1]) == {2} and set(negative[mask == 2]) == {1}
+        assert set(negative[mask == 1]) == {2}
+        assert set(negative[mask == 2]) == {1}
 
 
 def test_ignore_in_the_mask_stays_unlabelled() -> None:
     mask = _squares(3, 1)
     mask[:, :8] = IGNORE
     positive, negative = draw(mask, MULTICLASS, np.random.default_rng(0))
-    assert (positive[:, :8] == IGNORE).all() and (negative[:, :8] == IGNORE).all()
+    assert (positive[:, :8] == IGNORE).all()
+    assert (negative[:, :8] == IGNORE).all()
     assert (positive[:, 8:] != IGNORE).all()
 
 
@@ -116,12 +118,13 @@ def test_binary_negatives_cover_everything(canvases: tuple[np.ndarray, np.ndarra
 def test_each_kind_of_distortion(
     canvases: tuple[np.ndarray, np.ndarray], noise: ShapeNoise, smallest: float, largest: float
 ) -> None:
-    mask, region = canvases
+    _mask, region = canvases
     areas = []
     for n in range(40):
         shape = region[n] == 1
         drawn = distort(shape, noise, np.random.default_rng(n))
-        assert drawn.dtype == bool and drawn.any()
+        assert drawn.dtype == bool
+        assert drawn.any()
         areas.append(drawn.sum() / shape.sum())
     assert smallest <= np.mean(areas) <= largest
 
@@ -154,7 +157,8 @@ def test_the_preset_is_as_documented(canvases: tuple[np.ndarray, np.ndarray]) ->
     rngs = [np.random.default_rng(n) for n in range(len(mask))]
     drawn = [draw(mask[n], MULTICLASS, rngs[n], regions=region[n])[0] for n in range(len(mask))]
     confusion = observed_confusion(np.stack(drawn), mask, 5)
-    assert abs(np.diag(confusion)[1:].mean() - 0.45) < 0.05 and abs(confusion[0, 1:].mean() - 0.35) < 0.05
+    assert abs(np.diag(confusion)[1:].mean() - 0.45) < 0.05
+    assert abs(confusion[0, 1:].mean() - 0.35) < 0.05
     assert confusion[0, 0] > 0.95
 
 
