@@ -31,19 +31,20 @@ def operands(stream: Stream) -> tuple[Any, ...]:
     """The leading arguments of the operator: logits on the pixel grid, constants in the compute dtype."""
     assert stream.cm_logits is not None
     size, dtype = stream.labels.shape[1:], stream.compute_dtype
-    seg, cm, labels = stream.seg_logits, stream.cm_logits, stream.labels
+    seg, cm = stream.seg_logits, stream.cm_logits
     if seg.shape[2:] != size:
         seg = interpolate(seg.to(dtype), size)
     if dtype == torch.float64:  # only float64 with float64: nobody needs the mixtures to be fast
         seg, cm = seg.to(dtype), cm.to(dtype)
-    return (
-        seg,
-        cm,
-        labels,
-        None if stream.transition is None else stream.transition.to(dtype),
-        None if stream.class_weight is None else stream.class_weight.detach().to(dtype),
-        None if stream.pixel_weight is None else stream.pixel_weight.detach().to(dtype),
-    )
+    transition = None if stream.transition is None else stream.transition.to(dtype)
+    return (seg, cm, stream.labels, transition, *_weights(stream))
+
+
+def _weights(stream: Stream) -> tuple[Tensor | None, Tensor | None]:
+    """(class_weight, pixel_weight) in the compute dtype."""
+    weights = (stream.class_weight, stream.pixel_weight)
+    by_class, by_pixel = (None if w is None else w.detach().to(stream.compute_dtype) for w in weights)
+    return by_class, by_pixel
 
 
 def nll_sum(stream: Stream, scale: Tensor | None, loss_scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,10 +74,8 @@ def posterior(stream: Stream) -> Tensor:
 def labelled_weight(stream: Stream) -> Tensor:
     if stream.reduction == "none":
         return label_weights(stream)
-    _, _, labels, _, class_weight, pixel_weight = operands(stream)
-    dtype = stream.compute_dtype
-    weight = torch.ops.coarse_kernels.labelled_weight(labels, class_weight, pixel_weight, stream.ignore_index)
-    return weight.to(dtype)
+    weight = torch.ops.coarse_kernels.labelled_weight(stream.labels, *_weights(stream), stream.ignore_index)
+    return weight.to(stream.compute_dtype)
 
 
 def _needed(seg: Tensor, cm: Tensor, transition: Tensor | None) -> int:
