@@ -50,7 +50,7 @@ format: $(VENV)/lint
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel pybind11 ninja
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=64" wheel pybind11 ninja
 	touch $@
 
 $(VENV)/installed: $(VENV)/torch $(CXX_DEPENDENCIES)
