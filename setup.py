@@ -35,7 +35,6 @@ def extensions() -> tuple[list, dict]:
     if MODE == "0":
         return [], {}
     try:
-        import pybind11
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
         return skip(f"cannot import what the build needs ({error}); install with --no-build-isolation")
@@ -47,15 +46,22 @@ def extensions() -> tuple[list, dict]:
         extra_compile_args=[*CXX_FLAGS, "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"],
         py_limited_api=True,
     )
-    tools = CppExtension(
-        "coarse_kernels._native",
-        ["csrc/native.cpp"],
-        include_dirs=[pybind11.get_include()],
-        extra_compile_args=CXX_FLAGS,
-    )
-    tools.libraries = []  # no torch in it
-    tools.library_dirs = []
-    for extension in (operators, tools):
+    modules = [operators]
+    try:
+        import pybind11
+    except ImportError:  # the operators do without
+        skip("the NumPy view `_native` needs pybind11")
+    else:
+        tools = CppExtension(
+            "coarse_kernels._native",
+            ["csrc/native.cpp"],
+            include_dirs=[pybind11.get_include()],
+            extra_compile_args=CXX_FLAGS,
+        )
+        tools.libraries = []  # no torch in it
+        tools.library_dirs = []
+        modules.append(tools)
+    for extension in modules:
         extension.optional = MODE != "1"  # setuptools then copes with one that was not built
 
     class Build(BuildExtension):
@@ -67,13 +73,13 @@ def extensions() -> tuple[list, dict]:
                     raise
                 skip(f"{type(error).__name__}: {error}")
 
-    return [operators, tools], {"build_ext": Build.with_options(no_python_abi_suffix=False)}
+    return modules, {"build_ext": Build.with_options(no_python_abi_suffix=False)}
 
 
 def skip(reason: str) -> tuple[list, dict]:
     if MODE == "1":
         raise SystemExit(f"coarse_kernels: COARSE_KERNELS_BUILD=1, but the extension cannot be built: {reason}")
-    print(f"coarse_kernels: installing without the compiled kernels: {reason}", file=sys.stderr)
+    print(f"coarse_kernels: installing without compiled code: {reason}", file=sys.stderr)
     return [], {}
 
 
