@@ -7,10 +7,9 @@
 //   3. for each column j: exponentials * coefficients, streamed to memory
 //
 // Memory is the limit (2 C x C x 4 bytes a pixel), arithmetic comes second (C x C exponentials), so one loop keeps both
-// busy
-// (`pipeline`): for column j it exponentiates this tile's logits, streams out the gradient of the tile before from the
-// slots that they go to, and fetches the logits of column j + 1. In separate loops reading, computing and writing wait
-// for one another, which takes 1.3 times as long (C = 19).
+// busy (`pipeline`): for column j it exponentiates this tile's logits, streams out the gradient of the tile before from
+// the slots that they go to, and fetches the logits of column j + 1. In separate loops reading, computing and writing
+// wait for one another, which takes 1.3 times as long (C = 19).
 #pragma once
 
 #include "common.h"
