@@ -199,6 +199,21 @@ def test_minus_infinity_on_a_grid_that_equals_the_image_in_one_axis(backend: str
 
 
 @EVERY
+def test_a_structural_zero_in_a_global_matrix_is_not_nan(backend: str) -> None:
+    """-inf in a matrix for the whole image: F.interpolate makes 0 * -inf = NaN of it in half of the rows."""
+    problem = make_problem(3, (6, 5), (1, 1), ignored="none", reduction="none")
+    assert problem.cm is not None
+    problem.cm[:, 0, 1] = -torch.inf
+    result, truth = evaluate(problem, backend), oracle(problem)
+    assert result.loss.isfinite().all()
+    torch.testing.assert_close(result.loss.double(), truth.loss, rtol=1e-5, atol=1e-6)
+    gradient = result.gradients["cm"]
+    assert gradient.isfinite().all()
+    assert (gradient[:, 0, 1] == 0).all()
+    torch.testing.assert_close(gradient.double(), truth.gradients["cm"], rtol=1e-4, atol=1e-6)
+
+
+@EVERY
 @GRID
 @pytest.mark.parametrize("where", ["seg", "cm"])
 def test_a_nan_at_a_labelled_pixel_shows_in_the_loss(backend: str, grid: tuple[int, int] | None, where: str) -> None:
