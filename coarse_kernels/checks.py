@@ -37,10 +37,13 @@ class Stream:
 
     @property
     def labelled(self) -> Tensor:
-        """(B, *S) bool: where there is a label."""
-        if self.labels.dtype == torch.uint8 and not 0 <= self.ignore_index <= 255:
-            return torch.ones_like(self.labels, dtype=torch.bool)  # the comparison would wrap: -100 is 156
-        return self.labels != self.ignore_index
+        """(B, *S) bool: where there is a label. One out of range, where nobody looked (CUDA, compiled), is none."""
+        labels, classes = self.labels, self.num_classes
+        if labels.dtype != torch.uint8:
+            return (labels >= 0) & (labels < classes) & (labels != self.ignore_index)
+        # a comparison with a number that uint8 does not hold would wrap: -100 is 156
+        labelled = labels < classes if classes <= 255 else torch.ones_like(labels, dtype=torch.bool)
+        return labelled & (labels != self.ignore_index) if 0 <= self.ignore_index <= 255 else labelled
 
     @property
     def device(self) -> torch.device:

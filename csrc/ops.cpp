@@ -94,8 +94,8 @@ coarse::LabelScan scan(const Tensor& labels, int64_t ignore_index, int64_t class
 }
 
 template <class R>
-double weigh(const Tensor& labels, OptionalTensor class_weight, OptionalTensor pixel_weight, int64_t ignore_index) {
-  const int64_t classes = class_weight.has_value() ? class_weight->numel() : 0;
+double weigh(const Tensor& labels, OptionalTensor class_weight, OptionalTensor pixel_weight, int64_t classes,
+             int64_t ignore_index) {
   const R* by_class = constant<R>(class_weight, classes, "class_weight");
   const R* by_pixel = constant<R>(pixel_weight, labels.numel(), "pixel_weight");
   const bool byte = label_type_of(labels) == coarse::LabelType::u8;
@@ -103,8 +103,7 @@ double weigh(const Tensor& labels, OptionalTensor class_weight, OptionalTensor p
   double sum = 0;
   for (int64_t k = 0; k < labels.numel(); ++k) {
     const int64_t y = byte ? static_cast<const uint8_t*>(data)[k] : static_cast<const int64_t*>(data)[k];
-    if (y == ignore_index) continue;
-    if (by_class != nullptr && (y < 0 || y >= classes)) continue;  // annotation_nll will say so
+    if (y == ignore_index || y < 0 || y >= classes) continue;  // annotation_nll complains of the others
     // in R, as the kernels weigh it
     const R weight = (by_class != nullptr ? by_class[y] : R(1)) * (by_pixel != nullptr ? by_pixel[k] : R(1));
     sum += static_cast<double>(weight);
@@ -113,17 +112,18 @@ double weigh(const Tensor& labels, OptionalTensor class_weight, OptionalTensor p
 }
 
 // 0-d float64: the sum of class_weight[label] * pixel_weight over labelled pixels.
-Tensor labelled_weight(Tensor labels, OptionalTensor class_weight, OptionalTensor pixel_weight, int64_t ignore_index) {
+Tensor labelled_weight(Tensor labels, OptionalTensor class_weight, OptionalTensor pixel_weight, int64_t num_classes,
+                       int64_t ignore_index) {
   labels = torch::stable::contiguous(labels);
   Tensor result = new_tensor(labels, {}, ScalarType::Double);
   double* sum = static_cast<double*>(result.data_ptr());
   const Tensor* any = class_weight.has_value() ? &*class_weight : pixel_weight.has_value() ? &*pixel_weight : nullptr;
   if (any == nullptr) {
-    *sum = scan(labels, ignore_index, INT64_MAX).weight;
+    *sum = scan(labels, ignore_index, num_classes).weight;
   } else if (any->scalar_type() == ScalarType::Double) {
-    *sum = weigh<double>(labels, class_weight, pixel_weight, ignore_index);
+    *sum = weigh<double>(labels, class_weight, pixel_weight, num_classes, ignore_index);
   } else {
-    *sum = weigh<float>(labels, class_weight, pixel_weight, ignore_index);
+    *sum = weigh<float>(labels, class_weight, pixel_weight, num_classes, ignore_index);
   }
   return result;
 }
@@ -150,7 +150,9 @@ STABLE_TORCH_LIBRARY(coarse_kernels, m) {
   m.def(
       "annotation_posterior(Tensor seg_logits, Tensor cm_logits, Tensor labels, Tensor? transition, int ignore_index) "
       "-> Tensor");
-  m.def("labelled_weight(Tensor labels, Tensor? class_weight, Tensor? pixel_weight, int ignore_index) -> Tensor");
+  m.def(
+      "labelled_weight(Tensor labels, Tensor? class_weight, Tensor? pixel_weight, int num_classes, int ignore_index) "
+      "-> Tensor");
   m.def("find_bad_label(Tensor labels, int num_classes, int ignore_index) -> Tensor");
 }
 

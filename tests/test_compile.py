@@ -82,7 +82,7 @@ def test_opcheck_label_operators(dtype: torch.dtype) -> None:
     labels = torch.tensor([[0, 1, 255, 2]]).to(dtype)
     weights = torch.rand(3), torch.rand(1, 4)
     for class_weight, pixel_weight in ((None, None), (weights[0], None), weights, tuple(w.double() for w in weights)):
-        sample = (labels, class_weight, pixel_weight, 255)
+        sample = (labels, class_weight, pixel_weight, 3, 255)
         result = torch.library.opcheck(torch.ops.coarse_kernels.labelled_weight.default, sample)
         assert set(result.values()) == {"SUCCESS"}, result
     result = torch.library.opcheck(torch.ops.coarse_kernels.find_bad_label.default, (labels, 3, 255))

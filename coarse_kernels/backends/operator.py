@@ -1,7 +1,8 @@
-"""`torch.ops.coarse_kernels.annotation_nll`: fake kernel and autograd, shared by every compiled backend.
+"""What every fused backend shares: the operator `annotation_nll` with its fake kernel and autograd, and its three uses.
 
-The operator (schema in csrc/ops.cpp) returns ``(loss, nll, trace, grad_seg, grad_cm, grad_transition)``, the gradients
-being those of ``loss``; one that is not in ``wanted`` has no elements. The same operator serves all three uses:
+An operator lives in a namespace of `torch.ops`: ``coarse_kernels`` (compiled, CPU and CUDA), ``coarse_kernels_triton``.
+It returns ``(loss, nll, trace, grad_seg, grad_cm, grad_transition)``, the gradients being those of ``loss``; one that is
+not in ``wanted`` has no elements. The same operator serves all three uses:
 
     forward without gradient      wanted = 0
     one_pass                      forward: wanted = what autograd will ask for; backward hands it out
@@ -10,6 +11,7 @@ being those of ``loss``; one that is not in ``wanted`` has no elements. The same
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -27,7 +29,64 @@ _SECOND_DERIVATIVE = (
 )
 
 
-def operands(stream: Stream) -> tuple[Any, ...]:
+# The operators of a namespace. A test holds csrc/ops.cpp to the same text.
+SCHEMAS = (
+    "annotation_nll(Tensor seg_logits, Tensor cm_logits, Tensor labels, Tensor? transition, Tensor? class_weight, "
+    "Tensor? pixel_weight, Tensor? scale, float loss_scale, float trace_weight, int ignore_index, bool per_pixel, "
+    "int wanted) -> (Tensor loss, Tensor nll, Tensor trace, Tensor grad_seg, Tensor grad_cm, Tensor grad_transition)",
+    "annotation_posterior(Tensor seg_logits, Tensor cm_logits, Tensor labels, Tensor? transition, int ignore_index) "
+    "-> Tensor",
+    "labelled_weight(Tensor labels, Tensor? class_weight, Tensor? pixel_weight, int num_classes, int ignore_index) "
+    "-> Tensor",
+)
+
+
+class FusedBackend:
+    """A `Backend` whose work is done by the operators of ``torch.ops.<namespace>``."""
+
+    def __init__(self, name: str, device_types: tuple[str, ...], namespace: str = "coarse_kernels"):
+        self.name, self.device_types, self.namespace = name, device_types, namespace
+
+    def unavailable(self) -> str | None:
+        return native.operators_reason()
+
+    def unsupported(self, stream: Stream) -> str | None:
+        return None
+
+    def nll_sum(self, stream: Stream, scale: Tensor | None, loss_scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        args = _operands(stream)
+        wanted = 0
+        if schedule.current() == "one_pass" and not torch.compiler.is_compiling():
+            wanted = _needed(args[0], args[1], args[3])
+        out = self._operators().annotation_nll(
+            *args, scale, loss_scale, stream.trace_weight, stream.ignore_index, False, wanted
+        )
+        return out[0], out[1].detach(), out[2].detach()
+
+    def nll_map(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+        out = self._operators().annotation_nll(
+            *_operands(stream), None, 1.0, stream.trace_weight, stream.ignore_index, True, 0
+        )
+        return out[0], out[1].detach(), out[2].detach()
+
+    def posterior(self, stream: Stream) -> Tensor:
+        seg, cm, labels, transition, *_ = _operands(stream)
+        posterior = self._operators().annotation_posterior(seg, cm, labels, transition, stream.ignore_index)
+        return posterior.to(stream.seg_logits.dtype)
+
+    def labelled_weight(self, stream: Stream) -> Tensor:
+        if stream.reduction == "none":
+            return label_weights(stream)
+        weight = self._operators().labelled_weight(
+            stream.labels, *_weights(stream), stream.num_classes, stream.ignore_index
+        )
+        return weight.to(stream.compute_dtype)
+
+    def _operators(self) -> Any:
+        return getattr(torch.ops, self.namespace)
+
+
+def _operands(stream: Stream) -> tuple[Any, ...]:
     """The leading arguments of the operator: logits on the pixel grid, constants in the compute dtype."""
     assert stream.cm_logits is not None
     size, dtype = stream.labels.shape[1:], stream.compute_dtype
@@ -45,37 +104,6 @@ def _weights(stream: Stream) -> tuple[Tensor | None, Tensor | None]:
     weights = (stream.class_weight, stream.pixel_weight)
     by_class, by_pixel = (None if w is None else w.detach().to(stream.compute_dtype) for w in weights)
     return by_class, by_pixel
-
-
-def nll_sum(stream: Stream, scale: Tensor | None, loss_scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    args = operands(stream)
-    wanted = 0
-    if schedule.current() == "one_pass" and not torch.compiler.is_compiling():
-        wanted = _needed(args[0], args[1], args[3])
-    out = torch.ops.coarse_kernels.annotation_nll(
-        *args, scale, loss_scale, stream.trace_weight, stream.ignore_index, False, wanted
-    )
-    return out[0], out[1].detach(), out[2].detach()
-
-
-def nll_map(stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
-    out = torch.ops.coarse_kernels.annotation_nll(
-        *operands(stream), None, 1.0, stream.trace_weight, stream.ignore_index, True, 0
-    )
-    return out[0], out[1].detach(), out[2].detach()
-
-
-def posterior(stream: Stream) -> Tensor:
-    seg, cm, labels, transition, *_ = operands(stream)
-    posterior = torch.ops.coarse_kernels.annotation_posterior(seg, cm, labels, transition, stream.ignore_index)
-    return posterior.to(stream.seg_logits.dtype)
-
-
-def labelled_weight(stream: Stream) -> Tensor:
-    if stream.reduction == "none":
-        return label_weights(stream)
-    weight = torch.ops.coarse_kernels.labelled_weight(stream.labels, *_weights(stream), stream.ignore_index)
-    return weight.to(stream.compute_dtype)
 
 
 def _needed(seg: Tensor, cm: Tensor, transition: Tensor | None) -> int:
@@ -128,7 +156,7 @@ def _posterior_fake(
 
 
 def _labelled_weight_fake(
-    labels: Tensor, class_weight: Tensor | None, pixel_weight: Tensor | None, ignore_index: int
+    labels: Tensor, class_weight: Tensor | None, pixel_weight: Tensor | None, num_classes: int, ignore_index: int
 ) -> Tensor:
     return labels.new_empty((), dtype=torch.float64)
 
@@ -149,7 +177,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*(output[3:] if wanted else tensors))
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(operators: Any, ctx: Any, grad_loss: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     needed = [bit for index, bit in ((0, SEG), (1, CM), (3, TRANSITION)) if ctx.needs_input_grad[index]]
     none = (None,) * 12
     if grad_loss is None or not needed:
@@ -157,7 +185,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *others: Tensor | None) -> tup
     if ctx.wanted:
         grads = _handed_out(ctx.saved_tensors, grad_loss)
     else:
-        grads = _recomputed(ctx, grad_loss, sum(needed))
+        grads = _recomputed(operators, ctx, grad_loss, sum(needed))
     if torch.is_grad_enabled():  # create_graph=True: somebody may want to go on from here
         grads = tuple(_FirstDerivative.apply(grad, torch.zeros((), requires_grad=True)) for grad in grads)
     seg, cm, transition = (
@@ -193,7 +221,7 @@ def _graph_is_kept() -> bool:
     return True if ask is None else bool(ask())
 
 
-def _recomputed(ctx: Any, grad_loss: Tensor, wanted: int) -> tuple[Tensor, ...]:
+def _recomputed(operators: Any, ctx: Any, grad_loss: Tensor, wanted: int) -> tuple[Tensor, ...]:
     seg, cm, labels, transition, class_weight, pixel_weight, scale = ctx.saved_tensors
     loss_scale, trace_weight, ignore_index = ctx.settings
     if ctx.per_pixel:
@@ -202,7 +230,7 @@ def _recomputed(ctx: Any, grad_loss: Tensor, wanted: int) -> tuple[Tensor, ...]:
         pixel_weight = factor if pixel_weight is None else pixel_weight * factor
     else:
         scale = grad_loss if scale is None else scale * grad_loss
-    out = torch.ops.coarse_kernels.annotation_nll(
+    out = operators.annotation_nll(
         seg,
         cm,
         labels,
@@ -219,17 +247,19 @@ def _recomputed(ctx: Any, grad_loss: Tensor, wanted: int) -> tuple[Tensor, ...]:
     return out[3:]
 
 
-def register() -> None:
+def register(namespace: str) -> None:
+    """Fake kernels and autograd for the operators of a namespace that has been defined."""
     library = torch.library
     for name, fake in (
         ("annotation_nll", _nll_fake),
         ("annotation_posterior", _posterior_fake),
         ("labelled_weight", _labelled_weight_fake),
-        ("find_bad_label", _find_bad_label_fake),
     ):
-        library.register_fake(f"coarse_kernels::{name}", fake)
-    library.register_autograd("coarse_kernels::annotation_nll", _backward, setup_context=_setup_context)
+        library.register_fake(f"{namespace}::{name}", fake)
+    backward = functools.partial(_backward, getattr(torch.ops, namespace))
+    library.register_autograd(f"{namespace}::annotation_nll", backward, setup_context=_setup_context)
 
 
 if native.OPERATORS is not None:
-    register()
+    register("coarse_kernels")
+    torch.library.register_fake("coarse_kernels::find_bad_label", _find_bad_label_fake)

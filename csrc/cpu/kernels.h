@@ -16,6 +16,7 @@ LabelScan scan_labels(const void* labels, LabelType type, int64_t n, int64_t ign
       counted += used;
       bad += used & ((label < 0) | (label >= classes));
     }
+    counted -= bad;
     if (bad == 0) return int64_t{0};
     for (int64_t k = 0; k < n; ++k) {
       const int64_t label = y[k];
