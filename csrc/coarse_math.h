@@ -22,7 +22,7 @@
 #include <cstring>
 #include <limits>
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC__)  // nvcc needs --expt-relaxed-constexpr, for numeric_limits
 #define COARSE_HD __host__ __device__ __forceinline__
 #define COARSE_INLINE_LAMBDA
 #else
@@ -88,11 +88,24 @@ struct PowerOfTwo {
 // exp(x) for x <= 88. Error at most kExpUlp units in the last place for x >= kExpFlush; exactly 0 below it; NaN stays
 // NaN. Cody-Waite reduction x = n ln 2 + r, |r| <= ln 2 / 2; then the polynomial of degree 6 with the smallest relative
 // error on that interval (2.0e-9: 1/30 of half a unit in the last place).
+//
+// On a GPU a float goes through the special-function unit instead: 2^t for t = x / ln 2, where t, rounded, loses up to
+// |t| 2^-24; the lost part comes back as a factor 1 + ln 2 * (lost). ex2.approx itself is good to 2^-22.5 (PTX ISA), so
+// the bound there is kDeviceExpUlp.
 constexpr float kExpFlush = -87.3365f;  // 2^-126: the smallest normal float
 constexpr double kExpUlp = 2.0;
+constexpr double kDeviceExpUlp = 4.0;
 
 template <class V>
 COARSE_HD V exp_f32(V x) {
+#if defined(__CUDA_ARCH__)
+  const float t = x * 1.44269504088896341f;
+  const float lost = fmaf(x, 1.44269504088896341f, -t) + x * 1.92596299e-8f;  // 1 / ln 2 in two floats
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(t));
+  y = fmaf(y, lost * 0.693147180559945309f, y);
+  return x < kExpFlush ? 0.0f : y;
+#else
   const V magic =
       broadcast<V>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits
   const V t = x * broadcast<V>(1.44269504088896341f) + magic;
@@ -107,6 +120,21 @@ COARSE_HD V exp_f32(V x) {
   y = y * r + broadcast<V>(1.0f);
   y = y * r + broadcast<V>(1.0f);
   return select(x < broadcast<V>(kExpFlush), broadcast<V>(0.0f), PowerOfTwo<V>::scale(y, t, magic));
+#endif
+}
+
+// 1 / x for x in [1e-30, 1e30]. On a GPU to one unit in the last place, without the branch for subnormals.
+template <class V>
+COARSE_HD V inverse(V x) {
+  using R = typename Lanes<V>::Scalar;
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(V) == sizeof(float)) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
+#endif
+  return R(1) / x;
 }
 
 // log(x) for normal x > 0; -inf at 0; +inf and NaN stay. Error at most kLogUlp. Polynomial of Cephes logf (Moshier
@@ -206,6 +234,20 @@ COARSE_HD Tap<R> linear_tap(int64_t dst, int64_t in, int64_t out) {
   return {i0, i0 + (i0 < in - 1 ? 1 : 0), lambda};
 }
 
+// The first pixel of an axis that reads from unclamped position `cell` or beyond; `out` if there is none. Pixels before
+// first_pixel(0) are clamped to grid point 0. Found by the same arithmetic as `linear_tap`, so that both always agree.
+template <class R>
+COARSE_HD int64_t first_pixel(int64_t cell, int64_t in, int64_t out) {
+  if (in == out) return cell < 0 ? 0 : cell;
+  const R scale = static_cast<R>(in) / static_cast<R>(out), edge = static_cast<R>(cell);
+  const auto reaches = [&](int64_t dst) { return scale * (static_cast<R>(dst) + R(0.5)) - R(0.5) >= edge; };
+  int64_t dst = static_cast<int64_t>((edge + R(0.5)) / scale - R(0.5));
+  dst = dst < 0 ? 0 : dst > out ? out : dst;
+  while (dst > 0 && reaches(dst - 1)) --dst;
+  while (dst < out && !reaches(dst)) ++dst;
+  return dst;
+}
+
 // --- one pixel, probability space ------------------------------------------------------------------------------------
 //
 // With e[i,j] = exp(a[i,j] - max_i a[i,j]) and Z[j] = sum_i e[i,j], so A = e / Z, the gradient of
@@ -232,6 +274,53 @@ template <class R>
 constexpr R kSmallestEvidence = sizeof(R) == 4 ? R(1e-30) : R(1e-290);
 
 // --- one pixel, log space --------------------------------------------------------------------------------------------
+//
+// Every exponential is of a difference of two logits divided by a sum that contains it, never of a difference of
+// logarithms: at a logit scale of 100 the latter costs two digits.
+
+// What a column j of A contributes, from load(i) = a[i,j] and log_t(i) = log T[i,y].
+template <class V>
+struct ColumnTerms {
+  V top;        // max_i a[i,j]
+  V inv_z;      // 1 / sum_i exp(a[i,j] - top)
+  V label_top;  // max_i a[i,j] + log T[i,y], 0 where T allows none
+  V inv_q;      // 1 / sum_i exp(a[i,j] + log T[i,y] - label_top), 0 likewise
+  V log_q;      // log q[j]
+};
+
+template <class V, class Load, class LogT>
+COARSE_HD ColumnTerms<V> column_terms(int classes, const Load& load, const LogT& log_t) {
+  using R = typename Lanes<V>::Scalar;
+  const V zero = broadcast<V>(R(0));
+  const V inf = broadcast<V>(std::numeric_limits<R>::infinity());
+  V top = load(0), reachable = -inf;
+  for (int i = 0; i < classes; ++i) {
+    const V x = load(i);
+    top = max_v(x, top);
+    reachable = max_v(x + log_t(i), reachable);
+  }
+  const V label_top = select(reachable == -inf, zero, reachable);
+  V z = zero, q = zero;
+  for (int i = 0; i < classes; ++i) {
+    const V x = load(i);
+    z += exp_v(x - top);
+    q += exp_v(x + log_t(i) - label_top);
+  }
+  return {top, R(1) / z, label_top, select(q == zero, zero, R(1) / q), (label_top - top) + (log_v(q) - log_v(z))};
+}
+
+// d (live * nll + live_trace * tr A) / d a[i,j], from x = a[i,j] and ajj = A[j,j]. `posterior` is r[j].
+template <class V>
+COARSE_HD V column_gradient_log_space(const ColumnTerms<V>& column, V x, V log_t, V posterior, V ajj, bool diagonal,
+                                      V live, V live_trace) {
+  using R = typename Lanes<V>::Scalar;
+  const V zero = broadcast<V>(R(0));
+  const V aij = exp_v(x - column.top) * column.inv_z;
+  const V hij = exp_v(x + log_t - column.label_top) * column.inv_q;
+  V gradient = live * (posterior * (aij - hij)) - live_trace * ajj * aij;
+  if (diagonal) gradient += live_trace * ajj;
+  return select(live + live_trace == zero, zero, gradient);  // else 0 * NaN
+}
 
 template <class V>
 struct PixelTerms {
@@ -240,21 +329,15 @@ struct PixelTerms {
 
 // Any logits (finite, or -inf in some entries). Reads s[C], a[C*C] (index i*C+j) and log_t[i] = log T[i,y].
 // Writes p[C] and the posterior r[C]; over a[i,j] the gradient of weight * nll + trace_weight * tr A; and, where
-// `reported` is not null, reported[i] = -weight * (sum_j A[i,j] p[j]) / D, the gradient of T[i,y]. `scratch` holds 4 C.
+// `reported` is not null, reported[i] = -weight * (sum_j A[i,j] p[j]) / D, the gradient of T[i,y]. `columns` holds C.
 // A label that no class can explain (D = 0): nll = inf, r = p, and its gradients are 0.
-//
-// Every exponential is of a difference of two logits divided by a sum that contains it, never of a difference of
-// logarithms: at a logit scale of 100 the latter costs two digits.
 template <class V>
 COARSE_HD PixelTerms<V> pixel_log_space(int classes, const V* s, V* a, const V* log_t, V weight, V trace_weight, V* p,
-                                        V* r, V* scratch, V* reported) {
+                                        V* r, ColumnTerms<V>* columns, V* reported) {
   using R = typename Lanes<V>::Scalar;
   const V zero = broadcast<V>(R(0));
   const V inf = broadcast<V>(std::numeric_limits<R>::infinity());
-  V* const column_top = scratch;               // max_i a[i,j]
-  V* const inv_z = scratch + classes;          // 1 / sum_i exp(a[i,j] - column_top)
-  V* const label_top = scratch + 2 * classes;  // max_i a[i,j] + log T[i,y]
-  V* const inv_q = scratch + 3 * classes;      // 1 / sum_i exp(a[i,j] + log T[i,y] - label_top)
+  const auto label = [&](int i) { return log_t[i]; };
 
   V top = s[0];
   for (int j = 1; j < classes; ++j) top = max_v(s[j], top);
@@ -269,25 +352,9 @@ COARSE_HD PixelTerms<V> pixel_log_space(int classes, const V* s, V* a, const V* 
   V trace = zero, joint_top = -inf;
   const V log_sum = log_v(sum);
   for (int j = 0; j < classes; ++j) {
-    V highest = a[j], reachable = -inf;
-    for (int i = 0; i < classes; ++i) {
-      const V x = a[i * classes + j];
-      highest = max_v(x, highest);
-      reachable = max_v(x + log_t[i], reachable);
-    }
-    const V shift = select(reachable == -inf, zero, reachable);
-    V z = zero, q = zero;
-    for (int i = 0; i < classes; ++i) {
-      const V x = a[i * classes + j];
-      z += exp_v(x - highest);
-      q += exp_v(x + log_t[i] - shift);
-    }
-    column_top[j] = highest;
-    label_top[j] = shift;
-    inv_z[j] = R(1) / z;
-    inv_q[j] = select(q == zero, zero, R(1) / q);
-    trace += exp_v(a[j * classes + j] - highest) * inv_z[j];
-    r[j] = (s[j] - top) + (shift - highest) + (log_v(q) - log_v(z));
+    columns[j] = column_terms<V>(classes, [&](int i) { return a[i * classes + j]; }, label);
+    trace += exp_v(a[j * classes + j] - columns[j].top) * columns[j].inv_z;
+    r[j] = (s[j] - top) + columns[j].log_q;
     joint_top = max_v(r[j], joint_top);
   }
   // -inf - -inf must not become NaN where the label is impossible; a NaN among the logits must stay one.
@@ -300,26 +367,22 @@ COARSE_HD PixelTerms<V> pixel_log_space(int classes, const V* s, V* a, const V* 
   const V log_d = shift + log_v(sum) - log_sum;
   const V possible = select(sum == zero, zero, broadcast<V>(R(1)));
   const V live = weight * possible, live_trace = trace_weight * possible;
-  const V counts = select(live + live_trace == zero, zero, broadcast<V>(R(1)));
 
   if (reported != nullptr) {
     for (int i = 0; i < classes; ++i) reported[i] = zero;
   }
   for (int j = 0; j < classes; ++j) {
+    const ColumnTerms<V>& column = columns[j];
     const V posterior = select(sum == zero, p[j], r[j] / sum);
-    const V ajj = exp_v(a[j * classes + j] - column_top[j]) * inv_z[j];
+    const V ajj = exp_v(a[j * classes + j] - column.top) * column.inv_z;
     for (int i = 0; i < classes; ++i) {
       const V x = a[i * classes + j];
-      const V aij = exp_v(x - column_top[j]) * inv_z[j];
-      const V hij = exp_v(x + log_t[i] - label_top[j]) * inv_q[j];
       if (reported != nullptr) {
         // p A / D in one exponential: each factor alone may leave the range, and so may the result
         reported[i] -= select(live == zero, zero,
-                              live * exp_wide((s[j] - top - log_sum) + (x - column_top[j]) - log_d) * inv_z[j]);
+                              live * exp_wide((s[j] - top - log_sum) + (x - column.top) - log_d) * column.inv_z);
       }
-      V gradient = live * (posterior * (aij - hij)) - live_trace * ajj * aij;
-      if (i == j) gradient += live_trace * ajj;
-      a[i * classes + j] = select(counts == zero, zero, gradient);
+      a[i * classes + j] = column_gradient_log_space(column, x, log_t[i], posterior, ajj, i == j, live, live_trace);
     }
     r[j] = posterior;
   }

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "run.h"
+#include "schema.h"
 
 namespace {
 
@@ -142,17 +143,7 @@ Tensor find_bad_label(Tensor labels, int64_t num_classes, int64_t ignore_index) 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(coarse_kernels, m) {
-  m.def(
-      "annotation_nll(Tensor seg_logits, Tensor cm_logits, Tensor labels, Tensor? transition, Tensor? class_weight, "
-      "Tensor? pixel_weight, Tensor? scale, float loss_scale, float trace_weight, int ignore_index, bool per_pixel, "
-      "int wanted) -> (Tensor loss, Tensor nll, Tensor trace, Tensor grad_seg, Tensor grad_cm, Tensor "
-      "grad_transition)");
-  m.def(
-      "annotation_posterior(Tensor seg_logits, Tensor cm_logits, Tensor labels, Tensor? transition, int ignore_index) "
-      "-> Tensor");
-  m.def(
-      "labelled_weight(Tensor labels, Tensor? class_weight, Tensor? pixel_weight, int num_classes, int ignore_index) "
-      "-> Tensor");
+  define_operators(m);
   m.def("find_bad_label(Tensor labels, int num_classes, int ignore_index) -> Tensor");
 }
 

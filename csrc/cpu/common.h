@@ -93,7 +93,8 @@ inline void report_run(const R* transition, int classes, const int32_t* label, i
 template <class R>
 struct LogSpace {
   using V = Vec<R>;
-  V *s, *a, *log_t, *p, *r, *scratch, *reported;
+  V *s, *a, *log_t, *p, *r, *reported;
+  ColumnTerms<V>* columns;
 
   void take(Arena& arena, int64_t classes) {
     s = arena.take<V>(classes);
@@ -101,7 +102,7 @@ struct LogSpace {
     log_t = arena.take<V>(classes);
     p = arena.take<V>(classes);
     r = arena.take<V>(classes);
-    scratch = arena.take<V>(4 * classes);
+    columns = arena.take<ColumnTerms<V>>(classes);
     reported = arena.take<V>(classes);
   }
 
@@ -113,7 +114,7 @@ struct LogSpace {
         log_t[i][k] = std::log(t);  // of the C library: T may hold subnormals
       }
     }
-    return pixel_log_space<V>(classes, s, a, log_t, weight, trace_weight, p, r, scratch,
+    return pixel_log_space<V>(classes, s, a, log_t, weight, trace_weight, p, r, columns,
                               want_reported ? reported : nullptr);
   }
 
