@@ -22,13 +22,7 @@
 #include <cstring>
 #include <limits>
 
-#if defined(__CUDACC__)  // nvcc needs --expt-relaxed-constexpr, for numeric_limits
-#define COARSE_HD __host__ __device__ __forceinline__
-#define COARSE_INLINE_LAMBDA
-#else
-#define COARSE_INLINE_LAMBDA __attribute__((always_inline))
-#define COARSE_HD inline __attribute__((always_inline))
-#endif
+#include "host_device.h"
 
 namespace coarse {
 namespace {
@@ -221,11 +215,17 @@ struct Tap {
   R lambda;
 };
 
+// Where a pixel lies on the axis of grid points; below 0 and beyond in - 1 in the outer half cells.
+template <class R>
+COARSE_HD R grid_position(int64_t dst, int64_t in, int64_t out) {
+  const R scale = static_cast<R>(in) / static_cast<R>(out);
+  return scale * (static_cast<R>(dst) + R(0.5)) - R(0.5);
+}
+
 template <class R>
 COARSE_HD Tap<R> linear_tap(int64_t dst, int64_t in, int64_t out) {
   if (in == out) return {dst, dst, R(0)};
-  const R scale = static_cast<R>(in) / static_cast<R>(out);
-  R source = scale * (static_cast<R>(dst) + R(0.5)) - R(0.5);
+  R source = grid_position<R>(dst, in, out);
   source = source < R(0) ? R(0) : source;
   int64_t i0 = static_cast<int64_t>(source);
   i0 = i0 < in - 1 ? i0 : in - 1;
@@ -234,13 +234,13 @@ COARSE_HD Tap<R> linear_tap(int64_t dst, int64_t in, int64_t out) {
   return {i0, i0 + (i0 < in - 1 ? 1 : 0), lambda};
 }
 
-// The first pixel of an axis that reads from unclamped position `cell` or beyond; `out` if there is none. Pixels before
-// first_pixel(0) are clamped to grid point 0. Found by the same arithmetic as `linear_tap`, so that both always agree.
+// The first pixel of an axis whose position is `cell` or beyond; `out` if there is none. Pixels before first_pixel(0) are
+// clamped to grid point 0.
 template <class R>
 COARSE_HD int64_t first_pixel(int64_t cell, int64_t in, int64_t out) {
   if (in == out) return cell < 0 ? 0 : cell;
   const R scale = static_cast<R>(in) / static_cast<R>(out), edge = static_cast<R>(cell);
-  const auto reaches = [&](int64_t dst) { return scale * (static_cast<R>(dst) + R(0.5)) - R(0.5) >= edge; };
+  const auto reaches = [&](int64_t dst) { return grid_position<R>(dst, in, out) >= edge; };
   int64_t dst = static_cast<int64_t>((edge + R(0.5)) / scale - R(0.5));
   dst = dst < 0 ? 0 : dst > out ? out : dst;
   while (dst > 0 && reaches(dst - 1)) --dst;

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace coarse {
 
 enum class Storage : int { f32, f64, bf16, f16 };
@@ -24,7 +26,8 @@ struct Stream {
   const void* labels = nullptr;  // (B, D, H, W)
   LabelType label_type = LabelType::u8;
   int64_t ignore_index = 255;
-  const R* transition = nullptr;    // (C, C); null: identity
+  const R* transition = nullptr;      // (C, C); null: identity
+  const R* log_transition = nullptr;  // its logarithm; CUDA only
   const R* class_weight = nullptr;  // (C)
   const R* pixel_weight = nullptr;  // (B, D, H, W)
   R trace_weight = 0;
@@ -38,14 +41,16 @@ struct Stream {
   Storage cm_gradient_storage = Storage::f32;
   R* nll_map = nullptr;       // (B, D, H, W): w nll
   R* trace_map = nullptr;     // (B, D, H, W): w tr A
+  R* loss_map = nullptr;      // (B, D, H, W): w (nll + trace_weight * tr A); CUDA only, with the other two
   void* posterior = nullptr;  // as seg_logits
 
   // One row per task (CUDA: per block), so that the sums do not depend on the number of threads.
   double* sums = nullptr;                 // (tasks, 2): sum w nll, sum w tr A
   double* transition_gradient = nullptr;  // (tasks, C, C), zeros on arrival
+  uint32_t* small_mask = nullptr;         // CUDA: a bit a pixel, see cuda/launch.h
   unsigned char* bad_label = nullptr;     // (tasks): set where a label is out of range; CPU only
 
-  int64_t pixels() const { return depth * height * width; }
+  COARSE_HD int64_t pixels() const { return depth * height * width; }
 };
 
 }  // namespace coarse

@@ -1,0 +1,244 @@
+// What the kernels ask of the machine: launches, shared memory, storage types in and out. Without nvcc the same names come
+// from an emulator (tests/cuda_emulation), so that the kernels' own source runs, and is tested, on a CPU.
+#pragma once
+
+#include "../coarse_math.h"
+#include "../half.h"
+#include "../stream.h"
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#else
+#include "emulated_cuda.h"
+#endif
+
+namespace coarse {
+namespace {
+
+// Kernel parameters that functions may take a reference to, without a copy on the stack.
+#if !defined(__CUDACC__)
+#define __grid_constant__
+#endif
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// --- launches --------------------------------------------------------------------------------------------------------
+
+// Null, or what went wrong.
+using Error = const char*;
+
+#if defined(__CUDACC__)
+
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char coarse_dynamic_shared[];
+  return coarse_dynamic_shared;
+}
+
+inline Error text(cudaError_t code) { return code == cudaSuccess ? nullptr : cudaGetErrorString(code); }
+
+// More than 48 KB of dynamic shared memory has to be asked for, once per kernel and device.
+template <class Kernel>
+Error allow_shared(Kernel kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return nullptr;
+  return text(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
+// Blocks that run at the same time: what a grid has whose blocks loop over their work. None of these calls waits.
+template <class Kernel>
+int64_t resident_blocks(Kernel kernel, int threads, size_t shared_bytes) {
+  int device = 0, multiprocessors = 1, each = 1;
+  if (allow_shared(kernel, shared_bytes) != nullptr) return 1;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared_bytes);
+  return static_cast<int64_t>(multiprocessors) * (each > 0 ? each : 1);
+}
+
+template <class... P, class... A>
+Error launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared_bytes, void* stream, const A&... args) {
+  if (blocks == 0) return nullptr;
+  if (Error error = allow_shared(kernel, shared_bytes)) return error;
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
+  return text(cudaGetLastError());
+}
+
+#else
+
+inline unsigned char* dynamic_shared() { return emulated::shared_memory(); }
+
+template <class Kernel>
+int64_t resident_blocks(Kernel, int, size_t) {
+  return 3;  // so that blocks loop
+}
+
+template <class... P, class... A>
+Error launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared_bytes, void*, const A&... args) {
+  emulated::run_grid(static_cast<unsigned>(blocks), threads, shared_bytes, [&] { kernel(args...); });
+  return nullptr;
+}
+
+#endif
+
+// f(std::integral_constant<int, C>) for the number of classes, if it is one of those that have kernels of their own.
+constexpr int kMaxFastClasses = 21;
+#if !defined(COARSE_FAST_CLASSES)  // the emulator's tests build a few of them only
+#define COARSE_FAST_CLASSES(c) true
+#endif
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+template <int C = 2, class F>
+bool with_fast_classes(int classes, const F& f) {
+  if constexpr (C > kMaxFastClasses) {
+    return false;
+  } else {
+    if (classes != C) return with_fast_classes<C + 1>(classes, f);
+    if constexpr (COARSE_FAST_CLASSES(C)) f(Constant<C>{});
+    return COARSE_FAST_CLASSES(C);
+  }
+}
+
+// --- storage ---------------------------------------------------------------------------------------------------------
+
+template <Storage kStorage>
+struct StorageOf;
+template <>
+struct StorageOf<Storage::f32> {
+  using Type = float;
+};
+template <>
+struct StorageOf<Storage::f64> {
+  using Type = double;
+};
+template <>
+struct StorageOf<Storage::bf16> {
+  using Type = uint16_t;
+};
+template <>
+struct StorageOf<Storage::f16> {
+  using Type = uint16_t;
+};
+
+template <Storage kStorage, class R>
+__device__ __forceinline__ R decode(typename StorageOf<kStorage>::Type x) {
+  if constexpr (kStorage == Storage::bf16) {
+    return static_cast<R>(bfloat16_to_float(x));
+  } else if constexpr (kStorage == Storage::f16) {
+    return static_cast<R>(half_to_float(x));
+  } else {
+    return static_cast<R>(x);
+  }
+}
+
+template <Storage kStorage, class R>
+__device__ __forceinline__ typename StorageOf<kStorage>::Type encode(R x) {
+  if constexpr (kStorage == Storage::bf16) {
+    return float_to_bfloat16(static_cast<float>(x));
+  } else if constexpr (kStorage == Storage::f16) {
+    return float_to_half(static_cast<float>(x));
+  } else {
+    return static_cast<typename StorageOf<kStorage>::Type>(x);
+  }
+}
+
+// Where the storage is known at run time only: a branch that every thread takes alike.
+template <class R>
+__device__ __forceinline__ R load_as(const void* p, Storage storage, int64_t at) {
+  if constexpr (sizeof(R) == 8) return static_cast<const double*>(p)[at];
+  switch (storage) {
+    case Storage::bf16: return decode<Storage::bf16, R>(static_cast<const uint16_t*>(p)[at]);
+    case Storage::f16: return decode<Storage::f16, R>(static_cast<const uint16_t*>(p)[at]);
+    default: return static_cast<R>(static_cast<const float*>(p)[at]);
+  }
+}
+
+template <class R>
+__device__ __forceinline__ void store_as(void* p, Storage storage, int64_t at, R x) {
+  if constexpr (sizeof(R) == 8) {
+    static_cast<double*>(p)[at] = x;
+  } else {
+    switch (storage) {
+      case Storage::bf16: static_cast<uint16_t*>(p)[at] = encode<Storage::bf16>(x); break;
+      case Storage::f16: static_cast<uint16_t*>(p)[at] = encode<Storage::f16>(x); break;
+      default: static_cast<float*>(p)[at] = x;
+    }
+  }
+}
+
+// --- labels ----------------------------------------------------------------------------------------------------------
+
+// The label of flat pixel `at`, or -1 where there is none: ignored, or out of range, which must not become an address.
+template <class R>
+__device__ __forceinline__ int label_at(const Stream<R>& s, int64_t at) {
+  const int64_t y = s.label_type == LabelType::u8 ? static_cast<const uint8_t*>(s.labels)[at]
+                                                  : static_cast<const int64_t*>(s.labels)[at];
+  return y == s.ignore_index || y < 0 || y >= s.classes ? -1 : static_cast<int>(y);
+}
+
+// class_weight[label] * pixel_weight of a labelled pixel.
+template <class R>
+__device__ __forceinline__ R weight_at(const Stream<R>& s, int label, int64_t at) {
+  R weight = s.class_weight != nullptr ? s.class_weight[label] : R(1);
+  if (s.pixel_weight != nullptr) weight *= s.pixel_weight[at];
+  return weight;
+}
+
+template <class R>
+__device__ __forceinline__ R gradient_scale(const Stream<R>& s) {
+  const double factor = s.scale != nullptr ? static_cast<double>(*s.scale) : 1.0;
+  return static_cast<R>(factor * static_cast<double>(s.gradient_scale));
+}
+
+// The same number, but the compiler does not know: C comparisons with it are made again rather than kept in registers.
+__device__ __forceinline__ int again(int x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// --- sums ------------------------------------------------------------------------------------------------------------
+
+template <class X>
+__device__ __forceinline__ X warp_sum(X x) {  // the same on every lane, in the same order
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  return x;
+}
+
+// Weighted loss terms of the pixels that a thread has seen.
+struct Terms {
+  double nll = 0, trace = 0;
+};
+
+template <class R>
+__device__ __forceinline__ void write_maps(const Stream<R>& s, int64_t at, R nll, R trace) {
+  s.nll_map[at] = nll;
+  s.trace_map[at] = trace;
+  s.loss_map[at] = nll + s.trace_weight * trace;
+}
+
+// One pixel: its maps, and its share of the sums. A weight of 0 counts for nothing, whatever nll is.
+template <class R>
+__device__ __forceinline__ void add_pixel(const Stream<R>& s, int64_t at, R weight, R nll, R trace, Terms& terms) {
+  nll = weight == R(0) ? R(0) : weight * nll;
+  trace = weight == R(0) ? R(0) : weight * trace;
+  terms.nll += static_cast<double>(nll);
+  terms.trace += static_cast<double>(trace);
+  if (s.nll_map != nullptr) write_maps(s, at, nll, trace);
+}
+
+// Called by whole warps; `row` of s.sums belongs to this warp alone, launch after launch.
+template <class R>
+__device__ __forceinline__ void leave_sums(const Stream<R>& s, int64_t row, const Terms& terms) {
+  const double nll = warp_sum(terms.nll), trace = warp_sum(terms.trace);
+  if (threadIdx.x % kWarp == 0) {
+    s.sums[2 * row] += nll;
+    s.sums[2 * row + 1] += trace;
+  }
+}
+
+}  // namespace
+}  // namespace coarse

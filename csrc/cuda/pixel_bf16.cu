@@ -1,0 +1,11 @@
+#include "pixel_fast.h"
+
+namespace coarse {
+namespace cuda {
+
+Error pixel_grid_bf16(const Stream<float>& s, const PixelRegion& region, void* stream) {
+  return pixel_grid_fast<Storage::bf16>(s, region, stream);
+}
+
+}  // namespace cuda
+}  // namespace coarse

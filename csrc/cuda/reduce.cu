@@ -1,0 +1,147 @@
+// What is left to do around the kernels: sums of sums in fixed order, weights, conversions.
+#include "device.h"
+#include "launch.h"
+
+namespace coarse {
+namespace {
+
+constexpr int kThreads = 1024;
+
+// The sum of value(0) ... value(n - 1), in an order that depends on n alone. For one whole block; on thread 0.
+template <class F>
+__device__ double block_sum(int64_t n, const F& value) {
+  double* const warps = reinterpret_cast<double*>(dynamic_shared());
+  double sum = 0;
+  for (int64_t k = threadIdx.x; k < n; k += kThreads) sum += value(k);
+  sum = warp_sum(sum);
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = sum;
+  __syncthreads();
+  sum = warp_sum(warps[threadIdx.x % kWarp]);
+  __syncthreads();
+  return sum;
+}
+constexpr size_t kBlockSumBytes = kThreads / kWarp * sizeof(double);
+
+template <class R>
+__global__ void __launch_bounds__(kThreads) finish_kernel(Stream<R> s, R* loss, R* nll, R* trace) {
+  const double sum_nll = block_sum(cuda::kSumRows, [&](int64_t k) { return s.sums[2 * k]; });
+  const double sum_trace = block_sum(cuda::kSumRows, [&](int64_t k) { return s.sums[2 * k + 1]; });
+  if (threadIdx.x != 0) return;
+  const double factor = s.scale != nullptr ? static_cast<double>(*s.scale) : 1.0;
+  const double loss_factor = factor * static_cast<double>(s.gradient_scale);
+  // a weight of 0 counts for nothing, even if the sum is inf
+  const auto scaled = [](double weight, double sum) { return weight == 0 ? R(0) : static_cast<R>(weight * sum); };
+  *nll = scaled(factor, sum_nll);
+  *trace = scaled(factor, sum_trace);
+  *loss = scaled(loss_factor, sum_nll + static_cast<double>(s.trace_weight) * sum_trace);
+}
+
+constexpr int kSmallBlock = 256;
+inline int64_t blocks_for(int64_t n) {
+  const int64_t blocks = (n + kSmallBlock - 1) / kSmallBlock, most = int64_t{1} << 20;
+  return blocks < most ? blocks : most;
+}
+__device__ __forceinline__ int64_t first_index() { return static_cast<int64_t>(blockIdx.x) * kSmallBlock + threadIdx.x; }
+__device__ __forceinline__ int64_t index_step() { return static_cast<int64_t>(gridDim.x) * kSmallBlock; }
+
+template <class R>
+__global__ void __launch_bounds__(kSmallBlock)
+    finish_transition_kernel(const double* slices, int64_t count, int64_t n, R* out) {
+  for (int64_t k = first_index(); k < n; k += index_step()) {
+    double sum = 0;
+    for (int64_t slice = 0; slice < count; ++slice) sum += slices[slice * n + k];
+    out[k] = static_cast<R>(sum);
+  }
+}
+
+template <class R>
+__global__ void __launch_bounds__(kSmallBlock)
+    sum_copies_kernel(const R* in, int64_t copies, int64_t n, void* out, Storage storage) {
+  for (int64_t k = first_index(); k < n; k += index_step()) {
+    R sum = in[k];
+    for (int64_t copy = 1; copy < copies; ++copy) sum += in[copy * n + k];
+    store_as(out, storage, k, sum);
+  }
+}
+
+template <class R>
+__global__ void __launch_bounds__(kSmallBlock) log_kernel(const R* in, R* out, int64_t n) {
+  // the library's own logarithm: a transition may hold subnormals
+  for (int64_t k = first_index(); k < n; k += index_step()) out[k] = log(in[k]);
+}
+
+template <class R>
+__global__ void __launch_bounds__(kThreads) weigh_kernel(Stream<R> s, int64_t n, double* partial) {
+  const int64_t share = (n + gridDim.x - 1) / gridDim.x, begin = blockIdx.x * share;
+  const int64_t count = n - begin < share ? n - begin : share;
+  const double sum = block_sum(count, [&](int64_t k) {
+    const int label = label_at(s, begin + k);
+    return label < 0 ? 0.0 : static_cast<double>(weight_at(s, label, begin + k));
+  });
+  if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+template <class R>  // one kernel; the template keeps it out of translation units that do not launch it
+__global__ void __launch_bounds__(kThreads) add_up_kernel(const R* values, int64_t n, R* out) {
+  const double sum = block_sum(n, [&](int64_t k) { return static_cast<double>(values[k]); });
+  if (threadIdx.x == 0) *out = sum;
+}
+
+}  // namespace
+
+namespace cuda {
+
+template <class R>
+Error finish(const Stream<R>& s, R* loss, R* nll, R* trace, void* stream) {
+  return launch(finish_kernel<R>, 1, kThreads, kBlockSumBytes, stream, s, loss, nll, trace);
+}
+
+template <class R>
+Error finish_transition(const Stream<R>& s, int64_t slices, R* gradient, void* stream) {
+  const int64_t n = static_cast<int64_t>(s.classes) * s.classes;
+  return launch(finish_transition_kernel<R>, blocks_for(n), kSmallBlock, 0, stream,
+                static_cast<const double*>(s.transition_gradient), slices, n, gradient);
+}
+
+template <class R>
+Error sum_copies(const R* in, int64_t copies, int64_t n, void* out, Storage storage, void* stream) {
+  return launch(sum_copies_kernel<R>, blocks_for(n), kSmallBlock, 0, stream, in, copies, n, out, storage);
+}
+
+template <class R>
+Error log_values(const R* in, R* out, int64_t n, void* stream) {
+  return launch(log_kernel<R>, blocks_for(n), kSmallBlock, 0, stream, in, out, n);
+}
+
+template <class R>
+Error label_weight(const Stream<R>& s, int64_t n, double* partial, double* sum, void* stream) {
+  const int64_t wanted = (n + 4 * kThreads - 1) / (4 * kThreads);
+  const int64_t blocks = wanted < 1 ? 1 : wanted < kWeightRows ? wanted : kWeightRows;
+  if (Error error = launch(weigh_kernel<R>, blocks, kThreads, kBlockSumBytes, stream, s, n, partial)) return error;
+  return launch(add_up_kernel<double>, 1, kThreads, kBlockSumBytes, stream, static_cast<const double*>(partial), blocks,
+                sum);
+}
+
+Error fill_zero(void* p, int64_t bytes, void* stream) {
+  if (bytes == 0) return nullptr;
+#if defined(__CUDACC__)
+  return text(cudaMemsetAsync(p, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)));
+#else
+  std::memset(p, 0, static_cast<size_t>(bytes));
+  return nullptr;
+#endif
+}
+
+template Error finish(const Stream<float>&, float*, float*, float*, void*);
+template Error finish(const Stream<double>&, double*, double*, double*, void*);
+template Error finish_transition(const Stream<float>&, int64_t, float*, void*);
+template Error finish_transition(const Stream<double>&, int64_t, double*, void*);
+template Error sum_copies(const float*, int64_t, int64_t, void*, Storage, void*);
+template Error sum_copies(const double*, int64_t, int64_t, void*, Storage, void*);
+template Error log_values(const float*, float*, int64_t, void*);
+template Error log_values(const double*, double*, int64_t, void*);
+template Error label_weight(const Stream<float>&, int64_t, double*, double*, void*);
+template Error label_weight(const Stream<double>&, int64_t, double*, double*, void*);
+
+}  // namespace cuda
+}  // namespace coarse

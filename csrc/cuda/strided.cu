@@ -1,0 +1,397 @@
+// CM logits on a grid of cells, fused: 2 to 21 classes, float arithmetic, one or two axes. No intermediate at pixel
+// resolution.
+//
+// A tile is up to kRows rows of the pixels of a few neighbouring grid cells: a lane is a column of pixels, 32 / L cells of
+// L lanes each, and a warp is one column j of A. Down a column of pixels inside one cell the logits are linear, so their
+// exponentials are a geometric sequence (as in cpu/strided_grid.h):
+//
+//   e[row] = e0 g^row,   e0 = exp(a[first row] - m),   g = exp(slope)
+//
+// Two exponentials, eight loads of corners and about four shuffles for each class pair serve all rows; a row costs a
+// multiply and two multiply-adds going forward (e, Z, q), three going back (the coefficient, and a Horner scheme for the
+// sums of v[row] e[row] and row v[row] e[row]). At C = 19, stride 8: about 12 instructions for each pixel and class pair,
+// 0.6 ms of an H200's float lanes for two streams of 1024 x 2048; the bytes take 0.12 ms.
+//
+// The sums over rows meet the sums over the lanes of a cell by shuffles, and go to the four corners of the cell with an
+// add to memory that nobody waits for. No two adds of one launch meet the same address: launches take every second row
+// and column of tiles, parts of a large cell have copies of the gradient of their own. So the result is the same from run
+// to run. Tiles whose logits are too steep, or whose evidence is too small, are marked, and left to a second launch that goes
+// pixel by pixel in log space.
+#include "launch.h"
+#include "log_space.h"
+#include "strided_tiles.h"
+
+namespace coarse {
+namespace {
+
+constexpr float kMaxSpan = 20.0f;                     // as in cpu/strided_grid.h: lost terms are below exp(-87 + 20) of the
+constexpr float kSmallestGeometricEvidence = 1e-12f;  // largest of their row, and so below 1e-17 of the result
+
+template <int C>
+struct StridedShared {
+  float p[kRows][C][kWarp];  // class logits, then p[j]
+  float q[kRows][C][kWarp];
+  float diagonal[kRows][C][kWarp];
+  float d[kRows][kWarp];  // p(label); 0 without a label
+  float scaled[kRows][kWarp];
+  float transition[C * C];  // [y][i]: lanes of one label read one word
+};
+
+template <int C>
+constexpr int kStridedThreads = C * kWarp;
+
+template <int C>
+__global__ void __launch_bounds__(kStridedThreads<C>, C >= 11 ? 1 : C >= 5 ? 2 : 6)
+    strided_fast(const __grid_constant__ Stream<float> s, const __grid_constant__ Tiling t) {
+  auto& shared = *reinterpret_cast<StridedShared<C>*>(dynamic_shared());
+  const int lane = threadIdx.x % kWarp, j = threadIdx.x / kWarp;
+  const bool one_hot = s.transition == nullptr;
+  for (int k = threadIdx.x; k < C * C; k += kStridedThreads<C>) {
+    const int i = k / C, y = k % C;
+    shared.transition[y * C + i] = one_hot ? (i == y ? 1.0f : 0.0f) : s.transition[k];
+  }
+  __syncthreads();
+  const float scale = gradient_scale(s);
+  const bool want_cm = s.cm_gradient != nullptr;
+  const int64_t pixels = s.pixels(), points = t.y.grid * t.x.grid;
+  Terms terms;
+
+  for (int64_t tile = blockIdx.x; tile < t.tiles_per_image * t.images; tile += gridDim.x) {
+    const StridedPlace place(t, tile);
+    const int rows = place.rows;
+    const bool inside = place.inside;
+    if (threadIdx.x == 0) s.small_mask[tile] = 0;
+    if (rows == 0) continue;
+    const int64_t at = place.image * pixels + place.y0 * s.width + place.x;
+    const int64_t seg_at = (place.image * C + j) * pixels + place.y0 * s.width + place.x;
+    const int64_t field = (s.cm_batch == 1 ? 0 : place.image * s.cm_batch_stride) + j * points;
+
+    // --- labels; a lane whose rows have one label needs one row of T
+    int label[kRows], own_label = -1;
+    bool one_label = true;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      label[r] = inside && r < rows ? label_at(s, at + r * s.width) : -1;
+      if (label[r] >= 0) {
+        one_label &= own_label < 0 || own_label == label[r];
+        own_label = label[r];
+      }
+    }
+    // All warps see the same pixels, so each can answer for the block.
+    const bool drawn = __any_sync(kAllLanes, own_label >= 0);
+    if (!drawn && s.posterior == nullptr) {
+      for (int r = 0; inside && r < rows; ++r) {
+        if (s.seg_gradient != nullptr) store_as(s.seg_gradient, s.seg_storage, seg_at + r * s.width, 0.0f);
+        if (j == 0 && s.nll_map != nullptr) write_maps(s, at + r * s.width, 0.0f, 0.0f);
+      }
+      continue;
+    }
+    const bool together = !__any_sync(kAllLanes, !one_label);
+    const float* const own_reported = shared.transition + (own_label < 0 ? 0 : own_label) * C;
+    const auto reported = [&](int i, int r) { return shared.transition[(label[r] < 0 ? 0 : label[r]) * C + i]; };
+
+    // --- forward: exponentials of this column, their sums Z and q
+    const int64_t upper = place.upper * t.x.grid, lower = place.lower * t.x.grid;
+    const float step = place.step, lambda0 = place.lambda0;
+    const bool used = inside && own_label >= 0;
+    float e0[C], g[C], top = -std::numeric_limits<float>::infinity();
+    bool steep = false;
+#pragma unroll
+    for (int i = 0; i < C; ++i) {
+      e0[i] = g[i] = 0.0f;
+      if (used) {
+        const int64_t plane = field + static_cast<int64_t>(i) * C * points;
+        const float a = place.along_x(s, plane + upper);
+        const float b = upper == lower ? a : place.along_x(s, plane + lower);
+        const float slope = upper == lower ? 0.0f : step * (b - a);
+        e0[i] = upper == lower ? a : a + lambda0 * (b - a);
+        const float change = static_cast<float>(rows - 1) * slope;
+        steep |= !(change <= kMaxSpan && -change <= kMaxSpan && fabsf(e0[i]) < 1e30f);  // NaN and inf are steep
+        g[i] = slope;
+        top = fmaxf(fmaxf(e0[i], e0[i] + change), top);
+      }
+    }
+    if (!used) top = 0.0f;
+    float z[kRows], q[kRows], ajj[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) z[r] = q[r] = ajj[r] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < C; ++i) {
+      e0[i] = exp_f32(e0[i] - top);
+      g[i] = exp_f32(g[i]);
+      float e = e0[i];
+      if (together) {
+        const float reports = own_reported[i];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          z[r] += e;
+          q[r] += reports * e;
+          e *= g[i];
+        }
+      } else {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          z[r] += e;
+          q[r] += reported(i, r) * e;
+          e *= g[i];
+        }
+      }
+      if (i == j) {
+        e = e0[i];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          ajj[r] = e;
+          e *= g[i];
+        }
+      }
+    }
+    __syncthreads();  // the tile before has been read
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float inv_z = r < rows ? inverse(z[r]) : 0.0f;  // beyond the last row the sequence may have overflowed
+      z[r] = inv_z;
+      q[r] = r < rows ? q[r] * inv_z : 0.0f;
+      ajj[r] = r < rows ? ajj[r] * inv_z : 0.0f;
+      const bool read = label[r] >= 0 || (inside && r < rows && s.posterior != nullptr);
+      shared.p[r][j][lane] = read ? load_as<float>(s.seg_logits, s.seg_storage, seg_at + r * s.width) : 0.0f;
+      shared.q[r][j][lane] = q[r];
+      shared.diagonal[r][j][lane] = ajj[r];
+    }
+    __syncthreads();
+
+    // --- pixel by pixel: p, D, loss. A warp takes every C-th row.
+    bool small = false;
+    for (int r = j; r < rows; r += C) {
+      float seg_top = shared.p[r][0][lane], sum = 0.0f, d = 0.0f;
+#pragma unroll
+      for (int c = 1; c < C; ++c) seg_top = fmaxf(shared.p[r][c][lane], seg_top);
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        const float p = exp_f32(shared.p[r][c][lane] - seg_top);
+        shared.p[r][c][lane] = p;
+        sum += p;
+        d += p * shared.q[r][c][lane];
+      }
+      const float inv_sum = inverse(sum);
+#pragma unroll
+      for (int c = 0; c < C; ++c) shared.p[r][c][lane] *= inv_sum;
+      d *= inv_sum;
+      const int64_t pixel = at + r * s.width;
+      const int y = inside ? label_at(s, pixel) : -1;
+      const float weight = y >= 0 ? weight_at(s, y, pixel) : 0.0f;
+      small |= y >= 0 && !(d >= kSmallestGeometricEvidence);
+      shared.d[r][lane] = y >= 0 ? d : 0.0f;
+      shared.scaled[r][lane] = weight * scale;
+    }
+    if (__syncthreads_or(small || steep)) {
+      if (threadIdx.x == 0) s.small_mask[tile] = 1;
+      continue;
+    }
+
+    // --- loss terms, once it is certain that they hold
+    for (int r = j; r < rows; r += C) {
+      float trace = 0.0f;
+#pragma unroll
+      for (int c = 0; c < C; ++c) trace += shared.diagonal[r][c][lane];
+      const int64_t pixel = at + r * s.width;
+      const int y = inside ? label_at(s, pixel) : -1;
+      const float weight = y >= 0 ? weight_at(s, y, pixel) : 0.0f;
+      if (inside) add_pixel(s, pixel, weight, y >= 0 ? -log_f32(shared.d[r][lane]) : 0.0f, trace, terms);
+    }
+
+    // --- backward: coefficients of this column, then sums over the rows
+    float sum_diagonal = 0.0f, sum_rows_diagonal = 0.0f;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const bool present = inside && r < rows;
+      const float p = shared.p[r][j][lane], d = present ? shared.d[r][lane] : 0.0f;
+      const float inv_d = d > 0.0f ? inverse(d) : 0.0f;
+      const float scaled = present ? shared.scaled[r][lane] : 0.0f, posterior = present ? p * q[r] * inv_d : 0.0f;
+      if (present && s.seg_gradient != nullptr)
+        store_as(s.seg_gradient, s.seg_storage, seg_at + r * s.width, scaled * (p - posterior));
+      if (present && s.posterior != nullptr)
+        store_as(s.posterior, s.seg_storage, seg_at + r * s.width, label[r] >= 0 ? posterior : p);
+      const auto gradient =
+          column_gradient(present ? p : 0.0f, posterior, inv_d, z[r], ajj[r], scaled, scaled * s.trace_weight);
+      q[r] = gradient.keep;
+      ajj[r] = gradient.drop;
+      sum_diagonal += gradient.diag;
+      sum_rows_diagonal += static_cast<float>(r) * gradient.diag;
+    }
+    if (!want_cm) continue;
+    float* const plane = static_cast<float*>(s.cm_gradient) + place.copy + j * points;
+#pragma unroll
+    for (int i = 0; i < C; ++i) {
+      float value = 0.0f, derivative = 0.0f;  // of the polynomial sum_r v[r] g^r
+      if (together) {
+        const float reports = own_reported[i];
+#pragma unroll
+        for (int r = kRows - 1; r >= 0; --r) {
+          derivative = derivative * g[i] + value;
+          value = value * g[i] + (q[r] - ajj[r] * reports);
+        }
+      } else {
+#pragma unroll
+        for (int r = kRows - 1; r >= 0; --r) {
+          derivative = derivative * g[i] + value;
+          value = value * g[i] + (q[r] - ajj[r] * reported(i, r));
+        }
+      }
+      float sum = e0[i] * value, sum_rows = e0[i] * (g[i] * derivative);
+      if (i == j) {
+        sum += sum_diagonal;
+        sum_rows += sum_rows_diagonal;
+      }
+      const float below = lambda0 * sum + step * sum_rows;
+      place.corners.add(plane + static_cast<int64_t>(i) * C * points, sum - below, below);
+    }
+  }
+  leave_sums(s, static_cast<int64_t>(blockIdx.x) * C + j, terms);
+}
+
+// Marked tiles, pixel by pixel: any number of classes, a block of kLogWarps warps that share the columns.
+constexpr int kLogWarps = 8;
+
+__global__ void __launch_bounds__(kLogWarps* kWarp)
+    strided_log_space(const __grid_constant__ Stream<float> s, const __grid_constant__ Tiling t) {
+  const int classes = s.classes, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const ColumnShare<float> share{warp, kLogWarps, reinterpret_cast<float*>(dynamic_shared()) + lane, kWarp};
+  const float scale = gradient_scale(s);
+  const int64_t pixels = s.pixels(), points = t.y.grid * t.x.grid;
+  Terms terms;
+  for (int64_t tile = blockIdx.x; tile < t.tiles_per_image * t.images; tile += gridDim.x) {
+    if (s.small_mask[tile] == 0) continue;
+    const StridedPlace place(t, tile);
+    const int64_t upper = place.upper * t.x.grid, lower = place.lower * t.x.grid;
+    const int64_t field = s.cm_batch == 1 ? 0 : place.image * s.cm_batch_stride;
+    for (int r = 0; r < place.rows; ++r) {
+      const int64_t at = place.image * pixels + (place.y0 + r) * s.width + place.x;
+      const int64_t seg_at = place.image * classes * pixels + (place.y0 + r) * s.width + place.x;
+      const int label = place.inside ? label_at(s, at) : -1;
+      const float weight = label >= 0 ? weight_at(s, label, at) : 0.0f, scaled = weight * scale;
+      const float lambda = t.y.lambda(place.cell_y, place.y0 + r);
+      const bool read_seg = label >= 0 || (place.inside && s.posterior != nullptr);
+      const auto seg = [&](int j) {
+        return read_seg ? load_as<float>(s.seg_logits, s.seg_storage, seg_at + j * pixels) : 0.0f;
+      };
+      const auto logit = [&](int i, int j) {
+        if (label < 0) return 0.0f;
+        const int64_t plane = field + (static_cast<int64_t>(i) * classes + j) * points;
+        const float a = place.along_x(s, plane + upper);
+        return upper == lower ? a : (1.0f - lambda) * a + lambda * place.along_x(s, plane + lower);
+      };
+      const auto emit = [&](int i, int j, float gradient) {
+        const float below = lambda * gradient;
+        const int64_t plane = (static_cast<int64_t>(i) * classes + j) * points;
+        place.corners.add(static_cast<float*>(s.cm_gradient) + place.copy + plane, gradient - below, below);
+      };
+      const auto seg_out = [&](int j, float p, float posterior) {
+        if (!place.inside) return;
+        const float gradient = scaled == 0.0f ? 0.0f : scaled * (p - posterior);
+        if (s.seg_gradient != nullptr) store_as(s.seg_gradient, s.seg_storage, seg_at + j * pixels, gradient);
+        if (s.posterior != nullptr)
+          store_as(s.posterior, s.seg_storage, seg_at + j * pixels, label >= 0 ? posterior : p);
+      };
+      const auto result = log_space(s, share, label, scaled, scaled * s.trace_weight, s.cm_gradient != nullptr, seg,
+                                    logit, emit, seg_out);
+      if (warp == 0 && place.inside) add_pixel(s, at, weight, result.nll, result.trace, terms);
+    }
+  }
+  if (warp == 0) leave_sums(s, blockIdx.x, terms);
+}
+
+CellAxis cell_axis(int64_t grid, int64_t pixels) {
+  return grid == 1 ? CellAxis{grid, pixels, 0, 1} : CellAxis{grid, pixels, -1, grid + 1};
+}
+
+// Pixels of the widest cell. Exact where the stride is a power of two; else positions are rounded, and may be one more.
+int64_t widest(const CellAxis& axis) {
+  if (axis.grid == 1) return axis.pixels;
+  const int64_t stride = axis.pixels / axis.grid;
+  if (stride * axis.grid == axis.pixels && (stride & (stride - 1)) == 0) return stride;
+  return (axis.pixels + axis.grid - 1) / axis.grid + 1;
+}
+
+Tiling tiling_of(const Stream<float>& s, const cuda::Grid& grid) {
+  Tiling t{};
+  t.y = cell_axis(grid.size[1], s.height);
+  t.x = cell_axis(grid.size[2], s.width);
+  const int64_t width = widest(t.x);
+  t.lanes = 4;
+  while (t.lanes < kWarp && t.lanes < width) t.lanes *= 2;
+  t.splits = (width + t.lanes - 1) / t.lanes;
+  t.bands = (widest(t.y) + kRows - 1) / kRows;
+  t.tiles_y = t.y.cells;
+  t.tiles_x = (t.x.cells + kWarp / t.lanes - 1) / (kWarp / t.lanes);
+  t.copy_stride = static_cast<int64_t>(s.classes) * s.classes * grid.points() * s.cm_batch;
+  return t;
+}
+
+constexpr int64_t kMostCopyBytes = int64_t{64} << 20;
+
+// Images of one field that run in one launch, each on copies of its own.
+int64_t images_at_once(const Stream<float>& s, const Tiling& t) {
+  if (s.cm_batch > 1 || s.batch <= 1) return s.batch;
+  const int64_t most = kMostCopyBytes / (4 * t.copy_stride * t.bands * t.splits);
+  return most < 1 ? 1 : most < s.batch ? most : s.batch;
+}
+
+}  // namespace
+
+namespace cuda {
+
+StridedPlan plan_strided(const Stream<float>& s, const Grid& grid) {
+  StridedPlan plan;
+  const bool halved = (grid.size[1] == 1 || 2 * grid.size[1] <= s.height) &&
+                      (grid.size[2] == 1 || 2 * grid.size[2] <= s.width);
+  if (s.depth != 1 || !halved || s.transition_gradient != nullptr || s.batch == 0 ||
+      !with_fast_classes(s.classes, [](auto) {})) {
+    return plan;
+  }
+  const Tiling t = tiling_of(s, grid);
+  const int64_t own = t.bands * t.splits, shared = s.cm_batch == 1 ? images_at_once(s, t) : 1;
+  plan.copies = own * shared;
+  plan.mask_words = t.tiles_y * t.tiles_x * t.splits * t.bands * s.batch;
+  plan.fits = plan.copies == 1 || 4 * t.copy_stride * plan.copies <= 4 * kMostCopyBytes;
+  return plan;
+}
+
+Error strided_grid(const Stream<float>& s, const Grid& grid, void* stream) {
+  Tiling t = tiling_of(s, grid);
+  const bool want_cm = s.cm_gradient != nullptr;
+  // Neighbouring tiles share grid points, so where they add, every second one goes first.
+  t.step_y = want_cm && t.tiles_y > 1 ? 2 : 1;
+  t.step_x = want_cm && t.tiles_x > 1 ? 2 : 1;
+  const int64_t group = want_cm ? images_at_once(s, t) : s.batch;
+  t.copies_per_image = s.cm_batch == 1 ? t.bands * t.splits : 0;
+  t.image_stride = s.cm_batch == 1 ? 0 : static_cast<int64_t>(s.classes) * s.classes * grid.points();
+  Error error = nullptr;
+  with_fast_classes(s.classes, [&](auto classes) {
+    constexpr int C = decltype(classes)::value;
+    constexpr size_t kShared = sizeof(StridedShared<C>);
+    const int64_t resident = resident_blocks(strided_fast<C>, kStridedThreads<C>, kShared), rows = kSumRows / C;
+    const int64_t most = resident < rows ? resident : rows;
+    const size_t log_shared = sizeof(float) * C * kWarp;
+    const int64_t log_blocks = resident_blocks(strided_log_space, kLogWarps * kWarp, log_shared);
+    for (t.image = 0; t.image < s.batch; t.image += group) {
+      t.images = s.batch - t.image < group ? s.batch - t.image : group;
+      for (t.colour_y = 0; t.colour_y < t.step_y; ++t.colour_y) {
+        for (t.colour_x = 0; t.colour_x < t.step_x; ++t.colour_x) {
+          t.columns = (t.tiles_x - t.colour_x + t.step_x - 1) / t.step_x * t.splits;
+          t.tiles_per_image = t.columns * ((t.tiles_y - t.colour_y + t.step_y - 1) / t.step_y) * t.bands;
+          const int64_t tiles = t.tiles_per_image * t.images;
+          error = launch(strided_fast<C>, tiles < most ? tiles : most, kStridedThreads<C>, kShared, stream, s, t);
+          if (error != nullptr) return;
+          // mostly nothing is marked, so a few blocks look through the tiles
+          error = launch(strided_log_space, tiles < log_blocks ? tiles : log_blocks, kLogWarps * kWarp, log_shared, stream,
+                         s, t);
+          if (error != nullptr) return;
+        }
+      }
+    }
+  });
+  return error;
+}
+
+}  // namespace cuda
+}  // namespace coarse

@@ -1,0 +1,130 @@
+// A grid of cells, and the tiles that its pixels are cut into: what the two strided kernels share.
+#pragma once
+
+#include "device.h"
+
+namespace coarse {
+namespace {
+
+constexpr int kRows = 8;  // of a tile
+
+// One axis of the grid in cells: cell c reads points c and c + 1. Half cells -1 and `grid` - 1 are those of pixels clamped
+// to the first and the last point; an axis of one point is one cell.
+struct CellAxis {
+  int64_t grid, pixels;
+  int64_t first, cells;  // cell numbers first .. first + cells - 1
+
+  __host__ __device__ __forceinline__ int64_t begin(int64_t cell) const {
+    return grid == 1 || cell < 0 ? 0 : first_pixel<float>(cell, grid, pixels);
+  }
+  __host__ __device__ __forceinline__ int64_t end(int64_t cell) const {
+    return grid == 1 || cell + 1 >= grid ? pixels : first_pixel<float>(cell + 1, grid, pixels);
+  }
+  // The weight of point c + 1. Of the half cells: all to the only point that there is.
+  __device__ __forceinline__ float lambda(int64_t cell, int64_t pixel) const {
+    if (grid == 1 || cell + 1 >= grid) return 0.0f;
+    if (cell < 0) return 1.0f;
+    const float lambda = grid_position<float>(pixel, grid, pixels) - static_cast<float>(cell);
+    return lambda < 0.0f ? 0.0f : lambda > 1.0f ? 1.0f : lambda;
+  }
+  __device__ __forceinline__ int64_t clamp(int64_t point) const {
+    return point < 0 ? 0 : point < grid ? point : grid - 1;
+  }
+};
+
+struct Tiling {
+  CellAxis y, x;
+  int lanes;                 // of a cell: 4, 8, 16 or 32
+  int64_t bands, splits;     // parts of a cell that have tiles of their own: kRows high, `lanes` wide
+  int64_t tiles_y, tiles_x;  // rows of cells, runs of 32 / lanes cells
+  // This launch: tiles of one colour (every step_y-th row of cells from colour_y on) of images [image, image + images)
+  int64_t colour_y, step_y, colour_x, step_x;
+  int64_t image, images;
+  int64_t columns, tiles_per_image;
+  // The gradient: parts of a cell, and images of one field, that run at the same time have a copy each.
+  int64_t copy_stride, copies_per_image, image_stride;
+};
+
+// Adds what each lane has for the grid points above and below to the left and right points of its cell. All lanes call.
+struct CornerSum {
+  int lanes, slot, within;  // of a cell; which cell; which lane of it
+  bool right;               // this lane ends up with the right-hand point
+  bool writes;
+  int64_t at;  // of the grid point in a plane
+  float lambda;
+
+  __device__ __forceinline__ void add(float* plane, float upper, float lower) const {
+    // kinds: bit 0 right, bit 1 lower. Each step halves the kinds or the lanes.
+    const float give_right = lambda * upper, give_right_lower = lambda * lower;
+    const float left = upper - give_right, left_lower = lower - give_right_lower;
+    const bool odd = (within & 1) != 0, low = (within & 2) != 0;
+    float top = odd ? give_right : left, bottom = odd ? give_right_lower : left_lower;
+    top += __shfl_xor_sync(kAllLanes, odd ? left : give_right, 1);
+    bottom += __shfl_xor_sync(kAllLanes, odd ? left_lower : give_right_lower, 1);
+    float sum = low ? bottom : top;
+    sum += __shfl_xor_sync(kAllLanes, low ? top : bottom, 2);
+    for (int step = 4; step < lanes; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    // The right-hand point of a cell is the left-hand one of the next.
+    const float before = __shfl_sync(kAllLanes, sum, static_cast<int>(threadIdx.x) - lanes + 1);
+    if (slot > 0 && !right) sum += before;
+    if (writes) atomicAdd(plane + at, sum);  // the only add to this address in this launch
+  }
+};
+
+// Where a lane of a tile works: column x of rows y0 .. y0 + rows - 1.
+struct StridedPlace {
+  int64_t image, cell_y, y0, x;
+  int rows;
+  bool inside;
+  int64_t left, right, upper, lower;  // grid points
+  float lambda_x, lambda0, step;      // lambda of row r is lambda0 + r * step
+  int64_t copy;                       // of the gradient: where this image's field starts
+  CornerSum corners;
+
+  __device__ __forceinline__ StridedPlace(const Tiling& t, int64_t tile) {
+    const int lane = threadIdx.x % kWarp, cells_per_tile = kWarp / t.lanes;
+    image = t.image + tile / t.tiles_per_image;
+    const int64_t k = tile % t.tiles_per_image;
+    const int64_t column = k % t.columns, band = k / t.columns % t.bands, split = column % t.splits;
+    cell_y = t.y.first + t.colour_y + k / t.columns / t.bands * t.step_y;
+    y0 = t.y.begin(cell_y) + band * kRows;
+    const int64_t left_over = t.y.end(cell_y) - y0;
+    rows = left_over < 0 ? 0 : left_over < kRows ? static_cast<int>(left_over) : kRows;
+    if (rows == 0) return;  // alike for the whole block
+    const int slot = lane / t.lanes, within = lane % t.lanes;
+    const int64_t cell_x = t.x.first + (t.colour_x + column / t.splits * t.step_x) * cells_per_tile + slot;
+    const bool exists = cell_x < t.x.first + t.x.cells;
+    x = exists ? t.x.begin(cell_x) + split * t.lanes + within : 0;
+    inside = exists && x < t.x.end(cell_x);
+    left = t.x.clamp(cell_x);
+    right = t.x.clamp(cell_x + 1);
+    upper = t.y.clamp(cell_y);
+    lower = t.y.clamp(cell_y + 1);
+    lambda_x = inside ? t.x.lambda(cell_x, x) : 0.0f;
+    lambda0 = t.y.lambda(cell_y, y0);
+    // from end to end, so that its rounding error is not multiplied
+    step = rows > 1 ? (t.y.lambda(cell_y, y0 + rows - 1) - lambda0) / static_cast<float>(rows - 1) : 0.0f;
+    copy = (band * t.splits + split + (image - t.image) * t.copies_per_image) * t.copy_stride + image * t.image_stride;
+
+    // lanes 0 and 2 of a cell end up with its left-hand points, 1 and 3 with the right-hand ones
+    corners.lanes = t.lanes;
+    corners.slot = slot;
+    corners.within = within;
+    corners.right = (within & 1) != 0;
+    const int64_t own_x = cell_x + corners.right, own_y = cell_y + ((within & 2) != 0);
+    const bool last = slot == cells_per_tile - 1 || cell_x + 1 >= t.x.first + t.x.cells;
+    corners.writes = exists && within < 4 && (!corners.right || last) && own_x >= 0 && own_x < t.x.grid && own_y >= 0 &&
+                     own_y < t.y.grid;
+    corners.at = own_y * t.x.grid + own_x;
+    corners.lambda = lambda_x;
+  }
+
+  __device__ __forceinline__ float along_x(const Stream<float>& s, int64_t row) const {
+    const float a = load_as<float>(s.cm_logits, s.cm_storage, row + left);
+    if (left == right) return a;
+    return (1.0f - lambda_x) * a + lambda_x * load_as<float>(s.cm_logits, s.cm_storage, row + right);
+  }
+};
+
+}  // namespace
+}  // namespace coarse
