@@ -25,6 +25,7 @@ def report() -> str:
         f"triton          {_version('triton')}",
         "",
         f"operators (_C)       {_built(native.OPERATORS, native.OPERATORS_ERROR)}",
+        f"CUDA (_cuda)         {_built(native.CUDA, native.cuda_reason())}",
         f"NumPy view (_native) {_built(native.TOOLS, native.TOOLS_ERROR)}",
     ]
     if native.OPERATORS is not None and native.TOOLS is not None:

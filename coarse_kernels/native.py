@@ -1,4 +1,4 @@
-"""The compiled modules, if they were built: `_C` (operators, LibTorch stable ABI) and `_native` (pybind11, no torch).
+"""The compiled modules, if they were built: `_C` and `_cuda` (operators, LibTorch stable ABI), `_native` (pybind11, no torch).
 
 Nothing here raises on import: the reason why a module is missing is kept for `env_report` and for error messages.
 """
@@ -21,6 +21,7 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
 
 # torch is imported above: the operators link against its libraries.
 OPERATORS, OPERATORS_ERROR = _load("_C")
+CUDA, CUDA_ERROR = (None, "it needs the module _C") if OPERATORS is None else _load("_cuda")
 TOOLS, TOOLS_ERROR = _load("_native")
 
 
@@ -31,6 +32,18 @@ def operators_reason() -> str | None:
     return (
         "the compiled extension is missing (no C++ compiler at install time, COARSE_KERNELS_BUILD=0, or a failed build; "
         f"reinstall with `pip install --no-build-isolation -v -e .` to see why): {OPERATORS_ERROR}"
+    )
+
+
+def cuda_reason() -> str | None:
+    """Why the CUDA operators cannot be used, or None."""
+    if CUDA is not None:
+        return None
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    return (
+        "the CUDA extension is missing (no nvcc at install time, COARSE_CUDA=0, or a failed build; reinstall with "
+        f"`COARSE_CUDA=1 pip install --no-build-isolation -v -e .` to see why): {CUDA_ERROR}"
     )
 
 

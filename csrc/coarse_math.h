@@ -83,22 +83,18 @@ struct PowerOfTwo {
 // NaN. Cody-Waite reduction x = n ln 2 + r, |r| <= ln 2 / 2; then the polynomial of degree 6 with the smallest relative
 // error on that interval (2.0e-9: 1/30 of half a unit in the last place).
 //
-// On a GPU a float goes through the special-function unit instead: 2^t for t = x / ln 2, where t, rounded, loses up to
-// |t| 2^-24; the lost part comes back as a factor 1 + ln 2 * (lost). ex2.approx itself is good to 2^-22.5 (PTX ISA), so
-// the bound there is kDeviceExpUlp.
+// On a GPU a float goes through the special-function unit: 2^t, t = x / ln 2 rounded. ex2.approx is good to 2^-22.5 (PTX
+// ISA) and flushes subnormals; the rounding of t costs up to |x| / 2 units more, where exp(x) itself is that much smaller
+// than the 1 that it is added to (every x here is a difference to a maximum).
 constexpr float kExpFlush = -87.3365f;  // 2^-126: the smallest normal float
 constexpr double kExpUlp = 2.0;
-constexpr double kDeviceExpUlp = 4.0;
 
 template <class V>
 COARSE_HD V exp_f32(V x) {
 #if defined(__CUDA_ARCH__)
-  const float t = x * 1.44269504088896341f;
-  const float lost = fmaf(x, 1.44269504088896341f, -t) + x * 1.92596299e-8f;  // 1 / ln 2 in two floats
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(t));
-  y = fmaf(y, lost * 0.693147180559945309f, y);
-  return x < kExpFlush ? 0.0f : y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504088896341f));
+  return y;
 #else
   const V magic =
       broadcast<V>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits

@@ -8,6 +8,10 @@ import hypothesis
 import pytest
 import torch
 
+from . import cuda_emulation
+
+cuda_emulation.register()  # before tests ask which backends there are
+
 # The same examples in every run: a failure must be one that the next person can see too.
 hypothesis.settings.register_profile(
     "coarse",

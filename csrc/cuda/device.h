@@ -1,5 +1,5 @@
-// What the kernels ask of the machine: launches, shared memory, storage types in and out. Without nvcc the same names come
-// from an emulator (tests/cuda_emulation), so that the kernels' own source runs, and is tested, on a CPU.
+// What the kernels ask of the machine: launches, shared memory, storage types in and out. Without nvcc the same names
+// come from an emulator (tests/cuda_emulation), so that the kernels' own source runs, and is tested, on a CPU.
 #pragma once
 
 #include "../coarse_math.h"
@@ -191,7 +191,7 @@ __device__ __forceinline__ R gradient_scale(const Stream<R>& s) {
   return static_cast<R>(factor * static_cast<double>(s.gradient_scale));
 }
 
-// The same number, but the compiler does not know: C comparisons with it are made again rather than kept in registers.
+// The same number, but the compiler does not know: what is made of it is made again, not kept in registers meanwhile.
 __device__ __forceinline__ int again(int x) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+r"(x));

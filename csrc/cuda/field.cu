@@ -1,7 +1,7 @@
-// Any grid of CM logits, a piece of the image at a time: the logits of a run of pixels, interpolated, and the gradient of
-// those pixels gathered back. Between the two the pixel-grid kernels do their work on the piece, which is small enough to
-// stay in the second-level cache. Serves what strided.cu does not: volumes, more than 21 classes, double, the gradient of
-// the transition, and one field on the pixel grid for several images.
+// Any grid of CM logits, a piece of the image at a time: the logits of a run of pixels, interpolated, and the gradient
+// of those pixels gathered back. Between the two the pixel-grid kernels do their work on the piece, which is small
+// enough to stay in the second-level cache. Serves what strided.cu does not: volumes, more than 21 classes, double, the
+// gradient of the transition, and one field on the pixel grid for several images.
 #include "device.h"
 #include "launch.h"
 
@@ -39,8 +39,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t points = grid.points();
   for (int64_t plane = blockIdx.x / pixel_blocks; plane < planes; plane += gridDim.x / pixel_blocks) {
     const auto point = [&](int64_t gz, int64_t gy, int64_t gx) {
-      return load_as<R>(s.cm_logits, s.cm_storage,
-                        plane * points + (gz * grid.size[1] + gy) * grid.size[2] + gx);
+      return load_as<R>(s.cm_logits, s.cm_storage, plane * points + (gz * grid.size[1] + gy) * grid.size[2] + gx);
     };
     const auto row = [&](int64_t gz, int64_t gy) { return lerp(x, point(gz, gy, x.i0), point(gz, gy, x.i1)); };
     const auto slice = [&](int64_t gz) { return lerp(y, row(gz, y.i0), row(gz, y.i1)); };
@@ -58,8 +57,8 @@ __device__ R share_of(const Tap<R>& tap, int64_t point) {
 // A warp is one entry of the gradient: it sums over the pixels that read it, in the order of the image.
 template <class R>
 __global__ void __launch_bounds__(kThreads)
-    gather_kernel(Stream<R> s, cuda::Grid grid, cuda::Piece piece, int64_t first_point, int64_t near,
-                  const R* pixels, R* gradient) {
+    gather_kernel(Stream<R> s, cuda::Grid grid, cuda::Piece piece, int64_t first_point, int64_t near, const R* pixels,
+                  R* gradient) {
   const int64_t n = piece.end - piece.begin, points = grid.points();
   const int64_t entries = static_cast<int64_t>(s.classes) * s.classes * near;
   const int lane = threadIdx.x % kWarp;
@@ -104,7 +103,8 @@ namespace cuda {
 template <class R>
 Error expand_field(const Stream<R>& s, const Grid& grid, const Piece& piece, R* out, void* stream) {
   const int64_t pixel_blocks = (piece.end - piece.begin + kThreads - 1) / kThreads;
-  const int64_t planes = static_cast<int64_t>(s.classes) * s.classes, wanted = (4096 + pixel_blocks - 1) / pixel_blocks;
+  const int64_t planes = static_cast<int64_t>(s.classes) * s.classes;
+  const int64_t wanted = (4 * resident_blocks(expand_kernel<R>, kThreads, 0) + pixel_blocks - 1) / pixel_blocks;
   const int64_t blocks = pixel_blocks * (wanted < planes ? wanted : planes);
   return launch(expand_kernel<R>, blocks, kThreads, 0, stream, s, grid, piece, pixel_blocks, out);
 }
@@ -122,9 +122,9 @@ Error gather_field(const Stream<R>& s, const Grid& grid, const Piece& piece, con
   const int64_t high = linear_tap<R>((piece.end - 1) / row, in, out).i1 + 2;
   const int64_t first = low < 0 ? 0 : low, near = ((high < in ? high : in) - first) * each;
   const int64_t entries = static_cast<int64_t>(s.classes) * s.classes * near;
-  const int64_t wanted = (entries + kWarps - 1) / kWarps, most = int64_t{1} << 20;
-  return launch(gather_kernel<R>, wanted < most ? wanted : most, kThreads, 0, stream, s, grid, piece, first * each, near,
-                pixels, gradient);
+  const int64_t wanted = (entries + kWarps - 1) / kWarps, most = 4 * resident_blocks(gather_kernel<R>, kThreads, 0);
+  return launch(gather_kernel<R>, wanted < most ? wanted : most, kThreads, 0, stream, s, grid, piece, first * each,
+                near, pixels, gradient);
 }
 
 template Error expand_field(const Stream<float>&, const Grid&, const Piece&, float*, void*);

@@ -1,5 +1,5 @@
-// What the glue (ops_cuda.cpp) calls: every kernel of this folder behind a host function. Raw pointers and a stream, nothing
-// of torch. Each returns null, or what went wrong; none waits for the device.
+// What the glue (ops_cuda.cpp) calls: every kernel of this folder behind a host function. Raw pointers and a stream,
+// nothing of torch. Each returns null, or what went wrong; none waits for the device.
 #pragma once
 
 #include "../stream.h"
@@ -9,9 +9,10 @@ namespace cuda {
 
 using Error = const char*;
 
-// Which pixels a launch is about: `span` neighbouring ones of each of `images` images. The pointers of the Stream are those
-// of the first of them (`part_of`), and its cm_logits are laid out as the region says: element (i, j) of pixel x of image b
-// is cm_logits[b * cm_batch_stride + (i * C + j) * plane + x], and likewise the gradient with its own image stride.
+// Which pixels a launch is about: `span` neighbouring ones of each of `images` images. The pointers of the Stream are
+// those of the first of them (`part_of`), and its cm_logits are laid out as the region says: element (i, j) of pixel x
+// of image b is cm_logits[b * cm_batch_stride + (i * C + j) * plane + x], and likewise the gradient with its own image
+// stride.
 struct PixelRegion {
   int64_t images = 0, span = 0;
   int64_t image_pixels = 0;  // from one plane of class logits, and from one image of labels, to the next
@@ -45,8 +46,8 @@ Stream<R> part_of(Stream<R> s, int64_t image, int64_t begin) {
 // mark them in Stream::small_mask, a word for 32 pixels: as many words as this.
 inline int64_t mask_words(int64_t images, int64_t pixels) { return images * (pixels / 32 + 64); }
 
-// Rows of Stream::sums, and slices of Stream::transition_gradient, that a kernel may use: zeroed by the caller, added to
-// by one launch after the other.
+// Rows of Stream::sums, and slices of Stream::transition_gradient, that a kernel may use: zeroed by the caller, added
+// to by one launch after the other.
 constexpr int64_t kSumRows = 8192;
 template <class R>
 int64_t transition_slices(const Stream<R>& s);
@@ -62,15 +63,17 @@ struct Grid {
   COARSE_HD int64_t points() const { return size[0] * size[1] * size[2]; }
 };
 
-// Any grid, a piece of an image at a time (field.cu): the logits of pixels [begin, end) of one image, interpolated to `out`
-// (C * C, end - begin); and back, the gradient of those pixels summed onto the grid. cm_logits and gradient are the image's.
+// Any grid, a piece of an image at a time (field.cu): the logits of pixels [begin, end) of one image, interpolated to
+// `out` (C * C, end - begin); and back, the gradient of those pixels summed onto the grid. cm_logits and gradient are
+// the image's.
 struct Piece {
   int64_t begin = 0, end = 0;
 };
 template <class R>
 Error expand_field(const Stream<R>& s, const Grid& grid, const Piece& piece, R* out, void* stream);
 template <class R>
-Error gather_field(const Stream<R>& s, const Grid& grid, const Piece& piece, const R* pixels, R* gradient, void* stream);
+Error gather_field(const Stream<R>& s, const Grid& grid, const Piece& piece, const R* pixels, R* gradient,
+                   void* stream);
 
 // A grid of cells (strided.cu), float only: null where it does not serve the stream, and the general way has to do.
 struct StridedPlan {
@@ -84,7 +87,8 @@ Error strided_grid(const Stream<float>& s, const Grid& grid, void* stream);
 
 // --- small ones (reduce.cu) ------------------------------------------------------------------------------------------
 
-// loss, nll, trace (0-d) from the rows that the kernels left, and the gradient of the transition (C, C) from its slices.
+// loss, nll, trace (0-d) from the rows that the kernels left, and the gradient of the transition (C, C) from its
+// slices.
 template <class R>
 Error finish(const Stream<R>& s, R* loss, R* nll, R* trace, void* stream);
 template <class R>

@@ -1,5 +1,5 @@
-// One pixel per lane, in log space: right for any logits and any number of classes. The general kernel is made of it, and
-// the fast ones turn to it for pixels whose probabilities are too small (coarse_math.h, kSmallestEvidence).
+// One pixel per lane, in log space: right for any logits and any number of classes. The general kernel is made of it,
+// and the fast ones turn to it for pixels whose probabilities are too small (coarse_math.h, kSmallestEvidence).
 //
 // The warps of a block share the pixel's columns. A column's logits are read several times, from cache after the first,
 // which costs about five times the exponentials of the fast way and no memory that grows with C x C.
@@ -28,11 +28,12 @@ struct LogSpaceResult {
 
 // Called by all threads of the block alike. seg(j) and logit(i, j) give the pixel's logits, and 0 on lanes that have no
 // labelled pixel (label < 0): those compute along, so that shuffles in `emit` meet every lane. emit(i, j, g) gets the
-// gradient of a[i,j], seg_out(j, p, r) the two distributions. scaled, scaled_trace: weights of nll and trace in the loss.
+// gradient of a[i,j], seg_out(j, p, r) the two distributions. scaled, scaled_trace: weights of nll and trace in the
+// loss.
 template <class R, class Seg, class Logit, class Emit, class SegOut>
 __device__ LogSpaceResult<R> log_space(const Stream<R>& s, const ColumnShare<R>& share, int label, R scaled,
-                                                    R scaled_trace, bool want_gradient, const Seg& seg,
-                                                    const Logit& logit, const Emit& emit, const SegOut& seg_out) {
+                                       R scaled_trace, bool want_gradient, const Seg& seg, const Logit& logit,
+                                       const Emit& emit, const SegOut& seg_out) {
   const R inf = std::numeric_limits<R>::infinity();
   const int classes = s.classes;
   const auto log_t = [&](int i) {

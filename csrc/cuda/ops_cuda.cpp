@@ -1,5 +1,5 @@
-// The operators on CUDA tensors: tensors in, kernels launched on the current stream, tensors out. Nothing here waits for the
-// device or allocates outside PyTorch's allocator, so a call can be captured in a CUDA graph.
+// The operators on CUDA tensors: tensors in, kernels launched on the current stream, tensors out. Nothing here waits
+// for the device or allocates outside PyTorch's allocator, so a call can be captured in a CUDA graph.
 //
 // The emulator's tests build this very file for CPU tensors (COARSE_EMULATED), in a namespace of operators of its own.
 #include <torch/csrc/stable/library.h>
@@ -98,7 +98,8 @@ class Call {
     const bool nothing = s_.batch == 0 || s_.pixels() == 0;
     const bool shared = cm_gradient_.has_value() && s_.cm_batch == 1 && s_.batch > 1;
     if (nothing) {
-      if (cm_gradient_.has_value()) check(cuda::fill_zero(cm_gradient_->data_ptr(), bytes_of(*cm_gradient_), device_.stream));
+      if (cm_gradient_.has_value())
+        check(cuda::fill_zero(cm_gradient_->data_ptr(), bytes_of(*cm_gradient_), device_.stream));
     } else if (on_pixels_ && !shared) {
       run_pixels();
     } else if (!run_cells()) {
@@ -209,8 +210,8 @@ class Call {
         part.cm_gradient = want_cm ? gradients->data_ptr() : nullptr;
         check(cuda::pixel_grid(part, region, device_.stream));
         if (!want_cm) continue;
-        check(cuda::gather_field(source, grid_, piece, static_cast<const R*>(gradients->data_ptr()), total + own * field,
-                                 device_.stream));
+        check(cuda::gather_field(source, grid_, piece, static_cast<const R*>(gradients->data_ptr()),
+                                 total + own * field, device_.stream));
       }
     }
     if (sum.has_value())
@@ -326,3 +327,14 @@ COARSE_OPERATORS {
   m.impl("annotation_posterior", TORCH_BOX(&annotation_posterior));
   m.impl("labelled_weight", TORCH_BOX(&labelled_weight));
 }
+
+// Importing the module registers the operators.
+#if !defined(COARSE_EMULATED)
+#include <Python.h>
+
+PyMODINIT_FUNC PyInit__cuda() {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}
+#endif

@@ -1,15 +1,20 @@
-// CM logits on the pixel grid, the fast way: 2 to 21 classes in float, bfloat16 or float16. Every logit is read once and
-// every gradient written once.
+// CM logits on the pixel grid, the fast way: 2 to 21 classes in float, bfloat16 or float16. Every logit is read once
+// and every gradient written once.
 //
-// A warp is one column j of 32 neighbouring pixels (or 32 runs of kVector pixels): a thread holds its column's C logits,
-// then their exponentials, in registers. The C warps of a group meet twice, through shared memory: for the softmax over
-// the class logits, and for D = sum_j p[j] q[j]. The gradient is formed from the registers and streamed out.
+// A warp is one column j of 32 neighbouring pixels (or 32 runs of kVector pixels): a thread holds its column's C
+// logits, then their exponentials, in registers. The C warps of a group meet twice, through shared memory: for the
+// softmax over the class logits, and for D = sum_j p[j] q[j]. The gradient is formed from the registers and streamed
+// out.
 //
-// The limit is memory: (2 C C + 2 C) elements and a label a pixel, 2969 bytes in float at C = 19. Against it stand C C
-// exponentials (361: 23 cycles of a multiprocessor's 16 special-function lanes a pixel, where memory gives it about 150)
-// and 2 C + C words of shared memory read per thread. What keeps memory busy is requests in flight: a thread issues its C
-// loads at once, 46 KB a block at C = 19, and two blocks fit a multiprocessor at 48 registers, so that one loads while
-// the other computes. Blocks loop over tiles.
+// The limit is memory: (2 C C + 2 C) elements and a label a pixel, 3041 bytes in float at C = 19, which take 5200
+// cycles of an H200's multiprocessor for 32 pixels (4.3 TB/s over 132 of them at 1.75 GHz). Those 5200 cycles issue
+// 21000 instructions; the C warps of a tile need about 10000 (compiled for sm_90), of them C C exponentials, which the
+// special-function unit does in 730 cycles. In bfloat16 half the time is left and instructions are as near a limit as
+// bytes. What keeps memory busy is requests in flight: a thread issues its C loads at once, 46 KB a block at C = 19,
+// and where two blocks fit a multiprocessor one loads while the other computes. Blocks loop over tiles.
+//
+// So in the loops over i there is nothing but what every entry needs. The entries that are special, A[j,j] for the
+// trace and A[y,j] of a positive drawing, are loaded a second time (from cache) and stored a second time.
 #pragma once
 
 #include "device.h"
@@ -27,26 +32,61 @@ constexpr int kGroups = C <= 4 ? 8 / C : 1;
 
 // Pixels of a thread: enough loads in flight where there are few classes, one where registers are dear.
 template <int C, Storage kStorage>
-constexpr int kWidestVector = kStorage == Storage::f32 ? (C <= 4 ? 4 : C <= 7 ? 2 : 1) : (C <= 7 ? 4 : C <= 10 ? 2 : 1);
+constexpr int kWidestVector = kStorage == Storage::f32 ? (C <= 4   ? 4
+                                                          : C <= 7 ? 2
+                                                                   : 1)
+                                                       : (C <= 7    ? 4
+                                                          : C <= 10 ? 2
+                                                                    : 1);
 
 template <int C>
-constexpr int kFastThreads = kGroups<C>* C* kWarp;
+constexpr int kFastThreads = kGroups<C> * C * kWarp;
 
 // Blocks of a multiprocessor that the compiler is to leave registers for: 38 warps of 48 registers at C = 19.
 template <int C, int kVector>
-constexpr int kFastBlocks = kVector > 1 ? 1 : C >= 11 ? (C <= 20 ? 2 : 1) : 512 / kFastThreads<C>;
+constexpr int kFastBlocks = kVector > 1 ? 1
+                            : C >= 11   ? (C <= 20 ? 2 : 1)
+                                        : 512 / kFastThreads<C>;
+
+// A pixel's C values in shared memory, read four at a time: an odd number of quadruples, so that the lanes of a warp
+// are in different banks.
+template <int C>
+constexpr int kRow = ((C + 3) / 4 | 1) * 4;
 
 template <int C>
-constexpr int kRow = C | 1;  // of T in shared memory: odd, so that different labels are in different banks
+struct alignas(16) Row {
+  float of[kRow<C>];
+
+  // f(k, value) for every class.
+  template <class F>
+  __device__ __forceinline__ void each(const F& f) const {
+    struct alignas(16) Four {
+      float x[4];
+    };
+#pragma unroll
+    for (int k = 0; k < C; k += 4) {
+      const Four four = *reinterpret_cast<const Four*>(of + k);
+#pragma unroll
+      for (int n = 0; n < 4 && k + n < C; ++n) f(k + n, four.x[n]);
+    }
+  }
+};
 
 template <int C, int kVector>
 struct FastShared {
-  float seg[kGroups<C>][C][kWarp * kVector];       // class logits
-  float p[kGroups<C>][C][kWarp * kVector];         // exp(s[j] - top)
-  float pq[kGroups<C>][C][kWarp * kVector];        // times q[j]
-  float diagonal[kGroups<C>][C][kWarp * kVector];  // A[j,j]
-  float transition[C * kRow<C>];                   // T[i,y] at [y][i]
-  Terms terms[kGroups<C>][kWarp];                  // of the warps with j = 0: registers are dear
+  Row<C> seg[kGroups<C>][kWarp * kVector];       // class logits
+  Row<C> p[kGroups<C>][kWarp * kVector];         // exp(s[j] - top)
+  Row<C> pq[kGroups<C>][kWarp * kVector];        // times q[j]
+  Row<C> diagonal[kGroups<C>][kWarp * kVector];  // A[j,j]
+  Row<C> transition[C];                          // T[i,y] at [y][i]
+  // not in registers, which are dear
+  Terms terms[kGroups<C>][kWarp];            // of the warps with j = 0
+  float trace[kGroups<C>][kWarp * kVector];  // of their pixels
+  float scale;
+  volatile int image[kFastThreads<C>], offset[kFastThreads<C>];  // Place
+  volatile int label[kVector][kFastThreads<C>];
+  volatile float own[kVector][kFastThreads<C>];  // what goes to class logit j
+  volatile float evidence[kGroups<C>][kWarp * kVector];
 };
 
 // kVector elements in one instruction.
@@ -70,10 +110,10 @@ struct Chunk<16> {
 };
 
 template <Storage kStorage, int kVector>
-__device__ __forceinline__ void load_vector(const void* p, int64_t at, float* to) {
+__device__ __forceinline__ void load_vector(const typename StorageOf<kStorage>::Type* p, float* to) {
   using T = typename StorageOf<kStorage>::Type;
   using Word = typename Chunk<kVector * sizeof(T)>::Type;
-  const Word word = __ldcs(reinterpret_cast<const Word*>(static_cast<const T*>(p) + at));
+  const Word word = __ldcs(reinterpret_cast<const Word*>(p));
   T x[kVector];
   memcpy(x, &word, sizeof(word));
 #pragma unroll
@@ -81,7 +121,7 @@ __device__ __forceinline__ void load_vector(const void* p, int64_t at, float* to
 }
 
 template <Storage kStorage, int kVector>
-__device__ __forceinline__ void store_vector(void* p, int64_t at, const float* from) {
+__device__ __forceinline__ void store_vector(typename StorageOf<kStorage>::Type* p, const float* from) {
   using T = typename StorageOf<kStorage>::Type;
   using Word = typename Chunk<kVector * sizeof(T)>::Type;
   T x[kVector];
@@ -89,7 +129,7 @@ __device__ __forceinline__ void store_vector(void* p, int64_t at, const float* f
   for (int v = 0; v < kVector; ++v) x[v] = encode<kStorage>(from[v]);
   Word word;
   memcpy(&word, x, sizeof(word));
-  __stcs(reinterpret_cast<Word*>(static_cast<T*>(p) + at), word);
+  __stcs(reinterpret_cast<Word*>(p), word);
 }
 
 // True for all threads that share a group if it is for any of them. The warps of a group see the same pixels, so where
@@ -110,7 +150,9 @@ struct Place {
     constexpr unsigned kTile = kGroups<C> * kWarp * kVector;
     const unsigned span = static_cast<unsigned>(region.span), tiles = (span + kTile - 1) / kTile;
     image = static_cast<int>(tile / tiles);
-    offset = static_cast<int>(tile % tiles * kTile + (threadIdx.x / kWarp / C * kWarp + threadIdx.x % kWarp) * kVector);
+    offset =
+        static_cast<int>(tile % tiles * kTile +
+                         ((kGroups<C> == 1 ? 0 : threadIdx.x / kWarp / C) * kWarp + threadIdx.x % kWarp) * kVector);
     inside = static_cast<unsigned>(offset) < span;
   }
   __device__ __forceinline__ int64_t pixel(const cuda::PixelRegion& region) const {
@@ -118,6 +160,18 @@ struct Place {
   }
   __device__ __forceinline__ int64_t seg(const cuda::PixelRegion& region, int j) const {
     return (image * C + j) * region.image_pixels + offset;
+  }
+  // Addresses of the next section are made anew: registers are dearer than instructions.
+  template <class Shared>
+  __device__ __forceinline__ void keep(Shared& shared) const {
+    shared.image[threadIdx.x] = image;
+    shared.offset[threadIdx.x] = inside ? offset : -1;
+  }
+  template <class Shared>
+  __device__ __forceinline__ void again(const Shared& shared) {
+    image = shared.image[threadIdx.x];
+    offset = shared.offset[threadIdx.x];
+    inside = offset >= 0;
   }
   // a[0, j], and its gradient
   __device__ __forceinline__ int64_t cm(const Stream<float>& s, const cuda::PixelRegion& region, int j) const {
@@ -137,25 +191,27 @@ __device__ __forceinline__ void mark(const Stream<float>& s, unsigned warp_of_pi
 
 template <int C, Storage kStorage, int kVector, bool kOneHot>
 __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
-    pixel_fast(const __grid_constant__ Stream<float> s, const __grid_constant__ cuda::PixelRegion region, unsigned tiles) {
+    pixel_fast(const __grid_constant__ Stream<float> s, const __grid_constant__ cuda::PixelRegion region,
+               unsigned tiles) {
+  using T = typename StorageOf<kStorage>::Type;
   auto& shared = *reinterpret_cast<FastShared<C, kVector>*>(dynamic_shared());
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int j = warp % C, group = warp / C, slot = lane * kVector;
+  const int j = kGroups<C> == 1 ? warp : warp % C, group = kGroups<C> == 1 ? 0 : warp / C, slot = lane * kVector;
   if constexpr (!kOneHot) {
-    for (int k = threadIdx.x; k < C * C; k += kFastThreads<C>)
-      shared.transition[k % C * kRow<C> + k / C] = s.transition[k];
+    for (int k = threadIdx.x; k < C * C; k += kFastThreads<C>) shared.transition[k % C].of[k / C] = s.transition[k];
   }
-  __syncthreads();
+  if (threadIdx.x == 0) shared.scale = gradient_scale(s);
   if (j == 0) shared.terms[group][lane] = Terms{};
-  const float scale = gradient_scale(s);
+  __syncthreads();
+  const int64_t step = C * region.plane;  // from a[i, j] to a[i + 1, j]
+
   for (unsigned tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const Place<C, kVector> place(region, tile);
-    const bool inside = place.inside;
+    Place<C, kVector> place(region, tile);
     int label[kVector];
     bool any_labelled = false, all_labelled = true;
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
-      label[v] = inside ? label_at(s, place.pixel(region) + v) : -1;
+      label[v] = place.inside ? label_at(s, place.pixel(region) + v) : -1;
       any_labelled |= label[v] >= 0;
       all_labelled &= label[v] >= 0;
     }
@@ -166,12 +222,12 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
 #pragma unroll
         for (int v = 0; v < kVector; ++v) mark<kVector>(s, tile * kGroups<C> + group, v, false);
       }
-      if (!inside) continue;
+      if (!place.inside) continue;
       const float zeros[kVector] = {};
       if (s.cm_gradient != nullptr) {
-        int64_t to = place.gradient(region, j);
+        T* to = static_cast<T*>(s.cm_gradient) + place.gradient(region, j);
 #pragma unroll
-        for (int i = 0; i < C; ++i, to += C * region.plane) store_vector<kStorage, kVector>(s.cm_gradient, to, zeros);
+        for (int i = 0; i < C; ++i, to += step) store_vector<kStorage, kVector>(to, zeros);
       }
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
@@ -181,20 +237,29 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
       continue;
     }
 
-    // Logits of pixels without a label may be anything, and count as 0.
-    float e[C][kVector];
-    int64_t from = place.cm(s, region, j);
+    place.keep(shared);
 #pragma unroll
-    for (int i = 0; i < C; ++i, from += C * region.plane) {
+    for (int v = 0; v < kVector; ++v) shared.label[v][threadIdx.x] = label[v];
+    // --- read; logits of pixels without a label may be anything, and count as 0
+    float e[C][kVector], eyj[kVector];
+    {
+      const T* const column = static_cast<const T*>(s.cm_logits) + place.cm(s, region, j);
+      const T* from = column;
 #pragma unroll
-      for (int v = 0; v < kVector; ++v) e[i][v] = 0.0f;
-      if (any_labelled) load_vector<kStorage, kVector>(s.cm_logits, from, e[i]);
-    }
+      for (int i = 0; i < C; ++i, from += step) {
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) {
-      const bool read = label[v] >= 0 || (inside && s.posterior != nullptr);
-      shared.seg[group][j][slot + v] =
-          read ? load_as<float>(s.seg_logits, s.seg_storage, place.seg(region, j) + v) : 0.0f;
+        for (int v = 0; v < kVector; ++v) e[i][v] = 0.0f;
+        if (any_labelled) load_vector<kStorage, kVector>(from, e[i]);
+      }
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) {
+        const bool labelled = label[v] >= 0;
+        shared.diagonal[group][slot + v].of[j] = labelled ? decode<kStorage, float>(column[j * step + v]) : 0.0f;
+        if constexpr (kOneHot) eyj[v] = labelled ? decode<kStorage, float>(column[label[v] * step + v]) : 0.0f;
+        const bool read = labelled || (place.inside && s.posterior != nullptr);
+        shared.seg[group][slot + v].of[j] =
+            read ? load_as<float>(s.seg_logits, s.seg_storage, place.seg(region, j) + v) : 0.0f;
+      }
     }
     if constexpr (kVector > 1) {
       if (!all_labelled) {
@@ -206,106 +271,127 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
       }
     }
 
-    float inv_z[kVector], q[kVector], ajj[kVector];
+    // --- this column: exponentials, Z and q
+    float inv_z[kVector], q[kVector];
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       float top = e[0][v];
 #pragma unroll
       for (int i = 1; i < C; ++i) top = fmaxf(e[i][v], top);
-      [[maybe_unused]] const float* const reported = shared.transition + (label[v] < 0 ? 0 : label[v]) * kRow<C>;
-      float z = 0.0f, own = 0.0f;
-      q[v] = 0.0f;
+      float z = 0.0f;
 #pragma unroll
       for (int i = 0; i < C; ++i) {
         e[i][v] = exp_f32(e[i][v] - top);
         z += e[i][v];
-        if constexpr (kOneHot) {
-          q[v] = i == label[v] ? e[i][v] : q[v];
-        } else {
-          q[v] += reported[i] * e[i][v];
-        }
-        if (i == j) own = e[i][v];
       }
       inv_z[v] = inverse(z);
+      float& own = shared.diagonal[group][slot + v].of[j];
+      own = exp_f32(own - top) * inv_z[v];
+      if constexpr (kOneHot) {
+        eyj[v] = exp_f32(eyj[v] - top);
+        q[v] = eyj[v];
+      } else {
+        q[v] = 0.0f;
+        shared.transition[label[v] < 0 ? 0 : label[v]].each([&](int i, float reports) { q[v] += reports * e[i][v]; });
+      }
       q[v] *= inv_z[v];
-      ajj[v] = own * inv_z[v];
     }
 
-    // What a thread needs again it reads back from shared memory afterwards: registers are dearer.
+    place.again(shared);
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) label[v] = shared.label[v][threadIdx.x];
+    // --- the pixel: p and D. What a thread needs again it reads back from shared memory: registers are dearer.
     __syncthreads();
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
-      float top = shared.seg[group][0][slot + v];
-#pragma unroll
-      for (int k = 1; k < C; ++k) top = fmaxf(shared.seg[group][k][slot + v], top);
-      const float p = exp_f32(shared.seg[group][j][slot + v] - top);
-      shared.p[group][j][slot + v] = p;
-      shared.pq[group][j][slot + v] = p * q[v];
-      shared.diagonal[group][j][slot + v] = ajj[v];
+      float top = -std::numeric_limits<float>::infinity();
+      shared.seg[group][slot + v].each([&](int, float x) { top = fmaxf(x, top); });
+      const float p = exp_f32(shared.seg[group][slot + v].of[j] - top);
+      shared.p[group][slot + v].of[j] = p;
+      shared.pq[group][slot + v].of[j] = p * q[v];
+      if (j == 0) {
+        float trace = 0.0f;
+        shared.diagonal[group][slot + v].each([&](int, float x) { trace += x; });
+        shared.trace[group][slot + v] = trace;
+      }
     }
     __syncthreads();
     // Which pixels are too small for this is the same in all warps of the group: they sum the same numbers.
-    unsigned small = 0;
-    float evidence[kVector];
     ColumnGradient<float> g[kVector];
+    unsigned small = 0;
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       float sum = 0.0f, d = 0.0f;
-#pragma unroll
-      for (int k = 0; k < C; ++k) {
-        sum += shared.p[group][k][slot + v];
-        d += shared.pq[group][k][slot + v];
-      }
+      shared.p[group][slot + v].each([&](int, float x) { sum += x; });
+      shared.pq[group][slot + v].each([&](int, float x) { d += x; });
       const float inv_sum = inverse(sum);
       d *= inv_sum;
-      evidence[v] = d;
       const bool labelled = label[v] >= 0, fast = !labelled || d >= kSmallestEvidence<float>;
       small |= static_cast<unsigned>(!fast) << v;
-      const float weight = labelled ? weight_at(s, label[v], place.pixel(region) + v) : 0.0f, scaled = weight * scale;
-      const float inv_d = fast && labelled ? inverse(d) : 0.0f, p = shared.p[group][j][slot + v] * inv_sum;
-      const float r = shared.pq[group][j][slot + v] * inv_sum * inv_d;
-      if (inside && fast) {
-        const int64_t at = place.seg(region, j) + v;
-        if (s.seg_gradient != nullptr) store_as(s.seg_gradient, s.seg_storage, at, scaled * (p - r));
-        if (s.posterior != nullptr) store_as(s.posterior, s.seg_storage, at, labelled ? r : p);
-      }
-      g[v] = column_gradient(p, r, inv_d, inv_z[v], shared.diagonal[group][j][slot + v], scaled,
+      const float weight = labelled ? weight_at(s, label[v], place.pixel(region) + v) : 0.0f;
+      const float scaled = weight * shared.scale;
+      const float inv_d = fast && labelled ? inverse(d) : 0.0f, p = shared.p[group][slot + v].of[j] * inv_sum;
+      const float r = shared.pq[group][slot + v].of[j] * inv_sum * inv_d;
+      g[v] = column_gradient(p, r, inv_d, inv_z[v], shared.diagonal[group][slot + v].of[j], scaled,
                              scaled * s.trace_weight);
+      shared.own[v][threadIdx.x] = s.posterior == nullptr ? scaled * (p - r) : labelled ? r : p;
+      if (j == 0) shared.evidence[group][slot + v] = d;
     }
-    if (s.cm_gradient != nullptr && inside) {  // of what is too small, until the next launch
-      int64_t to = place.gradient(region, j);
-      const int diagonal = again(j);
+
+    place.again(shared);
+    // --- the gradient; of pixels that are too small only until the next launch
+    if (s.cm_gradient != nullptr && place.inside) {
+      T* to = static_cast<T*>(s.cm_gradient) + place.gradient(region, j);
+      if constexpr (kOneHot) {
 #pragma unroll
-      for (int v = 0; v < kVector; ++v) label[v] = again(label[v]);
+        for (int i = 0; i < C; ++i, to += step) {
 #pragma unroll
-      for (int i = 0; i < C; ++i, to += C * region.plane) {
+          for (int v = 0; v < kVector; ++v) e[i][v] *= g[v].keep;
+          store_vector<kStorage, kVector>(to, e[i]);
+        }
+      } else {
 #pragma unroll
         for (int v = 0; v < kVector; ++v) {
-          float factor;
-          if constexpr (kOneHot) {
-            factor = i == label[v] ? g[v].keep - g[v].drop : g[v].keep;
-          } else {
-            factor = g[v].keep - shared.transition[(label[v] < 0 ? 0 : label[v]) * kRow<C> + i] * g[v].drop;
-          }
-          e[i][v] = e[i][v] * factor + (i == diagonal ? g[v].diag : 0.0f);
+          shared.transition[label[v] < 0 ? 0 : label[v]].each(
+              [&](int i, float reports) { e[i][v] *= g[v].keep - reports * g[v].drop; });
         }
-        store_vector<kStorage, kVector>(s.cm_gradient, to, e[i]);
+#pragma unroll
+        for (int i = 0; i < C; ++i, to += step) store_vector<kStorage, kVector>(to, e[i]);
       }
-    }
-    if (j == 0) {
+      place.again(shared);
+      T* const column = static_cast<T*>(s.cm_gradient) + place.gradient(region, j);
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
-        const bool left = (small >> v & 1) != 0;
-        mark<kVector>(s, tile * kGroups<C> + group, v, left);
-        if (!inside || left) continue;
-        float trace = 0.0f;
-#pragma unroll
-        for (int k = 0; k < C; ++k) trace += shared.diagonal[group][k][slot + v];
-        const int64_t at = place.pixel(region) + v;
-        const bool labelled = label[v] >= 0;
-        add_pixel(s, at, labelled ? weight_at(s, label[v], at) : 0.0f, labelled ? -log_f32(evidence[v]) : 0.0f, trace,
-                  shared.terms[group][lane]);
+        if (label[v] < 0) continue;
+        const auto again = [&](int i, float x) { column[i * step + v] = encode<kStorage>(x); };
+        const bool diagonal = s.trace_weight != 0.0f;
+        const float ejj = shared.diagonal[group][slot + v].of[j] * inverse(inv_z[v]);
+        if constexpr (kOneHot) {
+          again(label[v], eyj[v] * (g[v].keep - g[v].drop) + (label[v] == j ? g[v].diag : 0.0f));
+          if (diagonal && label[v] != j) again(j, ejj * g[v].keep + g[v].diag);
+        } else if (diagonal) {
+          again(j, ejj * (g[v].keep - shared.transition[label[v]].of[j] * g[v].drop) + g[v].diag);
+        }
       }
+    }
+
+    place.again(shared);
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) label[v] = shared.label[v][threadIdx.x];
+    // --- the pixel's own outputs
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) {
+      const bool left = (small >> v & 1) != 0;
+      if (j == 0) mark<kVector>(s, tile * kGroups<C> + group, v, left);
+      if (!place.inside || left) continue;
+      void* const out = s.posterior == nullptr ? s.seg_gradient : s.posterior;
+      if (out != nullptr) store_as(out, s.seg_storage, place.seg(region, j) + v, shared.own[v][threadIdx.x]);
+      if (j != 0) continue;
+      const int64_t at = place.pixel(region) + v;
+      const bool labelled = label[v] >= 0;
+      add_pixel(s, at, labelled ? weight_at(s, label[v], at) : 0.0f,
+                labelled ? -log_f32(shared.evidence[group][slot + v]) : 0.0f, shared.trace[group][slot + v],
+                shared.terms[group][lane]);
     }
   }
   if (j == 0) leave_sums(s, static_cast<int64_t>(blockIdx.x) * kGroups<C> + group, shared.terms[group][lane]);
@@ -317,8 +403,8 @@ bool aligned(const Stream<float>& s, const cuda::PixelRegion& region, int vector
   using T = typename StorageOf<kStorage>::Type;
   const auto whole = [&](int64_t n) { return n % vector == 0; };
   const auto starts = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % (vector * sizeof(T)) == 0; };
-  return whole(region.plane) && whole(region.span) && whole(s.cm_batch_stride) &&
-         whole(region.gradient_batch_stride) && starts(s.cm_logits) && starts(s.cm_gradient);
+  return whole(region.plane) && whole(region.span) && whole(s.cm_batch_stride) && whole(region.gradient_batch_stride) &&
+         starts(s.cm_logits) && starts(s.cm_gradient);
 }
 
 template <int C, Storage kStorage, int kVector, bool kOneHot>

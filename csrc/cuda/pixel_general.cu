@@ -55,8 +55,8 @@ __device__ void add_transition_gradient(const Stream<R>& s, const ColumnShare<R>
   }
 }
 
-// Pixels by words of 32: lane l of word w is pixel ((w / vector) * 32 + l) * vector + w % vector of the region, and counts
-// if bit l of mask[w] is set, or if there is no mask.
+// Pixels by words of 32: lane l of word w is pixel ((w / vector) * 32 + l) * vector + w % vector of the region, and
+// counts if bit l of mask[w] is set, or if there is no mask.
 struct Words {
   const uint32_t* mask;
   int vector;
@@ -64,7 +64,8 @@ struct Words {
 };
 
 template <class R>
-__global__ void __launch_bounds__(kThreads) pixel_general(const __grid_constant__ Stream<R> s, const __grid_constant__ cuda::PixelRegion region, Words words) {
+__global__ void __launch_bounds__(kThreads)
+    pixel_general(const __grid_constant__ Stream<R> s, const __grid_constant__ cuda::PixelRegion region, Words words) {
   const int classes = s.classes, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   R* const shared = reinterpret_cast<R*>(dynamic_shared());
   const ColumnShare<R> share{warp, kWarps, shared + lane, kWarp};
@@ -87,7 +88,9 @@ __global__ void __launch_bounds__(kThreads) pixel_general(const __grid_constant_
     const int64_t gradient_at = image * region.gradient_batch_stride + offset;
 
     const bool read_seg = labelled || (inside && s.posterior != nullptr);
-    const auto seg = [&](int j) { return read_seg ? load_as<R>(s.seg_logits, s.seg_storage, seg_at + j * pixels) : R(0); };
+    const auto seg = [&](int j) {
+      return read_seg ? load_as<R>(s.seg_logits, s.seg_storage, seg_at + j * pixels) : R(0);
+    };
     const auto logit = [&](int i, int j) {
       const int64_t plane = static_cast<int64_t>(i) * classes + j;
       return labelled ? load_as<R>(s.cm_logits, s.cm_storage, cm_at + plane * region.plane) : R(0);
@@ -102,8 +105,8 @@ __global__ void __launch_bounds__(kThreads) pixel_general(const __grid_constant_
       if (s.seg_gradient != nullptr) store_as(s.seg_gradient, s.seg_storage, seg_at + j * pixels, gradient);
       if (s.posterior != nullptr) store_as(s.posterior, s.seg_storage, seg_at + j * pixels, labelled ? r : p);
     };
-    const auto result = log_space(s, share, label, scaled, scaled * s.trace_weight, s.cm_gradient != nullptr, seg, logit,
-                                  emit, seg_out);
+    const auto result = log_space(s, share, label, scaled, scaled * s.trace_weight, s.cm_gradient != nullptr, seg,
+                                  logit, emit, seg_out);
     if (s.transition_gradient != nullptr) {
       add_transition_gradient(s, share, reported, label, result.possible ? scaled : R(0), result, seg, logit);
     }
@@ -153,7 +156,8 @@ Error pixel_grid(const Stream<R>& s, const PixelRegion& region, void* stream) {
 Error pixel_log_space(const Stream<float>& s, const PixelRegion& region, int vector, int64_t words, void* stream) {
   const Words marked{s.small_mask, vector, words};
   const int64_t count = words * region.images, most = blocks_at_once(s);
-  return launch(pixel_general<float>, count < most ? count : most, kThreads, shared_bytes(s), stream, s, region, marked);
+  return launch(pixel_general<float>, count < most ? count : most, kThreads, shared_bytes(s), stream, s, region,
+                marked);
 }
 
 template <class R>

@@ -41,7 +41,9 @@ inline int64_t blocks_for(int64_t n) {
   const int64_t blocks = (n + kSmallBlock - 1) / kSmallBlock, most = int64_t{1} << 20;
   return blocks < most ? blocks : most;
 }
-__device__ __forceinline__ int64_t first_index() { return static_cast<int64_t>(blockIdx.x) * kSmallBlock + threadIdx.x; }
+__device__ __forceinline__ int64_t first_index() {
+  return static_cast<int64_t>(blockIdx.x) * kSmallBlock + threadIdx.x;
+}
 __device__ __forceinline__ int64_t index_step() { return static_cast<int64_t>(gridDim.x) * kSmallBlock; }
 
 template <class R>

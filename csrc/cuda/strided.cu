@@ -1,22 +1,22 @@
 // CM logits on a grid of cells, fused: 2 to 21 classes, float arithmetic, one or two axes. No intermediate at pixel
 // resolution.
 //
-// A tile is up to kRows rows of the pixels of a few neighbouring grid cells: a lane is a column of pixels, 32 / L cells of
-// L lanes each, and a warp is one column j of A. Down a column of pixels inside one cell the logits are linear, so their
-// exponentials are a geometric sequence (as in cpu/strided_grid.h):
+// A tile is up to kRows rows of the pixels of a few neighbouring grid cells: a lane is a column of pixels, 32 / L cells
+// of L lanes each, and a warp is one column j of A. Down a column of pixels inside one cell the logits are linear, so
+// their exponentials are a geometric sequence (as in cpu/strided_grid.h):
 //
 //   e[row] = e0 g^row,   e0 = exp(a[first row] - m),   g = exp(slope)
 //
 // Two exponentials, eight loads of corners and about four shuffles for each class pair serve all rows; a row costs a
-// multiply and two multiply-adds going forward (e, Z, q), three going back (the coefficient, and a Horner scheme for the
-// sums of v[row] e[row] and row v[row] e[row]). At C = 19, stride 8: about 12 instructions for each pixel and class pair,
-// 0.6 ms of an H200's float lanes for two streams of 1024 x 2048; the bytes take 0.12 ms.
+// multiply and two multiply-adds going forward (e, Z, q), three going back (the coefficient, and a Horner scheme for
+// the sums of v[row] e[row] and row v[row] e[row]). At C = 19, stride 8: about 12 instructions for each pixel and class
+// pair, 0.6 ms of an H200's float lanes for two streams of 1024 x 2048; the bytes take 0.12 ms.
 //
 // The sums over rows meet the sums over the lanes of a cell by shuffles, and go to the four corners of the cell with an
 // add to memory that nobody waits for. No two adds of one launch meet the same address: launches take every second row
-// and column of tiles, parts of a large cell have copies of the gradient of their own. So the result is the same from run
-// to run. Tiles whose logits are too steep, or whose evidence is too small, are marked, and left to a second launch that goes
-// pixel by pixel in log space.
+// and column of tiles, parts of a large cell have copies of the gradient of their own. So the result is the same from
+// run to run. Tiles whose logits are too steep, or whose evidence is too small, are marked, and left to a second launch
+// that goes pixel by pixel in log space.
 #include "launch.h"
 #include "log_space.h"
 #include "strided_tiles.h"
@@ -24,7 +24,7 @@
 namespace coarse {
 namespace {
 
-constexpr float kMaxSpan = 20.0f;                     // as in cpu/strided_grid.h: lost terms are below exp(-87 + 20) of the
+constexpr float kMaxSpan = 20.0f;  // as in cpu/strided_grid.h: lost terms are below exp(-87 + 20) of the
 constexpr float kSmallestGeometricEvidence = 1e-12f;  // largest of their row, and so below 1e-17 of the result
 
 template <int C>
@@ -41,7 +41,9 @@ template <int C>
 constexpr int kStridedThreads = C * kWarp;
 
 template <int C>
-__global__ void __launch_bounds__(kStridedThreads<C>, C >= 11 ? 1 : C >= 5 ? 2 : 6)
+__global__ void __launch_bounds__(kStridedThreads<C>, C >= 11  ? 1
+                                                      : C >= 5 ? 2
+                                                               : 6)
     strided_fast(const __grid_constant__ Stream<float> s, const __grid_constant__ Tiling t) {
   auto& shared = *reinterpret_cast<StridedShared<C>*>(dynamic_shared());
   const int lane = threadIdx.x % kWarp, j = threadIdx.x / kWarp;
@@ -342,8 +344,8 @@ namespace cuda {
 
 StridedPlan plan_strided(const Stream<float>& s, const Grid& grid) {
   StridedPlan plan;
-  const bool halved = (grid.size[1] == 1 || 2 * grid.size[1] <= s.height) &&
-                      (grid.size[2] == 1 || 2 * grid.size[2] <= s.width);
+  const bool halved =
+      (grid.size[1] == 1 || 2 * grid.size[1] <= s.height) && (grid.size[2] == 1 || 2 * grid.size[2] <= s.width);
   if (s.depth != 1 || !halved || s.transition_gradient != nullptr || s.batch == 0 ||
       !with_fast_classes(s.classes, [](auto) {})) {
     return plan;
@@ -383,8 +385,8 @@ Error strided_grid(const Stream<float>& s, const Grid& grid, void* stream) {
           error = launch(strided_fast<C>, tiles < most ? tiles : most, kStridedThreads<C>, kShared, stream, s, t);
           if (error != nullptr) return;
           // mostly nothing is marked, so a few blocks look through the tiles
-          error = launch(strided_log_space, tiles < log_blocks ? tiles : log_blocks, kLogWarps * kWarp, log_shared, stream,
-                         s, t);
+          error = launch(strided_log_space, tiles < log_blocks ? tiles : log_blocks, kLogWarps * kWarp, log_shared,
+                         stream, s, t);
           if (error != nullptr) return;
         }
       }

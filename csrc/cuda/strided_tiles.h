@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kRows = 8;  // of a tile
 
-// One axis of the grid in cells: cell c reads points c and c + 1. Half cells -1 and `grid` - 1 are those of pixels clamped
-// to the first and the last point; an axis of one point is one cell.
+// One axis of the grid in cells: cell c reads points c and c + 1. Half cells -1 and `grid` - 1 are those of pixels
+// clamped to the first and the last point; an axis of one point is one cell.
 struct CellAxis {
   int64_t grid, pixels;
   int64_t first, cells;  // cell numbers first .. first + cells - 1

@@ -1,0 +1,37 @@
+"""The CUDA kernels as one more backend on CPU tensors, `cuda-emulated`, so that every test of a backend is one of them too."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from coarse_kernels import backends
+from coarse_kernels.backends.cuda import CudaBackend
+from coarse_kernels.backends.operator import register as register_operators
+
+from . import build
+
+NAME, NAMESPACE = "cuda-emulated", "coarse_kernels_emulated"
+
+
+class EmulatedBackend(CudaBackend):
+    error: str | None = None
+
+    def unavailable(self) -> str | None:
+        return self.error
+
+
+def register() -> None:
+    """Build the emulated kernels (seconds; once for each state of the sources) and add the backend, last but for the
+    reference. COARSE_TEST_EMULATION=0 leaves it out."""
+    if os.environ.get("COARSE_TEST_EMULATION") == "0" or NAME in backends._REGISTRY:
+        return
+    backend = EmulatedBackend(NAME, ("cpu",), NAMESPACE)
+    try:
+        torch.ops.load_library(str(build.library()))
+        register_operators(NAMESPACE)
+    except (RuntimeError, OSError) as error:
+        backend.error = f"{type(error).__name__}: {error}"
+    reference = backends._REGISTRY.pop("reference")
+    backends._REGISTRY.update({NAME: backend, "reference": reference})

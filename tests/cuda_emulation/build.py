@@ -28,7 +28,12 @@ def library() -> Path:
     includes = [str(HERE), *cpp_extension.include_paths()]
     chosen = " || ".join(f"(c) == {c}" for c in CLASSES)
     flags = ["-std=c++20", "-O2", "-fPIC", "-w", "-U_FORTIFY_SOURCE", f"-DCOARSE_FAST_CLASSES(c)=({chosen})"]
-    flags += ["-DCOARSE_EMULATED", "-DCOARSE_PIECE_BYTES=60000", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+    flags += [
+        "-DCOARSE_EMULATED",
+        "-DCOARSE_PIECE_BYTES=200000",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        "-DTORCH_STABLE_ONLY",
+    ]
     flags += [f"-I{path}" for path in includes]
     digest = hashlib.sha256(repr((flags, torch.__version__, sys.version)).encode())
     for path in sorted([*CSRC.rglob("*"), *HERE.glob("*.h")]):
@@ -48,7 +53,9 @@ def library() -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, [*SOURCES, CSRC / "cuda" / "ops_cuda.cpp"]))
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
-    run([compiler, "-shared", *map(str, objects), *libraries, "-ltorch_cpu", "-ltorch", "-o", str(work / "emulated.so")])
+    run(
+        [compiler, "-shared", *map(str, objects), *libraries, "-ltorch_cpu", "-ltorch", "-o", str(work / "emulated.so")]
+    )
     folder.mkdir(exist_ok=True)
     os.replace(work / "emulated.so", target)  # whole or not at all: two test runs may build at once
     shutil.rmtree(work)

@@ -1,0 +1,25 @@
+"""The fused CUDA kernels (csrc/cuda). Built where torch has CUDA and nvcc is found: setup.py, COARSE_CUDA."""
+
+from __future__ import annotations
+
+from .. import native
+from ..checks import Stream
+from .operator import FusedBackend
+
+MAX_CLASSES = 256  # columns of a pixel have to fit in shared memory
+
+
+class CudaBackend(FusedBackend):
+    def unavailable(self) -> str | None:
+        return native.cuda_reason()
+
+    def unsupported(self, stream: Stream) -> str | None:
+        if stream.num_classes > MAX_CLASSES:
+            return f"it serves up to {MAX_CLASSES} classes, got {stream.num_classes}"
+        pixels = stream.labels.shape[1:].numel()
+        if pixels >= 2**31:
+            return f"it serves images of fewer than 2^31 pixels, got {pixels}"
+        return None
+
+
+BACKEND = CudaBackend("cuda", ("cuda",))
