@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import coarse_kernels as ck
+from coarse_kernels import functional
 from tests.helpers import (
     SCHEDULES,
     Problem,
@@ -634,6 +636,14 @@ def test_an_image_without_pixels_has_zero_loss(backend: str, size: tuple[int, in
     out = evaluate(problem, backend)
     assert (out.loss, out.count) == (0.0, 0.0)
     assert all(grad.numel() == 0 for grad in out.gradients.values())
+
+
+def test_a_normalizer_on_the_cpu_follows_the_logits() -> None:
+    """PyTorch lets a 0-d CPU tensor go with any device; a kernel that is handed its pointer would read host memory."""
+    stream = types.SimpleNamespace(reduction="mean", normalizer=torch.tensor(2.0))
+    scale = functional._scale(stream, torch.empty((), device="meta"))  # type: ignore[arg-type]
+    assert scale is not None
+    assert scale.device.type == "meta"
 
 
 # --- determinism, autocast, threads -----------------------------------------------------------------------------------
