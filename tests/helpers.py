@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import coarse_kernels as ck
+from coarse_kernels.backends import _REGISTRY
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEDULES = ("one_pass", "recompute")
@@ -57,11 +58,6 @@ def fused(device: torch.device | str = "cpu") -> tuple[str, ...]:
 
 
 FUSED = fused()
-
-
-def namespace(backend: str) -> str:
-    """Of `torch.ops`, where the operators of a fused backend live."""
-    return ck.backends._REGISTRY[backend].namespace  # type: ignore[attr-defined]
 
 
 # --- problems -----------------------------------------------------------------------------------------------------------
@@ -104,6 +100,11 @@ class Problem:
 
     def with_options(self, **options: Any) -> Problem:
         return dataclasses.replace(self, options={**self.options, **options}).on(self.seg.device)
+
+
+def operators_of(backend: str) -> Any:
+    """The namespace of `torch.ops` that a fused backend calls."""
+    return getattr(torch.ops, _REGISTRY[backend].namespace)  # type: ignore[attr-defined]
 
 
 def leaf(tensor: Tensor | None, wanted: bool = True) -> Tensor | None:

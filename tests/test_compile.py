@@ -11,7 +11,7 @@ from torch import Tensor
 
 import coarse_kernels as ck
 from coarse_kernels import native
-from tests.helpers import device, generator, gradient_error, leaf, loss_error, make_problem, namespace, oracle, put
+from tests.helpers import device, generator, gradient_error, leaf, loss_error, make_problem, operators_of, oracle, put
 
 pytestmark = pytest.mark.skipif(native.OPERATORS is None, reason="not built")
 
@@ -65,7 +65,7 @@ def on_device(sample: tuple[Any, ...]) -> tuple[Any, ...]:
 @pytest.mark.fused
 @pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
 def test_opcheck_annotation_nll(backend: str, sample: tuple[Any, ...]) -> None:
-    operator = getattr(torch.ops, namespace(backend)).annotation_nll.default
+    operator = operators_of(backend).annotation_nll.default
     sample = on_device(sample)
     checks = ["test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"]
     if sample[-1]:
@@ -81,7 +81,7 @@ def test_opcheck_annotation_nll(backend: str, sample: tuple[Any, ...]) -> None:
 def test_opcheck_annotation_posterior(backend: str, dtype: torch.dtype, grid: tuple[int, int] | None) -> None:
     problem = make_problem(3, (4, 9), grid, stream="random").to(dtype)
     sample = (problem.seg, problem.cm, problem.labels, problem.transition, 255)
-    operator = getattr(torch.ops, namespace(backend)).annotation_posterior.default
+    operator = operators_of(backend).annotation_posterior.default
     result = torch.library.opcheck(operator, sample)
     assert set(result.values()) == {"SUCCESS"}, result
 
@@ -89,7 +89,7 @@ def test_opcheck_annotation_posterior(backend: str, dtype: torch.dtype, grid: tu
 @pytest.mark.fused
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
 def test_opcheck_labelled_weight(backend: str, dtype: torch.dtype) -> None:
-    operator = getattr(torch.ops, namespace(backend)).labelled_weight.default
+    operator = operators_of(backend).labelled_weight.default
     labels = put(torch.tensor([[0, 1, 255, 2]]).to(dtype))
     weights = put(torch.rand(3)), put(torch.rand(1, 4))
     for class_weight, pixel_weight in ((None, None), (weights[0], None), weights, tuple(w.double() for w in weights)):

@@ -26,7 +26,7 @@ from tests.helpers import (
     leaf,
     loss_error,
     make_problem,
-    namespace,
+    operators_of,
     oracle,
     put,
 )
@@ -59,9 +59,9 @@ def gradients(*tensors: Tensor | None) -> list[Tensor]:
 
 @contextlib.contextmanager
 def calls_of_the_operator(monkeypatch: pytest.MonkeyPatch, backend: str) -> Iterator[list[int]]:
-    """``wanted`` of each call of the backend's `annotation_nll`."""
+    """``wanted`` of each call of the backend's operator `annotation_nll`."""
     seen: list[int] = []
-    operators = getattr(torch.ops, namespace(backend))
+    operators = operators_of(backend)
     operator = operators.annotation_nll
 
     def spy(*args: Any) -> Any:
