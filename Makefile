@@ -4,35 +4,56 @@
 #   make test        the test suite
 #   make bench       speed table of the CPU kernels, under five minutes; make bench-full for every case
 #   make tune        how the demo's settings were chosen (long)
+#   make test-gpu    the operator's tests on a GPU, and what only a GPU can get wrong (tests/gpu/README.md)
+#   make bench-gpu   speed table of the GPU kernels, about eight minutes; fails where there is no GPU
 #   make lint        ruff, mypy, clang-format        make format: apply them
 #
 # TORCH overrides the torch that a new .venv gets, PYTHON the interpreter it is made from.
+#
+# In an environment that has everything (torch with CUDA, the package installed with `pip install --no-build-isolation
+# --no-deps -e .`), and where pip reaches no registry: name its interpreter, and nothing is installed.
+#
+#   make test-gpu RUN=python3
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
+# The interpreter that runs things, and what has to be there before it can: RUN=... needs nothing.
+ifdef RUN
+READY =
+else
+RUN = $(BIN)/python
+READY = $(VENV)/installed
+endif
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h')
 CXX_DEPENDENCIES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h) setup.py pyproject.toml
 
-.PHONY: train test bench bench-full tune lint format clean
+.PHONY: train test test-gpu bench bench-full bench-gpu tune lint format clean
 
-train: $(VENV)/installed
-	$(BIN)/python -m coarse_train demo $(ARGS)
+train: $(READY)
+	$(RUN) -m coarse_train demo $(ARGS)
 
-test: $(VENV)/installed
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY)
+	$(RUN) -m pytest $(ARGS)
 
-bench: $(VENV)/installed
-	$(BIN)/python -m benchmarks.cpu $(ARGS)
-	$(BIN)/python -m benchmarks.plot
+test-gpu: $(READY)
+	$(RUN) -m pytest tests/gpu -rs $(ARGS)
 
-bench-full: $(VENV)/installed
-	$(BIN)/python -m benchmarks.cpu --full $(ARGS)
-	$(BIN)/python -m benchmarks.plot
+bench: $(READY)
+	$(RUN) -m benchmarks.cpu $(ARGS)
+	$(RUN) -m benchmarks.plot
 
-tune: $(VENV)/installed
-	$(BIN)/python -m coarse_train tune-demo $(ARGS)
+bench-full: $(READY)
+	$(RUN) -m benchmarks.cpu --full $(ARGS)
+	$(RUN) -m benchmarks.plot
+
+bench-gpu: $(READY)
+	$(RUN) -m benchmarks.gpu $(ARGS)
+	$(RUN) -m benchmarks.plot benchmarks/results/gpu.csv --case 'c19-1024x2048-*'
+
+tune: $(READY)
+	$(RUN) -m coarse_train tune-demo $(ARGS)
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .

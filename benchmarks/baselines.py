@@ -27,6 +27,8 @@ IGNORE = 255
 TINY = 1e-30  # far above the smallest normal float32 (1.2e-38), so that 1 / TINY is finite
 
 Formulation = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+# (seg_logits, cm_logits, labels, negative_cm, negative_labels, transition, trace_weight): both streams, one loss
+Objective = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 # --- shared pieces ----------------------------------------------------------------------------------------------------
@@ -41,10 +43,10 @@ def interpolate(cm_logits: Tensor, size: torch.Size) -> Tensor:
 
 
 @functools.cache
-def _interpolation_matrix(size: int, grid: int, dtype: torch.dtype) -> Tensor:
+def _interpolation_matrix(size: int, grid: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(size, grid): linear interpolation of one axis as a matrix, from F.interpolate itself."""
-    rows = F.interpolate(torch.eye(grid, dtype=dtype)[None], size=size, mode="linear", align_corners=False)
-    return rows[0].T.contiguous()
+    identity = torch.eye(grid, dtype=dtype, device=device)[None]
+    return F.interpolate(identity, size=size, mode="linear", align_corners=False)[0].T.contiguous()
 
 
 def interpolate_matmul(cm_logits: Tensor, size: torch.Size) -> Tensor:
@@ -52,7 +54,8 @@ def interpolate_matmul(cm_logits: Tensor, size: torch.Size) -> Tensor:
     if cm_logits.shape[3:] == size:
         return cm_logits
     rows, columns = (
-        _interpolation_matrix(n, m, cm_logits.dtype) for n, m in zip(size, cm_logits.shape[3:], strict=True)
+        _interpolation_matrix(n, m, cm_logits.dtype, cm_logits.device)
+        for n, m in zip(size, cm_logits.shape[3:], strict=True)
     )
     return rows @ (cm_logits @ columns.T)
 
@@ -159,6 +162,32 @@ def softmax_rows(
     return _masked_mean(nll + trace_weight * own.sum(1), valid)
 
 
+def softmax_rows_uniform(
+    seg_logits: Tensor,
+    cm_logits: Tensor,
+    labels: Tensor,
+    transition: Tensor | None,
+    trace_weight: float,
+    up: Callable[[Tensor, torch.Size], Tensor] = interpolate,
+) -> Tensor:
+    """`softmax_rows` for somebody who knows that the transition is uniform: q[j] = (1 - A[y, j]) / (C - 1).
+
+    Columns of A sum to 1, so that the negative stream needs one row as well, where any other transition needs them all.
+    With two classes that row is the other one's, without the cancellation.
+    """
+    valid, index = _known(labels)
+    if transition is not None and cm_logits.shape[1] == 2:
+        index, transition = 1 - index, None
+    cm = up(cm_logits, labels.shape[1:]).softmax(1)
+    rows = index[:, None, None].expand(-1, 1, cm.shape[2], -1, -1)
+    diagonal = torch.arange(cm.shape[2], device=cm.device).view(1, 1, -1, 1, 1).expand_as(rows)
+    q, own = cm.gather(1, torch.cat((rows, diagonal), 1)).unbind(1)
+    if transition is not None:
+        q = (1.0 - q) / (cm.shape[2] - 1)
+    nll = -(seg_logits.softmax(1) * q).sum(1).clamp_min(TINY).log()
+    return _masked_mean(nll + trace_weight * own.sum(1), valid)
+
+
 class _ClosedForm(torch.autograd.Function):
     """Loss and both gradients in one go, the gradients formed in place in the two softmaxes.
 
@@ -171,15 +200,26 @@ class _ClosedForm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, seg_logits: Tensor, cm_logits: Tensor, labels: Tensor, transition: Tensor | None, trace_weight: float
+        ctx: Any,
+        seg_logits: Tensor,
+        cm_logits: Tensor,
+        labels: Tensor,
+        transition: Tensor | None,
+        trace_weight: float,
+        uniform: bool,
     ) -> Tensor:
         valid, index = _known(labels)
         share = valid.to(seg_logits.dtype).unsqueeze(1)
         share = share / share.sum()
+        if uniform and transition is not None and cm_logits.shape[1] == 2:  # "not this one" names the other
+            index, transition = 1 - index, None
         cm, p = cm_logits.softmax(1), seg_logits.softmax(1)
-        if transition is None:
+        others = cm.shape[1] - 1
+        if transition is None or uniform:
             rows = index[:, None, None].expand(-1, 1, cm.shape[2], -1, -1)
-            q = cm.gather(1, rows).squeeze(1)
+            q = at_label = cm.gather(1, rows).squeeze(1)
+            if transition is not None:
+                q = (1.0 - at_label) / others
         else:
             reported = _reported(transition, index)
             q = reported[:, :1] * cm[:, 0]
@@ -197,6 +237,12 @@ class _ClosedForm(torch.autograd.Function):
         if transition is None:
             grad_cm = cm.mul_(column.unsqueeze(1))
             grad_cm.scatter_add_(1, rows, posterior.neg_().unsqueeze(1))
+        elif (
+            uniform
+        ):  # T[i, y] is 1 / (C - 1) in every row but y: take it off everywhere, and give row y its share back
+            ratio = posterior / q.clamp_min(TINY) / others
+            grad_cm = cm.mul_((column - ratio).unsqueeze(1))
+            grad_cm.scatter_add_(1, rows, at_label.mul_(ratio).unsqueeze(1))
         else:
             ratio = posterior / q.clamp_min(TINY)
             for i in range(cm.shape[1]):
@@ -211,8 +257,8 @@ class _ClosedForm(torch.autograd.Function):
         grad_seg, grad_cm = ctx.saved_tensors
         (factor,) = grad_outputs
         if not torch.compiler.is_compiling() and float(factor) == 1.0:  # saves a pass over the field
-            return grad_seg, grad_cm, None, None, None
-        return grad_seg * factor, grad_cm * factor, None, None, None
+            return grad_seg, grad_cm, None, None, None, None
+        return grad_seg * factor, grad_cm * factor, None, None, None, None
 
 
 def closed_form(
@@ -222,11 +268,53 @@ def closed_form(
     transition: Tensor | None,
     trace_weight: float,
     up: Callable[[Tensor, torch.Size], Tensor] = interpolate,
+    uniform: bool = False,
 ) -> Tensor:
-    """The gradient written by hand (`_ClosedForm`): what someone would do who derived it, still in plain PyTorch."""
+    """The gradient written by hand (`_ClosedForm`): what someone would do who derived it, still in plain PyTorch.
+
+    ``uniform``: takes any transition for the uniform one, as `softmax_rows_uniform` does.
+    """
     field = up(cm_logits, labels.shape[1:])
-    loss: Tensor = _ClosedForm.apply(seg_logits, field, labels, transition, trace_weight)
+    loss: Tensor = _ClosedForm.apply(seg_logits, field, labels, transition, trace_weight, uniform)
     return loss
+
+
+# --- both streams, half storage ---------------------------------------------------------------------------------------
+
+
+def objective(formulation: Formulation) -> Objective:
+    """The positive and the negative stream of one formulation, as a single function: to be compiled as one graph."""
+
+    def both(
+        seg_logits: Tensor,
+        cm_logits: Tensor,
+        labels: Tensor,
+        negative_cm: Tensor,
+        negative_labels: Tensor,
+        transition: Tensor,
+        trace_weight: float,
+    ) -> Tensor:
+        positive = formulation(seg_logits, cm_logits, labels, None, trace_weight)
+        return positive + formulation(seg_logits, negative_cm, negative_labels, transition, trace_weight)
+
+    return both
+
+
+def in_float32(formulation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """For logits stored in 16 bits: softmax and log in float32, as under autocast; torch.compile fuses the conversion.
+
+    In 16 bits throughout it would be another computation: the loss is off by 1e-3 then.
+    """
+
+    def wide(*arguments: Any) -> Tensor:
+        return formulation(
+            *(
+                a.float() if isinstance(a, Tensor) and a.dtype in (torch.bfloat16, torch.float16) else a
+                for a in arguments
+            )
+        )
+
+    return wide
 
 
 # --- who is in the race -----------------------------------------------------------------------------------------------
@@ -241,16 +329,40 @@ PLAIN_STRIDED: dict[str, Formulation] = {
     "softmax_rows_matmul": functools.partial(softmax_rows, up=interpolate_matmul),
     "closed_form_matmul": functools.partial(closed_form, up=interpolate_matmul),
 }
-AUTOGRAD_NAMES = (*AUTOGRAD, "softmax_rows_matmul")
-BASELINES: dict[str, Formulation] = {"published": published, "log_space": log_space, **PLAIN_STRIDED}
+# Where the transition is uniform, as in the objective by default, with that in mind.
+PLAIN_UNIFORM: dict[str, Formulation] = {
+    "softmax_rows_uniform": softmax_rows_uniform,
+    "closed_form_uniform": functools.partial(closed_form, uniform=True),
+}
+PLAIN_UNIFORM_STRIDED: dict[str, Formulation] = {
+    **PLAIN_UNIFORM,
+    "softmax_rows_uniform_matmul": functools.partial(softmax_rows_uniform, up=interpolate_matmul),
+    "closed_form_uniform_matmul": functools.partial(closed_form, up=interpolate_matmul, uniform=True),
+}
+AUTOGRAD_NAMES = (*AUTOGRAD, "softmax_rows_matmul", "softmax_rows_uniform", "softmax_rows_uniform_matmul")
+BASELINES: dict[str, Formulation] = {
+    "published": published,
+    "log_space": log_space,
+    **PLAIN_STRIDED,
+    **PLAIN_UNIFORM_STRIDED,
+}
+PLAIN_NAMES = tuple(name for name in BASELINES if name != "published")
 
 COMPILED = ("softmax_gather", "softmax_rows", "closed_form")
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 
 
-def compiled(name: str, mode: str = "default") -> Formulation:
-    """`torch.compile` of a formulation. It compiles on its first call, and raises there without a C++ compiler."""
-    formulation: Formulation = torch.compile(
-        BASELINES[name], fullgraph=True, dynamic=False, mode=None if mode == "default" else mode
-    )
-    return formulation
+def contender(name: str, *, both: bool = False, half: bool = False) -> Callable[..., Tensor]:
+    """A baseline by name, as a case wants it. "compiled:<name>[:<mode>]" is `torch.compile` of it.
+
+    It compiles on its first call, and raises there without a compiler.
+    """
+    kind, *rest = name.split(":")
+    found: Callable[..., Tensor] = BASELINES[rest[0] if kind == "compiled" else kind]
+    found = objective(found) if both else found
+    found = in_float32(found) if half else found
+    if kind != "compiled":
+        return found
+    mode = rest[1] if len(rest) > 1 else None
+    result: Callable[..., Tensor] = torch.compile(found, fullgraph=True, dynamic=False, mode=mode)
+    return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ class Case:
     width: int
     stride: int = 1
     dtype: str = "float32"
-    stream: str = "positive"  # positive | negative (uniform transition)
+    stream: str = "positive"  # positive | negative (uniform transition) | both (the objective, a field for each)
+    labels: str = "blobs"  # blobs: drawings of 16 pixels, a tenth not drawn | random: each pixel labelled on its own
     mode: str = "forward+backward"  # forward+backward | forward (under no_grad)
     buffers: str = "reused"  # reused | fresh: README.md
     contestants: tuple[str, ...] = ()  # of `baselines`; "compiled:<name>[:<mode>]"
@@ -57,10 +58,27 @@ class Case:
         return self.classes * self.pixels * self.itemsize
 
     @property
+    def fields(self) -> int:
+        """Confusion-matrix fields, and label maps: one per stream."""
+        return 2 if self.stream == "both" else 1
+
+    @property
+    def logit_bytes(self) -> int:
+        """Of all logits; of all gradients as well."""
+        return self.fields * self.cm_bytes + self.seg_bytes
+
+    @property
     def ideal_bytes(self) -> int:
-        """Each logit read once, each gradient written once, each label read once."""
+        """Each logit read once, each gradient written once, each label (a byte) read once.
+
+        F fields on a grid of h x w, an image of H x W, b bytes per logit, forward + backward:
+
+            2 b (F C C h w + C H W) + F H W
+
+        Both streams read the class logits and have a gradient for them; at the least that is one read and one write.
+        """
         passes = 2 if self.mode == "forward+backward" else 1
-        return passes * (self.cm_bytes + self.seg_bytes) + self.pixels
+        return passes * self.logit_bytes + self.fields * self.pixels
 
 
 def _bars(published: float, plain: float, compiled: float | None = None) -> tuple[tuple[str, float], ...]:
@@ -144,36 +162,70 @@ def with_full_contestants(case: Case) -> Case:
 
 
 class Inputs(NamedTuple):
+    """One stream, in the order of a `baselines.Formulation`."""
+
     seg_logits: Tensor
     cm_logits: Tensor
     labels: Tensor
     transition: Tensor | None
 
 
-def make_inputs(case: Case, seed: int = 0) -> Inputs:
+class BothInputs(NamedTuple):
+    """The objective, in the order of a `baselines.Objective`. The transition is that of the negative stream."""
+
+    seg_logits: Tensor
+    cm_logits: Tensor
+    labels: Tensor
+    negative_cm: Tensor
+    negative_labels: Tensor
+    transition: Tensor
+
+
+AnyInputs = Inputs | BothInputs
+
+
+def leaves(inputs: AnyInputs) -> dict[str, Tensor]:
+    """What may want a gradient, by the name that its error has."""
+    found = {"seg": inputs.seg_logits, "cm": inputs.cm_logits}
+    return {**found, "negative_cm": inputs.negative_cm} if isinstance(inputs, BothInputs) else found
+
+
+def make_inputs(case: Case, seed: int = 0) -> AnyInputs:
     """Random logits, and labels as coarse drawings have them: blobs of 16 pixels, one in ten of them not drawn.
 
-    Blobs matter: labels that change from pixel to pixel would slow down the gathers of the baselines.
+    Blobs matter: labels that change from pixel to pixel slow gathers down. A case with random labels measures just that,
+    with every pixel labelled. Drawn on the device: fields are gigabytes there.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(case.device).manual_seed(seed)
+    where: dict[str, Any] = {"generator": generator, "device": case.device}
+    dtype = getattr(torch, case.dtype)
+    wants_grad = case.mode == "forward+backward"
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) * case.scale
+        return torch.randn(shape, **where).mul_(case.scale)
 
-    seg = normal(1, case.classes, case.height, case.width)
-    cm = normal(1, case.classes, case.classes, *case.grid)
-    cm += 2.0 * torch.eye(case.classes)[:, :, None, None]  # annotators are right more often than not
-    blobs = (1, -(-case.height // 16), -(-case.width // 16))
-    labels = torch.randint(0, case.classes, blobs, generator=generator, dtype=torch.uint8)
-    labels[torch.rand(blobs, generator=generator) < 0.1] = baselines.IGNORE
-    labels = labels.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, : case.height, : case.width].contiguous()
-    labels[0, 0, :2] = torch.tensor([0, baselines.IGNORE], dtype=torch.uint8)  # both kinds, however small the case
-    dtype = getattr(torch, case.dtype)
-    transition = uniform_transition(case.classes) if case.stream == "negative" else None
-    wants_grad = case.mode == "forward+backward"
-    return Inputs(
-        seg.to(case.device, dtype).requires_grad_(wants_grad),
-        cm.to(case.device, dtype).requires_grad_(wants_grad),
-        labels.to(case.device),
-        None if transition is None else transition.to(case.device),
-    )
+    def drawing() -> Tensor:
+        edge = 16 if case.labels == "blobs" else 1
+        blobs = (1, -(-case.height // edge), -(-case.width // edge))
+        labels = torch.randint(0, case.classes, blobs, dtype=torch.uint8, **where)
+        if case.labels == "random":
+            return labels
+        labels[torch.rand(blobs, **where) < 0.1] = baselines.IGNORE
+        labels = labels.repeat_interleave(edge, 1).repeat_interleave(edge, 2)
+        labels = labels[:, : case.height, : case.width].contiguous()
+        # both kinds, however small the case
+        labels[0, 0, :2] = torch.tensor([0, baselines.IGNORE], dtype=torch.uint8, device=case.device)
+        return labels
+
+    def field() -> Tensor:
+        cm = normal(1, case.classes, case.classes, *case.grid)
+        cm += 2.0 * torch.eye(case.classes, device=case.device)[:, :, None, None]  # right more often than not
+        return cm.to(dtype).requires_grad_(wants_grad)
+
+    seg = normal(1, case.classes, case.height, case.width).to(dtype).requires_grad_(wants_grad)
+    cm, labels = field(), drawing()
+    transition = None if case.stream == "positive" else uniform_transition(case.classes, device=case.device)
+    if case.stream != "both":
+        return Inputs(seg, cm, labels, transition)
+    assert transition is not None
+    return BothInputs(seg, cm, labels, field(), drawing(), transition)

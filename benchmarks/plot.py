@@ -1,9 +1,10 @@
-"""Figure from the CSV: `python -m benchmarks.plot [cpu.csv] [--out cpu.png] [--column ns_per_pixel]`."""
+"""Figure from the CSV: `python -m benchmarks.plot [cpu.csv] [--out cpu.png] [--column ns_per_pixel] [--case PATTERN]`."""
 
 from __future__ import annotations
 
 import argparse
 import csv
+import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,12 +16,12 @@ COLUMNS = {
 }
 
 
-def read(path: Path, column: str) -> dict[str, dict[str, float]]:
-    """case -> contestant -> value; rows without a value are left out."""
+def read(path: Path, column: str, pattern: str = "*") -> dict[str, dict[str, float]]:
+    """case -> contestant -> value, of the cases that match; rows without a value are left out."""
     found: dict[str, dict[str, float]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            if not row[column] or float(row[column]) <= 0:
+            if not fnmatch.fnmatchcase(row["case"], pattern) or not row[column] or float(row[column]) <= 0:
                 continue
             name = " ".join(filter(None, (row["contestant"], row["schedule"])))
             name += f" x{row['threads']}" if row["threads"] != "1" else ""
@@ -62,10 +63,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("csv", type=Path, nargs="?", default=RESULTS / "cpu.csv")
     parser.add_argument("--out", type=Path, help="default: beside the CSV")
     parser.add_argument("--column", choices=tuple(COLUMNS), default="times_ours")
+    parser.add_argument("--case", default="*", metavar="PATTERN", help="only these cases")
     options = parser.parse_args(argv)
-    values = read(options.csv, options.column)
+    values = read(options.csv, options.column, options.case)
     if not values:
-        parser.error(f"{options.csv} holds no value of {options.column}")
+        parser.error(f"{options.csv} holds no value of {options.column} for a case like {options.case}")
     out = options.out or options.csv.with_suffix(".png")
     draw(values, options.column, out)
     print(out)

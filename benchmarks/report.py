@@ -25,12 +25,12 @@ Row = Mapping[str, Any]
 DISTURBED = 0.9  # of the cores that a row runs on: with less, it shared them with other processes
 
 
-def write_csv(path: Path, rows: Iterable[Row]) -> None:
+def write_csv(path: Path, rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         for row in rows:
-            writer.writerow({key: _shown(row[key]) for key in COLUMNS})
+            writer.writerow({key: _shown(row[key]) for key in columns})
 
 
 def _shown(value: Any) -> Any:
@@ -43,18 +43,24 @@ def is_ours(row: Row) -> bool:
     return str(row["contestant"]).startswith(OURS)
 
 
-def fastest(rows: Sequence[Row], kind: str) -> Row | None:
-    """The row that a bar of this kind refers to: published | plain | autograd | compiled."""
-    names = {
-        "published": ("published",),
-        "plain": ("log_space", *baselines.PLAIN_STRIDED),
-        "autograd": ("log_space", *baselines.AUTOGRAD_NAMES),
-    }
+KINDS: dict[str, tuple[str, ...]] = {
+    "published": ("published",),
+    "plain": baselines.PLAIN_NAMES,
+    "autograd": ("log_space", *baselines.AUTOGRAD_NAMES),
+}
+
+
+def of_kind(rows: Sequence[Row], kind: str) -> list[Row]:
+    """published | plain | autograd | compiled."""
     if kind == "compiled":
-        of_kind = [row for row in rows if row["contestant"].startswith("compiled:")]
-    else:
-        of_kind = [row for row in rows if row["contestant"] in names[kind]]
-    return min(of_kind, key=lambda row: float(row["median_ms"]), default=None)
+        return [row for row in rows if row["contestant"].startswith("compiled:")]
+    return [row for row in rows if row["contestant"] in KINDS[kind]]
+
+
+def fastest(rows: Sequence[Row], kind: str) -> Row | None:
+    """The row that a bar of this kind refers to; one without a time (it did not fit) is none."""
+    timed = [row for row in of_kind(rows, kind) if not math.isnan(row["median_ms"])]
+    return min(timed, key=lambda row: float(row["median_ms"]), default=None)
 
 
 def our_row(rows: Sequence[Row]) -> Row | None:
@@ -183,9 +189,9 @@ def _resource_table(cases: Sequence[Case], by_case: Mapping[str, Sequence[Row]])
                 f"{row['ns_per_pixel']:.1f}",
                 f"{row['gb_per_s']:.1f}",
                 f"{100 * row['copy_fraction']:.0f} %",
-                _number(row["peak_extra_mb"], ".1f"),
-                _number(row["peak_over_cm"], ".2f"),
-                _number(row["peak_over_gradients"], ".2f"),
+                number(row["peak_extra_mb"], ".1f"),
+                number(row["peak_over_cm"], ".2f"),
+                number(row["peak_over_gradients"], ".2f"),
                 f"{row['page_faults']:.0f}",
                 f"{row['cpu_share']:.2f}",
                 _cell(rows, dict(case.bars), "threads") if many else "",
@@ -194,8 +200,8 @@ def _resource_table(cases: Sequence[Case], by_case: Mapping[str, Sequence[Row]])
     return [*lines, ""]
 
 
-def _number(value: float, form: str) -> str:
-    return "" if math.isnan(value) else format(value, form)
+def number(value: float, form: str, unit: str = "") -> str:
+    return "" if math.isnan(value) else format(value, form) + unit
 
 
 def _case_table(case: Case, rows: Sequence[Row]) -> list[str]:
@@ -218,7 +224,7 @@ def _case_table(case: Case, rows: Sequence[Row]) -> list[str]:
             f"{row['ns_per_pixel']:.1f}",
             f"{row['times_ours']:.2f}",
             f"{row['gb_per_s']:.2f}",
-            _number(row["peak_extra_mb"], ".1f"),
+            number(row["peak_extra_mb"], ".1f"),
             f"{row['page_faults']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -238,5 +238,5 @@ def _scale(stream: checks.Stream, count: Tensor) -> Tensor | None:
         normalizer = count
     elif not isinstance(normalizer, Tensor):
         return torch.full_like(count, 1.0 / normalizer)
-    normalizer = normalizer.detach().to(count.dtype)
+    normalizer = normalizer.detach().to(count)  # a 0-d CPU tensor is welcome, but kernels read it on the device
     return torch.where(normalizer == 0, 0.0, 1.0 / torch.where(normalizer == 0, 1.0, normalizer))

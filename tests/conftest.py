@@ -8,9 +8,11 @@ import hypothesis
 import pytest
 import torch
 
-from . import cuda_emulation
+from tests import cuda_emulation
 
 cuda_emulation.register()  # before tests ask which backends there are
+
+from tests import helpers  # noqa: E402
 
 # The same examples in every run: a failure must be one that the next person can see too.
 hypothesis.settings.register_profile(
@@ -26,17 +28,39 @@ hypothesis.settings.load_profile("coarse")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: more than about ten seconds on two cores")
+    config.addinivalue_line("markers", "fused: once per fused backend of the collecting module's DEVICE, as `backend`")
+    config.addinivalue_line("markers", "every: the same, and on the CPU the reference as well")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`fused` and `every` depend on the module that collects a test, not on the one that defines it: tests/gpu collects the
+    operator's tests a second time, with its own DEVICE.
+    """
+    device = getattr(metafunc.module, "DEVICE", "cpu")
+    if metafunc.definition.get_closest_marker("fused"):
+        metafunc.parametrize("backend", helpers.fused(device))
+    elif metafunc.definition.get_closest_marker("every"):
+        on_cpu = device == "cpu" and not hasattr(metafunc.module, "DEVICE")
+        metafunc.parametrize("backend", helpers.ck.available_backends() if on_cpu else helpers.fused(device))
+
+
+@pytest.fixture(autouse=True)
+def device_under_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    helpers.use_device(getattr(request.module, "DEVICE", "cpu"))
+    yield
+    helpers.use_device("cpu")
 
 
 @pytest.fixture
-def poison() -> Iterator[None]:
+def poison(device_under_test: None) -> Iterator[None]:
     """Fresh memory holds NaN (labels: the largest integer), so that an element nobody writes is seen."""
     before = torch.are_deterministic_algorithms_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True)
+    # On CUDA some of PyTorch's own operators have no deterministic form; what is wanted here is the filling.
+    torch.use_deterministic_algorithms(True, warn_only=helpers.device().type == "cuda")
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
-        assert torch.empty(3).isnan().all()
+        assert torch.empty(3, device=helpers.device()).isnan().all()
         yield
     finally:
         torch.use_deterministic_algorithms(before)

@@ -2,6 +2,10 @@
 
 Bound per dtype: ours may have 2x (loss) or 3x (gradients) the error of the plain PyTorch formulation in the same dtype,
 plus a floor. Errors are relative: of a loss to max(1, |truth|), of a gradient or a map in the 2-norm.
+
+The same tests run on the CPU and, collected again by tests/gpu, on CUDA tensors. Problems are drawn on the CPU and put on
+`device()`, so that they are the same on both; oracle and plain formulation are evaluated on the CPU, so that the device
+under test has no part in its own measure.
 """
 
 from __future__ import annotations
@@ -19,14 +23,44 @@ import torch
 from torch import Tensor
 
 import coarse_kernels as ck
+from coarse_kernels.backends import _REGISTRY
 
 ROOT = Path(__file__).resolve().parents[1]
-FUSED = tuple(name for name in ck.available_backends() if name != "reference")
 SCHEDULES = ("one_pass", "recompute")
 
 # Rounding of the maths (float) and of the stored gradient (bfloat16, float16).
 LOSS_FLOOR = {torch.float32: 5e-7, torch.bfloat16: 5e-7, torch.float16: 5e-7, torch.float64: 1e-14}
 GRADIENT_FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-13}
+
+
+# --- the device under test ----------------------------------------------------------------------------------------------
+
+_device = torch.device("cpu")
+
+
+def device() -> torch.device:
+    """Where the running test puts its tensors: ``DEVICE`` of the module that collected it, set by a fixture in conftest."""
+    return _device
+
+
+def use_device(name: torch.device | str) -> None:
+    global _device
+    _device = torch.device(name)
+
+
+def put(tensor: Tensor) -> Tensor:
+    return tensor.to(_device)
+
+
+def fused(device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """The backends that are tested on a device: all that can run there, without the oracle."""
+    return tuple(name for name in ck.available_backends(device) if name != "reference")
+
+
+FUSED = fused()
+
+
+# --- problems -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -39,6 +73,15 @@ class Problem:
     transition: Tensor | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     learn_transition: bool = True
+
+    def on(self, device: torch.device | str) -> Problem:
+        """Every tensor on ``device``, strides kept."""
+
+        def move(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        tensors = {name: move(getattr(self, name)) for name in ("seg", "cm", "labels", "transition")}
+        return dataclasses.replace(self, **tensors, options={key: move(value) for key, value in self.options.items()})
 
     def to(self, dtype: torch.dtype) -> Problem:
         """Logits in ``dtype``; constants follow where that is float64."""
@@ -56,7 +99,12 @@ class Problem:
         )
 
     def with_options(self, **options: Any) -> Problem:
-        return dataclasses.replace(self, options={**self.options, **options})
+        return dataclasses.replace(self, options={**self.options, **options}).on(self.seg.device)
+
+
+def operators_of(backend: str) -> Any:
+    """The namespace of `torch.ops` that a fused backend calls."""
+    return getattr(torch.ops, _REGISTRY[backend].namespace)  # type: ignore[attr-defined]
 
 
 def leaf(tensor: Tensor | None, wanted: bool = True) -> Tensor | None:
@@ -85,7 +133,7 @@ def evaluate(
     before = [None if t is None else t.detach().clone() for t in (seg, cm, problem.labels, transition)]
     with ck.use_schedule(schedule):
         out = ck.annotation_nll(seg, cm, problem.labels, transition, backend=backend, **problem.options)
-        weight = torch.ones_like(out.loss) if grad_output is None else torch.as_tensor(grad_output).to(out.loss.dtype)
+        weight = torch.ones_like(out.loss) if grad_output is None else torch.as_tensor(grad_output).to(out.loss)
         out.loss.backward(weight.expand_as(out.loss))
     for was, now in zip(before, (seg, cm, problem.labels, transition), strict=True):
         if was is not None:
@@ -100,12 +148,13 @@ def evaluate(
 
 
 def oracle(problem: Problem, grad_output: Tensor | float | None = None) -> Result:
-    return evaluate(problem.to(torch.float64), "reference", grad_output=grad_output)
+    """On the CPU, wherever the problem is."""
+    return evaluate(problem.on("cpu").to(torch.float64), "reference", grad_output=grad_output)
 
 
 def loss_error(ours: Tensor, truth: Tensor) -> float:
     """Relative to max(1, |truth|), a map in the 2-norm; what is infinite or NaN has to be so in both."""
-    ours, truth = ours.detach().double(), truth.detach().double()
+    ours, truth = ours.detach().cpu().double(), truth.detach().cpu().double()
     assert ours.shape == truth.shape, (ours.shape, truth.shape)
     finite = truth.isfinite()
     if not torch.equal(ours.nan_to_num(1e300, 2e300, 3e300)[~finite], truth.nan_to_num(1e300, 2e300, 3e300)[~finite]):
@@ -117,7 +166,7 @@ def loss_error(ours: Tensor, truth: Tensor) -> float:
 
 def gradient_error(ours: Tensor, truth: Tensor) -> float:
     """2-norm of the difference over that of the truth; a truth of zeros has to be met exactly."""
-    ours, truth = ours.detach().double(), truth.detach().double()
+    ours, truth = ours.detach().cpu().double(), truth.detach().cpu().double()
     assert ours.shape == truth.shape, (ours.shape, truth.shape)
     difference, size = float((ours - truth).norm()), float(truth.norm())
     if math.isnan(difference):
@@ -141,7 +190,7 @@ def check(
     loss_floor = LOSS_FLOOR[dtype] if loss_floor is None else loss_floor
     gradient_floor = GRADIENT_FLOOR[dtype] if gradient_floor is None else gradient_floor
     truth = oracle(problem, grad_output)
-    plain = evaluate(problem, "reference", grad_output=grad_output)
+    plain = evaluate(problem.on("cpu"), "reference", grad_output=grad_output)
     ours = evaluate(problem, backend, schedule, grad_output)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     for name in ("loss", "nll", "trace", "count"):
@@ -190,7 +239,10 @@ def make_problem(
     learn_transition: bool = True,
     **options: Any,
 ) -> Problem:
-    """Random logits at ``scale``; ``stream`` positive, uniform or random; ``ignored`` none, some, image or all."""
+    """Random logits at ``scale``; ``stream`` positive, uniform or random; ``ignored`` none, some, image or all.
+
+    On `device`, whatever that is in the running test.
+    """
     gen = generator(seed)
     seg = scale * torch.randn(batch, classes, *(seg_grid or size), generator=gen)
     cm = scale * torch.randn(batch if cm_batch is None else cm_batch, classes, classes, *(grid or size), generator=gen)
@@ -209,9 +261,8 @@ def make_problem(
         transition = ck.uniform_transition(classes)
     elif stream == "random":
         transition = random_transition(classes, gen)
-    return Problem(
-        seg, cm, labels.to(label_dtype), transition, {"ignore_index": ignore_index, **options}, learn_transition
-    )
+    options = {"ignore_index": ignore_index, **options}
+    return Problem(seg, cm, labels.to(label_dtype), transition, options, learn_transition).on(device())
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

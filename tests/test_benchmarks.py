@@ -46,7 +46,7 @@ def test_baseline_is_the_reference(name: str, case: Case, stream: str) -> None:
 
 
 @pytest.mark.parametrize("stream", ["positive", "negative"])
-@pytest.mark.parametrize("name", tuple(baselines.PLAIN_STRIDED))
+@pytest.mark.parametrize("name", [*baselines.PLAIN_STRIDED, *baselines.PLAIN_UNIFORM_STRIDED])
 def test_baseline_in_float64(name: str, stream: str) -> None:
     """To float64 accuracy: what differs in float32 is rounding, not a term. Also for a loss that is scaled."""
     inputs = _inputs(Case("strided", 4, 16, 24, 4, dtype="float64", stream=stream))

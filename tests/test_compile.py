@@ -11,7 +11,7 @@ from torch import Tensor
 
 import coarse_kernels as ck
 from coarse_kernels import native
-from tests.helpers import generator, gradient_error, leaf, loss_error, make_problem, oracle
+from tests.helpers import device, generator, gradient_error, leaf, loss_error, make_problem, operators_of, oracle, put
 
 pytestmark = pytest.mark.skipif(native.OPERATORS is None, reason="not built")
 
@@ -54,12 +54,19 @@ def operator_samples() -> dict[str, tuple[Any, ...]]:
     return samples
 
 
-SAMPLES = operator_samples() if native.OPERATORS is not None else {}
+SAMPLES = operator_samples()
 
 
+def on_device(sample: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Tensors where the test wants them; leaves stay leaves."""
+    return tuple(leaf(put(t), t.requires_grad) if isinstance(t, Tensor) else t for t in sample)
+
+
+@pytest.mark.fused
 @pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
-def test_opcheck_annotation_nll(sample: tuple[Any, ...]) -> None:
-    operator = torch.ops.coarse_kernels.annotation_nll.default
+def test_opcheck_annotation_nll(backend: str, sample: tuple[Any, ...]) -> None:
+    operator = operators_of(backend).annotation_nll.default
+    sample = on_device(sample)
     checks = ["test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"]
     if sample[-1]:
         # With gradients among the outputs AOT would ask for second derivatives, which this operator refuses by design.
@@ -68,23 +75,32 @@ def test_opcheck_annotation_nll(sample: tuple[Any, ...]) -> None:
     assert set(result.values()) == {"SUCCESS"}, result
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_opcheck_annotation_posterior(dtype: torch.dtype, grid: tuple[int, int] | None) -> None:
+def test_opcheck_annotation_posterior(backend: str, dtype: torch.dtype, grid: tuple[int, int] | None) -> None:
     problem = make_problem(3, (4, 9), grid, stream="random").to(dtype)
     sample = (problem.seg, problem.cm, problem.labels, problem.transition, 255)
-    result = torch.library.opcheck(torch.ops.coarse_kernels.annotation_posterior.default, sample)
+    operator = operators_of(backend).annotation_posterior.default
+    result = torch.library.opcheck(operator, sample)
     assert set(result.values()) == {"SUCCESS"}, result
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
-def test_opcheck_label_operators(dtype: torch.dtype) -> None:
-    labels = torch.tensor([[0, 1, 255, 2]]).to(dtype)
-    weights = torch.rand(3), torch.rand(1, 4)
+def test_opcheck_labelled_weight(backend: str, dtype: torch.dtype) -> None:
+    operator = operators_of(backend).labelled_weight.default
+    labels = put(torch.tensor([[0, 1, 255, 2]]).to(dtype))
+    weights = put(torch.rand(3)), put(torch.rand(1, 4))
     for class_weight, pixel_weight in ((None, None), (weights[0], None), weights, tuple(w.double() for w in weights)):
         sample = (labels, class_weight, pixel_weight, 3, 255)
-        result = torch.library.opcheck(torch.ops.coarse_kernels.labelled_weight.default, sample)
+        result = torch.library.opcheck(operator, sample)
         assert set(result.values()) == {"SUCCESS"}, result
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
+def test_opcheck_find_bad_label(dtype: torch.dtype) -> None:
+    labels = torch.tensor([[0, 1, 255, 2]]).to(dtype)
     result = torch.library.opcheck(torch.ops.coarse_kernels.find_bad_label.default, (labels, 3, 255))
     assert set(result.values()) == {"SUCCESS"}, result
 
@@ -123,13 +139,13 @@ def both(use: Callable[..., Tensor], *inputs: Tensor | None, backend: str, dynam
             assert gradient_error(ours, eager) < 2e-6
 
 
-@pytest.mark.parametrize("backend", ck.available_backends())
+@pytest.mark.every
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("stream", ["positive", "random"])
 @pytest.mark.parametrize("grid", [None, (2, 3)], ids=["pixel", "strided"])
 def test_annotation_nll(grid: tuple[int, int] | None, stream: str, reduction: str, backend: str) -> None:
     problem = make_problem(3, (4, 9), grid, stream=stream)
-    weight = torch.rand(3, generator=generator(0))
+    weight = put(torch.rand(3, generator=generator(0)))
 
     def use(seg: Tensor, cm: Tensor, labels: Tensor, transition: Tensor | None) -> Tensor:
         return ck.annotation_nll(
@@ -162,6 +178,7 @@ def test_modules() -> None:
     """Criterion with a learned transition, and its gradient through the compiled graph."""
     problem = make_problem(3, (4, 9), (2, 3))
     criterion = ck.CoarseLabelCriterion(ck.TransitionMatrix.learned(3), class_weight=torch.tensor([0.5, 1.0, 2.0]))
+    criterion = criterion.to(device())
     (parameter,) = criterion.parameters()
     compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
     found: list[tuple[Tensor, Tensor]] = []
@@ -220,6 +237,7 @@ def test_the_caller_s_backend_is_honoured_inside_a_compiled_function() -> None:
 
     compiled = torch.compile(use, fullgraph=True, backend="aot_eager")
     arguments = (problem.seg, problem.cm, problem.labels, problem.transition)
-    for name in (*ck.available_backends(), ck.available_backends()[0]):
+    names = ck.available_backends(device())
+    for name in (*names, names[0]):
         with ck.use_backend(name):
             assert loss_error(compiled(*arguments), oracle(problem).loss) < 1e-6

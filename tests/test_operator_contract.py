@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,24 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import coarse_kernels as ck
+from coarse_kernels import functional
 from tests.helpers import (
-    FUSED,
     SCHEDULES,
     Problem,
     check,
+    device,
     evaluate,
     generator,
     gradient_error,
     leaf,
     loss_error,
     make_problem,
+    operators_of,
     oracle,
+    put,
 )
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-EVERY = pytest.mark.parametrize("backend", ck.available_backends())
-COMPILED = pytest.mark.parametrize("backend", FUSED)
+EVERY = pytest.mark.every
+COMPILED = pytest.mark.fused
 SCHEDULE = pytest.mark.parametrize("schedule", SCHEDULES)
 # 27 columns: planes begin anywhere in a line. 2 x 16 x 24: whole vectors and aligned planes.
 GRID = pytest.mark.parametrize(
@@ -54,17 +58,18 @@ def gradients(*tensors: Tensor | None) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def calls_of_the_operator(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """``wanted`` of each call of `torch.ops.coarse_kernels.annotation_nll`."""
+def calls_of_the_operator(monkeypatch: pytest.MonkeyPatch, backend: str) -> Iterator[list[int]]:
+    """``wanted`` of each call of the backend's operator `annotation_nll`."""
     seen: list[int] = []
-    operator = torch.ops.coarse_kernels.annotation_nll
+    operators = operators_of(backend)
+    operator = operators.annotation_nll
 
     def spy(*args: Any) -> Any:
         seen.append(args[-1])
         return operator(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch.ops.coarse_kernels, "annotation_nll", spy)
+        patch.setattr(operators, "annotation_nll", spy)
         yield seen
 
 
@@ -104,7 +109,7 @@ def test_dirty_memory_of_the_allocator_is_overwritten(backend: str) -> None:
         assert problem.cm is not None
         for _ in range(20):
             dirty = [torch.full_like(t, torch.nan) for t in (problem.seg, problem.cm, problem.labels.float()) * 3]
-            dirty += [torch.full((n,), torch.nan) for n in (1, 2, 9)]
+            dirty += [torch.full((n,), torch.nan, device=device()) for n in (1, 2, 9)]
             del dirty
             for schedule in SCHEDULES:
                 out = evaluate(problem, backend, schedule)
@@ -138,7 +143,7 @@ def test_a_gradient_is_never_written_over_the_logits(
 @COMPILED
 def test_nll_trace_and_count_are_detached(backend: str) -> None:
     seg, cm, _ = leaves(make_problem(3, (4, 5)))
-    labels = torch.zeros(2, 4, 5, dtype=torch.uint8)
+    labels = put(torch.zeros(2, 4, 5, dtype=torch.uint8))
     for reduction in ("mean", "sum", "none"):
         out = ck.annotation_nll(seg, cm, labels, reduction=reduction, backend=backend)
         assert out.loss.requires_grad
@@ -163,7 +168,7 @@ def test_only_the_gradients_that_are_asked_for(
     named = {"seg": seg, "cm": cm, "transition": transition}
     for bit, tensor in enumerate(named.values()):
         tensor.requires_grad_(bool(wanted >> bit & 1))
-    with ck.use_schedule(schedule), calls_of_the_operator(monkeypatch) as calls:
+    with ck.use_schedule(schedule), calls_of_the_operator(monkeypatch, backend) as calls:
         out = ck.annotation_nll(seg, cm, problem.labels, transition, trace_weight=0.1, backend=backend)
         assert calls == [wanted if schedule == "one_pass" else 0]
         assert out.loss.requires_grad == (wanted != 0)
@@ -185,7 +190,7 @@ def test_no_grad_computes_no_gradient(monkeypatch: pytest.MonkeyPatch, backend: 
     seg, cm, transition = leaves(problem)
     truth = oracle(problem)
     for mode in (torch.no_grad, torch.inference_mode):
-        with mode(), ck.use_schedule(schedule), calls_of_the_operator(monkeypatch) as calls:
+        with mode(), ck.use_schedule(schedule), calls_of_the_operator(monkeypatch, backend) as calls:
             out = ck.annotation_nll(seg, cm, problem.labels, transition, backend=backend)
         assert calls == [0]
         assert not out.loss.requires_grad
@@ -248,7 +253,9 @@ def test_expanded_grad_output(backend: str, schedule: str, size: tuple[int, int]
     for use in (
         lambda loss: loss.sum(),
         lambda loss: loss[:, ::2, 1::3].sum() * 2,
-        lambda loss: (loss.permute(2, 0, 1) * torch.arange(loss.shape[0] + 0.0)[None, :, None]).sum(),
+        lambda loss: (
+            loss.permute(2, 0, 1) * torch.arange(loss.shape[0] + 0.0, device=loss.device)[None, :, None]
+        ).sum(),
         lambda loss: loss.mean(0).amax(),
     ):
         found = []
@@ -406,7 +413,7 @@ def transposed(t: Tensor) -> Tensor:
 
 def sliced(t: Tensor) -> Tensor:
     """Every second image and column of something larger, from an odd start."""
-    wide = torch.full((2 * t.shape[0] + 1, *t.shape[1:-1], 2 * t.shape[-1] + 1), 3)
+    wide = torch.full((2 * t.shape[0] + 1, *t.shape[1:-1], 2 * t.shape[-1] + 1), 3, device=t.device)
     wide = wide.to(t.dtype)
     wide[1::2, ..., 1::2] = t
     return wide[1::2, ..., 1::2]
@@ -473,7 +480,7 @@ def test_expanded_field(backend: str, schedule: str, size: tuple[int, int], grid
         ck.annotation_nll(seg, cm.expand(3, -1, -1, -1, -1), problem.labels, backend=backend).loss.backward()
     for name, grad in zip(("seg", "cm"), gradients(seg, cm), strict=True):
         assert gradient_error(grad, truth.gradients[name]) < 2e-6
-    matrix = torch.randn(3, 3, generator=generator(1)).requires_grad_()
+    matrix = put(torch.randn(3, 3, generator=generator(1))).requires_grad_()
     wide = matrix.detach().double().requires_grad_()
     with ck.use_schedule(schedule):
         field = matrix[None, :, :, None, None].expand(3, 3, 3, *(grid or size))
@@ -540,8 +547,8 @@ def test_the_mean_is_over_labelled_pixels_only(backend: str) -> None:
 def test_class_weights_normalise_as_cross_entropy_does(backend: str) -> None:
     """mmsegmentation #3594. A field that trusts the drawing (A = I in all but name) is weighted cross-entropy."""
     problem = make_problem(4, (6, 10), label_dtype=torch.int64, ignored="some")
-    weight = torch.tensor([0.1, 1.0, 3.0, 0.0])
-    identity = (60.0 * torch.eye(4)).reshape(1, 4, 4, 1, 1)
+    weight = put(torch.tensor([0.1, 1.0, 3.0, 0.0]))
+    identity = put((60.0 * torch.eye(4)).reshape(1, 4, 4, 1, 1))
     ours = ck.annotation_nll(problem.seg, identity, problem.labels, class_weight=weight, backend=backend)
     theirs = F.cross_entropy(problem.seg, problem.labels, weight, ignore_index=255)
     assert loss_error(ours.loss, theirs) < 1e-6
@@ -552,7 +559,7 @@ def test_class_weights_normalise_as_cross_entropy_does(backend: str) -> None:
 @pytest.mark.parametrize("grid", [None, (2, 3)], ids=["pixel", "strided"])
 def test_the_infinite_weight_of_an_absent_class_does_not_count(backend: str, grid: tuple[int, int] | None) -> None:
     """Weights of inverse frequency are inf for a class that nobody drew; F.cross_entropy copes, and so has ours."""
-    labels = torch.tensor([[[1, 2, 255, 1], [255, 1, 2, 2], [1, 1, 1, 255], [255, 2, 2, 1]]], dtype=torch.uint8)
+    labels = put(torch.tensor([[[1, 2, 255, 1], [255, 1, 2, 2], [1, 1, 1, 255], [255, 2, 2, 1]]], dtype=torch.uint8))
     problem = dataclasses.replace(make_problem(3, (4, 4), grid, batch=1), labels=labels)
     for absent in (torch.inf, torch.nan):
         ours = evaluate(problem.with_options(class_weight=torch.tensor([absent, 2.0, 0.5])), backend)
@@ -567,7 +574,7 @@ def test_the_infinite_weight_of_an_absent_class_does_not_count(backend: str, gri
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_the_weight_of_an_ignored_pixel_may_be_anything(backend: str, bad: float) -> None:
     problem = make_problem(3, (6, 20), stream="random")
-    weight = torch.rand(2, 6, 20, generator=generator(0))
+    weight = put(torch.rand(2, 6, 20, generator=generator(0)))
     expected = oracle(problem.with_options(pixel_weight=weight))
     ours = evaluate(problem.with_options(pixel_weight=weight.masked_fill(problem.labels == 255, bad)), backend)
     assert loss_error(ours.loss, expected.loss) < 1e-6
@@ -581,9 +588,9 @@ def test_the_weight_of_an_ignored_pixel_may_be_anything(backend: str, bad: float
 def test_ignore_index_does_not_wrap_around_in_uint8(backend: str, label: int) -> None:
     """-100 is 156 in eight bits, and 300 is 44: a class of that number is labelled all the same."""
     classes = 160
-    seg = torch.randn(1, classes, 2, generator=generator(0))
-    cm = torch.randn(1, classes, classes, 1, generator=generator(1))
-    labels = torch.tensor([[label, 3]])
+    seg = put(torch.randn(1, classes, 2, generator=generator(0)))
+    cm = put(torch.randn(1, classes, classes, 1, generator=generator(1)))
+    labels = put(torch.tensor([[label, 3]]))
     expected = ck.annotation_nll(seg.double(), cm.double(), labels, ignore_index=-1, backend="reference")
     for ignore_index in (-100, 300):
         ours = ck.annotation_nll(seg, cm, labels.to(torch.uint8), ignore_index=ignore_index, backend=backend)
@@ -596,9 +603,9 @@ def test_ignore_index_does_not_wrap_around_in_uint8(backend: str, label: int) ->
 @pytest.mark.parametrize("classes", [130, 300])
 def test_more_classes_than_the_label_type_can_name(backend: str, label_dtype: torch.dtype, classes: int) -> None:
     """Comparisons with the class count must not wrap around in eight bits."""
-    seg = torch.randn(1, classes, 3, generator=generator(0))
-    cm = torch.randn(1, classes, classes, 1, generator=generator(1))
-    labels = torch.tensor([[100, 3, 7]])
+    seg = put(torch.randn(1, classes, 3, generator=generator(0)))
+    cm = put(torch.randn(1, classes, classes, 1, generator=generator(1)))
+    labels = put(torch.tensor([[100, 3, 7]]))
     ignored = -1 if label_dtype == torch.int8 else 255
     expected = ck.annotation_nll(seg.double(), cm.double(), labels, ignore_index=-1, backend="reference")
     ours = ck.annotation_nll(seg, cm, labels.to(label_dtype), ignore_index=ignored, backend=backend)
@@ -629,6 +636,14 @@ def test_an_image_without_pixels_has_zero_loss(backend: str, size: tuple[int, in
     out = evaluate(problem, backend)
     assert (out.loss, out.count) == (0.0, 0.0)
     assert all(grad.numel() == 0 for grad in out.gradients.values())
+
+
+def test_a_normalizer_on_the_cpu_follows_the_logits() -> None:
+    """PyTorch lets a 0-d CPU tensor go with any device; a kernel that is handed its pointer would read host memory."""
+    stream = types.SimpleNamespace(reduction="mean", normalizer=torch.tensor(2.0))
+    scale = functional._scale(stream, torch.empty((), device="meta"))  # type: ignore[arg-type]
+    assert scale is not None
+    assert scale.device.type == "meta"
 
 
 # --- determinism, autocast, threads -----------------------------------------------------------------------------------
@@ -685,7 +700,7 @@ def test_the_schedules_agree_bit_for_bit(backend: str) -> None:
 def test_autocast_leaves_the_loss_in_float32(backend: str, schedule: str, grid: tuple[int, int] | None) -> None:
     problem = make_problem(3, (10, 21), grid, stream="random", trace_weight=0.1)
     outside = evaluate(problem, backend, schedule)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device().type, dtype=torch.bfloat16):
         inside = evaluate(problem, backend, schedule)
     assert inside.loss.dtype == torch.float32
     assert loss_error(inside.loss, outside.loss) < 1e-6
@@ -698,10 +713,10 @@ def test_autocast_leaves_the_loss_in_float32(backend: str, schedule: str, grid: 
 def test_a_convolution_under_autocast_feeds_bfloat16_logits(backend: str) -> None:
     """The usual training step: bfloat16 logits out of autocast, float32 loss, float32 parameter gradients."""
     torch.manual_seed(0)
-    head = torch.nn.Conv2d(4, 3 + 9, 1)
-    x = torch.randn(2, 4, 6, 10)
-    labels = torch.randint(0, 3, (2, 6, 10), dtype=torch.uint8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    head = torch.nn.Conv2d(4, 3 + 9, 1).to(device())
+    x = put(torch.randn(2, 4, 6, 10))
+    labels = put(torch.randint(0, 3, (2, 6, 10), dtype=torch.uint8))
+    with torch.autocast(device().type, dtype=torch.bfloat16):
         out = head(x)
         assert out.dtype == torch.bfloat16
         loss = ck.annotation_nll(out[:, :3], out[:, 3:], labels, backend=backend).loss

@@ -8,12 +8,23 @@ import pytest
 import torch
 
 import coarse_kernels as ck
-from tests.helpers import FUSED, SCHEDULES, Problem, check, evaluate, generator, gradient_error, make_problem, oracle
+from tests.helpers import (
+    SCHEDULES,
+    Problem,
+    check,
+    device,
+    evaluate,
+    generator,
+    gradient_error,
+    make_problem,
+    oracle,
+    put,
+)
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-EVERY = pytest.mark.parametrize("backend", ck.available_backends())
-COMPILED = pytest.mark.parametrize("backend", FUSED)
+EVERY = pytest.mark.every
+COMPILED = pytest.mark.fused
 SCHEDULE = pytest.mark.parametrize("schedule", SCHEDULES)
 GRID = pytest.mark.parametrize(
     "grid", [None, (4, 7), (2, 3), (1, 1)], ids=["pixel", "strided", "coarse-strided", "one-point"]
@@ -52,7 +63,7 @@ def test_extreme_logits_on_the_pixel_grid(backend: str, stream: str, classes: in
     assert problem.cm is not None
     gen = generator(7)
     for logits in (problem.seg, problem.cm):
-        draw = torch.rand(logits.shape, generator=gen)
+        draw = put(torch.rand(logits.shape, generator=gen))
         logits[draw < 0.05] = 1e4
         logits[(draw > 0.05) & (draw < 0.1)] = -1e4
         impossible = (draw > 0.9) & (draw < 0.95)
@@ -70,7 +81,7 @@ def test_steep_logits_on_a_grid(backend: str, grid: tuple[int, int] | None) -> N
     """Neighbouring grid points 1e4 apart: no geometric sequence spans that. float32 knows such a logit to 1e-3."""
     problem = make_problem(3, (16, 28), grid, stream="random", trace_weight=0.1, scale=1.0, learn_transition=False)
     assert problem.cm is not None
-    signs = torch.randint(-1, 2, problem.cm.shape, generator=generator(3))
+    signs = put(torch.randint(-1, 2, problem.cm.shape, generator=generator(3)))
     problem = dataclasses.replace(problem, cm=problem.cm + 1e4 * signs)
     out = check(problem, backend, loss_floor=1e-5, gradient_floor=1e-3)
     assert out.loss.isfinite()
@@ -91,7 +102,7 @@ def test_confident_pixels(backend: str, schedule: str, grid: tuple[int, int] | N
     seg = torch.nn.functional.one_hot(guess, 4).movedim(-1, 1) * size
     cm = (100.0 * torch.eye(4))[None, :, :, None, None].repeat(2, 1, 1, *(grid or (8, 24)))
     cm += torch.randn(cm.shape, generator=gen)
-    problem = Problem(seg, cm, labels.to(torch.uint8), options={"trace_weight": 0.01})
+    problem = Problem(seg, cm, labels.to(torch.uint8), options={"trace_weight": 0.01}).on(device())
     check(problem, backend, schedule, gradient_floor=1e-5)  # as at scale 100 above
 
 
@@ -107,7 +118,7 @@ def test_evidence_on_both_sides_of_the_switch_to_log_space(backend: str) -> None
         for j in range(3):
             cm[:, j, j] = 60.0
         labels = torch.ones(1, 4, 64, dtype=torch.uint8)
-        check(Problem(seg, cm, labels, options={"reduction": "none"}), backend, gradient_floor=2e-5)
+        check(Problem(seg, cm, labels, options={"reduction": "none"}).on(device()), backend, gradient_floor=2e-5)
 
 
 @EVERY
@@ -118,7 +129,7 @@ def test_a_label_of_probability_zero_has_infinite_loss_and_zero_gradient(
     backend: str, schedule: str, grid: tuple[int, int] | None, trace_weight: float
 ) -> None:
     """Class 2 is never reported: no class can explain that label. To the gradients, trace included, it is ignored."""
-    transition = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
+    transition = put(torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]))
     problem = make_problem(
         3, (4, 20), grid, stream="random", trace_weight=trace_weight, ignored="none", reduction="none"
     )
@@ -190,7 +201,7 @@ def test_minus_infinity_on_a_grid_that_equals_the_image_in_one_axis(backend: str
     problem = make_problem(3, (4, 6), (1, 6) if axis == "x" else (4, 1), ignored="none", reduction="none")
     assert problem.cm is not None
     problem.cm[:, 0, 1].view(2, -1)[:, 2] = -torch.inf
-    found = evaluate(problem, backend).loss
+    found = evaluate(problem, backend).loss.cpu()
     truth = oracle(problem).loss
     outside = truth.isfinite()
     assert outside.sum() >= truth.numel() - 2 * 6
@@ -206,11 +217,11 @@ def test_a_structural_zero_in_a_global_matrix_is_not_nan(backend: str) -> None:
     problem.cm[:, 0, 1] = -torch.inf
     result, truth = evaluate(problem, backend), oracle(problem)
     assert result.loss.isfinite().all()
-    torch.testing.assert_close(result.loss.double(), truth.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result.loss.double().cpu(), truth.loss, rtol=1e-5, atol=1e-6)
     gradient = result.gradients["cm"]
     assert gradient.isfinite().all()
     assert (gradient[:, 0, 1] == 0).all()
-    torch.testing.assert_close(gradient.double(), truth.gradients["cm"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradient.double().cpu(), truth.gradients["cm"], rtol=1e-4, atol=1e-6)
 
 
 @EVERY

@@ -89,12 +89,12 @@ template <int N>
 struct Constant {
   static constexpr int value = N;
 };
-template <int C = 2, class F>
+template <int kMost = kMaxFastClasses, int C = 2, class F>
 bool with_fast_classes(int classes, const F& f) {
-  if constexpr (C > kMaxFastClasses) {
+  if constexpr (C > kMost) {
     return false;
   } else {
-    if (classes != C) return with_fast_classes<C + 1>(classes, f);
+    if (classes != C) return with_fast_classes<kMost, C + 1>(classes, f);
     if constexpr (COARSE_FAST_CLASSES(C)) f(Constant<C>{});
     return COARSE_FAST_CLASSES(C);
   }

@@ -18,6 +18,7 @@ struct PixelRegion {
   int64_t image_pixels = 0;  // from one plane of class logits, and from one image of labels, to the next
   int64_t plane = 0;
   int64_t gradient_batch_stride = 0;
+  int64_t row_bytes = 0;  // from a[i, j] to a[i + 1, j]; filled in by the launch
 };
 
 // The stream as seen from pixel `begin` of image `image` on.

@@ -86,6 +86,7 @@ struct FastShared {
   volatile int image[kFastThreads<C>], offset[kFastThreads<C>];  // Place
   volatile int label[kVector][kFastThreads<C>];
   volatile float own[kVector][kFastThreads<C>];  // what goes to class logit j
+  volatile float inv_z[kVector][kFastThreads<C>];
   volatile float evidence[kGroups<C>][kWarp * kVector];
 };
 
@@ -189,6 +190,12 @@ __device__ __forceinline__ void mark(const Stream<float>& s, unsigned warp_of_pi
   if (threadIdx.x % kWarp == 0) s.small_mask[static_cast<int64_t>(warp_of_pixels) * kVector + v] = mask;
 }
 
+// The same column, `rows` rows further. Bytes, so that the step is an operand from constant memory.
+template <class T>
+__device__ __forceinline__ T* below(T* p, const cuda::PixelRegion& region, int rows = 1) {
+  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(p) + rows * region.row_bytes);
+}
+
 template <int C, Storage kStorage, int kVector, bool kOneHot>
 __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
     pixel_fast(const __grid_constant__ Stream<float> s, const __grid_constant__ cuda::PixelRegion region,
@@ -203,7 +210,6 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
   if (threadIdx.x == 0) shared.scale = gradient_scale(s);
   if (j == 0) shared.terms[group][lane] = Terms{};
   __syncthreads();
-  const int64_t step = C * region.plane;  // from a[i, j] to a[i + 1, j]
 
   for (unsigned tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     Place<C, kVector> place(region, tile);
@@ -227,7 +233,7 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
       if (s.cm_gradient != nullptr) {
         T* to = static_cast<T*>(s.cm_gradient) + place.gradient(region, j);
 #pragma unroll
-        for (int i = 0; i < C; ++i, to += step) store_vector<kStorage, kVector>(to, zeros);
+        for (int i = 0; i < C; ++i, to = below(to, region)) store_vector<kStorage, kVector>(to, zeros);
       }
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
@@ -246,7 +252,7 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
       const T* const column = static_cast<const T*>(s.cm_logits) + place.cm(s, region, j);
       const T* from = column;
 #pragma unroll
-      for (int i = 0; i < C; ++i, from += step) {
+      for (int i = 0; i < C; ++i, from = below(from, region)) {
 #pragma unroll
         for (int v = 0; v < kVector; ++v) e[i][v] = 0.0f;
         if (any_labelled) load_vector<kStorage, kVector>(from, e[i]);
@@ -254,8 +260,8 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
         const bool labelled = label[v] >= 0;
-        shared.diagonal[group][slot + v].of[j] = labelled ? decode<kStorage, float>(column[j * step + v]) : 0.0f;
-        if constexpr (kOneHot) eyj[v] = labelled ? decode<kStorage, float>(column[label[v] * step + v]) : 0.0f;
+        shared.diagonal[group][slot + v].of[j] = labelled ? decode<kStorage, float>(below(column, region, j)[v]) : 0.0f;
+        if constexpr (kOneHot) eyj[v] = labelled ? decode<kStorage, float>(below(column, region, label[v])[v]) : 0.0f;
         const bool read = labelled || (place.inside && s.posterior != nullptr);
         shared.seg[group][slot + v].of[j] =
             read ? load_as<float>(s.seg_logits, s.seg_storage, place.seg(region, j) + v) : 0.0f;
@@ -272,7 +278,7 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
     }
 
     // --- this column: exponentials, Z and q
-    float inv_z[kVector], q[kVector];
+    float q[kVector];
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       float top = e[0][v];
@@ -284,9 +290,10 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
         e[i][v] = exp_f32(e[i][v] - top);
         z += e[i][v];
       }
-      inv_z[v] = inverse(z);
+      const float inv_z = inverse(z);
+      shared.inv_z[v][threadIdx.x] = inv_z;
       float& own = shared.diagonal[group][slot + v].of[j];
-      own = exp_f32(own - top) * inv_z[v];
+      own = exp_f32(own - top) * inv_z;
       if constexpr (kOneHot) {
         eyj[v] = exp_f32(eyj[v] - top);
         q[v] = eyj[v];
@@ -294,12 +301,9 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
         q[v] = 0.0f;
         shared.transition[label[v] < 0 ? 0 : label[v]].each([&](int i, float reports) { q[v] += reports * e[i][v]; });
       }
-      q[v] *= inv_z[v];
+      q[v] *= inv_z;
     }
 
-    place.again(shared);
-#pragma unroll
-    for (int v = 0; v < kVector; ++v) label[v] = shared.label[v][threadIdx.x];
     // --- the pixel: p and D. What a thread needs again it reads back from shared memory: registers are dearer.
     __syncthreads();
 #pragma unroll
@@ -316,6 +320,9 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
       }
     }
     __syncthreads();
+    place.again(shared);
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) label[v] = shared.label[v][threadIdx.x];
     // Which pixels are too small for this is the same in all warps of the group: they sum the same numbers.
     ColumnGradient<float> g[kVector];
     unsigned small = 0;
@@ -332,7 +339,7 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
       const float scaled = weight * shared.scale;
       const float inv_d = fast && labelled ? inverse(d) : 0.0f, p = shared.p[group][slot + v].of[j] * inv_sum;
       const float r = shared.pq[group][slot + v].of[j] * inv_sum * inv_d;
-      g[v] = column_gradient(p, r, inv_d, inv_z[v], shared.diagonal[group][slot + v].of[j], scaled,
+      g[v] = column_gradient(p, r, inv_d, shared.inv_z[v][threadIdx.x], shared.diagonal[group][slot + v].of[j], scaled,
                              scaled * s.trace_weight);
       shared.own[v][threadIdx.x] = s.posterior == nullptr ? scaled * (p - r) : labelled ? r : p;
       if (j == 0) shared.evidence[group][slot + v] = d;
@@ -344,7 +351,7 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
       T* to = static_cast<T*>(s.cm_gradient) + place.gradient(region, j);
       if constexpr (kOneHot) {
 #pragma unroll
-        for (int i = 0; i < C; ++i, to += step) {
+        for (int i = 0; i < C; ++i, to = below(to, region)) {
 #pragma unroll
           for (int v = 0; v < kVector; ++v) e[i][v] *= g[v].keep;
           store_vector<kStorage, kVector>(to, e[i]);
@@ -356,16 +363,16 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
               [&](int i, float reports) { e[i][v] *= g[v].keep - reports * g[v].drop; });
         }
 #pragma unroll
-        for (int i = 0; i < C; ++i, to += step) store_vector<kStorage, kVector>(to, e[i]);
+        for (int i = 0; i < C; ++i, to = below(to, region)) store_vector<kStorage, kVector>(to, e[i]);
       }
       place.again(shared);
       T* const column = static_cast<T*>(s.cm_gradient) + place.gradient(region, j);
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
         if (label[v] < 0) continue;
-        const auto again = [&](int i, float x) { column[i * step + v] = encode<kStorage>(x); };
+        const auto again = [&](int i, float x) { below(column, region, i)[v] = encode<kStorage>(x); };
         const bool diagonal = s.trace_weight != 0.0f;
-        const float ejj = shared.diagonal[group][slot + v].of[j] * inverse(inv_z[v]);
+        const float ejj = shared.diagonal[group][slot + v].of[j] * inverse(shared.inv_z[v][threadIdx.x]);
         if constexpr (kOneHot) {
           again(label[v], eyj[v] * (g[v].keep - g[v].drop) + (label[v] == j ? g[v].diag : 0.0f));
           if (diagonal && label[v] != j) again(j, ejj * g[v].keep + g[v].diag);
@@ -408,7 +415,8 @@ bool aligned(const Stream<float>& s, const cuda::PixelRegion& region, int vector
 }
 
 template <int C, Storage kStorage, int kVector, bool kOneHot>
-cuda::Error launch_fast(const Stream<float>& s, const cuda::PixelRegion& region, void* stream) {
+cuda::Error launch_fast(const Stream<float>& s, cuda::PixelRegion region, void* stream) {
+  region.row_bytes = C * region.plane * static_cast<int64_t>(sizeof(typename StorageOf<kStorage>::Type));
   constexpr int64_t kTile = kGroups<C> * kWarp * kVector;
   constexpr size_t kShared = sizeof(FastShared<C, kVector>);
   const auto kernel = pixel_fast<C, kStorage, kVector, kOneHot>;

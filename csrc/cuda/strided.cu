@@ -1,4 +1,4 @@
-// CM logits on a grid of cells, fused: 2 to 21 classes, float arithmetic, one or two axes. No intermediate at pixel
+// CM logits on a grid of cells, fused: 2 to 20 classes, float arithmetic, one or two axes. No intermediate at pixel
 // resolution.
 //
 // A tile is up to kRows rows of the pixels of a few neighbouring grid cells: a lane is a column of pixels, 32 / L cells
@@ -24,16 +24,20 @@
 namespace coarse {
 namespace {
 
-constexpr float kMaxSpan = 20.0f;  // as in cpu/strided_grid.h: lost terms are below exp(-87 + 20) of the
+constexpr int kMostStridedClasses = 20;  // 21 warps would have 80 registers each, and spill
+constexpr float kMaxSpan = 20.0f;        // as in cpu/strided_grid.h: lost terms are below exp(-87 + 20) of the
 constexpr float kSmallestGeometricEvidence = 1e-12f;  // largest of their row, and so below 1e-17 of the result
 
 template <int C>
 struct StridedShared {
   float p[kRows][C][kWarp];  // class logits, then p[j]
   float q[kRows][C][kWarp];
+  float inv_z[kRows][C][kWarp];
   float diagonal[kRows][C][kWarp];
-  float d[kRows][kWarp];  // p(label); 0 without a label
+  int label[kRows][kWarp];  // -1: none
+  float d[kRows][kWarp];    // p(label); 0 without a label
   float scaled[kRows][kWarp];
+  StridedPlace place[kWarp];
   float transition[C * C];  // [y][i]: lanes of one label read one word
 };
 
@@ -41,9 +45,7 @@ template <int C>
 constexpr int kStridedThreads = C * kWarp;
 
 template <int C>
-__global__ void __launch_bounds__(kStridedThreads<C>, C >= 11  ? 1
-                                                      : C >= 5 ? 2
-                                                               : 6)
+__global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ? 1 : 512 / kStridedThreads<C>)
     strided_fast(const __grid_constant__ Stream<float> s, const __grid_constant__ Tiling t) {
   auto& shared = *reinterpret_cast<StridedShared<C>*>(dynamic_shared());
   const int lane = threadIdx.x % kWarp, j = threadIdx.x / kWarp;
@@ -59,42 +61,47 @@ __global__ void __launch_bounds__(kStridedThreads<C>, C >= 11  ? 1
   Terms terms;
 
   for (int64_t tile = blockIdx.x; tile < t.tiles_per_image * t.images; tile += gridDim.x) {
-    const StridedPlace place(t, tile);
+    __syncthreads();  // the tile before has been read
+    if (j == 0) shared.place[lane] = StridedPlace(s, t, tile);
+    if (threadIdx.x == 0) s.small_mask[tile] = 0;
+    __syncthreads();
+    const StridedPlace& place = shared.place[lane];
     const int rows = place.rows;
     const bool inside = place.inside;
-    if (threadIdx.x == 0) s.small_mask[tile] = 0;
     if (rows == 0) continue;
-    const int64_t at = place.image * pixels + place.y0 * s.width + place.x;
-    const int64_t seg_at = (place.image * C + j) * pixels + place.y0 * s.width + place.x;
-    const int64_t field = (s.cm_batch == 1 ? 0 : place.image * s.cm_batch_stride) + j * points;
 
     // --- labels; a lane whose rows have one label needs one row of T
-    int label[kRows], own_label = -1;
+    int own_label = -1;
     bool one_label = true;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      label[r] = inside && r < rows ? label_at(s, at + r * s.width) : -1;
-      if (label[r] >= 0) {
-        one_label &= own_label < 0 || own_label == label[r];
-        own_label = label[r];
+      const int y = inside && r < rows ? label_at(s, place.pixel + r * s.width) : -1;
+      if (j == 0) shared.label[r][lane] = y;
+      if (y >= 0) {
+        one_label &= own_label < 0 || own_label == y;
+        own_label = y;
       }
     }
+    __syncthreads();
     // All warps see the same pixels, so each can answer for the block.
     const bool drawn = __any_sync(kAllLanes, own_label >= 0);
     if (!drawn && s.posterior == nullptr) {
       for (int r = 0; inside && r < rows; ++r) {
-        if (s.seg_gradient != nullptr) store_as(s.seg_gradient, s.seg_storage, seg_at + r * s.width, 0.0f);
-        if (j == 0 && s.nll_map != nullptr) write_maps(s, at + r * s.width, 0.0f, 0.0f);
+        if (s.seg_gradient != nullptr)
+          store_as(s.seg_gradient, s.seg_storage, place.seg + j * pixels + r * s.width, 0.0f);
+        if (j == 0 && s.nll_map != nullptr) write_maps(s, place.pixel + r * s.width, 0.0f, 0.0f);
       }
       continue;
     }
     const bool together = !__any_sync(kAllLanes, !one_label);
     const float* const own_reported = shared.transition + (own_label < 0 ? 0 : own_label) * C;
-    const auto reported = [&](int i, int r) { return shared.transition[(label[r] < 0 ? 0 : label[r]) * C + i]; };
+    const auto reported = [&](int i, int r) {
+      const int y = shared.label[r][lane];
+      return shared.transition[(y < 0 ? 0 : y) * C + i];
+    };
 
     // --- forward: exponentials of this column, their sums Z and q
-    const int64_t upper = place.upper * t.x.grid, lower = place.lower * t.x.grid;
-    const float step = place.step, lambda0 = place.lambda0;
+    const int64_t upper = place.upper, lower = place.lower;
     const bool used = inside && own_label >= 0;
     float e0[C], g[C], top = -std::numeric_limits<float>::infinity();
     bool steep = false;
@@ -102,11 +109,11 @@ __global__ void __launch_bounds__(kStridedThreads<C>, C >= 11  ? 1
     for (int i = 0; i < C; ++i) {
       e0[i] = g[i] = 0.0f;
       if (used) {
-        const int64_t plane = field + static_cast<int64_t>(i) * C * points;
+        const int64_t plane = place.field + (static_cast<int64_t>(i) * C + j) * points;
         const float a = place.along_x(s, plane + upper);
         const float b = upper == lower ? a : place.along_x(s, plane + lower);
-        const float slope = upper == lower ? 0.0f : step * (b - a);
-        e0[i] = upper == lower ? a : a + lambda0 * (b - a);
+        const float slope = upper == lower ? 0.0f : place.step * (b - a);
+        e0[i] = upper == lower ? a : a + place.lambda0 * (b - a);
         const float change = static_cast<float>(rows - 1) * slope;
         steep |= !(change <= kMaxSpan && -change <= kMaxSpan && fabsf(e0[i]) < 1e30f);  // NaN and inf are steep
         g[i] = slope;
@@ -114,9 +121,9 @@ __global__ void __launch_bounds__(kStridedThreads<C>, C >= 11  ? 1
       }
     }
     if (!used) top = 0.0f;
-    float z[kRows], q[kRows], ajj[kRows];
+    float z[kRows], q[kRows], ejj = 0.0f, gjj = 0.0f;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) z[r] = q[r] = ajj[r] = 0.0f;
+    for (int r = 0; r < kRows; ++r) z[r] = q[r] = 0.0f;
 #pragma unroll
     for (int i = 0; i < C; ++i) {
       e0[i] = exp_f32(e0[i] - top);
@@ -138,26 +145,19 @@ __global__ void __launch_bounds__(kStridedThreads<C>, C >= 11  ? 1
           e *= g[i];
         }
       }
-      if (i == j) {
-        e = e0[i];
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          ajj[r] = e;
-          e *= g[i];
-        }
-      }
+      ejj = i == j ? e0[i] : ejj;
+      gjj = i == j ? g[i] : gjj;
     }
-    __syncthreads();  // the tile before has been read
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const float inv_z = r < rows ? inverse(z[r]) : 0.0f;  // beyond the last row the sequence may have overflowed
-      z[r] = inv_z;
-      q[r] = r < rows ? q[r] * inv_z : 0.0f;
-      ajj[r] = r < rows ? ajj[r] * inv_z : 0.0f;
-      const bool read = label[r] >= 0 || (inside && r < rows && s.posterior != nullptr);
-      shared.p[r][j][lane] = read ? load_as<float>(s.seg_logits, s.seg_storage, seg_at + r * s.width) : 0.0f;
-      shared.q[r][j][lane] = q[r];
-      shared.diagonal[r][j][lane] = ajj[r];
+      const bool read = shared.label[r][lane] >= 0 || (inside && r < rows && s.posterior != nullptr);
+      shared.p[r][j][lane] =
+          read ? load_as<float>(s.seg_logits, s.seg_storage, place.seg + j * pixels + r * s.width) : 0.0f;
+      shared.inv_z[r][j][lane] = inv_z;
+      shared.q[r][j][lane] = r < rows ? q[r] * inv_z : 0.0f;
+      shared.diagonal[r][j][lane] = r < rows ? ejj * inv_z : 0.0f;
+      ejj *= gjj;
     }
     __syncthreads();
 
@@ -178,8 +178,8 @@ __global__ void __launch_bounds__(kStridedThreads<C>, C >= 11  ? 1
 #pragma unroll
       for (int c = 0; c < C; ++c) shared.p[r][c][lane] *= inv_sum;
       d *= inv_sum;
-      const int64_t pixel = at + r * s.width;
-      const int y = inside ? label_at(s, pixel) : -1;
+      const int64_t pixel = place.pixel + r * s.width;
+      const int y = shared.label[r][lane];
       const float weight = y >= 0 ? weight_at(s, y, pixel) : 0.0f;
       small |= y >= 0 && !(d >= kSmallestGeometricEvidence);
       shared.d[r][lane] = y >= 0 ? d : 0.0f;
@@ -195,33 +195,33 @@ __global__ void __launch_bounds__(kStridedThreads<C>, C >= 11  ? 1
       float trace = 0.0f;
 #pragma unroll
       for (int c = 0; c < C; ++c) trace += shared.diagonal[r][c][lane];
-      const int64_t pixel = at + r * s.width;
-      const int y = inside ? label_at(s, pixel) : -1;
+      const int64_t pixel = place.pixel + r * s.width;
+      const int y = shared.label[r][lane];
       const float weight = y >= 0 ? weight_at(s, y, pixel) : 0.0f;
       if (inside) add_pixel(s, pixel, weight, y >= 0 ? -log_f32(shared.d[r][lane]) : 0.0f, trace, terms);
     }
 
     // --- backward: coefficients of this column, then sums over the rows
-    float sum_diagonal = 0.0f, sum_rows_diagonal = 0.0f;
+    float keep[kRows], drop[kRows], sum_diagonal = 0.0f, sum_rows_diagonal = 0.0f;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const bool present = inside && r < rows;
-      const float p = shared.p[r][j][lane], d = present ? shared.d[r][lane] : 0.0f;
-      const float inv_d = d > 0.0f ? inverse(d) : 0.0f;
-      const float scaled = present ? shared.scaled[r][lane] : 0.0f, posterior = present ? p * q[r] * inv_d : 0.0f;
-      if (present && s.seg_gradient != nullptr)
-        store_as(s.seg_gradient, s.seg_storage, seg_at + r * s.width, scaled * (p - posterior));
-      if (present && s.posterior != nullptr)
-        store_as(s.posterior, s.seg_storage, seg_at + r * s.width, label[r] >= 0 ? posterior : p);
-      const auto gradient =
-          column_gradient(present ? p : 0.0f, posterior, inv_d, z[r], ajj[r], scaled, scaled * s.trace_weight);
-      q[r] = gradient.keep;
-      ajj[r] = gradient.drop;
+      keep[r] = drop[r] = 0.0f;
+      if (!inside || r >= rows) continue;
+      const float p = shared.p[r][j][lane], d = shared.d[r][lane], scaled = shared.scaled[r][lane];
+      const float inv_d = d > 0.0f ? inverse(d) : 0.0f, posterior = p * shared.q[r][j][lane] * inv_d;
+      if (s.seg_gradient != nullptr)
+        store_as(s.seg_gradient, s.seg_storage, place.seg + j * pixels + r * s.width, scaled * (p - posterior));
+      if (s.posterior != nullptr)
+        store_as(s.posterior, s.seg_storage, place.seg + j * pixels + r * s.width, d > 0.0f ? posterior : p);
+      const auto gradient = column_gradient(p, posterior, inv_d, shared.inv_z[r][j][lane], shared.diagonal[r][j][lane],
+                                            scaled, scaled * s.trace_weight);
+      keep[r] = gradient.keep;
+      drop[r] = gradient.drop;
       sum_diagonal += gradient.diag;
       sum_rows_diagonal += static_cast<float>(r) * gradient.diag;
     }
     if (!want_cm) continue;
-    float* const plane = static_cast<float*>(s.cm_gradient) + place.copy + j * points;
+    float* const plane = static_cast<float*>(s.cm_gradient) + place.gradient + j * points;
 #pragma unroll
     for (int i = 0; i < C; ++i) {
       float value = 0.0f, derivative = 0.0f;  // of the polynomial sum_r v[r] g^r
@@ -230,13 +230,13 @@ __global__ void __launch_bounds__(kStridedThreads<C>, C >= 11  ? 1
 #pragma unroll
         for (int r = kRows - 1; r >= 0; --r) {
           derivative = derivative * g[i] + value;
-          value = value * g[i] + (q[r] - ajj[r] * reports);
+          value = value * g[i] + (keep[r] - drop[r] * reports);
         }
       } else {
 #pragma unroll
         for (int r = kRows - 1; r >= 0; --r) {
           derivative = derivative * g[i] + value;
-          value = value * g[i] + (q[r] - ajj[r] * reported(i, r));
+          value = value * g[i] + (keep[r] - drop[r] * reported(i, r));
         }
       }
       float sum = e0[i] * value, sum_rows = e0[i] * (g[i] * derivative);
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kStridedThreads<C>, C >= 11  ? 1
         sum += sum_diagonal;
         sum_rows += sum_rows_diagonal;
       }
-      const float below = lambda0 * sum + step * sum_rows;
+      const float below = place.lambda0 * sum + place.step * sum_rows;
       place.corners.add(plane + static_cast<int64_t>(i) * C * points, sum - below, below);
     }
   }
@@ -263,12 +263,10 @@ __global__ void __launch_bounds__(kLogWarps* kWarp)
   Terms terms;
   for (int64_t tile = blockIdx.x; tile < t.tiles_per_image * t.images; tile += gridDim.x) {
     if (s.small_mask[tile] == 0) continue;
-    const StridedPlace place(t, tile);
-    const int64_t upper = place.upper * t.x.grid, lower = place.lower * t.x.grid;
-    const int64_t field = s.cm_batch == 1 ? 0 : place.image * s.cm_batch_stride;
+    const StridedPlace place(s, t, tile);
+    const int64_t upper = place.upper, lower = place.lower;
     for (int r = 0; r < place.rows; ++r) {
-      const int64_t at = place.image * pixels + (place.y0 + r) * s.width + place.x;
-      const int64_t seg_at = place.image * classes * pixels + (place.y0 + r) * s.width + place.x;
+      const int64_t at = place.pixel + r * s.width, seg_at = place.seg + r * s.width;
       const int label = place.inside ? label_at(s, at) : -1;
       const float weight = label >= 0 ? weight_at(s, label, at) : 0.0f, scaled = weight * scale;
       const float lambda = t.y.lambda(place.cell_y, place.y0 + r);
@@ -278,14 +276,14 @@ __global__ void __launch_bounds__(kLogWarps* kWarp)
       };
       const auto logit = [&](int i, int j) {
         if (label < 0) return 0.0f;
-        const int64_t plane = field + (static_cast<int64_t>(i) * classes + j) * points;
+        const int64_t plane = place.field + (static_cast<int64_t>(i) * classes + j) * points;
         const float a = place.along_x(s, plane + upper);
         return upper == lower ? a : (1.0f - lambda) * a + lambda * place.along_x(s, plane + lower);
       };
       const auto emit = [&](int i, int j, float gradient) {
         const float below = lambda * gradient;
         const int64_t plane = (static_cast<int64_t>(i) * classes + j) * points;
-        place.corners.add(static_cast<float*>(s.cm_gradient) + place.copy + plane, gradient - below, below);
+        place.corners.add(static_cast<float*>(s.cm_gradient) + place.gradient + plane, gradient - below, below);
       };
       const auto seg_out = [&](int j, float p, float posterior) {
         if (!place.inside) return;
@@ -347,7 +345,7 @@ StridedPlan plan_strided(const Stream<float>& s, const Grid& grid) {
   const bool halved =
       (grid.size[1] == 1 || 2 * grid.size[1] <= s.height) && (grid.size[2] == 1 || 2 * grid.size[2] <= s.width);
   if (s.depth != 1 || !halved || s.transition_gradient != nullptr || s.batch == 0 ||
-      !with_fast_classes(s.classes, [](auto) {})) {
+      !with_fast_classes<kMostStridedClasses>(s.classes, [](auto) {})) {
     return plan;
   }
   const Tiling t = tiling_of(s, grid);
@@ -368,7 +366,7 @@ Error strided_grid(const Stream<float>& s, const Grid& grid, void* stream) {
   t.copies_per_image = s.cm_batch == 1 ? t.bands * t.splits : 0;
   t.image_stride = s.cm_batch == 1 ? 0 : static_cast<int64_t>(s.classes) * s.classes * grid.points();
   Error error = nullptr;
-  with_fast_classes(s.classes, [&](auto classes) {
+  with_fast_classes<kMostStridedClasses>(s.classes, [&](auto classes) {
     constexpr int C = decltype(classes)::value;
     constexpr size_t kShared = sizeof(StridedShared<C>);
     const int64_t resident = resident_blocks(strided_fast<C>, kStridedThreads<C>, kShared), rows = kSumRows / C;

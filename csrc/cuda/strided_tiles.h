@@ -71,40 +71,49 @@ struct CornerSum {
   }
 };
 
-// Where a lane of a tile works: column x of rows y0 .. y0 + rows - 1.
+// Where a lane of a tile works: column x of rows y0 .. y0 + rows - 1. It is the same for all warps of a block, so one
+// of them finds out.
 struct StridedPlace {
-  int64_t image, cell_y, y0, x;
-  int rows;
-  bool inside;
-  int64_t left, right, upper, lower;  // grid points
-  float lambda_x, lambda0, step;      // lambda of row r is lambda0 + r * step
-  int64_t copy;                       // of the gradient: where this image's field starts
-  CornerSum corners;
+  int rows = 0;  // 0: nothing here, alike for the whole block
+  bool inside = false;
+  int left = 0, right = 0;                    // columns of grid points
+  float lambda_x = 0, lambda0 = 0, step = 0;  // lambda of row r is lambda0 + r * step
+  int64_t upper = 0, lower = 0;               // rows of grid points: offsets into a plane
+  int64_t pixel = 0, seg = 0;                 // flat pixel of the first row; and in the class logits, for class 0
+  int64_t field = 0;                          // this image's CM logits
+  int64_t gradient = 0;                       // and where their gradient is gathered
+  int64_t cell_y = 0, y0 = 0;
+  CornerSum corners{};
 
-  __device__ __forceinline__ StridedPlace(const Tiling& t, int64_t tile) {
+  StridedPlace() = default;
+  __device__ StridedPlace(const Stream<float>& s, const Tiling& t, int64_t tile) {
     const int lane = threadIdx.x % kWarp, cells_per_tile = kWarp / t.lanes;
-    image = t.image + tile / t.tiles_per_image;
+    const int64_t image = t.image + tile / t.tiles_per_image;
     const int64_t k = tile % t.tiles_per_image;
     const int64_t column = k % t.columns, band = k / t.columns % t.bands, split = column % t.splits;
     cell_y = t.y.first + t.colour_y + k / t.columns / t.bands * t.step_y;
     y0 = t.y.begin(cell_y) + band * kRows;
     const int64_t left_over = t.y.end(cell_y) - y0;
     rows = left_over < 0 ? 0 : left_over < kRows ? static_cast<int>(left_over) : kRows;
-    if (rows == 0) return;  // alike for the whole block
+    if (rows == 0) return;
     const int slot = lane / t.lanes, within = lane % t.lanes;
     const int64_t cell_x = t.x.first + (t.colour_x + column / t.splits * t.step_x) * cells_per_tile + slot;
     const bool exists = cell_x < t.x.first + t.x.cells;
-    x = exists ? t.x.begin(cell_x) + split * t.lanes + within : 0;
+    const int64_t x = exists ? t.x.begin(cell_x) + split * t.lanes + within : 0;
     inside = exists && x < t.x.end(cell_x);
-    left = t.x.clamp(cell_x);
-    right = t.x.clamp(cell_x + 1);
-    upper = t.y.clamp(cell_y);
-    lower = t.y.clamp(cell_y + 1);
+    left = static_cast<int>(t.x.clamp(cell_x));
+    right = static_cast<int>(t.x.clamp(cell_x + 1));
+    upper = t.y.clamp(cell_y) * t.x.grid;
+    lower = t.y.clamp(cell_y + 1) * t.x.grid;
     lambda_x = inside ? t.x.lambda(cell_x, x) : 0.0f;
     lambda0 = t.y.lambda(cell_y, y0);
     // from end to end, so that its rounding error is not multiplied
     step = rows > 1 ? (t.y.lambda(cell_y, y0 + rows - 1) - lambda0) / static_cast<float>(rows - 1) : 0.0f;
-    copy = (band * t.splits + split + (image - t.image) * t.copies_per_image) * t.copy_stride + image * t.image_stride;
+    pixel = image * s.pixels() + y0 * s.width + x;
+    seg = image * s.classes * s.pixels() + y0 * s.width + x;
+    field = s.cm_batch == 1 ? 0 : image * s.cm_batch_stride;
+    gradient =
+        (band * t.splits + split + (image - t.image) * t.copies_per_image) * t.copy_stride + image * t.image_stride;
 
     // lanes 0 and 2 of a cell end up with its left-hand points, 1 and 3 with the right-hand ones
     corners.lanes = t.lanes;
