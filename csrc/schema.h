@@ -17,6 +17,8 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
   m.def(
       "labelled_weight(Tensor labels, Tensor? class_weight, Tensor? pixel_weight, int num_classes, int ignore_index) "
       "-> Tensor");
+  // CUDA: a saved gradient that is given away, times the gradient of the loss
+  m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
 }
 
 }  // namespace

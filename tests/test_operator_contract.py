@@ -608,6 +608,10 @@ def test_more_classes_than_the_label_type_can_name(backend: str, label_dtype: to
     labels = put(torch.tensor([[100, 3, 7]]))
     ignored = -1 if label_dtype == torch.int8 else 255
     expected = ck.annotation_nll(seg.double(), cm.double(), labels, ignore_index=-1, backend="reference")
+    if classes > MAX_CLASSES.get(backend, classes):
+        with pytest.raises(RuntimeError, match=f"{backend}.* up to {MAX_CLASSES[backend]} classes, got {classes}"):
+            ck.annotation_nll(seg, cm, labels.to(label_dtype), ignore_index=ignored, backend=backend)
+        return
     ours = ck.annotation_nll(seg, cm, labels.to(label_dtype), ignore_index=ignored, backend=backend)
     assert loss_error(ours.loss, expected.loss) < 1e-6
 

@@ -39,6 +39,8 @@ SCHEMAS = (
     "labelled_weight(Tensor labels, Tensor? class_weight, Tensor? pixel_weight, int num_classes, int ignore_index) "
     "-> Tensor",
 )
+# And where gradients of 3 GB are formed on a device that the host must not wait for (`_handed_out`):
+SCALE = "scale_(Tensor(a!) gradient, Tensor factor) -> ()"
 
 
 class FusedBackend:
@@ -183,7 +185,7 @@ def _backward(operators: Any, ctx: Any, grad_loss: Tensor | None, *others: Tenso
     if grad_loss is None or not needed:
         return none
     if ctx.wanted:
-        grads = _handed_out(ctx.saved_tensors, grad_loss)
+        grads = _handed_out(operators, ctx.saved_tensors, grad_loss)
     else:
         grads = _recomputed(operators, ctx, grad_loss, sum(needed))
     if torch.is_grad_enabled():  # create_graph=True: somebody may want to go on from here
@@ -206,13 +208,25 @@ class _FirstDerivative(torch.autograd.Function):
         raise RuntimeError(_SECOND_DERIVATIVE)
 
 
-def _handed_out(saved: tuple[Tensor, ...], grad_loss: Tensor) -> tuple[Tensor, ...]:
-    """The gradients saved in forward, times ``grad_loss``. They are given away only where nobody can ask for them again:
-    under retain_graph a second backward would find them changed by whoever owns them by then (``param.grad`` first of all).
+def _handed_out(operators: Any, saved: tuple[Tensor, ...], grad_loss: Tensor) -> tuple[Tensor, ...]:
+    """The gradients saved in forward, times ``grad_loss``. They are given away, or scaled in place, only where nobody can ask
+    for them again: under retain_graph a second backward would find them changed (by whoever owns them by then,
+    ``param.grad`` first of all).
     """
-    if grad_loss.device.type == "cpu" and grad_loss.detach().item() == 1.0 and not _graph_is_kept():
-        return saved
+    if not _graph_is_kept():
+        if grad_loss.device.type == "cpu":
+            if grad_loss.detach().item() == 1.0:
+                return saved
+        elif hasattr(operators, "scale_"):
+            # The value is not known here without waiting for the device. A kernel looks, and mostly finds 1.
+            for grad in saved:
+                operators.scale_(grad, grad_loss.to(_factor_dtype(grad)))
+            return saved
     return tuple(grad * grad_loss.to(grad.dtype) if grad.numel() else grad for grad in saved)
+
+
+def _factor_dtype(grad: Tensor) -> torch.dtype:
+    return torch.float64 if grad.dtype == torch.float64 else torch.float32
 
 
 def _graph_is_kept() -> bool:

@@ -97,6 +97,9 @@ Error finish_transition(const Stream<R>& s, int64_t slices, R* gradient, void* s
 // out[k] = sum over copies of in[copy * n + k], rounded to storage.
 template <class R>
 Error sum_copies(const R* in, int64_t copies, int64_t n, void* out, Storage storage, void* stream);
+// p[k] *= *factor, where it is not 1.
+template <class R>
+Error scale(void* p, Storage storage, int64_t n, const R* factor, void* stream);
 template <class R>
 Error log_values(const R* in, R* out, int64_t n, void* stream);
 // The sum of the weights of labelled pixels: `partial` holds kWeightRows doubles.

@@ -313,6 +313,21 @@ Tensor labelled_weight(Tensor labels, OptionalTensor class_weight, OptionalTenso
               : weigh<float>(labels, class_weight, pixel_weight, num_classes, ignore_index);
 }
 
+// gradient *= factor, a 0-d tensor on the same device whose value the host does not learn; where it is 1, as it mostly
+// is, no memory moves.
+void scale_(Tensor gradient, Tensor factor) {
+  STD_TORCH_CHECK(gradient.is_contiguous() && factor.numel() == 1, "scale_: a contiguous gradient and one factor");
+  const OnDevice device(gradient);
+  const Storage storage = storage_of(gradient, "gradient");
+  if (storage == Storage::f64) {
+    OptionalTensor own = factor;
+    check(cuda::scale(gradient.data_ptr(), storage, gradient.numel(), constant<double>(own, 1, "factor"), device.stream));
+  } else {
+    OptionalTensor own = factor;
+    check(cuda::scale(gradient.data_ptr(), storage, gradient.numel(), constant<float>(own, 1, "factor"), device.stream));
+  }
+}
+
 }  // namespace
 
 #if defined(COARSE_EMULATED)
@@ -326,6 +341,7 @@ COARSE_OPERATORS {
   m.impl("annotation_nll", TORCH_BOX(&annotation_nll));
   m.impl("annotation_posterior", TORCH_BOX(&annotation_posterior));
   m.impl("labelled_weight", TORCH_BOX(&labelled_weight));
+  m.impl("scale_", TORCH_BOX(&scale_));
 }
 
 // Importing the module registers the operators.

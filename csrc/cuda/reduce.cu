@@ -67,6 +67,13 @@ __global__ void __launch_bounds__(kSmallBlock)
 }
 
 template <class R>
+__global__ void __launch_bounds__(kSmallBlock) scale_kernel(void* p, Storage storage, int64_t n, const R* factor) {
+  const R f = *factor;
+  if (f == R(1)) return;  // as after loss.backward(): nothing is read or written
+  for (int64_t k = first_index(); k < n; k += index_step()) store_as(p, storage, k, f * load_as<R>(p, storage, k));
+}
+
+template <class R>
 __global__ void __launch_bounds__(kSmallBlock) log_kernel(const R* in, R* out, int64_t n) {
   // the library's own logarithm: a transition may hold subnormals
   for (int64_t k = first_index(); k < n; k += index_step()) out[k] = log(in[k]);
@@ -111,6 +118,12 @@ Error sum_copies(const R* in, int64_t copies, int64_t n, void* out, Storage stor
 }
 
 template <class R>
+Error scale(void* p, Storage storage, int64_t n, const R* factor, void* stream) {
+  const int64_t wanted = blocks_for(n), most = 4 * resident_blocks(scale_kernel<R>, kSmallBlock, 0);
+  return launch(scale_kernel<R>, wanted < most ? wanted : most, kSmallBlock, 0, stream, p, storage, n, factor);
+}
+
+template <class R>
 Error log_values(const R* in, R* out, int64_t n, void* stream) {
   return launch(log_kernel<R>, blocks_for(n), kSmallBlock, 0, stream, in, out, n);
 }
@@ -140,6 +153,8 @@ template Error finish_transition(const Stream<float>&, int64_t, float*, void*);
 template Error finish_transition(const Stream<double>&, int64_t, double*, void*);
 template Error sum_copies(const float*, int64_t, int64_t, void*, Storage, void*);
 template Error sum_copies(const double*, int64_t, int64_t, void*, Storage, void*);
+template Error scale(void*, Storage, int64_t, const float*, void*);
+template Error scale(void*, Storage, int64_t, const double*, void*);
 template Error log_values(const float*, float*, int64_t, void*);
 template Error log_values(const double*, double*, int64_t, void*);
 template Error label_weight(const Stream<float>&, int64_t, double*, double*, void*);

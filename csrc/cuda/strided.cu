@@ -105,11 +105,11 @@ __global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ?
     const bool used = inside && own_label >= 0;
     float e0[C], g[C], top = -std::numeric_limits<float>::infinity();
     bool steep = false;
+    int64_t plane = place.field + j * points;
 #pragma unroll
-    for (int i = 0; i < C; ++i) {
+    for (int i = 0; i < C; ++i, plane += C * points) {
       e0[i] = g[i] = 0.0f;
       if (used) {
-        const int64_t plane = place.field + (static_cast<int64_t>(i) * C + j) * points;
         const float a = place.along_x(s, plane + upper);
         const float b = upper == lower ? a : place.along_x(s, plane + lower);
         const float slope = upper == lower ? 0.0f : place.step * (b - a);
@@ -145,8 +145,10 @@ __global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ?
           e *= g[i];
         }
       }
-      ejj = i == j ? e0[i] : ejj;
-      gjj = i == j ? g[i] : gjj;
+      if (i == j) {
+        ejj = e0[i];
+        gjj = g[i];
+      }
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -221,9 +223,9 @@ __global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ?
       sum_rows_diagonal += static_cast<float>(r) * gradient.diag;
     }
     if (!want_cm) continue;
-    float* const plane = static_cast<float*>(s.cm_gradient) + place.gradient + j * points;
+    float* to = static_cast<float*>(s.cm_gradient) + place.gradient + j * points;
 #pragma unroll
-    for (int i = 0; i < C; ++i) {
+    for (int i = 0; i < C; ++i, to += C * points) {
       float value = 0.0f, derivative = 0.0f;  // of the polynomial sum_r v[r] g^r
       if (together) {
         const float reports = own_reported[i];
@@ -245,7 +247,7 @@ __global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ?
         sum_rows += sum_rows_diagonal;
       }
       const float below = place.lambda0 * sum + place.step * sum_rows;
-      place.corners.add(plane + static_cast<int64_t>(i) * C * points, sum - below, below);
+      place.corners.add(to, sum - below, below);
     }
   }
   leave_sums(s, static_cast<int64_t>(blockIdx.x) * C + j, terms);

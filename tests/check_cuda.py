@@ -1,0 +1,161 @@
+"""`make check-cuda`: nvcc over every kernel, no GPU needed. Registers, spills and shared memory of each; fails on a spill in
+a fast path, on an error, and on a warning. The host glue is compiled too, against the headers of the torch at hand.
+
+    python -m tests.check_cuda [--arch 80 90 100] [--jobs N] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CUDA = ROOT / "csrc" / "cuda"
+ARCHITECTURES = ("80", "90", "100")
+FAST = ("pixel_fast", "strided_fast")  # a spill there fails the check
+FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]  # as setup.py
+STORAGE = {"0": "f32", "1": "f64", "2": "bf16", "3": "f16"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    arch: str
+    name: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int  # static; what a launch adds to it is in the second table
+
+    @property
+    def fast(self) -> bool:
+        return self.name.startswith(FAST)
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+def sources() -> list[Path]:
+    return sorted(CUDA.glob("*.cu"))
+
+
+def compile_kernels(nvcc: str, source: Path, arch: str) -> list[Kernel]:
+    with tempfile.TemporaryDirectory() as folder:
+        target = f"arch=compute_{arch},code=sm_{arch}"
+        command = [nvcc, *FLAGS, "-Xptxas", "-v", "-gencode", target, "-c", str(source), "-o", f"{folder}/out.o"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or "warning" in done.stderr:
+        raise RuntimeError(f"{source.name} for sm_{arch}:\n{done.stderr[-3000:]}")
+    return parse(done.stderr, arch)
+
+
+def parse(log: str, arch: str) -> list[Kernel]:
+    """What ptxas -v says of each kernel."""
+    kernels = []
+    for part in re.split(r"Compiling entry function '", log)[1:]:
+        name = readable(part[: part.index("'")])
+        stores = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        registers = re.search(r"Used (\d+) registers", part)
+        if stores is None or registers is None:
+            raise RuntimeError(f"ptxas says nothing of {name}: {part[:500]}")
+        shared = re.search(r"(\d+) bytes smem", part)
+        spill = int(stores[1]) + int(stores[2])
+        kernels.append(Kernel(arch, name, int(registers[1]), spill, int(shared[1]) if shared else 0))
+    return kernels
+
+
+def readable(mangled: str) -> str:
+    """pixel_fast<19, f32, 1 pixel, one-hot> for _ZN6coarse..., and the plain name of the others."""
+    fast = re.search(r"10pixel_fastILi(\d+)ELNS_7StorageE(\d)ELi(\d)ELb([01])E", mangled)
+    if fast:
+        kind = "one-hot" if fast[4] == "1" else "any T"
+        return f"pixel_fast<{fast[1]}, {STORAGE[fast[2]]}, {fast[3]} a thread, {kind}>"
+    strided = re.search(r"12strided_fastILi(\d+)E", mangled)
+    if strided:
+        return f"strided_fast<{strided[1]}>"
+    other = re.findall(r"\d+([a-z][a-z_]+)(?:I([fd])E)?", mangled.split("GLOBAL__N_")[-1])
+    names = [f"{name}<{kind}>" if kind else name for name, kind in other if not name.startswith(("coarse", "pixel_general_cu"))]
+    return names[0] if names else mangled
+
+
+def compile_glue() -> str:
+    """ops_cuda.cpp with the host compiler; without a CUDA torch this is what can be known of it."""
+    from torch.utils import cpp_extension
+
+    includes = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
+    abi = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+    compiler = os.environ.get("CXX", "c++")
+    command = [compiler, "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", *abi]
+    # torch's own headers are not ours to warn about
+    command += [f"-isystem{path}" for path in includes]
+    done = subprocess.run([*command, str(CUDA / "ops_cuda.cpp")], capture_output=True, text=True, check=False)
+    if done.returncode != 0 or "warning" in done.stderr:
+        raise RuntimeError(f"ops_cuda.cpp:\n{done.stderr[-3000:]}")
+    return f"ops_cuda.cpp compiles ({compiler})"
+
+
+def table(kernels: list[Kernel]) -> str:
+    """Kernels by line, architectures by column: registers, and spills where there are any."""
+    architectures = sorted({kernel.arch for kernel in kernels}, key=int)
+    by_name: dict[str, dict[str, Kernel]] = {}
+    for kernel in kernels:
+        by_name.setdefault(kernel.name, {})[kernel.arch] = kernel
+    width = max(map(len, by_name))
+    lines = [f"{'kernel':<{width}}  " + "  ".join(f"{'sm_' + arch:>16}" for arch in architectures)]
+    for name in sorted(by_name, key=natural):
+        cells = []
+        for arch in architectures:
+            kernel = by_name[name][arch]
+            spill = f", {kernel.spill_bytes} B spilt" if kernel.spill_bytes else ""
+            shared = f", {kernel.shared_bytes} B shared" if kernel.shared_bytes else ""
+            cells.append(f"{kernel.registers}{spill}{shared}".rjust(16))
+        lines.append(f"{name:<{width}}  " + "  ".join(cells))
+    return "\n".join(lines)
+
+
+def natural(name: str) -> list[int | str]:
+    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "check_cuda.txt")
+    options = parser.parse_args(arguments)
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("check-cuda: no nvcc found (PATH, CUDA_HOME): install a CUDA toolkit; no GPU is needed", file=sys.stderr)
+        return 2
+    jobs = [(source, arch) for source in sources() for arch in options.arch]
+    try:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            found = list(pool.map(lambda job: compile_kernels(nvcc, *job), jobs))
+        glue = compile_glue()
+    except RuntimeError as error:
+        print(f"check-cuda: {error}", file=sys.stderr)
+        return 1
+    kernels = [kernel for some in found for kernel in some]
+    spilt = [kernel for kernel in kernels if kernel.fast and kernel.spill_bytes]
+    text = f"registers a thread, as ptxas -v reports them\n\n{table(kernels)}\n\n{glue}\n"
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(text)
+    print(text)
+    fast = sum(kernel.fast for kernel in kernels)
+    print(f"{len(kernels)} kernels, {fast} of them fast paths; {len(spilt)} fast paths spill. Table: {options.out.name}")
+    for kernel in spilt:
+        print(f"check-cuda: {kernel.name} on sm_{kernel.arch} spills {kernel.spill_bytes} bytes", file=sys.stderr)
+    return 1 if spilt else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
