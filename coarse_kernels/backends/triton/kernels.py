@@ -1,0 +1,618 @@
+"""The Triton kernels. Equations, schedule and traffic: the package's docstring. Imported on first use only.
+
+Axes of a tile: ``i`` observed class, ``j`` true class, then pixels. Where a comment speaks of layouts: Triton gives the
+last axis to lanes first, then warps; what is left goes, last axis first, to warps and then to registers.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# How an axis of the confusion matrices' grid meets the pixels.
+EQUAL, ONE_POINT, LINEAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+# --- one pixel ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def number(high, low, R: tl.constexpr):
+    """A Python float in precision R. Triton passes floats as float32: float64 comes in two parts."""
+    if R == tl.float64:
+        return tl.full((), high, R) + tl.full((), low, R)
+    else:
+        return tl.full((), high, R)
+
+
+@triton.jit
+def gradient_factor(scale, loss_scale, loss_scale_low, R: tl.constexpr):
+    factor = number(loss_scale, loss_scale_low, R)
+    if scale is not None:
+        factor *= tl.load(scale)
+    return factor
+
+
+@triton.jit
+def label_and_weight(labels, class_weight, pixel_weight, at, inside, ignore_index, C: tl.constexpr, R: tl.constexpr):
+    """(label as int32 with 0 where there is none, labelled, weight with 0 where there is no label)."""
+    label = tl.load(labels + at, mask=inside, other=0).to(tl.int64)  # 64 bits: a comparison in 8 would wrap
+    labelled = inside & (label >= 0) & (label < C) & (label != ignore_index)
+    y = tl.where(labelled, label, 0).to(tl.int32)
+    # Selects, not products: the weight of an unlabelled pixel, or of a class that nobody drew, may be inf or NaN.
+    weight = tl.where(labelled, 1.0, 0.0).to(R)
+    if class_weight is not None:
+        weight = tl.load(class_weight + y, mask=labelled, other=0.0)
+    if pixel_weight is not None:
+        weight = weight * tl.load(pixel_weight + at, mask=labelled, other=0.0)
+    return y, labelled, weight
+
+
+@triton.jit
+def column_terms(a, i, j, y, log_t, C: tl.constexpr, IDENTITY: tl.constexpr):
+    """Columns of one tile; ``i`` is axis 0 of ``a``, ``j`` and ``y`` broadcast against it.
+
+    Returns e, 1/Z (A = e/Z), h = p(observed i | true j, label), log q[j] and A[j,j]. Log space throughout, no epsilon:
+    every exponential is of a difference of two logits and divided by a sum that contains it. A NaN stays one.
+    """
+    top = tl.max(a, 0)
+    # The select drops the exponentials of padded rows at compile time wherever axis 0 lies in registers.
+    e = tl.where(i < C, tl.exp(a - top[None]), 0.0)
+    z = tl.sum(e, 0)
+    inv_z = 1.0 / z
+    ajj = tl.sum(tl.where(i == j, e, 0.0), 0) * inv_z
+    if IDENTITY:
+        at_label = tl.sum(tl.where(i == y, a, 0.0), 0)
+        h = tl.where(i == y, 1.0, 0.0).to(a.dtype) + tl.zeros_like(a)
+        log_q = (at_label - top) - tl.log(z)
+    else:
+        u = a + log_t
+        label_top = tl.max(u, 0)
+        shift = tl.where(label_top == float("-inf"), 0.0, label_top)  # -inf - -inf must not become NaN
+        h = tl.where(i < C, tl.exp(u - shift[None]), 0.0)
+        q = tl.sum(h, 0)
+        h = h * tl.where(q == 0, 0.0, 1.0 / q)[None]
+        log_q = (shift - top) + (tl.log(q) - tl.log(z))
+    return e, inv_z, h, log_q, ajj
+
+
+@triton.jit
+def cm_gradient(e, inv_z, h, r, ajj, i, j, weight, trace_weight):
+    """w r (A - h) + w_trace A[j,j] ([i = j] - A), the two weights holding the pixel's own."""
+    big_a = e * inv_z[None]
+    diagonal = trace_weight * ajj
+    gradient = (weight * r)[None] * (big_a - h) - diagonal[None] * big_a
+    return gradient + tl.where(i == j, diagonal[None], 0.0)
+
+
+# --- interpolation: linear, align_corners=False; `linear_tap` of csrc/coarse_math.h -------------------------------------
+
+
+@triton.jit
+def source_of(dst, grid, size, R: tl.constexpr):
+    """Where pixel ``dst`` of an axis lies among the grid's points; in the arithmetic of F.interpolate."""
+    if R == tl.float64:
+        ratio = grid.to(R) / size.to(R)
+    else:
+        ratio = tl.div_rn(grid.to(R), size.to(R))  # the plain quotient may be 2 units off
+    return tl.maximum(ratio * (dst.to(R) + 0.5) - 0.5, 0.0)
+
+
+@triton.jit
+def tap(dst, grid, size, MODE: tl.constexpr, R: tl.constexpr):
+    """(first point, second point, weight of the second). Where nothing is interpolated no neighbour is touched."""
+    first = dst
+    if MODE == ONE_POINT:
+        first = dst * 0
+    second = first
+    weight = tl.zeros_like(dst).to(R)
+    if MODE == LINEAR:
+        source = source_of(dst, grid, size, R)
+        first = tl.minimum(source.to(tl.int32), grid - 1)
+        second = tl.minimum(first + 1, grid - 1)
+        weight = tl.minimum(source - first.to(R), 1.0)
+    return first, second, weight
+
+
+@triton.jit
+def corner_of(first, second, weight, CORNER: tl.constexpr, BIT: tl.constexpr, MODE: tl.constexpr):
+    """Point and weight of an axis for one of the corners, which are counted in bits, one for each linear axis."""
+    point = first
+    share = weight * 0.0 + 1.0
+    if MODE == LINEAR:
+        if (CORNER >> BIT) % 2 == 1:
+            point = second
+            share = weight
+        else:
+            share = 1.0 - weight
+    return point, share
+
+
+@triton.jit
+def load_columns(
+    cm, i, j, px, use, depth, height, width, grid_d, grid_h, grid_w,
+    C: tl.constexpr, MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr, CORNERS: tl.constexpr,
+    WIDE: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """a[i, j, pixels] of one image: (CP, BJ, BLOCK) from i (CP, 1, 1), j (1, BJ, 1), px (BLOCK); rows beyond C: -inf.
+
+    Nothing is read for pixels that are not in ``use``.
+    """
+    points = grid_d * grid_h * grid_w
+    mask = (i < C) & (j < C) & use[None, None, :]
+    entry = i * C + j
+    if WIDE:
+        plane = entry.to(tl.int64) * points
+    else:
+        plane = entry * points
+    if (MODE_D == EQUAL) & (MODE_H == EQUAL) & (MODE_W == EQUAL):
+        return tl.load(cm + (plane + px[None, None, :]), mask=mask, other=float("-inf")).to(R)
+    else:
+        d0, d1, d_weight = tap(px // (height * width), grid_d, depth, MODE_D, R)
+        h0, h1, h_weight = tap(px // width % height, grid_h, height, MODE_H, R)
+        w0, w1, w_weight = tap(px % width, grid_w, width, MODE_W, R)
+        BIT_H: tl.constexpr = MODE_W // 2
+        BIT_D: tl.constexpr = MODE_W // 2 + MODE_H // 2
+        d, d_share = corner_of(d0, d1, d_weight, 0, BIT_D, MODE_D)
+        h, h_share = corner_of(h0, h1, h_weight, 0, BIT_H, MODE_H)
+        w, w_share = corner_of(w0, w1, w_weight, 0, 0, MODE_W)
+        node = (d * grid_h + h) * grid_w + w
+        a = tl.load(cm + (plane + node[None, None, :]), mask=mask, other=0.0).to(R)
+        if CORNERS > 1:
+            a *= (d_share * h_share * w_share)[None, None, :]
+            for corner in tl.static_range(1, CORNERS):
+                d, d_share = corner_of(d0, d1, d_weight, corner, BIT_D, MODE_D)
+                h, h_share = corner_of(h0, h1, h_weight, corner, BIT_H, MODE_H)
+                w, w_share = corner_of(w0, w1, w_weight, corner, 0, MODE_W)
+                node = (d * grid_h + h) * grid_w + w
+                x = tl.load(cm + (plane + node[None, None, :]), mask=mask, other=0.0).to(R)
+                a += x * (d_share * h_share * w_share)[None, None, :]
+        return tl.where(i < C, a, float("-inf"))
+
+
+# --- every pixel: sums, maps, posterior, gradient of the class logits, and of a field on the pixel grid -----------------
+
+
+@triton.jit
+def columns_of_pixels(
+    seg, cm, j, px, y, log_transition, labelled, use, s_top, depth, height, width, grid_d, grid_h, grid_w,
+    C: tl.constexpr, CP: tl.constexpr, MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr,
+    CORNERS: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Columns ``j`` (BJ) of one image's pixels: `column_terms`, and with them s[j] - s_top and log(p[j] q[j])."""
+    i = tl.arange(0, CP)[:, None, None]
+    j2 = j[:, None]
+    j3 = j[None, :, None]
+    y3 = y[None, None, :]
+    log_t = 0.0
+    if log_transition is not None:
+        log_t = tl.load(log_transition + i * C + y3, mask=(i < C) & labelled[None, None, :], other=float("-inf"))
+    a = load_columns(
+        cm, i, j3, px, labelled, depth, height, width, grid_d, grid_h, grid_w,
+        C, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
+    )  # fmt: skip
+    e, inv_z, h, log_q, ajj = column_terms(a, i, j3, y3, log_t, C, log_transition is None)
+    plane = j2 * (depth * height * width)
+    if WIDE:
+        plane = j2.to(tl.int64) * (depth * height * width)
+    s = tl.load(seg + (plane + px[None, :]), mask=(j2 < C) & use[None, :], other=0.0).to(R) - s_top[None, :]
+    joint = tl.where(j2 < C, s + log_q, float("-inf"))
+    return e, inv_z, h, ajj, s, joint
+
+
+@triton.jit
+def add_evidence(joint_top, joint_sum, joint):
+    """sum over j of exp(joint - joint_top), so far; the new maximum of joint."""
+    top = tl.maximum(joint_top, tl.max(joint, 0))
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    joint_sum = joint_sum * tl.exp(joint_top - shift) + tl.sum(tl.exp(joint - shift[None, :]), 0)
+    return top, joint_sum
+
+
+@triton.jit
+def write_columns(
+    grad_seg, grad_cm, posterior, e, inv_z, h, ajj, s, joint, j, px, s_sum, shift, joint_sum, inside, known, live, w, wt,
+    pixels, accumulate, C: tl.constexpr, CP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The outputs of columns ``j``. Everything inside the image is written: zeros where the pixel does not count."""
+    i = tl.arange(0, CP)[:, None, None]
+    j2 = j[:, None]
+    j3 = j[None, :, None]
+    plane = j2 * pixels
+    entry = i * C + j3
+    if WIDE:
+        plane = j2.to(tl.int64) * pixels
+        entry = entry.to(tl.int64)
+    mask2 = (j2 < C) & inside[None, :]
+    p = tl.exp(s) / s_sum[None, :]
+    r = tl.exp(joint - shift[None, :]) / joint_sum[None, :]
+    if posterior is not None:
+        soft = tl.where(known[None, :], r, p)
+        tl.store(posterior + (plane + px[None, :]), soft.to(posterior.dtype.element_ty), mask=mask2)
+    if grad_seg is not None:
+        gradient = tl.where(live[None, :], w[None, :] * (p - r), 0.0)
+        tl.store(grad_seg + (plane + px[None, :]), gradient.to(grad_seg.dtype.element_ty), mask=mask2)
+    if grad_cm is not None:
+        gradient = cm_gradient(e, inv_z, h, r, ajj, i, j3, w[None, :], wt[None, :])
+        gradient = tl.where(live[None, None, :], gradient, 0.0)
+        at = grad_cm + (entry * pixels + px[None, None, :])
+        mask3 = (i < C) & (j3 < C) & inside[None, None, :]
+        if accumulate:
+            gradient += tl.load(at, mask=mask3, other=0.0)
+        tl.store(at, gradient.to(grad_cm.dtype.element_ty), mask=mask3)
+
+
+PIXEL_SIZES = ["ignore_index", "batch", "images", "cm_stride", "grad_cm_stride", "depth", "height", "width", "grid_d",
+               "grid_h", "grid_w"]  # fmt: skip
+
+
+# No size is specialised on: a width known to divide by 16 would give a lane four neighbouring pixels, and the columns to
+# lanes, whose reductions then need shuffles.
+@triton.jit(do_not_specialize=PIXEL_SIZES)
+def pixel_kernel(
+    seg, cm, labels, log_transition, class_weight, pixel_weight, scale,
+    partials, loss_map, nll_map, trace_map, evidence, grad_seg, grad_cm, posterior,
+    loss_scale, loss_scale_low, trace_weight, trace_weight_low, ignore_index,
+    batch, images, cm_stride, grad_cm_stride, depth, height, width, grid_d, grid_h, grid_w,
+    C: tl.constexpr, CP: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
+    MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr, CORNERS: tl.constexpr,
+    WIDE: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """BLOCK pixels of one image, or of ``images`` images one after the other where one field serves them all.
+
+    A tile is (CP, BJ, BLOCK). A pixel is a lane and a column a warp, so that a column's CP logits lie in one thread's
+    registers: its three reductions need no communication, only the two over j do. Up to 32 classes BJ holds every
+    column and the logits are read once. Beyond, columns come BJ at a time and twice: first for the evidence, then for
+    the gradient. The second reading is meant to hit L2: a block is 32 pixels, 32 C^2 logits (139 KB at C = 33 in
+    float32), the smallest that fills a warp.
+    """
+    ONE_TILE: tl.constexpr = BJ >= C
+    pixels = depth * height * width
+    blocks = tl.cdiv(pixels, BLOCK)
+    program = tl.program_id(0)
+    px = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = px < pixels
+    block_j = tl.arange(0, BJ)
+    every_j = tl.arange(0, CP)[:, None]
+    factor = gradient_factor(scale, loss_scale, loss_scale_low, R)
+    trace_factor = number(trace_weight, trace_weight_low, R)
+    nll_sum = tl.zeros((BLOCK,), tl.float64)  # over pixels of very different weight
+    trace_sum = tl.zeros((BLOCK,), tl.float64)
+
+    for image in range(images):
+        b = (program // blocks + image).to(tl.int64)
+        at = b * pixels + px
+        seg_image = seg + b * pixels * C
+        cm_image = cm + b * cm_stride
+        y, labelled, weight = label_and_weight(labels, class_weight, pixel_weight, at, inside, ignore_index, C, R)
+        use = labelled
+        if posterior is not None:
+            use = inside  # p is wanted where there is no label, too
+
+        plane = every_j * pixels
+        if WIDE:
+            plane = every_j.to(tl.int64) * pixels
+        s = tl.load(seg_image + (plane + px[None, :]), mask=(every_j < C) & use[None, :], other=0.0).to(R)
+        s = tl.where(every_j < C, s, float("-inf"))
+        s_top = tl.max(s, 0)
+        s_sum = tl.sum(tl.exp(s - s_top[None, :]), 0)
+
+        # Evidence: D = joint_sum * exp(joint_top) / s_sum.
+        joint_top = tl.full((BLOCK,), float("-inf"), R)
+        joint_sum = tl.zeros((BLOCK,), R)
+        if ONE_TILE:
+            e, inv_z, h, ajj, s, joint = columns_of_pixels(
+                seg_image, cm_image, block_j, px, y, log_transition, labelled, use, s_top,
+                depth, height, width, grid_d, grid_h, grid_w, C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
+            )  # fmt: skip
+            joint_top, joint_sum = add_evidence(joint_top, joint_sum, joint)
+            trace = tl.sum(tl.where(block_j[:, None] < C, ajj, 0.0), 0)
+        else:
+            trace = tl.zeros((BLOCK,), R)
+            for j0 in range(0, C, BJ):
+                e, inv_z, h, ajj, s, joint = columns_of_pixels(
+                    seg_image, cm_image, j0 + block_j, px, y, log_transition, labelled, use, s_top,
+                    depth, height, width, grid_d, grid_h, grid_w, C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
+                )  # fmt: skip
+                joint_top, joint_sum = add_evidence(joint_top, joint_sum, joint)
+                trace += tl.sum(tl.where(j0 + block_j[:, None] < C, ajj, 0.0), 0)
+
+        shift = tl.where(joint_top == float("-inf"), 0.0, joint_top)
+        possible = joint_sum != 0  # NaN is: it has to be seen
+        nll = tl.where(possible, tl.log(s_sum) - (shift + tl.log(joint_sum)), float("inf"))
+        weighs = labelled & (weight != 0)  # 0 * inf is not 0
+        weighted_nll = tl.where(weighs, weight * nll, 0.0)
+        weighted_trace = tl.where(weighs, weight * trace, 0.0)
+        nll_sum += weighted_nll.to(tl.float64)
+        trace_sum += weighted_trace.to(tl.float64)
+        if nll_map is not None:
+            loss = factor * (weighted_nll + trace_factor * weighted_trace)
+            tl.store(loss_map + at, tl.where(factor == 0, 0.0, loss), mask=inside)
+            tl.store(nll_map + at, weighted_nll, mask=inside)
+            tl.store(trace_map + at, weighted_trace, mask=inside)
+        if evidence is not None:
+            plane_size = batch.to(tl.int64) * pixels
+            tl.store(evidence + at, s_top, mask=inside)
+            tl.store(evidence + plane_size + at, shift, mask=inside)
+            tl.store(evidence + 2 * plane_size + at, joint_sum, mask=inside)
+
+        if (grad_seg is not None) or (grad_cm is not None) or (posterior is not None):
+            w = tl.where(labelled, weight * factor, 0.0)
+            live = labelled & possible & (w != 0)
+            known = labelled & possible
+            wt = w * trace_factor
+            grad_seg_image = None
+            if grad_seg is not None:
+                grad_seg_image = grad_seg + b * pixels * C
+            posterior_image = None
+            if posterior is not None:
+                posterior_image = posterior + b * pixels * C
+            grad_cm_image = None
+            if grad_cm is not None:
+                grad_cm_image = grad_cm + b * grad_cm_stride
+            if ONE_TILE:
+                write_columns(
+                    grad_seg_image, grad_cm_image, posterior_image, e, inv_z, h, ajj, s, joint, block_j, px,
+                    s_sum, shift, joint_sum, inside, known, live, w, wt, pixels, image > 0, C, CP, WIDE,
+                )  # fmt: skip
+            else:
+                for j0 in range(0, C, BJ):
+                    # The same arithmetic on the same values as above, so that joint - joint_top cancels exactly.
+                    e, inv_z, h, ajj, s, joint = columns_of_pixels(
+                        seg_image, cm_image, j0 + block_j, px, y, log_transition, labelled, use, s_top,
+                        depth, height, width, grid_d, grid_h, grid_w, C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
+                    )  # fmt: skip
+                    write_columns(
+                        grad_seg_image, grad_cm_image, posterior_image, e, inv_z, h, ajj, s, joint, j0 + block_j, px,
+                        s_sum, shift, joint_sum, inside, known, live, w, wt, pixels, image > 0, C, CP, WIDE,
+                    )  # fmt: skip
+
+    if partials is not None:
+        tl.store(partials + 2 * program.to(tl.int64), tl.sum(nll_sum, 0))
+        tl.store(partials + 2 * program.to(tl.int64) + 1, tl.sum(trace_sum, 0))
+
+
+@triton.jit(do_not_specialize=["count"])
+def finish_kernel(
+    partials, scale, loss, nll, trace, loss_scale, loss_scale_low, trace_weight, trace_weight_low, count,
+    BLOCK: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """The partial sums in fixed order and float64, then the three scalars. One program; 65536 partials: 16 rounds."""
+    nll_sum = tl.zeros((BLOCK,), tl.float64)
+    trace_sum = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        nll_sum += tl.load(partials + 2 * at.to(tl.int64), mask=at < count, other=0.0)
+        trace_sum += tl.load(partials + 2 * at.to(tl.int64) + 1, mask=at < count, other=0.0)
+    total_nll = tl.sum(nll_sum, 0)
+    total_trace = tl.sum(trace_sum, 0)
+    plain = tl.full((), 1.0, tl.float64)
+    if scale is not None:
+        plain = tl.load(scale).to(tl.float64)
+    factor = plain * number(loss_scale, loss_scale_low, tl.float64)
+    total_loss = total_nll + number(trace_weight, trace_weight_low, tl.float64) * total_trace
+    # a weight of 0 counts for nothing, even if the sum is inf
+    tl.store(loss, tl.where(factor == 0, 0.0, factor * total_loss).to(R))
+    tl.store(nll, tl.where(plain == 0, 0.0, plain * total_nll).to(R))
+    tl.store(trace, tl.where(plain == 0, 0.0, plain * total_trace).to(R))
+
+
+@triton.jit(do_not_specialize=["count", "ignore_index"])
+def labelled_weight_kernel(
+    labels, class_weight, pixel_weight, partials, count, ignore_index,
+    C: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Summed weight of the labelled among BLOCK, 2 BLOCK, ... pixels, every program its own partial sum."""
+    program = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(program * BLOCK, count, tl.num_programs(0) * BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        _, _, weight = label_and_weight(labels, class_weight, pixel_weight, at, at < count, ignore_index, C, R)
+        total += weight.to(tl.float64)
+    tl.store(partials + program, tl.sum(total, 0))
+
+
+# --- gradient of a field on its own grid --------------------------------------------------------------------------------
+
+
+@triton.jit
+def first_pixel(point, grid, size):
+    """Of the cell that begins at a grid point: the first pixel at or beyond it. Cell 0 has all before point 1, too."""
+    doubled = (2 * point + 1).to(tl.int64) * size - grid  # source >= point, times 2 grid
+    first = (doubled + 2 * grid - 1) // (2 * grid)
+    first = tl.where(point == 0, 0, first)
+    return tl.where(point >= grid, size, first).to(tl.int32)
+
+
+@triton.jit
+def cell_range(index, first, grid, size, MODE: tl.constexpr):
+    """(grid point, first pixel, number of pixels) of an axis of a cell."""
+    point = first + 2 * index
+    begin = index * 0
+    length = size
+    if MODE == EQUAL:
+        point = index
+        begin = index
+        length = index * 0 + 1
+    if MODE == ONE_POINT:
+        point = index * 0
+    if MODE == LINEAR:
+        begin = first_pixel(point, grid, size)
+        length = first_pixel(point + 1, grid, size) - begin
+    return point, begin, length
+
+
+@triton.jit
+def share_of(position, point, bit, grid, size, MODE: tl.constexpr, R: tl.constexpr):
+    """Weight of each corner (K, 1) at each pixel (1, P) along an axis; a last cell has no second point."""
+    share = (position * 0).to(R) + 1.0
+    if MODE == LINEAR:
+        weight = tl.minimum(tl.maximum(source_of(position, grid, size, R) - point.to(R), 0.0), 1.0)
+        weight = tl.where(point + 1 < grid, weight, 0.0)
+        share = tl.where(bit == 1, weight, 1.0 - weight)
+    return share
+
+
+@triton.jit(do_not_specialize=[
+    "ignore_index", "batch", "images", "cm_stride", "depth", "height", "width", "grid_d", "grid_h", "grid_w",
+    "first_d", "first_h", "first_w", "cells_d", "cells_h", "cells_w", "fields", "copies", "entry_stride", "node_stride",
+    "field_stride", "copy_stride",
+])  # fmt: skip
+def cell_kernel(
+    seg, cm, labels, log_transition, class_weight, pixel_weight, scale, evidence, grad,
+    loss_scale, loss_scale_low, trace_weight, trace_weight_low, ignore_index,
+    batch, images, cm_stride, depth, height, width, grid_d, grid_h, grid_w,
+    first_d, first_h, first_w, cells_d, cells_h, cells_w, fields, copies,
+    entry_stride, node_stride, field_stride, copy_stride,
+    C: tl.constexpr, CP: tl.constexpr, BJ: tl.constexpr, P: tl.constexpr,
+    MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr, CORNERS: tl.constexpr,
+    WIDE: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one cell's corners from its pixels, or from one of ``copies`` shares of them; BJ columns.
+
+    A tile is (CP, corner, P, BJ): a column is a lane, so that the corners' logits and the sums of their gradients stay
+    in registers while the pixels go by, P at a time (a warp each). The sums over pixels then cost one multiply-add for
+    a corner and entry; with a pixel a lane they would cost five shuffles. Cells of one colour share no grid point:
+    the sums are added to ``grad`` without atomics.
+    """
+    blocks_j: tl.constexpr = (C + BJ - 1) // BJ
+    program = tl.program_id(0)
+    j = program % blocks_j * BJ + tl.arange(0, BJ)
+    program = program // blocks_j
+    w_point, w_begin, w_length = cell_range(program % cells_w, first_w, grid_w, width, MODE_W)
+    program = program // cells_w
+    h_point, h_begin, h_length = cell_range(program % cells_h, first_h, grid_h, height, MODE_H)
+    program = program // cells_h
+    d_point, d_begin, d_length = cell_range(program % cells_d, first_d, grid_d, depth, MODE_D)
+    program = program // cells_d
+    field = program % fields
+    copy = program // fields
+
+    i = tl.arange(0, CP)
+    corner = tl.arange(0, CORNERS)
+    w_bit = corner % 2 * (MODE_W // 2)
+    h_bit = corner // (1 + MODE_W // 2) % 2 * (MODE_H // 2)
+    d_bit = corner // ((1 + MODE_W // 2) * (1 + MODE_H // 2)) % 2 * (MODE_D // 2)
+    exists = (d_point + d_bit < grid_d) & (h_point + h_bit < grid_h) & (w_point + w_bit < grid_w)
+    node = ((d_point + d_bit) * grid_h + h_point + h_bit) * grid_w + w_point + w_bit
+    points = grid_d * grid_h * grid_w
+    entry = i[:, None, None, None] * C + j[None, None, None, :]
+    at = entry * points + node[None, :, None, None]
+    if WIDE:
+        at = entry.to(tl.int64) * points + node[None, :, None, None]
+    mask = (i < C)[:, None, None, None] & (j < C)[None, None, None, :] & exists[None, :, None, None]
+    corners = tl.load(cm + field.to(tl.int64) * cm_stride + at, mask=mask, other=0.0).to(R)
+
+    factor = gradient_factor(scale, loss_scale, loss_scale_low, R)
+    trace_factor = number(trace_weight, trace_weight_low, R)
+    pixels = depth * height * width
+    plane_size = batch.to(tl.int64) * pixels
+    i3 = i[:, None, None]
+    j3 = j[None, None, :]
+    box = d_length * h_length * w_length
+    count = box.to(tl.int64) * images if WIDE else box * images
+    steps = tl.cdiv(count, P)
+    share = tl.cdiv(steps, copies)
+    total = tl.zeros((CP, CORNERS, P, BJ), R)
+    for step in range(copy * share, tl.minimum(copy * share + share, steps)):
+        index = step * P + tl.arange(0, P)
+        inside = index < count
+        w_px = (w_begin + index % w_length).to(tl.int32)
+        h_px = (h_begin + index // w_length % h_length).to(tl.int32)
+        d_px = (d_begin + index // (w_length * h_length) % d_length).to(tl.int32)
+        b = (field + index // box).to(tl.int64)
+        px = (d_px * height + h_px) * width + w_px
+        at_px = b * pixels + px
+        y, labelled, weight = label_and_weight(labels, class_weight, pixel_weight, at_px, inside, ignore_index, C, R)
+        w = tl.where(labelled, weight * factor, 0.0)
+        joint_sum = tl.load(evidence + 2 * plane_size + at_px, mask=labelled, other=0.0)
+        live = labelled & (w != 0) & (joint_sum != 0)
+        if tl.max(live.to(tl.int32), 0) > 0:  # drawings are coarse: whole cells have no label
+            s_top = tl.load(evidence + at_px, mask=live, other=0.0)
+            joint_top = tl.load(evidence + plane_size + at_px, mask=live, other=0.0)
+            s_at = b[:, None] * C * pixels + j[None, :].to(tl.int64) * pixels + px[:, None]
+            s = tl.load(seg + s_at, mask=live[:, None] & (j < C)[None, :], other=0.0).to(R)
+            shares = (
+                share_of(d_px[None, :], d_point, d_bit[:, None], grid_d, depth, MODE_D, R)
+                * share_of(h_px[None, :], h_point, h_bit[:, None], grid_h, height, MODE_H, R)
+                * share_of(w_px[None, :], w_point, w_bit[:, None], grid_w, width, MODE_W, R)
+            )[None, :, :, None]
+            a = tl.where(i3 < C, tl.sum(corners * shares, 1), float("-inf"))
+            y3 = y[None, :, None]
+            log_t = 0.0
+            if log_transition is not None:
+                log_t = tl.load(log_transition + i3 * C + y3, mask=i3 < C, other=float("-inf"))
+            e, inv_z, h, log_q, ajj = column_terms(a, i3, j3, y3, log_t, C, log_transition is None)
+            r = tl.exp((s - s_top[:, None]) + log_q - joint_top[:, None]) / joint_sum[:, None]
+            gradient = cm_gradient(e, inv_z, h, r, ajj, i3, j3, w[:, None], (w * trace_factor)[:, None])
+            gradient = tl.where(live[None, :, None] & (i3 < C) & (j3 < C), gradient, 0.0)
+            total += gradient[:, None, :, :] * shares
+
+    out = field.to(tl.int64) * field_stride + copy.to(tl.int64) * copy_stride
+    entry = i[:, None, None] * C + j[None, None, :]
+    at = grad + out + entry.to(tl.int64) * entry_stride + node[None, :, None].to(tl.int64) * node_stride
+    mask = (i < C)[:, None, None] & (j < C)[None, None, :] & exists[None, :, None]
+    summed = tl.sum(total, 2)
+    tl.store(at, tl.load(at, mask=mask, other=0.0) + summed, mask=mask)
+
+
+# --- gradient of the transition -----------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=[
+    "ignore_index", "batch", "cm_stride", "depth", "height", "width", "grid_d", "grid_h", "grid_w", "programs",
+])  # fmt: skip
+def transition_kernel(
+    seg, cm, labels, class_weight, pixel_weight, scale, evidence, partials,
+    loss_scale, loss_scale_low, ignore_index,
+    batch, cm_stride, depth, height, width, grid_d, grid_h, grid_w, programs,
+    C: tl.constexpr, CP: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
+    MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr, CORNERS: tl.constexpr,
+    WIDE: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """partials[share, y, i] = -sum over a share of the blocks' pixels labelled y of w (sum_j A[i,j] p[j]) / D.
+
+    A program has one label and looks at the logits of no block without it: drawings are coherent, a block has few.
+    """
+    program = tl.program_id(0)
+    wanted = program % C
+    pixels = depth * height * width
+    blocks = tl.cdiv(pixels, BLOCK)
+    plane_size = batch.to(tl.int64) * pixels
+    i = tl.arange(0, CP)[:, None, None]
+    factor = gradient_factor(scale, loss_scale, loss_scale_low, R)
+    total = tl.zeros((CP,), tl.float64)
+    for block in range(program // C, blocks * batch, programs):
+        px = block % blocks * BLOCK + tl.arange(0, BLOCK)
+        b = (block // blocks).to(tl.int64)
+        at = b * pixels + px
+        y, labelled, weight = label_and_weight(
+            labels, class_weight, pixel_weight, at, px < pixels, ignore_index, C, R
+        )  # fmt: skip
+        w = tl.where(labelled, weight * factor, 0.0)
+        mine = labelled & (y == wanted) & (w != 0)
+        if tl.max(mine.to(tl.int32), 0) > 0:
+            joint_sum = tl.load(evidence + 2 * plane_size + at, mask=mine, other=0.0)
+            live = mine & (joint_sum != 0)
+            s_top = tl.load(evidence + at, mask=live, other=0.0)
+            joint_top = tl.load(evidence + plane_size + at, mask=live, other=0.0)
+            log_d = joint_top + tl.log(tl.where(live, joint_sum, 1.0))  # and - log s_sum, as log p has
+            reported = tl.zeros((CP, BLOCK), R)
+            for j0 in range(0, C, BJ):
+                j = j0 + tl.arange(0, BJ)
+                a = load_columns(
+                    cm + b * cm_stride, i, j[None, :, None], px, live, depth, height, width, grid_d, grid_h, grid_w,
+                    C, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
+                )  # fmt: skip
+                top = tl.max(a, 0)
+                inv_z = 1.0 / tl.sum(tl.exp(a - top[None]), 0)
+                at_s = (b * C + j[:, None]) * pixels + px[None, :]
+                s = tl.load(seg + at_s, mask=(j < C)[:, None] & live[None, :], other=0.0).to(R)
+                # p A / D in one exponential: each factor alone may leave the range
+                u = ((s - s_top[None, :]) - log_d[None, :])[None] + (a - top[None])
+                reported += tl.sum(tl.where((j < C)[None, :, None], tl.exp(u) * inv_z[None], 0.0), 1)
+            reported = tl.where(live[None, :], w[None, :] * reported, 0.0)
+            total -= tl.sum(reported.to(tl.float64), 1)
+    at_i = tl.arange(0, CP)
+    tl.store(partials + program.to(tl.int64) * C + at_i, total, mask=at_i < C)
