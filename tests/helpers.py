@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import coarse_kernels as ck
+from coarse_kernels.backends import _REGISTRY
 
 ROOT = Path(__file__).resolve().parents[1]
 FUSED = tuple(name for name in ck.available_backends() if name != "reference")
@@ -57,6 +58,11 @@ class Problem:
 
     def with_options(self, **options: Any) -> Problem:
         return dataclasses.replace(self, options={**self.options, **options})
+
+
+def operators_of(backend: str) -> Any:
+    """The namespace of `torch.ops` that a fused backend calls."""
+    return getattr(torch.ops, _REGISTRY[backend].namespace)  # type: ignore[attr-defined]
 
 
 def leaf(tensor: Tensor | None, wanted: bool = True) -> Tensor | None:

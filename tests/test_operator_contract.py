@@ -24,6 +24,7 @@ from tests.helpers import (
     leaf,
     loss_error,
     make_problem,
+    operators_of,
     oracle,
 )
 
@@ -54,17 +55,18 @@ def gradients(*tensors: Tensor | None) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def calls_of_the_operator(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """``wanted`` of each call of `torch.ops.coarse_kernels.annotation_nll`."""
+def calls_of_the_operator(monkeypatch: pytest.MonkeyPatch, backend: str) -> Iterator[list[int]]:
+    """``wanted`` of each call of the backend's operator `annotation_nll`."""
     seen: list[int] = []
-    operator = torch.ops.coarse_kernels.annotation_nll
+    operators = operators_of(backend)
+    operator = operators.annotation_nll
 
     def spy(*args: Any) -> Any:
         seen.append(args[-1])
         return operator(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch.ops.coarse_kernels, "annotation_nll", spy)
+        patch.setattr(operators, "annotation_nll", spy)
         yield seen
 
 
@@ -163,7 +165,7 @@ def test_only_the_gradients_that_are_asked_for(
     named = {"seg": seg, "cm": cm, "transition": transition}
     for bit, tensor in enumerate(named.values()):
         tensor.requires_grad_(bool(wanted >> bit & 1))
-    with ck.use_schedule(schedule), calls_of_the_operator(monkeypatch) as calls:
+    with ck.use_schedule(schedule), calls_of_the_operator(monkeypatch, backend) as calls:
         out = ck.annotation_nll(seg, cm, problem.labels, transition, trace_weight=0.1, backend=backend)
         assert calls == [wanted if schedule == "one_pass" else 0]
         assert out.loss.requires_grad == (wanted != 0)
@@ -185,7 +187,7 @@ def test_no_grad_computes_no_gradient(monkeypatch: pytest.MonkeyPatch, backend: 
     seg, cm, transition = leaves(problem)
     truth = oracle(problem)
     for mode in (torch.no_grad, torch.inference_mode):
-        with mode(), ck.use_schedule(schedule), calls_of_the_operator(monkeypatch) as calls:
+        with mode(), ck.use_schedule(schedule), calls_of_the_operator(monkeypatch, backend) as calls:
             out = ck.annotation_nll(seg, cm, problem.labels, transition, backend=backend)
         assert calls == [0]
         assert not out.loss.requires_grad

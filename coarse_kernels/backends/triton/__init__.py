@@ -14,10 +14,10 @@ import torch
 
 from ...checks import Stream
 from .. import operator
+from .table import MAX_CLASSES
 
 NAMESPACE = "coarse_kernels_triton"
 OLDEST = (3, 6)
-MAX_CLASSES = 256
 # Triton itself reads this variable when the kernels are defined.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -1,7 +1,9 @@
 """The Triton kernels. Equations, schedule and traffic: the package's docstring. Imported on first use only.
 
-Axes of a tile: ``i`` observed class, ``j`` true class, then pixels. Where a comment speaks of layouts: Triton gives the
-last axis to lanes first, then warps; what is left goes, last axis first, to warps and then to registers.
+Every tile is (CP, N): observed class i, padded to a power of two, and pairs of a true class j and a pixel, one of which
+is contiguous in memory. That, and no more axes, settles the layout in every version of Triton: the pairs are lanes and
+warps, and the CP entries of a column lie in one thread's registers, where its reductions need no communication and the
+rows beyond C cost nothing (their masks are constants).
 """
 
 # mypy: ignore-errors
@@ -50,40 +52,46 @@ def label_and_weight(labels, class_weight, pixel_weight, at, inside, ignore_inde
 
 
 @triton.jit
-def column_terms(a, i, j, y, log_t, C: tl.constexpr, IDENTITY: tl.constexpr):
-    """Columns of one tile; ``i`` is axis 0 of ``a``, ``j`` and ``y`` broadcast against it.
+def column_terms(a, j, y, log_transition, mask, C: tl.constexpr, CP: tl.constexpr):
+    """Columns a[:, j] of pixels labelled y. Returns e, 1/Z (A = e/Z), h = p(observed | true, label), log q[j], A[j,j].
 
-    Returns e, 1/Z (A = e/Z), h = p(observed i | true j, label), log q[j] and A[j,j]. Log space throughout, no epsilon:
-    every exponential is of a difference of two logits and divided by a sum that contains it. A NaN stays one.
+    Log space throughout, no epsilon: every exponential is of a difference of two logits and divided by a sum that
+    contains it. A NaN stays one. ``mask`` says where the label is one.
     """
+    i = tl.arange(0, CP)[:, None]
     top = tl.max(a, 0)
-    # The select drops the exponentials of padded rows at compile time wherever axis 0 lies in registers.
-    e = tl.where(i < C, tl.exp(a - top[None]), 0.0)
+    # The select drops the exponentials of the rows beyond C when the kernel is compiled.
+    e = tl.where(i < C, tl.exp(a - top[None, :]), 0.0)
     z = tl.sum(e, 0)
     inv_z = 1.0 / z
-    ajj = tl.sum(tl.where(i == j, e, 0.0), 0) * inv_z
-    if IDENTITY:
-        at_label = tl.sum(tl.where(i == y, a, 0.0), 0)
-        h = tl.where(i == y, 1.0, 0.0).to(a.dtype) + tl.zeros_like(a)
+    ajj = tl.sum(tl.where(i == j[None, :], e, 0.0), 0) * inv_z
+    if log_transition is None:
+        at_label = tl.sum(tl.where(i == y[None, :], a, 0.0), 0)
+        h = e  # one-hot at y: `cm_gradient` knows, and nothing is held for it
         log_q = (at_label - top) - tl.log(z)
     else:
+        log_t = tl.load(log_transition + (i * C + y[None, :]), mask=(i < C) & mask[None, :], other=float("-inf"))
         u = a + log_t
         label_top = tl.max(u, 0)
         shift = tl.where(label_top == float("-inf"), 0.0, label_top)  # -inf - -inf must not become NaN
-        h = tl.where(i < C, tl.exp(u - shift[None]), 0.0)
+        h = tl.where(i < C, tl.exp(u - shift[None, :]), 0.0)
         q = tl.sum(h, 0)
-        h = h * tl.where(q == 0, 0.0, 1.0 / q)[None]
+        h = h * tl.where(q == 0, 0.0, 1.0 / q)[None, :]
         log_q = (shift - top) + (tl.log(q) - tl.log(z))
     return e, inv_z, h, log_q, ajj
 
 
 @triton.jit
-def cm_gradient(e, inv_z, h, r, ajj, i, j, weight, trace_weight):
-    """w r (A - h) + w_trace A[j,j] ([i = j] - A), the two weights holding the pixel's own."""
-    big_a = e * inv_z[None]
-    diagonal = trace_weight * ajj
-    gradient = (weight * r)[None] * (big_a - h) - diagonal[None] * big_a
-    return gradient + tl.where(i == j, diagonal[None], 0.0)
+def cm_gradient(e, inv_z, h, r, ajj, j, y, live, w, wt, IDENTITY: tl.constexpr, C: tl.constexpr, CP: tl.constexpr):
+    """w r (A - h) + wt A[j,j] ([i = j] - A); w and wt hold the pixel's weight. 0 where it does not count."""
+    i = tl.arange(0, CP)[:, None]
+    big_a = e * inv_z[None, :]
+    diagonal = wt * ajj
+    if IDENTITY:
+        h = tl.where(i == y[None, :], 1.0, 0.0).to(e.dtype)
+    gradient = (w * r)[None, :] * (big_a - h) - diagonal[None, :] * big_a
+    gradient += tl.where(i == j[None, :], diagonal[None, :], 0.0)
+    return tl.where(live[None, :] & (i < C), gradient, 0.0)  # beyond C a zero that the compiler sees
 
 
 # --- interpolation: linear, align_corners=False; `linear_tap` of csrc/coarse_math.h -------------------------------------
@@ -131,23 +139,21 @@ def corner_of(first, second, weight, CORNER: tl.constexpr, BIT: tl.constexpr, MO
 
 @triton.jit
 def load_columns(
-    cm, i, j, px, use, depth, height, width, grid_d, grid_h, grid_w,
-    C: tl.constexpr, MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr, CORNERS: tl.constexpr,
-    WIDE: tl.constexpr, R: tl.constexpr,
+    cm, j, px, use, depth, height, width, grid_d, grid_h, grid_w,
+    C: tl.constexpr, CP: tl.constexpr, MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr,
+    CORNERS: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """a[i, j, pixels] of one image: (CP, BJ, BLOCK) from i (CP, 1, 1), j (1, BJ, 1), px (BLOCK); rows beyond C: -inf.
-
-    Nothing is read for pixels that are not in ``use``.
-    """
+    """a[:, j] of one image at pixels px: (CP, N); rows beyond C: -inf. Nothing is read where ``use`` is not."""
+    i = tl.arange(0, CP)[:, None]
     points = grid_d * grid_h * grid_w
-    mask = (i < C) & (j < C) & use[None, None, :]
-    entry = i * C + j
+    mask = (i < C) & ((j < C) & use)[None, :]
+    entry = i * C + j[None, :]
     if WIDE:
         plane = entry.to(tl.int64) * points
     else:
         plane = entry * points
     if (MODE_D == EQUAL) & (MODE_H == EQUAL) & (MODE_W == EQUAL):
-        return tl.load(cm + (plane + px[None, None, :]), mask=mask, other=float("-inf")).to(R)
+        return tl.load(cm + (plane + px[None, :]), mask=mask, other=float("-inf")).to(R)
     else:
         d0, d1, d_weight = tap(px // (height * width), grid_d, depth, MODE_D, R)
         h0, h1, h_weight = tap(px // width % height, grid_h, height, MODE_H, R)
@@ -158,16 +164,16 @@ def load_columns(
         h, h_share = corner_of(h0, h1, h_weight, 0, BIT_H, MODE_H)
         w, w_share = corner_of(w0, w1, w_weight, 0, 0, MODE_W)
         node = (d * grid_h + h) * grid_w + w
-        a = tl.load(cm + (plane + node[None, None, :]), mask=mask, other=0.0).to(R)
+        a = tl.load(cm + (plane + node[None, :]), mask=mask, other=0.0).to(R)
         if CORNERS > 1:
-            a *= (d_share * h_share * w_share)[None, None, :]
+            a *= (d_share * h_share * w_share)[None, :]
             for corner in tl.static_range(1, CORNERS):
                 d, d_share = corner_of(d0, d1, d_weight, corner, BIT_D, MODE_D)
                 h, h_share = corner_of(h0, h1, h_weight, corner, BIT_H, MODE_H)
                 w, w_share = corner_of(w0, w1, w_weight, corner, 0, MODE_W)
                 node = (d * grid_h + h) * grid_w + w
-                x = tl.load(cm + (plane + node[None, None, :]), mask=mask, other=0.0).to(R)
-                a += x * (d_share * h_share * w_share)[None, None, :]
+                x = tl.load(cm + (plane + node[None, :]), mask=mask, other=0.0).to(R)
+                a += x * (d_share * h_share * w_share)[None, :]
         return tl.where(i < C, a, float("-inf"))
 
 
@@ -175,35 +181,28 @@ def load_columns(
 
 
 @triton.jit
-def columns_of_pixels(
-    seg, cm, j, px, y, log_transition, labelled, use, s_top, depth, height, width, grid_d, grid_h, grid_w,
-    C: tl.constexpr, CP: tl.constexpr, MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr,
-    CORNERS: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    """Columns ``j`` (BJ) of one image's pixels: `column_terms`, and with them s[j] - s_top and log(p[j] q[j])."""
-    i = tl.arange(0, CP)[:, None, None]
-    j2 = j[:, None]
-    j3 = j[None, :, None]
-    y3 = y[None, None, :]
-    log_t = 0.0
-    if log_transition is not None:
-        log_t = tl.load(log_transition + i * C + y3, mask=(i < C) & labelled[None, None, :], other=float("-inf"))
-    a = load_columns(
-        cm, i, j3, px, labelled, depth, height, width, grid_d, grid_h, grid_w,
-        C, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
-    )  # fmt: skip
-    e, inv_z, h, log_q, ajj = column_terms(a, i, j3, y3, log_t, C, log_transition is None)
-    plane = j2 * (depth * height * width)
+def fold(x, BJ: tl.constexpr, BLOCK: tl.constexpr):
+    """(N,) -> (BJ, BLOCK): the columns of a pixel along axis 0."""
+    return tl.reshape(x, (BJ, BLOCK))
+
+
+@triton.jit
+def spread(x, BJ: tl.constexpr, BLOCK: tl.constexpr):
+    """(BLOCK,) -> (N,): the pixel's value for each of its columns."""
+    return tl.reshape(tl.broadcast_to(x[None, :], (BJ, BLOCK)), (BJ * BLOCK,))
+
+
+@triton.jit
+def plane_of(j, pixels, WIDE: tl.constexpr):
     if WIDE:
-        plane = j2.to(tl.int64) * (depth * height * width)
-    s = tl.load(seg + (plane + px[None, :]), mask=(j2 < C) & use[None, :], other=0.0).to(R) - s_top[None, :]
-    joint = tl.where(j2 < C, s + log_q, float("-inf"))
-    return e, inv_z, h, ajj, s, joint
+        return j.to(tl.int64) * pixels
+    else:
+        return j * pixels
 
 
 @triton.jit
 def add_evidence(joint_top, joint_sum, joint):
-    """sum over j of exp(joint - joint_top), so far; the new maximum of joint."""
+    """(max, sum of exp(joint - max)) over the columns so far and those of joint (BJ, BLOCK)."""
     top = tl.maximum(joint_top, tl.max(joint, 0))
     shift = tl.where(top == float("-inf"), 0.0, top)
     joint_sum = joint_sum * tl.exp(joint_top - shift) + tl.sum(tl.exp(joint - shift[None, :]), 0)
@@ -211,163 +210,223 @@ def add_evidence(joint_top, joint_sum, joint):
 
 
 @triton.jit
-def write_columns(
-    grad_seg, grad_cm, posterior, e, inv_z, h, ajj, s, joint, j, px, s_sum, shift, joint_sum, inside, known, live, w, wt,
-    pixels, accumulate, C: tl.constexpr, CP: tl.constexpr, WIDE: tl.constexpr,
+def columns_of_pixels(
+    seg, cm, j, px, y, log_transition, labelled, s, depth, height, width, grid_d, grid_h, grid_w,
+    C: tl.constexpr, CP: tl.constexpr, MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr,
+    CORNERS: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """The outputs of columns ``j``. Everything inside the image is written: zeros where the pixel does not count."""
-    i = tl.arange(0, CP)[:, None, None]
-    j2 = j[:, None]
-    j3 = j[None, :, None]
-    plane = j2 * pixels
-    entry = i * C + j3
-    if WIDE:
-        plane = j2.to(tl.int64) * pixels
-        entry = entry.to(tl.int64)
-    mask2 = (j2 < C) & inside[None, :]
-    p = tl.exp(s) / s_sum[None, :]
-    r = tl.exp(joint - shift[None, :]) / joint_sum[None, :]
+    """`column_terms` of columns j, and log(p[j] q[j]) up to a constant of the pixel; s is s[j] less its maximum."""
+    a = load_columns(
+        cm, j, px, labelled, depth, height, width, grid_d, grid_h, grid_w,
+        C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
+    )  # fmt: skip
+    e, inv_z, h, log_q, ajj = column_terms(a, j, y, log_transition, labelled, C, CP)
+    return e, inv_z, h, tl.where(j < C, ajj, 0.0), tl.where(j < C, s + log_q, float("-inf"))
+
+
+@triton.jit
+def write_columns(
+    grad_seg, grad_cm, posterior, e, inv_z, h, ajj, s, joint, j, px, y, s_sum, shift, joint_sum, inside, labelled, w, wt,
+    pixels, image, C: tl.constexpr, CP: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
+    IDENTITY: tl.constexpr, SHARED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The outputs of columns j. Everything inside the image is written: zeros where the pixel does not count."""
+    joint_sum = spread(joint_sum, BJ, BLOCK)
+    p = tl.exp(s) / spread(s_sum, BJ, BLOCK)
+    r = tl.exp(joint - spread(shift, BJ, BLOCK)) / joint_sum
+    known = labelled & (joint_sum != 0)
+    live = known & (w != 0)
+    at = plane_of(j, pixels, WIDE) + px
+    mask = (j < C) & inside
     if posterior is not None:
-        soft = tl.where(known[None, :], r, p)
-        tl.store(posterior + (plane + px[None, :]), soft.to(posterior.dtype.element_ty), mask=mask2)
+        tl.store(posterior + at, tl.where(known, r, p).to(posterior.dtype.element_ty), mask=mask)
     if grad_seg is not None:
-        gradient = tl.where(live[None, :], w[None, :] * (p - r), 0.0)
-        tl.store(grad_seg + (plane + px[None, :]), gradient.to(grad_seg.dtype.element_ty), mask=mask2)
+        tl.store(grad_seg + at, tl.where(live, w * (p - r), 0.0).to(grad_seg.dtype.element_ty), mask=mask)
     if grad_cm is not None:
-        gradient = cm_gradient(e, inv_z, h, r, ajj, i, j3, w[None, :], wt[None, :])
-        gradient = tl.where(live[None, None, :], gradient, 0.0)
-        at = grad_cm + (entry * pixels + px[None, None, :])
-        mask3 = (i < C) & (j3 < C) & inside[None, None, :]
-        if accumulate:
-            gradient += tl.load(at, mask=mask3, other=0.0)
-        tl.store(at, gradient.to(grad_cm.dtype.element_ty), mask=mask3)
+        i = tl.arange(0, CP)[:, None]
+        gradient = cm_gradient(e, inv_z, h, r, ajj, j, y, live, w, wt, IDENTITY, C, CP)
+        at_cm = grad_cm + (plane_of(i * C + j[None, :], pixels, WIDE) + px[None, :])
+        mask_cm = (i < C) & mask[None, :]
+        if SHARED:  # this thread's own sum, image after image
+            gradient += tl.load(at_cm, mask=mask_cm & (image > 0), other=0.0)
+        tl.store(at_cm, gradient.to(grad_cm.dtype.element_ty), mask=mask_cm)
 
 
-PIXEL_SIZES = ["ignore_index", "batch", "images", "cm_stride", "grad_cm_stride", "depth", "height", "width", "grid_d",
-               "grid_h", "grid_w"]  # fmt: skip
+@triton.jit
+def one_image(
+    seg, cm, labels, log_transition, class_weight, pixel_weight,
+    loss_map, nll_map, trace_map, evidence, grad_seg, grad_cm, posterior,
+    factor, trace_factor, ignore_index, b, image, first,
+    batch, cm_stride, grad_cm_stride, depth, height, width, grid_d, grid_h, grid_w, pixels_again,
+    C: tl.constexpr, CP: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
+    MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr, CORNERS: tl.constexpr,
+    SHARED: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """BLOCK pixels of image ``b``. Returns their weighted nll and trace."""
+    ONE_TILE: tl.constexpr = BJ >= C
+    IDENTITY: tl.constexpr = log_transition is None
+    pixels = depth * height * width
+    seg += b * pixels * C
+    cm += b * cm_stride
+    if grad_seg is not None:
+        grad_seg += b * pixels * C
+    if posterior is not None:
+        posterior += b * pixels * C
+    if grad_cm is not None:
+        grad_cm += b * grad_cm_stride
+
+    # Pairs of a column and a pixel: label and weight are read for each, which costs less than handing them round.
+    pair = tl.arange(0, BJ * BLOCK)
+    px = first + pair % BLOCK
+    j = pair // BLOCK
+    inside = px < pixels
+    y, labelled, w = label_and_weight(
+        labels, class_weight, pixel_weight, b * pixels + px, inside, ignore_index, C, R
+    )  # fmt: skip
+    w = tl.where(labelled, w * factor, 0.0)
+    wt = w * trace_factor
+    use = labelled
+    if posterior is not None:
+        use = inside  # p is wanted where there is no label, too
+
+    own_px = first + tl.arange(0, BLOCK)
+    own = own_px < pixels
+    at_px = b * pixels + own_px
+    _, own_labelled, weight = label_and_weight(
+        labels, class_weight, pixel_weight, at_px, own, ignore_index, C, R
+    )  # fmt: skip
+
+    if ONE_TILE:
+        s = tl.load(seg + (plane_of(j, pixels, WIDE) + px), mask=(j < C) & use, other=0.0).to(R)
+        s = tl.where(j < C, s, float("-inf"))
+        scores = fold(s, BJ, BLOCK)
+    else:
+        every_j = tl.arange(0, CP)[:, None]
+        at = plane_of(every_j, pixels, WIDE) + own_px[None, :]
+        wanted = own
+        if posterior is None:
+            wanted = own_labelled
+        scores = tl.load(seg + at, mask=(every_j < C) & wanted[None, :], other=0.0).to(R)
+        scores = tl.where(every_j < C, scores, float("-inf"))
+    s_top = tl.max(scores, 0)
+    s_sum = tl.sum(tl.exp(scores - s_top[None, :]), 0)
+    s_tops = spread(s_top, BJ, BLOCK)
+
+    # Evidence: D = joint_sum * exp(joint_top) / s_sum.
+    joint_top = tl.full((BLOCK,), float("-inf"), R)
+    joint_sum = tl.zeros((BLOCK,), R)
+    if ONE_TILE:
+        s -= s_tops
+        e, inv_z, h, ajj, joint = columns_of_pixels(
+            seg, cm, j, px, y, log_transition, labelled, s, depth, height, width, grid_d, grid_h, grid_w,
+            C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
+        )  # fmt: skip
+        joint_top, joint_sum = add_evidence(joint_top, joint_sum, fold(joint, BJ, BLOCK))
+        trace = tl.sum(fold(ajj, BJ, BLOCK), 0)
+    else:
+        trace = tl.zeros((BLOCK,), R)
+        for j0 in range(0, C, BJ):
+            at = plane_of(j0 + j, pixels, WIDE) + px
+            s = tl.load(seg + at, mask=(j0 + j < C) & use, other=0.0).to(R) - s_tops
+            e, inv_z, h, ajj, joint = columns_of_pixels(
+                seg, cm, j0 + j, px, y, log_transition, labelled, s, depth, height, width, grid_d, grid_h, grid_w,
+                C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
+            )  # fmt: skip
+            joint_top, joint_sum = add_evidence(joint_top, joint_sum, fold(joint, BJ, BLOCK))
+            trace += tl.sum(fold(ajj, BJ, BLOCK), 0)
+
+    shift = tl.where(joint_top == float("-inf"), 0.0, joint_top)
+    # A label that no class can explain: D = 0. NaN is no such thing: it has to be seen.
+    nll = tl.where(joint_sum != 0, tl.log(s_sum) - (shift + tl.log(joint_sum)), float("inf"))
+    weighs = own_labelled & (weight != 0)  # 0 * inf is not 0
+    weighted_nll = tl.where(weighs, weight * nll, 0.0)
+    weighted_trace = tl.where(weighs, weight * trace, 0.0)
+    if nll_map is not None:
+        loss = factor * (weighted_nll + trace_factor * weighted_trace)
+        tl.store(loss_map + at_px, tl.where(factor == 0, 0.0, loss), mask=own)
+        tl.store(nll_map + at_px, weighted_nll, mask=own)
+        tl.store(trace_map + at_px, weighted_trace, mask=own)
+    if evidence is not None:
+        plane_size = batch.to(tl.int64) * pixels
+        tl.store(evidence + at_px, s_top, mask=own)
+        tl.store(evidence + plane_size + at_px, shift, mask=own)
+        tl.store(evidence + 2 * plane_size + at_px, joint_sum, mask=own)
+
+    if (grad_seg is not None) or (grad_cm is not None) or (posterior is not None):
+        if ONE_TILE:
+            write_columns(
+                grad_seg, grad_cm, posterior, e, inv_z, h, ajj, s, joint, j, px, y, s_sum, shift, joint_sum,
+                inside, labelled, w, wt, pixels_again, image, C, CP, BJ, BLOCK, IDENTITY, SHARED, WIDE,
+            )  # fmt: skip
+        else:
+            for j0 in range(0, C, BJ):
+                # The same arithmetic on the same values as above, so that joint - joint_top cancels exactly.
+                at = plane_of(j0 + j, pixels, WIDE) + px
+                s = tl.load(seg + at, mask=(j0 + j < C) & use, other=0.0).to(R) - s_tops
+                e, inv_z, h, ajj, joint = columns_of_pixels(
+                    seg, cm, j0 + j, px, y, log_transition, labelled, s, depth, height, width, grid_d, grid_h, grid_w,
+                    C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
+                )  # fmt: skip
+                write_columns(
+                    grad_seg, grad_cm, posterior, e, inv_z, h, ajj, s, joint, j0 + j, px, y, s_sum, shift, joint_sum,
+                    inside, labelled, w, wt, pixels_again, image, C, CP, BJ, BLOCK, IDENTITY, SHARED, WIDE,
+                )  # fmt: skip
+    return weighted_nll, weighted_trace
 
 
-# No size is specialised on: a width known to divide by 16 would give a lane four neighbouring pixels, and the columns to
-# lanes, whose reductions then need shuffles.
+PIXEL_SIZES = ["ignore_index", "batch", "cm_stride", "grad_cm_stride", "depth", "height", "width", "grid_d",
+               "grid_h", "grid_w", "pixels_again"]  # fmt: skip
+
+
+# No size is specialised on: a width known to divide by 16 would give a lane four neighbouring pixels, and four times the
+# registers, at BLOCK = 32.
 @triton.jit(do_not_specialize=PIXEL_SIZES)
 def pixel_kernel(
     seg, cm, labels, log_transition, class_weight, pixel_weight, scale,
     partials, loss_map, nll_map, trace_map, evidence, grad_seg, grad_cm, posterior,
     loss_scale, loss_scale_low, trace_weight, trace_weight_low, ignore_index,
-    batch, images, cm_stride, grad_cm_stride, depth, height, width, grid_d, grid_h, grid_w,
+    batch, cm_stride, grad_cm_stride, depth, height, width, grid_d, grid_h, grid_w, pixels_again,
     C: tl.constexpr, CP: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
     MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr, CORNERS: tl.constexpr,
-    WIDE: tl.constexpr, R: tl.constexpr,
+    SHARED: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK pixels of one image, or of ``images`` images one after the other where one field serves them all.
+    """BLOCK pixels of one image, or of all images one after the other where they share the field's gradient (SHARED).
 
-    A tile is (CP, BJ, BLOCK). A pixel is a lane and a column a warp, so that a column's CP logits lie in one thread's
-    registers: its three reductions need no communication, only the two over j do. Up to 32 classes BJ holds every
-    column and the logits are read once. Beyond, columns come BJ at a time and twice: first for the evidence, then for
-    the gradient. The second reading is meant to hit L2: a block is 32 pixels, 32 C^2 logits (139 KB at C = 33 in
-    float32), the smallest that fills a warp.
+    The pairs of a tile are BJ columns of BLOCK pixels: a pixel is a lane and a column a warp. Only the sums over j go
+    from warp to warp. Up to 32 classes BJ holds every column and the logits are read once. Beyond, columns come BJ at a
+    time and twice: first for the evidence, then for the gradient. The second reading is meant to hit L2: a block is 32
+    pixels, the fewest that fill a warp, and 32 C^2 logits (139 KB at C = 33 in float32).
     """
-    ONE_TILE: tl.constexpr = BJ >= C
     pixels = depth * height * width
     blocks = tl.cdiv(pixels, BLOCK)
     program = tl.program_id(0)
-    px = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = px < pixels
-    block_j = tl.arange(0, BJ)
-    every_j = tl.arange(0, CP)[:, None]
+    first = program % blocks * BLOCK
     factor = gradient_factor(scale, loss_scale, loss_scale_low, R)
     trace_factor = number(trace_weight, trace_weight_low, R)
-    nll_sum = tl.zeros((BLOCK,), tl.float64)  # over pixels of very different weight
-    trace_sum = tl.zeros((BLOCK,), tl.float64)
-
-    for image in range(images):
-        b = (program // blocks + image).to(tl.int64)
-        at = b * pixels + px
-        seg_image = seg + b * pixels * C
-        cm_image = cm + b * cm_stride
-        y, labelled, weight = label_and_weight(labels, class_weight, pixel_weight, at, inside, ignore_index, C, R)
-        use = labelled
-        if posterior is not None:
-            use = inside  # p is wanted where there is no label, too
-
-        plane = every_j * pixels
-        if WIDE:
-            plane = every_j.to(tl.int64) * pixels
-        s = tl.load(seg_image + (plane + px[None, :]), mask=(every_j < C) & use[None, :], other=0.0).to(R)
-        s = tl.where(every_j < C, s, float("-inf"))
-        s_top = tl.max(s, 0)
-        s_sum = tl.sum(tl.exp(s - s_top[None, :]), 0)
-
-        # Evidence: D = joint_sum * exp(joint_top) / s_sum.
-        joint_top = tl.full((BLOCK,), float("-inf"), R)
-        joint_sum = tl.zeros((BLOCK,), R)
-        if ONE_TILE:
-            e, inv_z, h, ajj, s, joint = columns_of_pixels(
-                seg_image, cm_image, block_j, px, y, log_transition, labelled, use, s_top,
-                depth, height, width, grid_d, grid_h, grid_w, C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
+    if SHARED:
+        nll_sum = tl.zeros((BLOCK,), tl.float64)
+        trace_sum = tl.zeros((BLOCK,), tl.float64)
+        for image in range(batch):
+            nll, trace = one_image(
+                seg, cm, labels, log_transition, class_weight, pixel_weight,
+                loss_map, nll_map, trace_map, evidence, grad_seg, grad_cm, posterior,
+                factor, trace_factor, ignore_index, (program * 0 + image).to(tl.int64), image, first,
+                batch, cm_stride, grad_cm_stride, depth, height, width, grid_d, grid_h, grid_w, pixels_again,
+                C, CP, BJ, BLOCK, MODE_D, MODE_H, MODE_W, CORNERS, SHARED, WIDE, R,
             )  # fmt: skip
-            joint_top, joint_sum = add_evidence(joint_top, joint_sum, joint)
-            trace = tl.sum(tl.where(block_j[:, None] < C, ajj, 0.0), 0)
-        else:
-            trace = tl.zeros((BLOCK,), R)
-            for j0 in range(0, C, BJ):
-                e, inv_z, h, ajj, s, joint = columns_of_pixels(
-                    seg_image, cm_image, j0 + block_j, px, y, log_transition, labelled, use, s_top,
-                    depth, height, width, grid_d, grid_h, grid_w, C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
-                )  # fmt: skip
-                joint_top, joint_sum = add_evidence(joint_top, joint_sum, joint)
-                trace += tl.sum(tl.where(j0 + block_j[:, None] < C, ajj, 0.0), 0)
-
-        shift = tl.where(joint_top == float("-inf"), 0.0, joint_top)
-        possible = joint_sum != 0  # NaN is: it has to be seen
-        nll = tl.where(possible, tl.log(s_sum) - (shift + tl.log(joint_sum)), float("inf"))
-        weighs = labelled & (weight != 0)  # 0 * inf is not 0
-        weighted_nll = tl.where(weighs, weight * nll, 0.0)
-        weighted_trace = tl.where(weighs, weight * trace, 0.0)
-        nll_sum += weighted_nll.to(tl.float64)
-        trace_sum += weighted_trace.to(tl.float64)
-        if nll_map is not None:
-            loss = factor * (weighted_nll + trace_factor * weighted_trace)
-            tl.store(loss_map + at, tl.where(factor == 0, 0.0, loss), mask=inside)
-            tl.store(nll_map + at, weighted_nll, mask=inside)
-            tl.store(trace_map + at, weighted_trace, mask=inside)
-        if evidence is not None:
-            plane_size = batch.to(tl.int64) * pixels
-            tl.store(evidence + at, s_top, mask=inside)
-            tl.store(evidence + plane_size + at, shift, mask=inside)
-            tl.store(evidence + 2 * plane_size + at, joint_sum, mask=inside)
-
-        if (grad_seg is not None) or (grad_cm is not None) or (posterior is not None):
-            w = tl.where(labelled, weight * factor, 0.0)
-            live = labelled & possible & (w != 0)
-            known = labelled & possible
-            wt = w * trace_factor
-            grad_seg_image = None
-            if grad_seg is not None:
-                grad_seg_image = grad_seg + b * pixels * C
-            posterior_image = None
-            if posterior is not None:
-                posterior_image = posterior + b * pixels * C
-            grad_cm_image = None
-            if grad_cm is not None:
-                grad_cm_image = grad_cm + b * grad_cm_stride
-            if ONE_TILE:
-                write_columns(
-                    grad_seg_image, grad_cm_image, posterior_image, e, inv_z, h, ajj, s, joint, block_j, px,
-                    s_sum, shift, joint_sum, inside, known, live, w, wt, pixels, image > 0, C, CP, WIDE,
-                )  # fmt: skip
-            else:
-                for j0 in range(0, C, BJ):
-                    # The same arithmetic on the same values as above, so that joint - joint_top cancels exactly.
-                    e, inv_z, h, ajj, s, joint = columns_of_pixels(
-                        seg_image, cm_image, j0 + block_j, px, y, log_transition, labelled, use, s_top,
-                        depth, height, width, grid_d, grid_h, grid_w, C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
-                    )  # fmt: skip
-                    write_columns(
-                        grad_seg_image, grad_cm_image, posterior_image, e, inv_z, h, ajj, s, joint, j0 + block_j, px,
-                        s_sum, shift, joint_sum, inside, known, live, w, wt, pixels, image > 0, C, CP, WIDE,
-                    )  # fmt: skip
-
+            nll_sum += nll.to(tl.float64)
+            trace_sum += trace.to(tl.float64)
+    else:
+        # Not a loop of one round: the compiler would keep every address, which the rounds share, in registers.
+        nll, trace = one_image(
+            seg, cm, labels, log_transition, class_weight, pixel_weight,
+            loss_map, nll_map, trace_map, evidence, grad_seg, grad_cm, posterior,
+            factor, trace_factor, ignore_index, (program // blocks).to(tl.int64), 0, first,
+            batch, cm_stride, grad_cm_stride, depth, height, width, grid_d, grid_h, grid_w, pixels_again,
+            C, CP, BJ, BLOCK, MODE_D, MODE_H, MODE_W, CORNERS, SHARED, WIDE, R,
+        )  # fmt: skip
+        nll_sum = nll.to(tl.float64)  # over pixels of very different weight
+        trace_sum = trace.to(tl.float64)
     if partials is not None:
         tl.store(partials + 2 * program.to(tl.int64), tl.sum(nll_sum, 0))
         tl.store(partials + 2 * program.to(tl.int64) + 1, tl.sum(trace_sum, 0))
@@ -471,14 +530,14 @@ def cell_kernel(
 ):  # fmt: skip
     """Gradient of one cell's corners from its pixels, or from one of ``copies`` shares of them; BJ columns.
 
-    A tile is (CP, corner, P, BJ): a column is a lane, so that the corners' logits and the sums of their gradients stay
-    in registers while the pixels go by, P at a time (a warp each). The sums over pixels then cost one multiply-add for
-    a corner and entry; with a pixel a lane they would cost five shuffles. Cells of one colour share no grid point:
-    the sums are added to ``grad`` without atomics.
+    The pairs of a tile are P pixels of BJ columns: a column is a lane, so that the corners' logits and the sums of their
+    gradients stay in its registers while the pixels go by. A sum over pixels then costs one multiply-add for a corner
+    and entry; with a pixel a lane it would cost five shuffles. ``cm`` is (fields, points, C, C): a row of it is
+    contiguous. Cells of one colour share no grid point: the sums are added to ``grad`` without atomics.
     """
     blocks_j: tl.constexpr = (C + BJ - 1) // BJ
     program = tl.program_id(0)
-    j = program % blocks_j * BJ + tl.arange(0, BJ)
+    first_j = program % blocks_j * BJ
     program = program // blocks_j
     w_point, w_begin, w_length = cell_range(program % cells_w, first_w, grid_w, width, MODE_W)
     program = program // cells_w
@@ -486,42 +545,42 @@ def cell_kernel(
     program = program // cells_h
     d_point, d_begin, d_length = cell_range(program % cells_d, first_d, grid_d, depth, MODE_D)
     program = program // cells_d
-    field = program % fields
+    field = (program % fields).to(tl.int64)
     copy = program // fields
 
+    pair = tl.arange(0, P * BJ)
+    j = first_j + pair % BJ
     i = tl.arange(0, CP)
     corner = tl.arange(0, CORNERS)
     w_bit = corner % 2 * (MODE_W // 2)
     h_bit = corner // (1 + MODE_W // 2) % 2 * (MODE_H // 2)
     d_bit = corner // ((1 + MODE_W // 2) * (1 + MODE_H // 2)) % 2 * (MODE_D // 2)
     exists = (d_point + d_bit < grid_d) & (h_point + h_bit < grid_h) & (w_point + w_bit < grid_w)
-    node = ((d_point + d_bit) * grid_h + h_point + h_bit) * grid_w + w_point + w_bit
-    points = grid_d * grid_h * grid_w
-    entry = i[:, None, None, None] * C + j[None, None, None, :]
-    at = entry * points + node[None, :, None, None]
-    if WIDE:
-        at = entry.to(tl.int64) * points + node[None, :, None, None]
-    mask = (i < C)[:, None, None, None] & (j < C)[None, None, None, :] & exists[None, :, None, None]
-    corners = tl.load(cm + field.to(tl.int64) * cm_stride + at, mask=mask, other=0.0).to(R)
+    node = (((d_point + d_bit) * grid_h + h_point + h_bit) * grid_w + w_point + w_bit).to(tl.int64)
+    at = field * cm_stride + (node * C * C)[None, :, None] + (i[:, None] * C)[:, :, None] + j[None, None, :]
+    mask = (i < C)[:, None, None] & (j < C)[None, None, :] & exists[None, :, None]
+    corners = tl.load(cm + at, mask=mask, other=0.0).to(R)
+    corners = tl.where((i < C)[:, None, None], corners, 0.0)
 
     factor = gradient_factor(scale, loss_scale, loss_scale_low, R)
     trace_factor = number(trace_weight, trace_weight_low, R)
     pixels = depth * height * width
     plane_size = batch.to(tl.int64) * pixels
-    i3 = i[:, None, None]
-    j3 = j[None, None, :]
     box = d_length * h_length * w_length
-    count = box.to(tl.int64) * images if WIDE else box * images
+    if WIDE:
+        count = box.to(tl.int64) * images
+    else:
+        count = box * images
     steps = tl.cdiv(count, P)
     share = tl.cdiv(steps, copies)
-    total = tl.zeros((CP, CORNERS, P, BJ), R)
+    total = tl.zeros((CP, CORNERS, P * BJ), R)
     for step in range(copy * share, tl.minimum(copy * share + share, steps)):
-        index = step * P + tl.arange(0, P)
+        index = step * P + pair // BJ
         inside = index < count
         w_px = (w_begin + index % w_length).to(tl.int32)
         h_px = (h_begin + index // w_length % h_length).to(tl.int32)
         d_px = (d_begin + index // (w_length * h_length) % d_length).to(tl.int32)
-        b = (field + index // box).to(tl.int64)
+        b = field + index // box
         px = (d_px * height + h_px) * width + w_px
         at_px = b * pixels + px
         y, labelled, weight = label_and_weight(labels, class_weight, pixel_weight, at_px, inside, ignore_index, C, R)
@@ -531,29 +590,26 @@ def cell_kernel(
         if tl.max(live.to(tl.int32), 0) > 0:  # drawings are coarse: whole cells have no label
             s_top = tl.load(evidence + at_px, mask=live, other=0.0)
             joint_top = tl.load(evidence + plane_size + at_px, mask=live, other=0.0)
-            s_at = b[:, None] * C * pixels + j[None, :].to(tl.int64) * pixels + px[:, None]
-            s = tl.load(seg + s_at, mask=live[:, None] & (j < C)[None, :], other=0.0).to(R)
+            s = tl.load(seg + (b * C + j) * pixels + px, mask=live & (j < C), other=0.0).to(R)
             shares = (
                 share_of(d_px[None, :], d_point, d_bit[:, None], grid_d, depth, MODE_D, R)
                 * share_of(h_px[None, :], h_point, h_bit[:, None], grid_h, height, MODE_H, R)
                 * share_of(w_px[None, :], w_point, w_bit[:, None], grid_w, width, MODE_W, R)
-            )[None, :, :, None]
-            a = tl.where(i3 < C, tl.sum(corners * shares, 1), float("-inf"))
-            y3 = y[None, :, None]
-            log_t = 0.0
-            if log_transition is not None:
-                log_t = tl.load(log_transition + i3 * C + y3, mask=i3 < C, other=float("-inf"))
-            e, inv_z, h, log_q, ajj = column_terms(a, i3, j3, y3, log_t, C, log_transition is None)
-            r = tl.exp((s - s_top[:, None]) + log_q - joint_top[:, None]) / joint_sum[:, None]
-            gradient = cm_gradient(e, inv_z, h, r, ajj, i3, j3, w[:, None], (w * trace_factor)[:, None])
-            gradient = tl.where(live[None, :, None] & (i3 < C) & (j3 < C), gradient, 0.0)
-            total += gradient[:, None, :, :] * shares
+            )[None, :, :]
+            a = tl.where((i < C)[:, None], tl.sum(corners * shares, 1), float("-inf"))
+            e, inv_z, h, log_q, ajj = column_terms(a, j, y, log_transition, live, C, CP)
+            r = tl.exp((s - s_top) + log_q - joint_top) / joint_sum
+            gradient = cm_gradient(
+                e, inv_z, h, r, ajj, j, y, live, w, w * trace_factor, log_transition is None, C, CP
+            )  # fmt: skip
+            total += gradient[:, None, :] * shares
 
-    out = field.to(tl.int64) * field_stride + copy.to(tl.int64) * copy_stride
-    entry = i[:, None, None] * C + j[None, None, :]
-    at = grad + out + entry.to(tl.int64) * entry_stride + node[None, :, None].to(tl.int64) * node_stride
+    summed = tl.sum(tl.reshape(total, (CP, CORNERS, P, BJ)), 2)
+    j = first_j + tl.arange(0, BJ)
+    out = field * field_stride + copy.to(tl.int64) * copy_stride
+    entry = ((i * C)[:, None, None] + j[None, None, :]).to(tl.int64)
+    at = grad + out + entry * entry_stride + (node * node_stride)[None, :, None]
     mask = (i < C)[:, None, None] & (j < C)[None, None, :] & exists[None, :, None]
-    summed = tl.sum(total, 2)
     tl.store(at, tl.load(at, mask=mask, other=0.0) + summed, mask=mask)
 
 
@@ -580,11 +636,11 @@ def transition_kernel(
     pixels = depth * height * width
     blocks = tl.cdiv(pixels, BLOCK)
     plane_size = batch.to(tl.int64) * pixels
-    i = tl.arange(0, CP)[:, None, None]
+    pair = tl.arange(0, BJ * BLOCK)
     factor = gradient_factor(scale, loss_scale, loss_scale_low, R)
     total = tl.zeros((CP,), tl.float64)
     for block in range(program // C, blocks * batch, programs):
-        px = block % blocks * BLOCK + tl.arange(0, BLOCK)
+        px = block % blocks * BLOCK + pair % BLOCK
         b = (block // blocks).to(tl.int64)
         at = b * pixels + px
         y, labelled, weight = label_and_weight(
@@ -598,21 +654,18 @@ def transition_kernel(
             s_top = tl.load(evidence + at, mask=live, other=0.0)
             joint_top = tl.load(evidence + plane_size + at, mask=live, other=0.0)
             log_d = joint_top + tl.log(tl.where(live, joint_sum, 1.0))  # and - log s_sum, as log p has
-            reported = tl.zeros((CP, BLOCK), R)
             for j0 in range(0, C, BJ):
-                j = j0 + tl.arange(0, BJ)
+                j = j0 + pair // BLOCK
                 a = load_columns(
-                    cm + b * cm_stride, i, j[None, :, None], px, live, depth, height, width, grid_d, grid_h, grid_w,
-                    C, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
+                    cm + b * cm_stride, j, px, live, depth, height, width, grid_d, grid_h, grid_w,
+                    C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
                 )  # fmt: skip
                 top = tl.max(a, 0)
-                inv_z = 1.0 / tl.sum(tl.exp(a - top[None]), 0)
-                at_s = (b * C + j[:, None]) * pixels + px[None, :]
-                s = tl.load(seg + at_s, mask=(j < C)[:, None] & live[None, :], other=0.0).to(R)
+                z = tl.sum(tl.exp(a - top[None, :]), 0)
+                s = tl.load(seg + (b * C + j) * pixels + px, mask=live & (j < C), other=0.0).to(R)
                 # p A / D in one exponential: each factor alone may leave the range
-                u = ((s - s_top[None, :]) - log_d[None, :])[None] + (a - top[None])
-                reported += tl.sum(tl.where((j < C)[None, :, None], tl.exp(u) * inv_z[None], 0.0), 1)
-            reported = tl.where(live[None, :], w[None, :] * reported, 0.0)
-            total -= tl.sum(reported.to(tl.float64), 1)
+                u = ((s - s_top) - log_d)[None, :] + (a - top[None, :])
+                reported = tl.where((live & (j < C))[None, :], tl.exp(u) * (w / z)[None, :], 0.0)
+                total -= tl.sum(reported.to(tl.float64), 1)
     at_i = tl.arange(0, CP)
     tl.store(partials + program.to(tl.int64) * C + at_i, total, mask=at_i < C)

@@ -19,9 +19,9 @@ EQUAL, ONE_POINT, LINEAR = range(3)  # as in `kernels`
 # Bytes of the copies of a field's gradient in which shares of large cells are summed, and of a transition's. At
 # 64 MiB a matrix per image (C = 19) may have thousands; a field with a million grid points has one.
 WORKSPACE = 64 << 20
-# Programs of `cell_kernel` that keep a device busy: 132 multiprocessors of an H200, 8 programs each. A constant: the
-# number of copies, and with it the rounding, is the same on every device.
-BUSY = 1024
+# Programs (of one warp, mostly) of `cell_kernel` that keep a device busy: 132 multiprocessors of an H200 with 8 to 32
+# programs each. A constant: the number of copies, and with it the rounding, is the same on every device.
+BUSY = 4096
 
 
 class Axis(NamedTuple):
@@ -102,8 +102,8 @@ class Call:
                 f"seg_logits, cm_logits: float64 goes with float64 only, got {seg_logits.dtype} and {cm_logits.dtype}"
             )
         self.batch, self.classes = seg_logits.shape[:2]
-        if self.classes > max(table._PIXEL):
-            raise ValueError(f"seg_logits: expected at most {max(table._PIXEL)} classes, got {self.classes}")
+        if self.classes > table.MAX_CLASSES:
+            raise ValueError(f"seg_logits: expected at most {table.MAX_CLASSES} classes, got {self.classes}")
         if seg_logits.shape[2:] != labels.shape[1:]:
             raise ValueError("seg_logits: expected on the pixel grid of the labels")
         for name, tensor in (
@@ -119,7 +119,7 @@ class Call:
         self.shared = cm_logits.shape[0] == 1
         self.cm_stride = 0 if self.shared else self.cm.stride(0)
         self.interpreted = self.device.type == "cpu"
-        self.tile = table.pixel_tile(self.classes, self.field.pixels, self.interpreted)
+        self.tile = table.pixel_tile(self.classes, self.field.modes["CORNERS"], self.field.pixels, self.interpreted)
         self.weights = (
             None if class_weight is None else class_weight.contiguous(),
             None if pixel_weight is None else pixel_weight.contiguous(),
@@ -164,10 +164,10 @@ class Call:
                 kernels.pixel_kernel[(programs,)](
                     self.seg, self.cm, self.labels, self.log_transition, *self.weights, self.scale,
                     sums, *(maps or (None, None, None)), evidence, grad_seg, grad_cm, posterior,
-                    *self.constants, self.ignore_index, self.batch, self.batch if together else 1, self.cm_stride,
+                    *self.constants, self.ignore_index, self.batch, self.cm_stride,
                     0 if self.shared else self.classes**2 * self.field.points,
-                    **self.field.sizes, C=self.classes, CP=self.tile.classes, BJ=self.tile.columns,
-                    BLOCK=self.tile.pixels, **self.field.modes, **self.types, num_warps=self.tile.warps,
+                    **self.field.sizes, pixels_again=self.field.pixels, C=self.classes, CP=self.tile.classes,
+                    BJ=self.tile.columns, BLOCK=self.tile.pixels, SHARED=together, **self.field.modes, **self.types, num_warps=self.tile.warps,
                 )  # fmt: skip
         return sums
 
@@ -187,20 +187,20 @@ class Call:
         A float32 field too large for the workspace is summed in place, in its own layout.
         """
         axes, classes = self.field.axes, self.classes
-        tile = table.cell_tile(classes, self.field.modes["CORNERS"], self.interpreted)
         fields = self.cm_shape[0]
-        images = self.batch if self.shared else 1
         entries = classes * classes
         numel = fields * self.field.points * entries
         out = torch.empty(self.cm_shape, dtype=self.cm.dtype, device=self.device)
         if self.empty or numel == 0:
             return out.zero_()
 
+        images = self.batch if self.shared else 1
+        cell = -(-images * self.field.pixels // self.field.points)
+        tile = table.cell_tile(classes, self.field.modes["CORNERS"], cell, self.interpreted)
         columns = -(-classes // tile.columns)
-        cells = [axis.points for axis in axes]
         at_once = [-(-axis.points // 2) if axis.mode == LINEAR else axis.points for axis in axes]
         programs = at_once[0] * at_once[1] * at_once[2] * fields * columns
-        steps = -(-images * self.field.pixels // (cells[0] * cells[1] * cells[2] * tile.pixels))
+        steps = -(-cell // tile.pixels)
         busy = 4 if self.interpreted else BUSY
         size = numel * (8 if self.dtype == torch.float64 else 4)
         copies = max(1, min(steps, -(-busy // programs), WORKSPACE // size))
@@ -211,6 +211,8 @@ class Call:
         else:
             total = torch.zeros(copies, fields, self.field.points, entries, dtype=self.dtype, device=self.device)
             strides = (1, entries, self.field.points * entries, numel)
+        # The field with the C x C entries of a point together: a copy on its grid.
+        field = self.cm.flatten(1, 2).flatten(2).transpose(1, 2).contiguous()
         # A cell reaches its own grid point and the next: every second cell at a time, along each linear axis.
         colours = itertools.product(*(range(2) if axis.mode == LINEAR else range(1) for axis in axes))
         with on_device(self.device):
@@ -221,8 +223,8 @@ class Call:
                 ]
                 grid = count[0] * count[1] * count[2] * fields * copies * columns
                 kernels.cell_kernel[(grid,)](
-                    self.seg, self.cm, self.labels, self.log_transition, *self.weights, self.scale, evidence, total,
-                    *self.constants, self.ignore_index, self.batch, images, self.cm_stride, **self.field.sizes,
+                    self.seg, field, self.labels, self.log_transition, *self.weights, self.scale, evidence, total,
+                    *self.constants, self.ignore_index, self.batch, images, field.stride(0), **self.field.sizes,
                     first_d=first[0], first_h=first[1], first_w=first[2],
                     cells_d=count[0], cells_h=count[1], cells_w=count[2], fields=fields, copies=copies,
                     entry_stride=strides[0], node_stride=strides[1], field_stride=strides[2], copy_stride=strides[3],
