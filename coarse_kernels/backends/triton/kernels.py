@@ -51,12 +51,16 @@ def label_and_weight(labels, class_weight, pixel_weight, at, inside, ignore_inde
     return y, labelled, weight
 
 
+# Of offsets (CP, N) that follow a label or a grid point neither axis is contiguous, and Triton 3.6 then makes axis 0 the
+# fastest: whatever meets the load goes through shared memory to get there (C = 19 with a transition: 6 KB of spills).
+# The hint [1, 2] makes it axis 1, as in every tile, and does nothing else: how many elements are loaded at once is bounded by
+# their alignment, which for these offsets is one element. (It has to stand where the offsets are computed to be kept.)
 @triton.jit
-def column_terms(a, j, y, log_transition, mask, C: tl.constexpr, CP: tl.constexpr):
+def column_terms(a, j, y, log_transition, C: tl.constexpr, CP: tl.constexpr):
     """Columns a[:, j] of pixels labelled y. Returns e, 1/Z (A = e/Z), h = p(observed | true, label), log q[j], A[j,j].
 
     Log space throughout, no epsilon: every exponential is of a difference of two logits and divided by a sum that
-    contains it. A NaN stays one. ``mask`` says where the label is one.
+    contains it. A NaN stays one.
     """
     i = tl.arange(0, CP)[:, None]
     top = tl.max(a, 0)
@@ -70,7 +74,8 @@ def column_terms(a, j, y, log_transition, mask, C: tl.constexpr, CP: tl.constexp
         h = e  # one-hot at y: `cm_gradient` knows, and nothing is held for it
         log_q = (at_label - top) - tl.log(z)
     else:
-        log_t = tl.load(log_transition + (i * C + y[None, :]), mask=(i < C) & mask[None, :], other=float("-inf"))
+        at = tl.max_contiguous(i * C + y[None, :], [1, 2])
+        log_t = tl.load(log_transition + at, mask=i < C, other=float("-inf"))
         u = a + log_t
         label_top = tl.max(u, 0)
         shift = tl.where(label_top == float("-inf"), 0.0, label_top)  # -inf - -inf must not become NaN
@@ -164,7 +169,7 @@ def load_columns(
         h, h_share = corner_of(h0, h1, h_weight, 0, BIT_H, MODE_H)
         w, w_share = corner_of(w0, w1, w_weight, 0, 0, MODE_W)
         node = (d * grid_h + h) * grid_w + w
-        a = tl.load(cm + (plane + node[None, :]), mask=mask, other=0.0).to(R)
+        a = tl.load(cm + tl.max_contiguous(plane + node[None, :], [1, 2]), mask=mask, other=0.0).to(R)
         if CORNERS > 1:
             a *= (d_share * h_share * w_share)[None, :]
             for corner in tl.static_range(1, CORNERS):
@@ -172,7 +177,7 @@ def load_columns(
                 h, h_share = corner_of(h0, h1, h_weight, corner, BIT_H, MODE_H)
                 w, w_share = corner_of(w0, w1, w_weight, corner, 0, MODE_W)
                 node = (d * grid_h + h) * grid_w + w
-                x = tl.load(cm + (plane + node[None, :]), mask=mask, other=0.0).to(R)
+                x = tl.load(cm + tl.max_contiguous(plane + node[None, :], [1, 2]), mask=mask, other=0.0).to(R)
                 a += x * (d_share * h_share * w_share)[None, :]
         return tl.where(i < C, a, float("-inf"))
 
@@ -220,7 +225,7 @@ def columns_of_pixels(
         cm, j, px, labelled, depth, height, width, grid_d, grid_h, grid_w,
         C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
     )  # fmt: skip
-    e, inv_z, h, log_q, ajj = column_terms(a, j, y, log_transition, labelled, C, CP)
+    e, inv_z, h, log_q, ajj = column_terms(a, j, y, log_transition, C, CP)
     return e, inv_z, h, tl.where(j < C, ajj, 0.0), tl.where(j < C, s + log_q, float("-inf"))
 
 
@@ -302,11 +307,11 @@ def one_image(
         scores = fold(s, BJ, BLOCK)
     else:
         every_j = tl.arange(0, CP)[:, None]
-        at = plane_of(every_j, pixels, WIDE) + own_px[None, :]
+        at_scores = plane_of(every_j, pixels, WIDE) + own_px[None, :]
         wanted = own
         if posterior is None:
             wanted = own_labelled
-        scores = tl.load(seg + at, mask=(every_j < C) & wanted[None, :], other=0.0).to(R)
+        scores = tl.load(seg + at_scores, mask=(every_j < C) & wanted[None, :], other=0.0).to(R)
         scores = tl.where(every_j < C, scores, float("-inf"))
     s_top = tl.max(scores, 0)
     s_sum = tl.sum(tl.exp(scores - s_top[None, :]), 0)
@@ -597,7 +602,7 @@ def cell_kernel(
                 * share_of(w_px[None, :], w_point, w_bit[:, None], grid_w, width, MODE_W, R)
             )[None, :, :]
             a = tl.where((i < C)[:, None], tl.sum(corners * shares, 1), float("-inf"))
-            e, inv_z, h, log_q, ajj = column_terms(a, j, y, log_transition, live, C, CP)
+            e, inv_z, h, log_q, ajj = column_terms(a, j, y, log_transition, C, CP)
             r = tl.exp((s - s_top) + log_q - joint_top) / joint_sum
             gradient = cm_gradient(
                 e, inv_z, h, r, ajj, j, y, live, w, w * trace_factor, log_transition is None, C, CP

@@ -248,7 +248,7 @@ class Call:
                 self.seg, self.cm, self.labels, *self.weights, self.scale, evidence, partials,
                 *self.constants[:2], self.ignore_index, self.batch, self.cm_stride, **self.field.sizes, programs=shares,
                 C=self.classes, CP=self.tile.classes, BJ=self.tile.columns, BLOCK=self.tile.pixels,
-                **self.field.modes, **self.types, num_warps=self.tile.warps,
+                **self.field.modes, **self.types, num_warps=min(8, self.tile.warps),
             )  # fmt: skip
         return partials.sum(0).t().to(self.dtype).contiguous()
 
