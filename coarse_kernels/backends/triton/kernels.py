@@ -7,6 +7,7 @@ rows beyond C cost nothing (their masks are constants).
 """
 
 # mypy: ignore-errors
+# ruff: noqa: SIM300
 from __future__ import annotations
 
 import triton

@@ -21,7 +21,13 @@ EQUAL, ONE_POINT, LINEAR = range(3)  # as in `kernels`
 WORKSPACE = 64 << 20
 # Programs (of one warp, mostly) of `cell_kernel` that keep a device busy: 132 multiprocessors of an H200 with 8 to 32
 # programs each. A constant: the number of copies, and with it the rounding, is the same on every device.
-BUSY = 4096
+BUSY, INTERPRETED_BUSY = 4096, 4
+
+
+# Elements of an image, or pixels of a batch, from which offsets are computed in 64 bits.
+WIDE_FROM = 2**31
+# A multiply and an add may become one instruction: what Triton did until 3.9, and no longer does from 3.10 on.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 class Axis(NamedTuple):
@@ -131,8 +137,8 @@ class Call:
         self.ignore_index = ignore_index
         # Offsets within an image, and pixels within a batch, fit in 32 bits: cheaper addresses.
         padded = self.tile.classes + self.tile.columns
-        wide = max(padded * padded * max(self.field.pixels, self.field.points), self.batch * self.field.pixels) >= 2**31
-        self.types = {"WIDE": wide, "R": triton_dtype(self.dtype)}
+        extent = max(padded * padded * max(self.field.pixels, self.field.points), self.batch * self.field.pixels)
+        self.types = {"WIDE": extent >= WIDE_FROM, "R": triton_dtype(self.dtype)}
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
@@ -167,7 +173,8 @@ class Call:
                     *self.constants, self.ignore_index, self.batch, self.cm_stride,
                     0 if self.shared else self.classes**2 * self.field.points,
                     **self.field.sizes, pixels_again=self.field.pixels, C=self.classes, CP=self.tile.classes,
-                    BJ=self.tile.columns, BLOCK=self.tile.pixels, SHARED=together, **self.field.modes, **self.types, num_warps=self.tile.warps,
+                    BJ=self.tile.columns, BLOCK=self.tile.pixels, SHARED=together, **self.field.modes,
+                    **self.types, num_warps=self.tile.warps, **OPTIONS,
                 )  # fmt: skip
         return sums
 
@@ -176,7 +183,15 @@ class Call:
         out = self.new(), self.new(), self.new()
         with on_device(self.device):
             kernels.finish_kernel[(1,)](
-                sums, self.scale, *out, *self.constants, sums.shape[0], BLOCK=4096, R=self.types["R"], num_warps=8
+                sums,
+                self.scale,
+                *out,
+                *self.constants,
+                sums.shape[0],
+                BLOCK=4096,
+                R=self.types["R"],
+                num_warps=8,
+                **OPTIONS,
             )
         return out
 
@@ -201,7 +216,7 @@ class Call:
         at_once = [-(-axis.points // 2) if axis.mode == LINEAR else axis.points for axis in axes]
         programs = at_once[0] * at_once[1] * at_once[2] * fields * columns
         steps = -(-cell // tile.pixels)
-        busy = 4 if self.interpreted else BUSY
+        busy = INTERPRETED_BUSY if self.interpreted else BUSY
         size = numel * (8 if self.dtype == torch.float64 else 4)
         copies = max(1, min(steps, -(-busy // programs), WORKSPACE // size))
         in_place = size > WORKSPACE and out.dtype == self.dtype
@@ -229,7 +244,7 @@ class Call:
                     cells_d=count[0], cells_h=count[1], cells_w=count[2], fields=fields, copies=copies,
                     entry_stride=strides[0], node_stride=strides[1], field_stride=strides[2], copy_stride=strides[3],
                     C=classes, CP=tile.classes, BJ=tile.columns, P=tile.pixels, **self.field.modes, **self.types,
-                    num_warps=tile.warps,
+                    num_warps=tile.warps, **OPTIONS,
                 )  # fmt: skip
         if not in_place:
             summed = total[0] if copies == 1 else total.sum(0)
@@ -248,7 +263,7 @@ class Call:
                 self.seg, self.cm, self.labels, *self.weights, self.scale, evidence, partials,
                 *self.constants[:2], self.ignore_index, self.batch, self.cm_stride, **self.field.sizes, programs=shares,
                 C=self.classes, CP=self.tile.classes, BJ=self.tile.columns, BLOCK=self.tile.pixels,
-                **self.field.modes, **self.types, num_warps=min(8, self.tile.warps),
+                **self.field.modes, **self.types, num_warps=min(8, self.tile.warps), **OPTIONS,
             )  # fmt: skip
         return partials.sum(0).t().to(self.dtype).contiguous()
 
@@ -276,7 +291,9 @@ def annotation_nll(
     )  # fmt: skip
     want_transition = bool(wanted & TRANSITION) and transition is not None
     on_its_grid = bool(wanted & CM) and not call.field.on_pixels
-    grad_seg = torch.empty(seg_logits.shape, dtype=seg_logits.dtype, device=call.device) if wanted & SEG else call.new(0)
+    grad_seg = (
+        torch.empty(seg_logits.shape, dtype=seg_logits.dtype, device=call.device) if wanted & SEG else call.new(0)
+    )
     grad_cm, summed = call.new(0), None
     if wanted & CM and call.field.on_pixels:
         grad_cm = torch.empty(cm_logits.shape, dtype=cm_logits.dtype, device=call.device)
@@ -332,6 +349,6 @@ def labelled_weight(
         with on_device(labels.device):
             kernels.labelled_weight_kernel[(programs,)](
                 labels, *weights, partials, count, ignore_index, C=num_classes, BLOCK=block,
-                R=tl.float32 if given is None else triton_dtype(given.dtype), num_warps=4,
+                R=tl.float32 if given is None else triton_dtype(given.dtype), num_warps=4, **OPTIONS,
             )  # fmt: skip
     return partials.sum()

@@ -65,7 +65,7 @@ def cell_tile(classes: int, corners: int, pixels: int, interpreted: bool) -> Cel
     padded = power_of_two(classes)
     columns = min(padded, 32)
     if interpreted:
-        block = min(256, power_of_two(pixels), _INTERPRETED // (padded * columns * corners))
+        block = min(256, power_of_two(2 * pixels), _INTERPRETED // (padded * columns * corners))
         return CellTile(padded, columns, max(1, block), 1)
     if padded > 32:
         return CellTile(padded, columns, 1, 8)  # the warps share rows and corners
