@@ -69,7 +69,7 @@ def compile_case(kernel, arch, classes, dtype="fp32", transition=False, corners=
     R = tl.float64 if dtype == "fp64" else tl.float32
     pointers = dict(seg=storage, cm=storage, labels="*u8", scale=real, evidence=real)
     constants = dict(C=classes, R=R)
-    optional = ["log_transition", "class_weight", "pixel_weight"]
+    optional = ["transition", "class_weight", "pixel_weight"]
     if kernel == "pixel":
         tile = table.pixel_tile(classes, corners, 1 << 20, False)
         pointers |= dict(partials="*fp64", grad_seg=storage, grad_cm=real if shared else storage)
@@ -95,7 +95,7 @@ def compile_case(kernel, arch, classes, dtype="fp32", transition=False, corners=
     if kernel in ("pixel", "cell", "transition"):
         constants |= dict(zip(("MODE_D", "MODE_H", "MODE_W"), GRIDS[corners])) | dict(CORNERS=corners, WIDE=wide)
         for name in optional:
-            if name in given or name == "log_transition" and transition:
+            if name in given or name == "transition" and transition:
                 pointers[name] = storage if name == "posterior" else real
             else:
                 constants[name] = None
@@ -163,9 +163,10 @@ OTHERS = [
     {"kernel": "weight", "classes": 19},
 ]  # fmt: skip
 
-# Registers that do not fit, as measured with Triton 3.6 and 3.9, in bytes. A lane of the cell kernel holds 8 * 19 corner
-# logits and sums of its 255 registers; ptxas for sm_80 gives the pixel kernel 128 with two columns' h beside their A.
-ALLOWED = {("cell", 19): 64, ("pixel", 19): 64}
+# Stack in bytes that C = 19 may take, nothing below it: a lane of the cell kernel holds 8 * 19 corner logits and sums in
+# 255 registers, one of the pixel kernel two columns, with a transition four, in 128. Measured with Triton 3.6 and 3.9:
+# 0 to 24 bytes, as ptxas happens to order things; it counts in multiples of 8.
+FULL = 32
 
 
 def compiled(cases: list[dict[str, object]], tmp_path: object) -> list[dict[str, object]]:
@@ -187,9 +188,9 @@ def compiled(cases: list[dict[str, object]], tmp_path: object) -> list[dict[str,
 def test_the_training_kernels_compile_without_spills(tmp_path: object) -> None:
     for row in compiled(FAST, tmp_path):
         case: dict[str, object] = row["case"]  # type: ignore[assignment]
-        allowed = 0
-        if case.get("transition") or case["kernel"] == "cell" or case["arch"] == 80:
-            allowed = ALLOWED.get((case["kernel"], case["classes"]), 0)  # type: ignore[arg-type]
+        on_pixels = case["kernel"] == "pixel" and case["corners"] == 1 and case.get("dtype", "fp32") == "fp32"
+        without = case["classes"] != 19 or (on_pixels and case["arch"] != 100 and not case.get("transition"))
+        allowed = 0 if without else FULL
         assert row["stack"] <= allowed, row  # type: ignore[operator]
         assert row["registers"] <= 255, row  # type: ignore[operator]
 

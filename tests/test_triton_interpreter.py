@@ -76,7 +76,7 @@ def test_importing_the_library_does_not_import_triton() -> None:
     )
     assert done.returncode == 0, done.stderr
     modules, rest = done.stdout.splitlines()
-    assert modules == "['coarse_kernels.backends.triton', 'coarse_kernels.backends.triton.table']"
+    assert sorted(eval(modules)) == ["coarse_kernels.backends.triton", "coarse_kernels.backends.triton.table"]
     assert "it serves cuda, xpu tensors, got cpu None" in rest
 
 

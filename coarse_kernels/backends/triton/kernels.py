@@ -57,7 +57,7 @@ def label_and_weight(labels, class_weight, pixel_weight, at, inside, ignore_inde
 # The hint [1, 2] makes it axis 1, as in every tile, and does nothing else: how many elements are loaded at once is bounded by
 # their alignment, which for these offsets is one element. (It has to stand where the offsets are computed to be kept.)
 @triton.jit
-def column_terms(a, j, y, log_transition, C: tl.constexpr, CP: tl.constexpr):
+def column_terms(a, j, y, transition, C: tl.constexpr, CP: tl.constexpr):
     """Columns a[:, j] of pixels labelled y. Returns e, 1/Z (A = e/Z), h = p(observed | true, label), log q[j], A[j,j].
 
     Log space throughout, no epsilon: every exponential is of a difference of two logits and divided by a sum that
@@ -65,22 +65,22 @@ def column_terms(a, j, y, log_transition, C: tl.constexpr, CP: tl.constexpr):
     """
     i = tl.arange(0, CP)[:, None]
     top = tl.max(a, 0)
-    # The select drops the exponentials of the rows beyond C when the kernel is compiled.
+    # i < C drops the exponentials of the rows beyond C when the kernel is compiled, here and below.
     e = tl.where(i < C, tl.exp(a - top[None, :]), 0.0)
     z = tl.sum(e, 0)
     inv_z = 1.0 / z
     ajj = tl.sum(tl.where(i == j[None, :], e, 0.0), 0) * inv_z
-    if log_transition is None:
+    if transition is None:
         at_label = tl.sum(tl.where(i == y[None, :], a, 0.0), 0)
         h = e  # one-hot at y: `cm_gradient` knows, and nothing is held for it
         log_q = (at_label - top) - tl.log(z)
     else:
         at = tl.max_contiguous(i * C + y[None, :], [1, 2])
-        log_t = tl.load(log_transition + at, mask=i < C, other=float("-inf"))
-        u = a + log_t
-        label_top = tl.max(u, 0)
+        t = tl.load(transition + at, mask=i < C, other=0.0)
+        # T is a factor, not a summand of the exponent: beside a logit of 1e4 its logarithm is lost.
+        label_top = tl.max(tl.where(t != 0, a, float("-inf")), 0)
         shift = tl.where(label_top == float("-inf"), 0.0, label_top)  # -inf - -inf must not become NaN
-        h = tl.where(i < C, tl.exp(u - shift[None, :]), 0.0)
+        h = tl.where((i < C) & (t != 0), t * tl.exp(a - shift[None, :]), 0.0)
         q = tl.sum(h, 0)
         h = h * tl.where(q == 0, 0.0, 1.0 / q)[None, :]
         log_q = (shift - top) + (tl.log(q) - tl.log(z))
@@ -217,7 +217,7 @@ def add_evidence(joint_top, joint_sum, joint):
 
 @triton.jit
 def columns_of_pixels(
-    seg, cm, j, px, y, log_transition, labelled, s, depth, height, width, grid_d, grid_h, grid_w,
+    seg, cm, j, px, y, transition, labelled, s, depth, height, width, grid_d, grid_h, grid_w,
     C: tl.constexpr, CP: tl.constexpr, MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr,
     CORNERS: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -226,7 +226,7 @@ def columns_of_pixels(
         cm, j, px, labelled, depth, height, width, grid_d, grid_h, grid_w,
         C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
     )  # fmt: skip
-    e, inv_z, h, log_q, ajj = column_terms(a, j, y, log_transition, C, CP)
+    e, inv_z, h, log_q, ajj = column_terms(a, j, y, transition, C, CP)
     return e, inv_z, h, tl.where(j < C, ajj, 0.0), tl.where(j < C, s + log_q, float("-inf"))
 
 
@@ -260,7 +260,7 @@ def write_columns(
 
 @triton.jit
 def one_image(
-    seg, cm, labels, log_transition, class_weight, pixel_weight,
+    seg, cm, labels, transition, class_weight, pixel_weight,
     loss_map, nll_map, trace_map, evidence, grad_seg, grad_cm, posterior,
     factor, trace_factor, ignore_index, b, image, first,
     batch, cm_stride, grad_cm_stride, depth, height, width, grid_d, grid_h, grid_w, pixels_again,
@@ -270,7 +270,7 @@ def one_image(
 ):  # fmt: skip
     """BLOCK pixels of image ``b``. Returns their weighted nll and trace."""
     ONE_TILE: tl.constexpr = BJ >= C
-    IDENTITY: tl.constexpr = log_transition is None
+    IDENTITY: tl.constexpr = transition is None
     pixels = depth * height * width
     seg += b * pixels * C
     cm += b * cm_stride
@@ -324,7 +324,7 @@ def one_image(
     if ONE_TILE:
         s -= s_tops
         e, inv_z, h, ajj, joint = columns_of_pixels(
-            seg, cm, j, px, y, log_transition, labelled, s, depth, height, width, grid_d, grid_h, grid_w,
+            seg, cm, j, px, y, transition, labelled, s, depth, height, width, grid_d, grid_h, grid_w,
             C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
         )  # fmt: skip
         joint_top, joint_sum = add_evidence(joint_top, joint_sum, fold(joint, BJ, BLOCK))
@@ -335,7 +335,7 @@ def one_image(
             at = plane_of(j0 + j, pixels, WIDE) + px
             s = tl.load(seg + at, mask=(j0 + j < C) & use, other=0.0).to(R) - s_tops
             e, inv_z, h, ajj, joint = columns_of_pixels(
-                seg, cm, j0 + j, px, y, log_transition, labelled, s, depth, height, width, grid_d, grid_h, grid_w,
+                seg, cm, j0 + j, px, y, transition, labelled, s, depth, height, width, grid_d, grid_h, grid_w,
                 C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
             )  # fmt: skip
             joint_top, joint_sum = add_evidence(joint_top, joint_sum, fold(joint, BJ, BLOCK))
@@ -370,7 +370,7 @@ def one_image(
                 at = plane_of(j0 + j, pixels, WIDE) + px
                 s = tl.load(seg + at, mask=(j0 + j < C) & use, other=0.0).to(R) - s_tops
                 e, inv_z, h, ajj, joint = columns_of_pixels(
-                    seg, cm, j0 + j, px, y, log_transition, labelled, s, depth, height, width, grid_d, grid_h, grid_w,
+                    seg, cm, j0 + j, px, y, transition, labelled, s, depth, height, width, grid_d, grid_h, grid_w,
                     C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
                 )  # fmt: skip
                 write_columns(
@@ -388,7 +388,7 @@ PIXEL_SIZES = ["ignore_index", "batch", "cm_stride", "grad_cm_stride", "depth", 
 # registers, at BLOCK = 32.
 @triton.jit(do_not_specialize=PIXEL_SIZES)
 def pixel_kernel(
-    seg, cm, labels, log_transition, class_weight, pixel_weight, scale,
+    seg, cm, labels, transition, class_weight, pixel_weight, scale,
     partials, loss_map, nll_map, trace_map, evidence, grad_seg, grad_cm, posterior,
     loss_scale, loss_scale_low, trace_weight, trace_weight_low, ignore_index,
     batch, cm_stride, grad_cm_stride, depth, height, width, grid_d, grid_h, grid_w, pixels_again,
@@ -414,7 +414,7 @@ def pixel_kernel(
         trace_sum = tl.zeros((BLOCK,), tl.float64)
         for image in range(batch):
             nll, trace = one_image(
-                seg, cm, labels, log_transition, class_weight, pixel_weight,
+                seg, cm, labels, transition, class_weight, pixel_weight,
                 loss_map, nll_map, trace_map, evidence, grad_seg, grad_cm, posterior,
                 factor, trace_factor, ignore_index, (program * 0 + image).to(tl.int64), image, first,
                 batch, cm_stride, grad_cm_stride, depth, height, width, grid_d, grid_h, grid_w, pixels_again,
@@ -425,7 +425,7 @@ def pixel_kernel(
     else:
         # Not a loop of one round: the compiler would keep every address, which the rounds share, in registers.
         nll, trace = one_image(
-            seg, cm, labels, log_transition, class_weight, pixel_weight,
+            seg, cm, labels, transition, class_weight, pixel_weight,
             loss_map, nll_map, trace_map, evidence, grad_seg, grad_cm, posterior,
             factor, trace_factor, ignore_index, (program // blocks).to(tl.int64), 0, first,
             batch, cm_stride, grad_cm_stride, depth, height, width, grid_d, grid_h, grid_w, pixels_again,
@@ -525,7 +525,7 @@ def share_of(position, point, bit, grid, size, MODE: tl.constexpr, R: tl.constex
     "field_stride", "copy_stride",
 ])  # fmt: skip
 def cell_kernel(
-    seg, cm, labels, log_transition, class_weight, pixel_weight, scale, evidence, grad,
+    seg, cm, labels, transition, class_weight, pixel_weight, scale, evidence, grad,
     loss_scale, loss_scale_low, trace_weight, trace_weight_low, ignore_index,
     batch, images, cm_stride, depth, height, width, grid_d, grid_h, grid_w,
     first_d, first_h, first_w, cells_d, cells_h, cells_w, fields, copies,
@@ -603,10 +603,10 @@ def cell_kernel(
                 * share_of(w_px[None, :], w_point, w_bit[:, None], grid_w, width, MODE_W, R)
             )[None, :, :]
             a = tl.where((i < C)[:, None], tl.sum(corners * shares, 1), float("-inf"))
-            e, inv_z, h, log_q, ajj = column_terms(a, j, y, log_transition, C, CP)
+            e, inv_z, h, log_q, ajj = column_terms(a, j, y, transition, C, CP)
             r = tl.exp((s - s_top) + log_q - joint_top) / joint_sum
             gradient = cm_gradient(
-                e, inv_z, h, r, ajj, j, y, live, w, w * trace_factor, log_transition is None, C, CP
+                e, inv_z, h, r, ajj, j, y, live, w, w * trace_factor, transition is None, C, CP
             )  # fmt: skip
             total += gradient[:, None, :] * shares
 

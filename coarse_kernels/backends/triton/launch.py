@@ -131,8 +131,7 @@ class Call:
             None if pixel_weight is None else pixel_weight.contiguous(),
         )
         self.scale = scale
-        # -inf where i is never reported as y: no clamp
-        self.log_transition = None if transition is None else transition.detach().log().contiguous()
+        self.transition = None if transition is None else transition.detach().contiguous()
         self.constants = (*two_floats(loss_scale), *two_floats(trace_weight))
         self.ignore_index = ignore_index
         # Offsets within an image, and pixels within a batch, fit in 32 bits: cheaper addresses.
@@ -168,7 +167,7 @@ class Call:
         if programs:
             with on_device(self.device):
                 kernels.pixel_kernel[(programs,)](
-                    self.seg, self.cm, self.labels, self.log_transition, *self.weights, self.scale,
+                    self.seg, self.cm, self.labels, self.transition, *self.weights, self.scale,
                     sums, *(maps or (None, None, None)), evidence, grad_seg, grad_cm, posterior,
                     *self.constants, self.ignore_index, self.batch, self.cm_stride,
                     0 if self.shared else self.classes**2 * self.field.points,
@@ -238,7 +237,7 @@ class Call:
                 ]
                 grid = count[0] * count[1] * count[2] * fields * copies * columns
                 kernels.cell_kernel[(grid,)](
-                    self.seg, field, self.labels, self.log_transition, *self.weights, self.scale, evidence, total,
+                    self.seg, field, self.labels, self.transition, *self.weights, self.scale, evidence, total,
                     *self.constants, self.ignore_index, self.batch, images, field.stride(0), **self.field.sizes,
                     first_d=first[0], first_h=first[1], first_w=first[2],
                     cells_d=count[0], cells_h=count[1], cells_w=count[2], fields=fields, copies=copies,
