@@ -83,7 +83,11 @@ def readable(mangled: str) -> str:
     if strided:
         return f"strided_fast<{strided[1]}>"
     other = re.findall(r"\d+([a-z][a-z_]+)(?:I([fd])E)?", mangled.split("GLOBAL__N_")[-1])
-    names = [f"{name}<{kind}>" if kind else name for name, kind in other if not name.startswith(("coarse", "pixel_general_cu"))]
+    names = [
+        f"{name}<{kind}>" if kind else name
+        for name, kind in other
+        if not name.startswith(("coarse", "pixel_general_cu"))
+    ]
     return names[0] if names else mangled
 
 
@@ -151,7 +155,9 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.write_text(text)
     print(text)
     fast = sum(kernel.fast for kernel in kernels)
-    print(f"{len(kernels)} kernels, {fast} of them fast paths; {len(spilt)} fast paths spill. Table: {options.out.name}")
+    print(
+        f"{len(kernels)} kernels, {fast} of them fast paths; {len(spilt)} fast paths spill. Table: {options.out.name}"
+    )
     for kernel in spilt:
         print(f"check-cuda: {kernel.name} on sm_{kernel.arch} spills {kernel.spill_bytes} bytes", file=sys.stderr)
     return 1 if spilt else 0

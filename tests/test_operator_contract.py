@@ -34,6 +34,7 @@ from tests.helpers import (
 pytestmark = pytest.mark.usefixtures("poison")
 
 EVERY = pytest.mark.every
+MAX_CLASSES = {"cuda": 256, "cuda-emulated": 256, "triton": 256}
 COMPILED = pytest.mark.fused
 SCHEDULE = pytest.mark.parametrize("schedule", SCHEDULES)
 # 27 columns: planes begin anywhere in a line. 2 x 16 x 24: whole vectors and aligned planes.

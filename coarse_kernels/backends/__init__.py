@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checks import Stream
-from . import cpu, cuda, reference
+from . import cpu, cuda, reference, triton
 
 logger = logging.getLogger("coarse_kernels")
 
@@ -51,7 +51,9 @@ class Backend(Protocol):
 
 
 # In the order in which an automatic choice tries them.
-_REGISTRY: dict[str, Backend] = {backend.name: backend for backend in (cpu.BACKEND, cuda.BACKEND, reference.BACKEND)}
+_REGISTRY: dict[str, Backend] = {
+    backend.name: backend for backend in (cpu.BACKEND, cuda.BACKEND, triton.BACKEND, reference.BACKEND)
+}
 
 # The innermost `use_backend`. A plain global, so that torch.compile can guard on it.
 _forced: str | None = None

@@ -1,0 +1,104 @@
+"""The fused operator in Triton: NVIDIA, AMD and Intel GPUs, no compiler at install time. Namespace `coarse_kernels_triton`.
+
+Equations: csrc/coarse_math.h, `pixel_log_space`. Per pixel, everything in log space and float32 (float64 for float64)::
+
+    p = softmax(s)    A = softmax_i(a)    q[j] = sum_i T[i,y] A[i,j]    h[i,j] = T[i,y] A[i,j] / q[j]
+    D = sum_j p[j] q[j]    nll = -log D    r[j] = p[j] q[j] / D
+    dL/ds = w (p - r)    dL/da[i,j] = w (r[j] (A[i,j] - h[i,j]) + trace_weight A[j,j] ([i = j] - A[i,j]))
+
+Schedule, by the grid of the field:
+
+    G = S       `pixel_kernel`: one reading of the logits and one writing of the gradients (C <= 32; two readings beyond).
+                Bytes a pixel: (2 C^2 + 2 C) of storage and the label. Exponentials: C^2, and as many again with a
+                transition; padding columns to a power of two makes 19 into 32.
+    G < S       `pixel_kernel` reads each pixel's corners (from the caches) and interpolates; it leaves 12 bytes a pixel
+                of evidence. `cell_kernel` goes through the pixels between neighbouring grid points, with their corners
+                in registers, and adds up the gradient. Exponentials: C^2 twice. Nothing grows with H W C^2.
+    dL/dT       `transition_kernel`, also from the evidence. Only when asked for.
+
+Sums are in fixed order, without atomics: two runs agree bit for bit. The scalars: a float64 partial sum per program, then
+one program. The gradient of a grid: cells of one colour (every second along each axis, 2^rank launches) share no point,
+so that each adds to its corners in memory. A grid of few, large cells is cut into copies that are added afterwards; the
+copies take at most `launch.WORKSPACE` (64 MiB) beyond the first. Cells with partial sums of their own and a kernel that
+gathers them would read and write the corners the same number of times and want a buffer of 2^rank the size.
+Memory beyond inputs and outputs, for a field on its own grid whose gradient is wanted: a copy of it with the C x C
+entries of a point together, and its gradient in float32. For one on the pixel grid: none, or the gradient in float32
+where images share a field in 16 bits.
+
+Copies are made of logits that are not contiguous (an expanded batch of one field is none), of labels and of weights.
+
+Where it does not help: a field at nearly the image's size (G = S - 1) has a pixel or two a cell, and the kernel is busy
+with the corners; the gradient of a transition reads the logits once for every label in a block of pixels; float64, and
+more than 32 classes, spill registers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...checks import Stream
+from .. import operator
+from .table import MAX_CLASSES
+
+NAMESPACE = "coarse_kernels_triton"
+OLDEST = (3, 6)
+# Triton itself reads this variable when the kernels are defined.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _missing() -> str | None:
+    """Why Triton cannot be used, found without importing it (0.2 s, and it looks for devices)."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return f"triton is not installed; `pip install 'triton>={OLDEST[0]}.{OLDEST[1]}'`"
+    # Not importlib.metadata: the distribution may be triton, pytorch-triton, pytorch-triton-xpu, triton-windows.
+    found = re.search(r"__version__ = ['\"]((\d+)\.(\d+)[^'\"]*)", Path(spec.origin).read_text(encoding="utf-8"))
+    if found is None:
+        return f"triton at {spec.origin} has no version"
+    if (int(found[2]), int(found[3])) < OLDEST:
+        return f"triton {found[1]} is older than {OLDEST[0]}.{OLDEST[1]}"
+    return None
+
+
+_MISSING = _missing()
+
+
+class TritonBackend(operator.FusedBackend):
+    def unavailable(self) -> str | None:
+        return _MISSING
+
+    def unsupported(self, stream: Stream) -> str | None:
+        if stream.num_classes > MAX_CLASSES:
+            return f"it serves up to {MAX_CLASSES} classes, got {stream.num_classes}"
+        return None
+
+
+def _on_first_call(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        # imports Triton
+        return getattr(importlib.import_module(f"{__name__}.launch"), name)(*args)
+
+    return run
+
+
+def _define() -> torch.library.Library:
+    library = torch.library.Library(NAMESPACE, "DEF")
+    for schema in operator.SCHEMAS:
+        library.define(schema)
+        name = schema.partition("(")[0]
+        for key in ("CUDA", "XPU", *(("CPU",) if INTERPRETED else ())):
+            library.impl(name, _on_first_call(name), key)
+    operator.register(NAMESPACE)
+    return library
+
+
+_LIBRARY = _define()  # the operators live as long as this does
+BACKEND = TritonBackend("triton", ("cuda", "xpu", *(("cpu",) if INTERPRETED else ())), NAMESPACE)

@@ -1,0 +1,75 @@
+"""How large the tiles are. A table, not a search at run time: the same kernel in every process (determinism), and no
+timing inside a CUDA graph's capture.
+
+What decides is registers. In `pixel_kernel` a thread holds (BJ / warps) * C logits of one pixel: at C = 19 with 16 warps
+2 columns, 38 logits, and 122 registers on sm_90 (203 with 8 warps: then one block of 8 warps fits a multiprocessor, not
+16 warps). In `cell_kernel` a thread holds one column: C logits and C sums for each corner, 152 at C = 19, and 255
+registers; several warps a program, which share nothing but the last sum, spilled. tests/test_triton_compile.py compiles
+these shapes for sm_80, sm_90 and sm_100 and holds them to no spills.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class PixelTile(NamedTuple):
+    classes: int  # CP: C padded to a power of two
+    columns: int  # BJ
+    pixels: int  # BLOCK
+    warps: int
+
+
+class CellTile(NamedTuple):
+    classes: int  # CP
+    columns: int  # BJ
+    pixels: int  # P
+    warps: int
+
+
+# CP: (BJ, BLOCK, warps)
+_PIXEL = {
+    2: (2, 256, 4),
+    4: (4, 128, 4),
+    8: (8, 64, 4),
+    16: (16, 32, 4),
+    32: (32, 32, 16),
+    64: (8, 32, 8),
+    128: (4, 32, 8),
+    256: (2, 32, 8),
+}
+
+MAX_CLASSES = max(_PIXEL)
+
+# Elements of a tile under the interpreter, whose cost is per program and per operation, not per element.
+_INTERPRETED = 1 << 16
+
+
+def power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def pixel_tile(classes: int, corners: int, pixels: int, interpreted: bool) -> PixelTile:
+    """For images of ``pixels`` pixels and a field read from ``corners`` grid points (1 on the pixel grid)."""
+    padded = power_of_two(classes)
+    columns, block, warps = _PIXEL[padded]
+    if corners > 1:
+        warps = min(warps, 8)  # the addresses of the corners want registers: 16 warps leave a thread 128
+    if interpreted:
+        block = max(16, min(4096, power_of_two(pixels), _INTERPRETED // (padded * columns)))
+    return PixelTile(padded, columns, block, warps)
+
+
+def cell_tile(classes: int, corners: int, pixels: int, interpreted: bool) -> CellTile:
+    """For cells of about ``pixels`` pixels."""
+    padded = power_of_two(classes)
+    columns = min(padded, 32)
+    if interpreted:
+        block = min(256, power_of_two(2 * pixels), _INTERPRETED // (padded * columns * corners))
+        return CellTile(padded, columns, max(1, block), 1)
+    if padded > 32:
+        return CellTile(padded, columns, 1, 8)  # the warps share rows and corners
+    if corners == 8 and padded > 8:
+        return CellTile(padded, columns, 1, 4)  # the warps share corners: 16 * C registers are too many for a lane
+    # One warp, and no reduction between warps. 32 / CP pixels at a time where the columns do not fill it.
+    return CellTile(padded, columns, 32 // padded, 1)

@@ -1,0 +1,93 @@
+"""pytest plugin of the processes with TRITON_INTERPRET=1 (tests/test_triton_interpreter.py): what they leave out, and
+what keeps the interpreter from being wrong or slow.
+
+Triton's interpreter truncates float32 to bfloat16, where every device rounds to nearest even, and takes a hundred NumPy
+operations for it; it also lets NumPy warn of each exp(-inf - -inf) that the kernels select away. Neither is what is
+being tested.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+# Interpreting a cell of a grid takes 20 ms whatever its size, so that a test is worth the number of its cells.
+LEFT_OUT = {
+    r"more_classes_than_the_label_type.*300": "the backend serves up to 256 classes, and says so",
+    r"test_the_number_of_threads": "it has none; triton_interpreted.py runs twice and compares bits",
+    r"test_any_problem": "up to 1700 cells; triton_interpreted.py draws smaller ones",
+    r"test_tall_image_with_an_odd_stride\[grid[012]": "251 to 1500 cells; grid3 has 87",
+    r"test_shapes\[triton-tall,": "668 cells; test_tall_image_with_an_odd_stride is about the same",
+    r"test_shapes\[triton-(250_wide|image_minus_1|stride_4|equal_in|stride_2|full_height|odd_strides|C_above_a_vector,"
+    r"|widths_15|rank_3,_strided|one_field_with_many|cells_of_100).*-(positive|uniform)": "many cells: one stream",
+    r"test_ignored.*int32": "checks make int64 of it before any backend",
+    r"(?=.*recompute)(?=.*(strided|one-point))(?!.*(only_the_gradients|per_pixel|test_dtypes))": "the schedules belong to "
+    "FusedBackend; on a grid one is enough, but where one call differs from the other",
+    r"(?=.*(retain_graph|autograd_grad|changing_grad|grad_output_of_a_scaled))(?=.*strided)": "autograd is FusedBackend's: "
+    "on the pixel grid and on one point",
+}
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    left_out = [item for item in items if any(re.search(pattern, item.nodeid) for pattern in LEFT_OUT)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+_cast = InterpreterBuilder.cast_impl
+
+
+def _rounding_cast(self: Any, src: Any, dst_type: Any) -> Any:
+    source, target = src.dtype.scalar, dst_type.scalar
+    if source == tl.float32 and target == tl.bfloat16:
+        bits = src.data.astype(np.float32).view(np.uint32).astype(np.uint64)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        quiet = (bits >> 16) | 0x40  # a NaN keeps being one
+        return TensorHandle(np.where(np.isnan(src.data), quiet, rounded).astype(np.uint16), target)
+    if source == tl.bfloat16 and target == tl.float32:
+        return TensorHandle((src.data.astype(np.uint32) << 16).view(np.float32), target)
+    return _cast(self, src, dst_type)
+
+
+InterpreterBuilder.cast_impl = _rounding_cast
+warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
+
+
+class _Kept:
+    """A patch that lasts as long as the launch."""
+
+    def restore(self) -> None:
+        pass
+
+
+_patch_lang = interpreter._patch_lang
+_launch = interpreter.GridExecutor.__call__
+_scopes: dict[int, Any] = {}
+
+
+def _patch_once(function: Any) -> Any:
+    """The interpreter patches triton.language anew for each call of a helper, a third of its time: once a module will do."""
+    module = id(function.__globals__)
+    if module not in _scopes:
+        _scopes[module] = _patch_lang(function)
+    return _Kept()
+
+
+def _launch_and_restore(self: Any, *args: Any, **kwargs: Any) -> None:
+    try:
+        _launch(self, *args, **kwargs)
+    finally:
+        for scope in reversed(_scopes.values()):
+            if scope is not None:
+                scope.restore()
+        _scopes.clear()
+
+
+interpreter._patch_lang = _patch_once
+interpreter.GridExecutor.__call__ = _launch_and_restore
