@@ -4,6 +4,7 @@
 #   make test        the test suite
 #   make bench       speed table of the CPU kernels, under five minutes; make bench-full for every case
 #   make tune        how the demo's settings were chosen (long)
+#   make check-cuda  nvcc over every CUDA kernel: registers and spills; needs nvcc, no GPU (also part of make test)
 #   make test-gpu    the operator's tests on a GPU, and what only a GPU can get wrong (tests/gpu/README.md)
 #   make bench-gpu   speed table of the GPU kernels, about eight minutes; fails where there is no GPU
 #   make lint        ruff, mypy, clang-format        make format: apply them
@@ -26,16 +27,19 @@ else
 RUN = $(BIN)/python
 READY = $(VENV)/installed
 endif
-CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h')
-CXX_DEPENDENCIES = $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h) setup.py pyproject.toml
+CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/*.h')
+CXX_DEPENDENCIES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu) setup.py pyproject.toml
 
-.PHONY: train test test-gpu bench bench-full bench-gpu tune lint format clean
+.PHONY: train test check-cuda test-gpu bench bench-full bench-gpu tune lint format clean
 
 train: $(READY)
 	$(RUN) -m coarse_train demo $(ARGS)
 
 test: $(READY)
 	$(RUN) -m pytest $(ARGS)
+
+check-cuda: $(READY)
+	$(RUN) -m tests.check_cuda $(ARGS)
 
 test-gpu: $(READY)
 	$(RUN) -m pytest tests/gpu -rs $(ARGS)

@@ -83,9 +83,9 @@ struct PowerOfTwo {
 // NaN. Cody-Waite reduction x = n ln 2 + r, |r| <= ln 2 / 2; then the polynomial of degree 6 with the smallest relative
 // error on that interval (2.0e-9: 1/30 of half a unit in the last place).
 //
-// On a GPU a float goes through the special-function unit: 2^t, t = x / ln 2 rounded. ex2.approx is good to 2^-22.5 (PTX
-// ISA) and flushes subnormals; the rounding of t costs up to |x| / 2 units more, where exp(x) itself is that much smaller
-// than the 1 that it is added to (every x here is a difference to a maximum).
+// On a GPU a float goes through the special-function unit: 2^t, t = x / ln 2 rounded. ex2.approx is good to 2^-22.5
+// (PTX ISA) and flushes subnormals; the rounding of t costs up to |x| / 2 units more, where exp(x) itself is that much
+// smaller than the 1 that it is added to (every x here is a difference to a maximum).
 constexpr float kExpFlush = -87.3365f;  // 2^-126: the smallest normal float
 constexpr double kExpUlp = 2.0;
 
@@ -230,8 +230,8 @@ COARSE_HD Tap<R> linear_tap(int64_t dst, int64_t in, int64_t out) {
   return {i0, i0 + (i0 < in - 1 ? 1 : 0), lambda};
 }
 
-// The first pixel of an axis whose position is `cell` or beyond; `out` if there is none. Pixels before first_pixel(0) are
-// clamped to grid point 0.
+// The first pixel of an axis whose position is `cell` or beyond; `out` if there is none. Pixels before first_pixel(0)
+// are clamped to grid point 0.
 template <class R>
 COARSE_HD int64_t first_pixel(int64_t cell, int64_t in, int64_t out) {
   if (in == out) return cell < 0 ? 0 : cell;

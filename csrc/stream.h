@@ -28,8 +28,8 @@ struct Stream {
   int64_t ignore_index = 255;
   const R* transition = nullptr;      // (C, C); null: identity
   const R* log_transition = nullptr;  // its logarithm; CUDA only
-  const R* class_weight = nullptr;  // (C)
-  const R* pixel_weight = nullptr;  // (B, D, H, W)
+  const R* class_weight = nullptr;    // (C)
+  const R* pixel_weight = nullptr;    // (B, D, H, W)
   R trace_weight = 0;
   R gradient_scale = 1;      // on CUDA times *scale, a value that the host does not know
   const R* scale = nullptr;  // CUDA only; null: 1

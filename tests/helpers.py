@@ -107,11 +107,6 @@ def operators_of(backend: str) -> Any:
     return getattr(torch.ops, _REGISTRY[backend].namespace)  # type: ignore[attr-defined]
 
 
-def operators_of(backend: str) -> Any:
-    """The namespace of `torch.ops` that a fused backend calls."""
-    return getattr(torch.ops, _REGISTRY[backend].namespace)  # type: ignore[attr-defined]
-
-
 def leaf(tensor: Tensor | None, wanted: bool = True) -> Tensor | None:
     """A copy with the same strides that wants a gradient."""
     if tensor is None:

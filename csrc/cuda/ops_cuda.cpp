@@ -321,10 +321,12 @@ void scale_(Tensor gradient, Tensor factor) {
   const Storage storage = storage_of(gradient, "gradient");
   if (storage == Storage::f64) {
     OptionalTensor own = factor;
-    check(cuda::scale(gradient.data_ptr(), storage, gradient.numel(), constant<double>(own, 1, "factor"), device.stream));
+    check(
+        cuda::scale(gradient.data_ptr(), storage, gradient.numel(), constant<double>(own, 1, "factor"), device.stream));
   } else {
     OptionalTensor own = factor;
-    check(cuda::scale(gradient.data_ptr(), storage, gradient.numel(), constant<float>(own, 1, "factor"), device.stream));
+    check(
+        cuda::scale(gradient.data_ptr(), storage, gradient.numel(), constant<float>(own, 1, "factor"), device.stream));
   }
 }
 

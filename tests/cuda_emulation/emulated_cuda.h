@@ -1,7 +1,7 @@
-// As much of CUDA as csrc/cuda uses, on the CPU: the kernels' own source runs here, one block after the other, a fiber for
-// every thread. What it shows: arithmetic, indexing, barriers that some threads do not reach (a clear error), and, by
-// running the fibers in another order (COARSE_EMULATION_ORDER=reverse), results that depend on the order of threads, that
-// is races. What it cannot show: speed, the device's own exp and rcp, memory ordering.
+// As much of CUDA as csrc/cuda uses, on the CPU: the kernels' own source runs here, one block after the other, a fiber
+// for every thread. What it shows: arithmetic, indexing, barriers that some threads do not reach (a clear error), and,
+// by running the fibers in another order (COARSE_EMULATION_ORDER=reverse), results that depend on the order of threads,
+// that is races. What it cannot show: speed, the device's own exp and rcp, memory ordering.
 #pragma once
 
 #include <setjmp.h>

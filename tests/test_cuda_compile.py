@@ -1,0 +1,82 @@
+"""The CUDA kernels through nvcc, without a GPU: `make check-cuda` as a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import check_cuda
+from tests.check_cuda import ARCHITECTURES, Kernel
+
+# Two kernels as ptxas -v (CUDA 13.0) reports them, the second with a spill.
+LOG = """
+ptxas info    : Compiling entry function '_ZN6coarse48_GLOBAL__N__1234_12_pixel_f32_cu_ab10pixel_fastILi19ELNS_7StorageE2ELi1ELb0EEEvNS' for 'sm_90'
+ptxas info    : Function properties for _ZN6coarse
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 48 registers, used 1 barriers
+ptxas info    : Compiling entry function '_ZN6coarse43_GLOBAL__N__5678_10_strided_cu_cd12strided_fastILi20EEEvNS_6StreamIfEENS0_6TilingE' for 'sm_90'
+ptxas info    : Function properties for _ZN6coarse
+    24 bytes stack frame, 24 bytes spill stores, 40 bytes spill loads
+ptxas info    : Used 96 registers, used 1 barriers, 1024 bytes smem
+"""  # noqa: E501
+
+
+def test_the_report_of_ptxas_is_read() -> None:
+    kernels = check_cuda.parse(LOG, "90")
+    assert kernels == [
+        Kernel("90", "pixel_fast<19, bf16, 1 a thread, any T>", 48, 0, 0),
+        Kernel("90", "strided_fast<20>", 96, 64, 1024),
+    ]
+    assert all(kernel.fast for kernel in kernels)
+    text = check_cuda.table(kernels)
+    assert "96, 64 B spilt, 1024 B shared" in text
+
+
+def test_a_report_without_figures_is_no_report() -> None:
+    with pytest.raises(RuntimeError, match="ptxas says nothing of"):
+        check_cuda.parse(LOG.replace("spill stores", "?"), "90")
+
+
+@pytest.mark.parametrize(("name", "status"), [("strided_fast<20>", 1), ("pixel_general<f>", 0)])
+def test_a_spill_in_a_fast_path_fails_the_check(
+    name: str, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check_cuda, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(check_cuda, "sources", lambda: [Path("one.cu")])
+    monkeypatch.setattr(check_cuda, "compile_kernels", lambda nvcc, source, arch: [Kernel(arch, name, 96, 8, 0)])
+    monkeypatch.setattr(check_cuda, "compile_glue", lambda: "glue")
+    out = tmp_path / "table.txt"
+    assert check_cuda.main(["--arch", "90", "--out", str(out)]) == status
+    assert "96, 8 B spilt" in out.read_text()
+    assert (f"{name} on sm_90 spills 8 bytes" in capsys.readouterr().err) == bool(status)
+
+
+def test_without_nvcc_there_is_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check_cuda, "find_nvcc", lambda: None)
+    assert check_cuda.main([]) == 2
+    assert "no nvcc found" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(check_cuda.find_nvcc() is None, reason="no nvcc on this machine")
+def test_every_kernel_compiles_and_no_fast_path_spills(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """About two minutes on two cores: every kernel, three architectures."""
+    out = tmp_path / "table.txt"
+    status = check_cuda.main(["--out", str(out)])
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    text = out.read_text()
+    assert all(f"sm_{arch}" in text for arch in ARCHITECTURES)
+    for name in (
+        "pixel_fast<2,",
+        "pixel_fast<21,",
+        "strided_fast<2>",
+        "strided_fast<20>",
+        "pixel_general",
+        "gather_kernel",
+    ):
+        assert name in text
+    assert "ops_cuda.cpp compiles" in text
