@@ -11,6 +11,7 @@ from torch import Tensor
 
 import coarse_kernels as ck
 from coarse_kernels import native
+from coarse_kernels.backends import operator
 from tests.helpers import device, generator, gradient_error, leaf, loss_error, make_problem, operators_of, oracle, put
 
 pytestmark = pytest.mark.skipif(native.OPERATORS is None, reason="not built")
@@ -57,6 +58,15 @@ def operator_samples() -> dict[str, tuple[Any, ...]]:
 SAMPLES = operator_samples()
 
 
+def test_the_operators_have_the_schemas_that_every_namespace_shares() -> None:
+    """Python defines those of Triton, csrc/schema.h those of the compiled operators."""
+    for text in (*operator.SCHEMAS, operator.SCALE):
+        name = text[: text.index("(")]
+        compiled = getattr(torch.ops.coarse_kernels, name).default._schema
+        expected = torch._C.parse_schema(f"coarse_kernels::{text}")
+        assert str(compiled) == str(expected)
+
+
 def on_device(sample: tuple[Any, ...]) -> tuple[Any, ...]:
     """Tensors where the test wants them; leaves stay leaves."""
     return tuple(leaf(put(t), t.requires_grad) if isinstance(t, Tensor) else t for t in sample)
@@ -65,13 +75,13 @@ def on_device(sample: tuple[Any, ...]) -> tuple[Any, ...]:
 @pytest.mark.fused
 @pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
 def test_opcheck_annotation_nll(backend: str, sample: tuple[Any, ...]) -> None:
-    operator = operators_of(backend).annotation_nll.default
+    overload = operators_of(backend).annotation_nll.default
     sample = on_device(sample)
     checks = ["test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"]
     if sample[-1]:
         # With gradients among the outputs AOT would ask for second derivatives, which this operator refuses by design.
         checks.remove("test_aot_dispatch_dynamic")
-    result = torch.library.opcheck(operator, sample, test_utils=checks)
+    result = torch.library.opcheck(overload, sample, test_utils=checks)
     assert set(result.values()) == {"SUCCESS"}, result
 
 
@@ -81,20 +91,20 @@ def test_opcheck_annotation_nll(backend: str, sample: tuple[Any, ...]) -> None:
 def test_opcheck_annotation_posterior(backend: str, dtype: torch.dtype, grid: tuple[int, int] | None) -> None:
     problem = make_problem(3, (4, 9), grid, stream="random").to(dtype)
     sample = (problem.seg, problem.cm, problem.labels, problem.transition, 255)
-    operator = operators_of(backend).annotation_posterior.default
-    result = torch.library.opcheck(operator, sample)
+    overload = operators_of(backend).annotation_posterior.default
+    result = torch.library.opcheck(overload, sample)
     assert set(result.values()) == {"SUCCESS"}, result
 
 
 @pytest.mark.fused
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
 def test_opcheck_labelled_weight(backend: str, dtype: torch.dtype) -> None:
-    operator = operators_of(backend).labelled_weight.default
+    overload = operators_of(backend).labelled_weight.default
     labels = put(torch.tensor([[0, 1, 255, 2]]).to(dtype))
     weights = put(torch.rand(3)), put(torch.rand(1, 4))
     for class_weight, pixel_weight in ((None, None), (weights[0], None), weights, tuple(w.double() for w in weights)):
         sample = (labels, class_weight, pixel_weight, 3, 255)
-        result = torch.library.opcheck(operator, sample)
+        result = torch.library.opcheck(overload, sample)
         assert set(result.values()) == {"SUCCESS"}, result
 
 

@@ -240,3 +240,82 @@ def test_an_unknown_build_mode_is_refused(tmp_path: Path) -> None:
     done = build(tmp_path, "maybe")
     assert done.returncode != 0
     assert "COARSE_KERNELS_BUILD: expected auto, 0 or 1, got 'maybe'" in done.stderr
+
+
+# --- the CUDA extension: what would be built, without a CUDA torch ---------------------------------------------------------
+
+SETUP = """
+import os, sys, torch
+from torch.utils import cpp_extension
+torch.version.cuda, cpp_extension.CUDA_HOME = {cuda!r}, {home!r}
+import setuptools
+seen = {{}}
+setuptools.setup = lambda **arguments: seen.update(arguments)
+exec(compile(open("setup.py").read(), "setup.py", "exec"))
+print(*(extension.name for extension in seen["ext_modules"]))
+print(os.environ.get("TORCH_CUDA_ARCH_LIST"), os.environ["MAX_JOBS"])
+"""
+
+
+def setup(cuda: str | None, home: Path | None, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {"TORCH_CUDA_ARCH_LIST": "", "MAX_JOBS": "", **environment}
+    code = "import os\n" + "".join(
+        f"os.environ.pop({name!r}, None)\n" for name, value in environment.items() if not value
+    )
+    given = {name: value for name, value in environment.items() if value}
+    return run_python(code + SETUP.format(cuda=cuda, home=None if home is None else str(home)), **given)
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path) -> Path:
+    """A CUDA_HOME whose nvcc says that it is 13.0 and knows no sm_120."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo "Cuda compilation tools, release 13.0, V13.0.88" && exit\n'
+        "echo compute_75 compute_80 compute_90 compute_100\n"
+    )
+    nvcc.chmod(0o755)
+    return tmp_path
+
+
+def test_cuda_is_built_where_torch_has_it_and_nvcc_is_found(toolkit: Path) -> None:
+    done = setup("13.0", toolkit)
+    assert done.returncode == 0, done.stderr
+    modules, settings = done.stdout.splitlines()
+    assert "coarse_kernels._cuda" in modules.split()
+    assert settings.split()[0] == "8.0;9.0;10.0+PTX"
+    assert f"{settings.split()[1]} compile jobs at a time" in done.stderr
+
+
+def test_architectures_and_jobs_of_the_environment_are_kept(toolkit: Path) -> None:
+    done = setup("13.0", toolkit, TORCH_CUDA_ARCH_LIST="9.0", MAX_JOBS="3")
+    assert done.stdout.splitlines()[1] == "9.0 3", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cuda", "with_toolkit", "reason"),
+    [
+        (None, True, "this torch is built without CUDA"),
+        ("13.0", False, "no nvcc found"),
+        ("12.8", True, "torch has CUDA 12.8"),
+    ],
+)
+def test_cuda_that_cannot_be_built_is_left_out_or_fails_loudly(
+    cuda: str | None, with_toolkit: bool, reason: str, toolkit: Path
+) -> None:
+    home = toolkit if with_toolkit else None
+    left_out = setup(cuda, home)
+    assert left_out.returncode == 0, left_out.stderr
+    assert "coarse_kernels._C" in left_out.stdout.split()
+    assert "coarse_kernels._cuda" not in left_out.stdout
+    assert f"without CUDA kernels: {reason}" in left_out.stderr
+    forced = setup(cuda, home, COARSE_CUDA="1")
+    assert forced.returncode != 0
+    assert f"COARSE_CUDA=1, but the CUDA kernels cannot be built: {reason}" in forced.stderr
+
+
+def test_cuda_can_be_forbidden(toolkit: Path) -> None:
+    done = setup("13.0", toolkit, COARSE_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    assert "coarse_kernels._cuda" not in done.stdout
