@@ -198,3 +198,58 @@ def test_the_training_kernels_compile_without_spills(tmp_path: object) -> None:
 def test_everything_else_compiles(tmp_path: object) -> None:
     rows = compiled([{"arch": 90, **case} for case in OTHERS], tmp_path)
     assert len(rows) == len(OTHERS)
+
+
+# `launch` as on a GPU up to the launch itself: a driver that only says what device it is, and kernels that only compile.
+LAUNCH = """
+import itertools, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class Driver:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device=0): return 0
+
+driver.set_active(Driver())
+run, seen = JITFunction.run, []
+
+def compile_only(self, *args, grid, warmup, **kwargs):
+    assert len(grid) == 1 and grid[0] > 0, grid
+    seen.append((self.__name__, id(run(self, *args, grid=grid, warmup=True, **kwargs))))
+
+JITFunction.run = compile_only
+from coarse_kernels.backends.triton import launch, table
+pixel, cell = table.pixel_tile, table.cell_tile
+table.pixel_tile = lambda *a: pixel(*a[:-1], False)
+table.cell_tile = lambda *a: cell(*a[:-1], False)
+
+def step(size, grid, fields, batch=2, classes=3, dtype=torch.float32, wanted=7):
+    seen.clear()
+    seg, cm = torch.randn(batch, classes, *size).to(dtype), torch.randn(fields, classes, classes, *grid).to(dtype)
+    labels, matrix = torch.zeros(batch, *size, dtype=torch.uint8), torch.ones(classes, classes)
+    weights = torch.ones(classes), torch.ones(batch, *size)
+    scale = torch.tensor(1.0)
+    launch.annotation_nll(seg, cm, labels, matrix, *weights, scale, 1.0, 0.1, 255, False, wanted)
+    launch.annotation_nll(seg, cm, labels, matrix, None, None, None, 1.0, 0.0, -100, True, 0)
+    launch.annotation_posterior(seg, cm, labels, matrix, 255)
+    launch.labelled_weight(labels, *weights, classes, 2**40)
+    return list(dict.fromkeys(seen))
+
+names = set()
+for (size, grid), fields in itertools.product((((8, 16), (8, 16)), ((8, 16), (2, 4)), ((8, 16), (1, 1))), (1, 2)):
+    names |= {name for name, _ in step(size, grid, fields)}
+print(sorted(names))
+# Sizes that divide by 16, that do not, and 1: the same kernels.
+print(step((16, 32), (2, 4), 2) == step((15, 31), (3, 5), 3, batch=3) == step((15, 31), (2, 2), 1, batch=1))
+"""
+
+
+def test_launches_bind_their_arguments_and_sizes_do_not_recompile(tmp_path: object) -> None:
+    done = run_python(LAUNCH, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr[-4000:]
+    names, same = done.stdout.splitlines()[-2:]
+    kernels = ("cell", "finish", "labelled_weight", "pixel", "transition")
+    assert names == str([f"{name}_kernel" for name in kernels])
+    assert same == "True"
