@@ -88,6 +88,10 @@ def compile_case(kernel, arch, classes, dtype="fp32", transition=False, corners=
         tile = None
         pointers = dict(partials="*fp64", scale=real, loss=real, nll=real, trace=real)
         constants = dict(BLOCK=4096, R=R)
+    elif kernel == "scale":
+        tile = None
+        pointers = dict(values=storage, factor=real)
+        constants = dict(BLOCK=2048)
     else:
         tile = None
         pointers = dict(labels="*i64", class_weight=real, pixel_weight=real, partials="*fp64")
@@ -161,6 +165,7 @@ OTHERS = [
     {"kernel": "finish", "classes": 0},
     {"kernel": "finish", "classes": 0, "dtype": "fp64"},
     {"kernel": "weight", "classes": 19},
+    {"kernel": "scale", "classes": 0, "dtype": "bf16"},
 ]  # fmt: skip
 
 # Stack in bytes that C = 19 may take, nothing below it: a lane of the cell kernel holds 8 * 19 corner logits and sums in

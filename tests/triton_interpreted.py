@@ -183,3 +183,14 @@ def test_labels_out_of_range_are_no_labels() -> None:
     ]
     for ours, expected in zip(*runs, strict=True):
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_saved_gradient_is_scaled_where_it_lies(dtype: torch.dtype) -> None:
+    gradient = torch.randn(3, 5, 7, generator=generator(0)).to(dtype)
+    factor = torch.tensor(0.5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    scaled, same = gradient.clone(), gradient.clone()
+    torch.ops.coarse_kernels_triton.scale_(scaled, factor)
+    torch.ops.coarse_kernels_triton.scale_(same, torch.ones_like(factor))
+    assert torch.equal(scaled, gradient * 0.5)
+    assert torch.equal(same, gradient)

@@ -91,7 +91,7 @@ def _on_first_call(name: str) -> Callable[..., Any]:
 
 def _define() -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "DEF")
-    for schema in operator.SCHEMAS:
+    for schema in (*operator.SCHEMAS, operator.SCALE):
         library.define(schema)
         name = schema.partition("(")[0]
         for key in ("CUDA", "XPU", *(("CPU",) if INTERPRETED else ())):

@@ -351,3 +351,12 @@ def labelled_weight(
                 R=tl.float32 if given is None else triton_dtype(given.dtype), num_warps=4, **OPTIONS,
             )  # fmt: skip
     return partials.sum()
+
+
+def scale_(gradient: Tensor, factor: Tensor) -> None:
+    count, block = gradient.numel(), 65536 if gradient.device.type == "cpu" else 2048
+    if count:
+        with on_device(gradient.device):
+            kernels.scale_kernel[(min(-(-count // block), 4096),)](
+                gradient, factor, count, BLOCK=block, num_warps=4, **OPTIONS
+            )
