@@ -32,7 +32,8 @@ struct OnDevice {
 // The tensor's device, and the stream that PyTorch runs on there.
 struct OnDevice {
   explicit OnDevice(const Tensor& t) : guard(t.get_device_index()) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) == 0,
+                    "coarse_kernels, CUDA: no current stream on device ", t.get_device_index());
   }
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
