@@ -4,7 +4,7 @@
     python -m benchmarks.gpu --quick                  only the rows with targets
     python -m benchmarks.gpu --full --budget-seconds 3600    every dtype, size, grid and mode; more of torch.compile
     python -m benchmarks.gpu --case 'c19-*-stride8-*' some cases
-    python -m benchmarks.gpu --device cpu --case 'smoke-*' --out /tmp/rehearsal    no GPU: does the harness work?
+    python -m benchmarks.gpu --device cpu --case 'smoke-*' --out rehearsal    no GPU: does the harness work?
 
 Results are written after each case. Exit status: 0; 1 if a contestant was wrong (it is not timed) or a case failed; 2 if
 there is nothing to benchmark. A target that is missed is in the report, and no error.
