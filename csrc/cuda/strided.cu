@@ -371,6 +371,7 @@ Error strided_grid(const Stream<float>& s, const Grid& grid, void* stream) {
   with_fast_classes<kMostStridedClasses>(s.classes, [&](auto classes) {
     constexpr int C = decltype(classes)::value;
     constexpr size_t kShared = sizeof(StridedShared<C>);
+    static_assert(kShared <= 99 * 1024, "what a block may have on compute capability 8.6, 8.9 and 12.0");
     const int64_t resident = resident_blocks(strided_fast<C>, kStridedThreads<C>, kShared), rows = kSumRows / C;
     const int64_t most = resident < rows ? resident : rows;
     const size_t log_shared = sizeof(float) * C * kWarp;
