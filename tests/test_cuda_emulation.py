@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from coarse_kernels import backends
 from tests import cuda_emulation
-from tests.helpers import make_problem, run_python
+from tests.helpers import check, make_problem, run_python
 
 REASON = backends.explain("cpu").get(cuda_emulation.NAME, "left out by COARSE_TEST_EMULATION=0")
 pytestmark = pytest.mark.skipif(REASON is not None and shutil.which("c++") is None, reason=str(REASON))
@@ -87,3 +88,29 @@ def test_a_saved_gradient_is_scaled_where_it_lies(dtype: torch.dtype) -> None:
     operators().scale_(same, torch.ones_like(factor))  # type: ignore[attr-defined]
     assert torch.equal(scaled, gradient * 0.5)
     assert torch.equal(same, gradient)
+
+
+@pytest.mark.parametrize("scale", [60.0, 1e3, 1e4])
+@pytest.mark.parametrize(
+    ("classes", "grid", "learn"),
+    [(3, None, True), (22, None, False), (3, (2, 2), True), (3, (2, 2), False)],
+    ids=["learned", "many-classes", "learned-cells", "steep-cells"],
+)
+def test_the_loss_of_a_negative_drawing_is_as_exact_beside_large_logits(
+    classes: int, grid: tuple[int, int] | None, learn: bool, scale: float
+) -> None:
+    """T is a factor: the logarithm of 1/2, added to a logit of 1e4, keeps three digits."""
+    problem = make_problem(classes, (16, 16), grid, batch=1, stream="uniform", ignored="none", learn_transition=learn)
+    cm = torch.zeros_like(problem.cm)
+    cm[:, :2] = scale * (1 + 0.3 * torch.rand(cm[:, :1].shape, generator=torch.Generator().manual_seed(0)))
+    check(dataclasses.replace(problem, cm=cm), cuda_emulation.NAME)
+
+
+@pytest.mark.slow  # about 25 s
+def test_every_pixel_of_an_axis_beyond_2_to_the_24_is_written(poison: None) -> None:
+    """float32 positions are rounded there, and cells grow wider than `widest` says: their last pixels had no lane."""
+    width, grid = 20_000_000, 1_342_281
+    seg, cm, labels = torch.zeros(1, 2, width), torch.zeros(1, 2, 2, grid), torch.full((1, width), 255, dtype=torch.uint8)
+    out = operators().annotation_nll(seg, cm, labels, None, None, None, None, 1.0, 0.0, 255, False, 3)  # type: ignore[attr-defined]
+    unwritten = out[3].isnan().nonzero().tolist()
+    assert not unwritten, f"{len(unwritten)} elements, {unwritten[:3]}"
