@@ -276,45 +276,61 @@ constexpr R kSmallestEvidence = sizeof(R) == 4 ? R(1e-30) : R(1e-290);
 // Every exponential is of a difference of two logits divided by a sum that contains it, never of a difference of
 // logarithms: at a logit scale of 100 the latter costs two digits.
 
-// What a column j of A contributes, from load(i) = a[i,j] and log_t(i) = log T[i,y].
+// T[i,y] and its logarithm. T is a factor, not part of an exponent, where it matters: beside a logit of 1e4 the sum
+// a + log T keeps three digits of log T. The logarithm finds the largest term.
+template <class V>
+struct Reported {
+  V t, log_t;
+};
+
+// What a column j of A contributes, from load(i) = a[i,j] and reported(i) = T[i,y].
 template <class V>
 struct ColumnTerms {
   V top;        // max_i a[i,j]
   V inv_z;      // 1 / sum_i exp(a[i,j] - top)
-  V label_top;  // max_i a[i,j] + log T[i,y], 0 where T allows none
-  V inv_q;      // 1 / sum_i exp(a[i,j] + log T[i,y] - label_top), 0 likewise
+  V label_top;  // a[i,j] of the largest T[i,y] exp(a[i,j]), 0 where T allows none
+  V inv_q;      // 1 / sum_i T[i,y] exp(a[i,j] - label_top), 0 likewise
   V log_q;      // log q[j]
 };
 
-template <class V, class Load, class LogT>
-COARSE_HD ColumnTerms<V> column_terms(int classes, const Load& load, const LogT& log_t) {
+// T[i,y] exp(x - label_top). The exponential alone may overflow where T is tiny, the product cannot.
+template <class V>
+COARSE_HD V reported_term(const Reported<V>& reported, V x, V label_top) {
+  using R = typename Lanes<V>::Scalar;
+  const V difference = x - label_top, far = broadcast<V>(R(60));
+  return select(difference > far, exp_v(difference + reported.log_t),
+                reported.t * exp_v(select(difference > far, far, difference)));
+}
+
+template <class V, class Load, class Report>
+COARSE_HD ColumnTerms<V> column_terms(int classes, const Load& load, const Report& report) {
   using R = typename Lanes<V>::Scalar;
   const V zero = broadcast<V>(R(0));
   const V inf = broadcast<V>(std::numeric_limits<R>::infinity());
-  V top = load(0), reachable = -inf;
+  V top = load(0), largest = -inf, label_top = zero;
   for (int i = 0; i < classes; ++i) {
-    const V x = load(i);
+    const V x = load(i), term = x + report(i).log_t;
     top = max_v(x, top);
-    reachable = max_v(x + log_t(i), reachable);
+    label_top = select(term > largest, x, label_top);
+    largest = max_v(term, largest);
   }
-  const V label_top = select(reachable == -inf, zero, reachable);
   V z = zero, q = zero;
   for (int i = 0; i < classes; ++i) {
     const V x = load(i);
     z += exp_v(x - top);
-    q += exp_v(x + log_t(i) - label_top);
+    q += reported_term(report(i), x, label_top);
   }
   return {top, R(1) / z, label_top, select(q == zero, zero, R(1) / q), (label_top - top) + (log_v(q) - log_v(z))};
 }
 
 // d (live * nll + live_trace * tr A) / d a[i,j], from x = a[i,j] and ajj = A[j,j]. `posterior` is r[j].
 template <class V>
-COARSE_HD V column_gradient_log_space(const ColumnTerms<V>& column, V x, V log_t, V posterior, V ajj, bool diagonal,
-                                      V live, V live_trace) {
+COARSE_HD V column_gradient_log_space(const ColumnTerms<V>& column, V x, const Reported<V>& reported, V posterior,
+                                      V ajj, bool diagonal, V live, V live_trace) {
   using R = typename Lanes<V>::Scalar;
   const V zero = broadcast<V>(R(0));
   const V aij = exp_v(x - column.top) * column.inv_z;
-  const V hij = exp_v(x + log_t - column.label_top) * column.inv_q;
+  const V hij = reported_term(reported, x, column.label_top) * column.inv_q;
   V gradient = live * (posterior * (aij - hij)) - live_trace * ajj * aij;
   if (diagonal) gradient += live_trace * ajj;
   return select(live + live_trace == zero, zero, gradient);  // else 0 * NaN
@@ -325,17 +341,17 @@ struct PixelTerms {
   V nll, trace;
 };
 
-// Any logits (finite, or -inf in some entries). Reads s[C], a[C*C] (index i*C+j) and log_t[i] = log T[i,y].
+// Any logits (finite, or -inf in some entries). Reads s[C], a[C*C] (index i*C+j) and t[i] = T[i,y].
 // Writes p[C] and the posterior r[C]; over a[i,j] the gradient of weight * nll + trace_weight * tr A; and, where
 // `reported` is not null, reported[i] = -weight * (sum_j A[i,j] p[j]) / D, the gradient of T[i,y]. `columns` holds C.
 // A label that no class can explain (D = 0): nll = inf, r = p, and its gradients are 0.
 template <class V>
-COARSE_HD PixelTerms<V> pixel_log_space(int classes, const V* s, V* a, const V* log_t, V weight, V trace_weight, V* p,
-                                        V* r, ColumnTerms<V>* columns, V* reported) {
+COARSE_HD PixelTerms<V> pixel_log_space(int classes, const V* s, V* a, const Reported<V>* t, V weight, V trace_weight,
+                                        V* p, V* r, ColumnTerms<V>* columns, V* reported) {
   using R = typename Lanes<V>::Scalar;
   const V zero = broadcast<V>(R(0));
   const V inf = broadcast<V>(std::numeric_limits<R>::infinity());
-  const auto label = [&](int i) { return log_t[i]; };
+  const auto label = [&](int i) { return t[i]; };
 
   V top = s[0];
   for (int j = 1; j < classes; ++j) top = max_v(s[j], top);
@@ -380,7 +396,7 @@ COARSE_HD PixelTerms<V> pixel_log_space(int classes, const V* s, V* a, const V* 
         reported[i] -= select(live == zero, zero,
                               live * exp_wide((s[j] - top - log_sum) + (x - column.top) - log_d) * column.inv_z);
       }
-      a[i * classes + j] = column_gradient_log_space(column, x, log_t[i], posterior, ajj, i == j, live, live_trace);
+      a[i * classes + j] = column_gradient_log_space(column, x, t[i], posterior, ajj, i == j, live, live_trace);
     }
     r[j] = posterior;
   }

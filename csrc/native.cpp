@@ -104,10 +104,10 @@ py::dict pixel(py::array_t<R, py::array::c_style | py::array::forcecast> seg_log
   }
   py::array_t<R> gradient({c, c}), p(c), r(c), transition_gradient(c);
   std::memcpy(gradient.mutable_data(), cm_logits.data(), sizeof(R) * static_cast<size_t>(c) * c);
-  std::vector<R> log_t(c);
+  std::vector<coarse::Reported<R>> t(c);
   std::vector<coarse::ColumnTerms<R>> columns(c);
-  for (int i = 0; i < c; ++i) log_t[i] = std::log(reported.at(i));
-  const auto terms = coarse::pixel_log_space<R>(c, seg_logits.data(), gradient.mutable_data(), log_t.data(), R(1),
+  for (int i = 0; i < c; ++i) t[i] = {reported.at(i), std::log(reported.at(i))};
+  const auto terms = coarse::pixel_log_space<R>(c, seg_logits.data(), gradient.mutable_data(), t.data(), R(1),
                                                 static_cast<R>(trace_weight), p.mutable_data(), r.mutable_data(),
                                                 columns.data(), transition_gradient.mutable_data());
   py::dict result;

@@ -194,3 +194,17 @@ def test_objective_is_the_sum_of_its_streams() -> None:
     assert loss_error(out.positive.loss, first.loss) < 1e-14
     assert loss_error(out.negative.loss, second.loss) < 1e-14
     assert loss_error(out.loss, first.loss + 0.3 * second.loss) < 1e-14
+
+
+@pytest.mark.parametrize("backend", ck.available_backends())
+def test_the_transition_gets_its_gradient_through_a_column_that_cannot_give_the_label(backend: str) -> None:
+    """q[1] is 0, but A[0, 1] p[1] is not: D = 1/4, d loss / dT[0, 0] = -(1/2 * 1/2 + 1/2 * 1) / D."""
+    seg = torch.zeros(1, 2, 1, dtype=torch.float64)
+    cm = torch.zeros(1, 2, 2, 1, dtype=torch.float64)
+    cm[0, 1, 1] = -torch.inf
+    transition = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    labels = torch.zeros(1, 1, dtype=torch.uint8)
+    ck.annotation_nll(seg, cm, labels, transition, backend=backend).loss.backward()
+    # A = [[1/2, 1], [1/2, 0]]: q = (1/2, 0), D = 1/4
+    assert transition.grad is not None
+    torch.testing.assert_close(transition.grad[:, 0], torch.tensor([-3.0, -1.0], dtype=torch.float64))

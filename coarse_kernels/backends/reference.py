@@ -67,13 +67,18 @@ class _Pixels:
         self.trace = log_a.diagonal(dim1=1, dim2=2).exp().sum(-1)
         if reported is None:
             index = labels[:, None, None].expand(-1, 1, classes, *size)
-            log_q = log_a.gather(1, index).squeeze(1)
+            self.log_joint = log_p + log_a.gather(1, index).squeeze(1)
         else:
-            log_q = _log_weighted_sum(reported.unsqueeze(2), log_a, 1)
-        self.log_joint = log_p + log_q
+            with torch.no_grad():
+                self.log_joint = log_p + _log_weighted_sum(reported.unsqueeze(2), log_a, 1)
         # A label that no class can explain: loss inf and gradient 0, not NaN.
         possible = _possible(self.log_joint)
-        nll = -torch.logsumexp(torch.where(possible, self.log_joint, 0.0), dim=1)
+        if reported is None:
+            nll = -torch.logsumexp(torch.where(possible, self.log_joint, 0.0), dim=1)
+        else:
+            # over observed and true classes at once: a column with q[j] = 0 has a gradient at T[i, y] all the same
+            each = reported.unsqueeze(2).expand_as(log_a).flatten(1, 2)
+            nll = -_log_weighted_sum(each, (log_p.unsqueeze(1) + log_a).flatten(1, 2), 1)
         self.nll = torch.where(possible.squeeze(1), nll, math.inf)
         self.trace = torch.where(possible.squeeze(1), self.trace, self.trace.detach())
 

@@ -93,13 +93,14 @@ inline void report_run(const R* transition, int classes, const int32_t* label, i
 template <class R>
 struct LogSpace {
   using V = Vec<R>;
-  V *s, *a, *log_t, *p, *r, *reported;
+  V *s, *a, *p, *r, *reported;
+  Reported<V>* t;
   ColumnTerms<V>* columns;
 
   void take(Arena& arena, int64_t classes) {
     s = arena.take<V>(classes);
     a = arena.take<V>(classes * classes);
-    log_t = arena.take<V>(classes);
+    t = arena.take<Reported<V>>(classes);
     p = arena.take<V>(classes);
     r = arena.take<V>(classes);
     columns = arena.take<ColumnTerms<V>>(classes);
@@ -110,11 +111,12 @@ struct LogSpace {
                            bool want_reported) {
     for (int i = 0; i < classes; ++i) {
       for (int k = 0; k < kLanes<R>; ++k) {
-        const R t = transition != nullptr ? transition[i * classes + label[k]] : label[k] == i ? R(1) : R(0);
-        log_t[i][k] = std::log(t);  // of the C library: T may hold subnormals
+        const R own = transition != nullptr ? transition[i * classes + label[k]] : label[k] == i ? R(1) : R(0);
+        t[i].t[k] = own;
+        t[i].log_t[k] = std::log(own);  // of the C library: T may hold subnormals
       }
     }
-    return pixel_log_space<V>(classes, s, a, log_t, weight, trace_weight, p, r, columns,
+    return pixel_log_space<V>(classes, s, a, t, weight, trace_weight, p, r, columns,
                               want_reported ? reported : nullptr);
   }
 

@@ -82,7 +82,7 @@ struct StridedPlan {
   int64_t copies = 1;      // of the gradient, to be added up
   int64_t mask_words = 0;  // of Stream::small_mask
 };
-StridedPlan plan_strided(const Stream<float>& s, const Grid& grid);
+StridedPlan plan_strided(const Stream<float>& s, const Grid& grid, bool want_gradient);
 // cm_gradient: (copies, cm_batch, C, C, grid) float, zeros on arrival.
 Error strided_grid(const Stream<float>& s, const Grid& grid, void* stream);
 

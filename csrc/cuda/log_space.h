@@ -36,9 +36,10 @@ __device__ LogSpaceResult<R> log_space(const Stream<R>& s, const ColumnShare<R>&
                                        const Emit& emit, const SegOut& seg_out) {
   const R inf = std::numeric_limits<R>::infinity();
   const int classes = s.classes;
-  const auto log_t = [&](int i) {
-    if (s.log_transition == nullptr) return i == label ? R(0) : -inf;
-    return label < 0 ? R(0) : s.log_transition[i * classes + label];
+  const auto report = [&](int i) {
+    if (s.transition == nullptr) return i == label ? Reported<R>{R(1), R(0)} : Reported<R>{R(0), -inf};
+    if (label < 0) return Reported<R>{R(1), R(0)};
+    return Reported<R>{s.transition[i * classes + label], s.log_transition[i * classes + label]};
   };
   R top = seg(0);
   for (int j = 1; j < classes; ++j) top = max_v(seg(j), top);
@@ -46,7 +47,7 @@ __device__ LogSpaceResult<R> log_space(const Stream<R>& s, const ColumnShare<R>&
   for (int j = 0; j < classes; ++j) sum += exp_v(seg(j) - top);
 
   for (int j = share.first; j < classes; j += share.step) {
-    const auto column = column_terms<R>(classes, [&](int i) { return logit(i, j); }, log_t);
+    const auto column = column_terms<R>(classes, [&](int i) { return logit(i, j); }, report);
     share.joint[j * share.pitch] = (seg(j) - top) + column.log_q;
   }
   __syncthreads();
@@ -66,13 +67,13 @@ __device__ LogSpaceResult<R> log_space(const Stream<R>& s, const ColumnShare<R>&
   const R live = result.possible ? scaled : R(0), live_trace = result.possible ? scaled_trace : R(0);
   for (int j = share.first; j < classes; j += share.step) {
     R* const own = share.joint + j * share.pitch;
-    const auto column = column_terms<R>(classes, [&](int i) { return logit(i, j); }, log_t);
+    const auto column = column_terms<R>(classes, [&](int i) { return logit(i, j); }, report);
     const R p = exp_v(seg(j) - top) / sum;
     const R r = result.possible ? exp_v(*own - shift) / total : p;
     const R ajj = exp_v(logit(j, j) - column.top) * column.inv_z;
     if (want_gradient) {
       for (int i = 0; i < classes; ++i) {
-        emit(i, j, column_gradient_log_space(column, logit(i, j), log_t(i), r, ajj, i == j, live, live_trace));
+        emit(i, j, column_gradient_log_space(column, logit(i, j), report(i), r, ajj, i == j, live, live_trace));
       }
     }
     seg_out(j, p, r);

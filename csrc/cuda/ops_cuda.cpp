@@ -147,7 +147,7 @@ class Call {
   // The fused way for a grid of cells, where it serves.
   bool run_cells() {
     if constexpr (sizeof(R) == 4) {
-      const cuda::StridedPlan plan = cuda::plan_strided(s_, grid_);
+      const cuda::StridedPlan plan = cuda::plan_strided(s_, grid_, cm_gradient_.has_value());
       if (!plan.fits) return false;
       const int64_t n = cm_gradient_.has_value() ? cm_gradient_->numel() : 0;
       const bool direct = plan.copies == 1 && s_.cm_storage == Storage::f32;

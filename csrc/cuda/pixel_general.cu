@@ -10,9 +10,9 @@ constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
 
 template <class R>
-size_t shared_bytes(const Stream<R>& s) {
+size_t shared_bytes(const Stream<R>& s, bool transition_gradient) {
   const size_t joint = static_cast<size_t>(s.classes) * kWarp, reported = kWarps * kWarps * kWarp;
-  return sizeof(R) * (joint + (s.transition_gradient != nullptr ? reported : 0));
+  return sizeof(R) * (joint + (transition_gradient ? joint + reported : 0));
 }
 
 // dT[i, y] -= weight / D * sum_j A[i,j] p[j], pixel by pixel. Each sum over the pixels of a block belongs to one warp,
@@ -22,18 +22,20 @@ __device__ void add_transition_gradient(const Stream<R>& s, const ColumnShare<R>
                                         const LogSpaceResult<R>& pixel, const Seg& seg, const Logit& logit) {
   const int classes = s.classes, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   double* const sum = s.transition_gradient + static_cast<int64_t>(blockIdx.x) * classes * classes;
-  // p[j] A[i,j] / D = exp(a[i,j] + base[j]): each factor alone may leave the range, and so may the result
+  // p[j] A[i,j] / D = exp((a[i,j] - top[j]) + base[j]): each factor alone may leave the range, and so may the result
+  R* const top = share.joint + static_cast<int64_t>(classes) * share.pitch;
   for (int j = share.first; j < classes; j += share.step) {
-    const auto column = column_terms<R>(classes, [&](int i) { return logit(i, j); }, [](int) { return R(0); });
-    share.joint[j * share.pitch] =
-        (seg(j) - pixel.top - pixel.log_sum) - pixel.log_d - column.top + log_v(column.inv_z);
+    const auto column =
+        column_terms<R>(classes, [&](int i) { return logit(i, j); }, [](int) { return Reported<R>{R(1), R(0)}; });
+    share.joint[j * share.pitch] = (seg(j) - pixel.top - pixel.log_sum) - pixel.log_d + log_v(column.inv_z);
+    top[j * share.pitch] = column.top;
   }
   for (int i0 = 0; i0 < classes; i0 += kWarps) {
     for (int k = 0; k < kWarps; ++k) {
       R part = 0;
       if (i0 + k < classes && !(live == R(0))) {
         for (int j = share.first; j < classes; j += share.step)
-          part += exp_wide(logit(i0 + k, j) + share.joint[j * share.pitch]);
+          part += exp_wide((logit(i0 + k, j) - top[j * share.pitch]) + share.joint[j * share.pitch]);
       }
       reported[(warp * kWarps + k) * kWarp + lane] = part;
     }
@@ -69,7 +71,7 @@ __global__ void __launch_bounds__(kThreads)
   const int classes = s.classes, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   R* const shared = reinterpret_cast<R*>(dynamic_shared());
   const ColumnShare<R> share{warp, kWarps, shared + lane, kWarp};
-  R* const reported = shared + classes * kWarp;
+  R* const reported = shared + 2 * classes * kWarp;
   const int64_t pixels = region.image_pixels, span = region.span;
   const R scale = gradient_scale(s);
   Terms terms;
@@ -117,10 +119,10 @@ __global__ void __launch_bounds__(kThreads)
 
 // Blocks with a C x C slice of doubles each: at most 64 MB of them.
 template <class R>
-int64_t blocks_at_once(const Stream<R>& s) {
-  int64_t blocks = resident_blocks(pixel_general<R>, kThreads, shared_bytes(s));
+int64_t blocks_at_once(const Stream<R>& s, bool transition_gradient) {
+  int64_t blocks = resident_blocks(pixel_general<R>, kThreads, shared_bytes(s, transition_gradient));
   blocks = blocks < cuda::kSumRows ? blocks : cuda::kSumRows;
-  if (s.transition_gradient != nullptr) {
+  if (transition_gradient) {
     const int64_t slice = 8 * static_cast<int64_t>(s.classes) * s.classes, most = (int64_t{64} << 20) / slice;
     blocks = blocks < most ? blocks : most;
   }
@@ -148,21 +150,22 @@ Error pixel_grid(const Stream<R>& s, const PixelRegion& region, void* stream) {
     }
   }
   const Words all{nullptr, 1, (region.span + kWarp - 1) / kWarp};
-  const int64_t count = all.per_image * region.images, most = blocks_at_once(s);
-  return launch(pixel_general<R>, count < most ? count : most, kThreads, shared_bytes(s), stream, s, region, all);
+  const int64_t count = all.per_image * region.images, most = blocks_at_once(s, s.transition_gradient != nullptr);
+  return launch(pixel_general<R>, count < most ? count : most, kThreads,
+                shared_bytes(s, s.transition_gradient != nullptr), stream, s, region, all);
 }
 
 // What a fast kernel left: mostly nothing, so the words are looked through by a few blocks.
 Error pixel_log_space(const Stream<float>& s, const PixelRegion& region, int vector, int64_t words, void* stream) {
   const Words marked{s.small_mask, vector, words};
-  const int64_t count = words * region.images, most = blocks_at_once(s);
-  return launch(pixel_general<float>, count < most ? count : most, kThreads, shared_bytes(s), stream, s, region,
-                marked);
+  const int64_t count = words * region.images, most = blocks_at_once(s, s.transition_gradient != nullptr);
+  return launch(pixel_general<float>, count < most ? count : most, kThreads,
+                shared_bytes(s, s.transition_gradient != nullptr), stream, s, region, marked);
 }
 
 template <class R>
 int64_t transition_slices(const Stream<R>& s) {
-  return blocks_at_once(s);
+  return blocks_at_once(s, true);
 }
 
 template Error pixel_grid(const Stream<float>&, const PixelRegion&, void*);

@@ -342,17 +342,19 @@ int64_t images_at_once(const Stream<float>& s, const Tiling& t) {
 
 namespace cuda {
 
-StridedPlan plan_strided(const Stream<float>& s, const Grid& grid) {
+StridedPlan plan_strided(const Stream<float>& s, const Grid& grid, bool want_gradient) {
   StridedPlan plan;
   const bool halved =
       (grid.size[1] == 1 || 2 * grid.size[1] <= s.height) && (grid.size[2] == 1 || 2 * grid.size[2] <= s.width);
-  if (s.depth != 1 || !halved || s.transition_gradient != nullptr || s.batch == 0 ||
+  // Beyond 2^24 pixels of an axis positions round in float, and a cell may be wider than `widest` says.
+  const bool exact = s.height <= 1 << 24 && s.width <= 1 << 24;
+  if (s.depth != 1 || !halved || !exact || s.transition_gradient != nullptr || s.batch == 0 ||
       !with_fast_classes<kMostStridedClasses>(s.classes, [](auto) {})) {
     return plan;
   }
   const Tiling t = tiling_of(s, grid);
   const int64_t own = t.bands * t.splits, shared = s.cm_batch == 1 ? images_at_once(s, t) : 1;
-  plan.copies = own * shared;
+  plan.copies = want_gradient ? own * shared : 1;
   plan.mask_words = t.tiles_y * t.tiles_x * t.splits * t.bands * s.batch;
   plan.fits = plan.copies == 1 || 4 * t.copy_stride * plan.copies <= 4 * kMostCopyBytes;
   return plan;
@@ -375,7 +377,8 @@ Error strided_grid(const Stream<float>& s, const Grid& grid, void* stream) {
     const int64_t resident = resident_blocks(strided_fast<C>, kStridedThreads<C>, kShared), rows = kSumRows / C;
     const int64_t most = resident < rows ? resident : rows;
     const size_t log_shared = sizeof(float) * C * kWarp;
-    const int64_t log_blocks = resident_blocks(strided_log_space, kLogWarps * kWarp, log_shared);
+    const int64_t log_resident = resident_blocks(strided_log_space, kLogWarps * kWarp, log_shared);
+    const int64_t log_blocks = log_resident < kSumRows ? log_resident : kSumRows;
     for (t.image = 0; t.image < s.batch; t.image += group) {
       t.images = s.batch - t.image < group ? s.batch - t.image : group;
       for (t.colour_y = 0; t.colour_y < t.step_y; ++t.colour_y) {
@@ -398,3 +401,14 @@ Error strided_grid(const Stream<float>& s, const Grid& grid, void* stream) {
 
 }  // namespace cuda
 }  // namespace coarse
+
+#if defined(COARSE_EMULATED)  // for a test
+extern "C" bool coarse_strided_fits(int classes, int64_t height, int64_t width, int64_t grid_h, int64_t grid_w) {
+  coarse::Stream<float> s;
+  s.batch = s.cm_batch = 1;
+  s.classes = classes;
+  s.height = height;
+  s.width = width;
+  return coarse::cuda::plan_strided(s, {{1, grid_h, grid_w}}, true).fits;
+}
+#endif
