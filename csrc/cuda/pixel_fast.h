@@ -46,7 +46,7 @@ constexpr int kFastThreads = kGroups<C> * C * kWarp;
 // Blocks of a multiprocessor that the compiler is to leave registers for: 38 warps of 48 registers at C = 19.
 template <int C, int kVector>
 constexpr int kFastBlocks = kVector > 1 ? 1
-                            : C >= 11   ? (C <= 20 ? 2 : 1)
+                            : C >= 11   ? (C <= 19 ? 2 : 1)
                                         : 512 / kFastThreads<C>;
 
 // A pixel's C values in shared memory, read four at a time: an odd number of quadruples, so that the lanes of a warp
