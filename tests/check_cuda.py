@@ -75,20 +75,28 @@ def parse(log: str, arch: str) -> list[Kernel]:
 
 def readable(mangled: str) -> str:
     """pixel_fast<19, f32, 1 pixel, one-hot> for _ZN6coarse..., and the plain name of the others."""
-    fast = re.search(r"10pixel_fastILi(\d+)ELNS_7StorageE(\d)ELi(\d)ELb([01])E", mangled)
+    scopes, arguments = _nested_name(mangled)
+    if not scopes:
+        return mangled
+    name = scopes[-1]
+    fast = re.match(r"ILi(\d+)ELNS_7StorageE(\d)ELi(\d)ELb([01])E", arguments)
     if fast:
         kind = "one-hot" if fast[4] == "1" else "any T"
-        return f"pixel_fast<{fast[1]}, {STORAGE[fast[2]]}, {fast[3]} a thread, {kind}>"
-    strided = re.search(r"12strided_fastILi(\d+)E", mangled)
-    if strided:
-        return f"strided_fast<{strided[1]}>"
-    other = re.findall(r"\d+([a-z][a-z_]+)(?:I([fd])E)?", mangled.split("GLOBAL__N_")[-1])
-    names = [
-        f"{name}<{kind}>" if kind else name
-        for name, kind in other
-        if not name.startswith(("coarse", "pixel_general_cu"))
-    ]
-    return names[0] if names else mangled
+        return f"{name}<{fast[1]}, {STORAGE[fast[2]]}, {fast[3]} a thread, {kind}>"
+    other = re.match(r"I(?:Li(\d+)E|([fd]))E", arguments)
+    return f"{name}<{other[1] or other[2]}>" if other else name
+
+
+def _nested_name(mangled: str) -> tuple[list[str], str]:
+    """(scopes with the name last, what follows) of an Itanium name _ZN<length><scope>...: the lengths decide where one
+    ends. nvcc's anonymous namespaces carry a hash of the file's path, so that anything may look like a name in there."""
+    scopes: list[str] = []
+    rest = mangled.removeprefix("_ZN")
+    while length := re.match(r"\d+", rest):
+        end = length.end() + int(length[0])
+        scopes.append(rest[length.end() : end])
+        rest = rest[end:]
+    return scopes, rest
 
 
 def compile_glue() -> str:

@@ -11,15 +11,29 @@ from tests.check_cuda import ARCHITECTURES, Kernel
 
 # Two kernels as ptxas -v (CUDA 13.0) reports them, the second with a spill.
 LOG = """
-ptxas info    : Compiling entry function '_ZN6coarse48_GLOBAL__N__1234_12_pixel_f32_cu_ab10pixel_fastILi19ELNS_7StorageE2ELi1ELb0EEEvNS' for 'sm_90'
+ptxas info    : Compiling entry function '_ZN6coarse45_GLOBAL__N__2a15e9d5_12_pixel_f32_cu_1b58f40f10pixel_fastILi19ELNS_7StorageE2ELi1ELb0EEEvNS' for 'sm_90'
 ptxas info    : Function properties for _ZN6coarse
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 48 registers, used 1 barriers
-ptxas info    : Compiling entry function '_ZN6coarse43_GLOBAL__N__5678_10_strided_cu_cd12strided_fastILi20EEEvNS_6StreamIfEENS0_6TilingE' for 'sm_90'
+ptxas info    : Compiling entry function '_ZN6coarse43_GLOBAL__N__206ccc29_10_strided_cu_b823111312strided_fastILi20EEEvNS_6StreamIfEENS0_6TilingE' for 'sm_90'
 ptxas info    : Function properties for _ZN6coarse
     24 bytes stack frame, 24 bytes spill stores, 40 bytes spill loads
 ptxas info    : Used 96 registers, used 1 barriers, 1024 bytes smem
 """  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("mangled", "name"),
+    [
+        ("_ZN6coarse45_GLOBAL__N__b1cd6d06_8_field_cu_9ce8a747_247513gather_kernelIdEEvNS_6StreamIT_EEl", "gather_kernel<d>"),
+        ("_ZN6coarse45_GLOBAL__N__1field22_8_field_cu_12name34_247513gather_kernelIfEEvNS_6StreamIT_EEl", "gather_kernel<f>"),
+        ("_ZN6coarse43_GLOBAL__N__206ccc29_10_strided_cu_b823111317strided_log_spaceENS_6StreamIfEE", "strided_log_space"),
+        ("_Z5plainv", "_Z5plainv"),
+    ],
+)  # fmt: skip
+def test_a_kernel_has_its_own_name_whatever_the_path_of_the_clone(mangled: str, name: str) -> None:
+    """nvcc puts a hash of the file's path into the name: in one clone in a few it reads like an identifier."""
+    assert check_cuda.readable(mangled) == name
 
 
 def test_the_report_of_ptxas_is_read() -> None:
