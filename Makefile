@@ -7,6 +7,7 @@
 #   make check-cuda  nvcc over every CUDA kernel: registers and spills; needs nvcc, no GPU (also part of make test)
 #   make test-gpu    the operator's tests on a GPU, and what only a GPU can get wrong (tests/gpu/README.md)
 #   make bench-gpu   speed table of the GPU kernels, about eight minutes; fails where there is no GPU
+#   make highres     a 1024x2048 training step on a CPU beside the published formulation: memory and time; about eight minutes
 #   make lint        ruff, mypy, clang-format        make format: apply them
 #
 # TORCH overrides the torch that a new .venv gets, PYTHON the interpreter it is made from.
@@ -30,7 +31,7 @@ endif
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/*.h')
 CXX_DEPENDENCIES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu) setup.py pyproject.toml
 
-.PHONY: train test check-cuda test-gpu bench bench-full bench-gpu tune lint format clean
+.PHONY: train test check-cuda test-gpu bench bench-full bench-gpu highres tune lint format clean
 
 train: $(READY)
 	$(RUN) -m coarse_train demo $(ARGS)
@@ -55,6 +56,9 @@ bench-full: $(READY)
 bench-gpu: $(READY)
 	$(RUN) -m benchmarks.gpu $(ARGS)
 	$(RUN) -m benchmarks.plot benchmarks/results/gpu.csv --case 'c19-1024x2048-*'
+
+highres: $(READY)
+	$(RUN) -m benchmarks.highres $(ARGS)
 
 tune: $(READY)
 	$(RUN) -m coarse_train tune-demo $(ARGS)

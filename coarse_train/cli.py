@@ -1,26 +1,83 @@
-"""Command line: dataclass -> options. `python -m coarse_train --help`."""
+"""Command line: dataclass -> options. `coarse-train --help`, or `python -m coarse_train --help`.
+
+coarse-train fit DATASET|CONFIG.toml [options]     train; DATASET takes the recipe of that name (coarse_train/recipes)
+coarse-train evaluate CHECKPOINT [options]         scores on dense masks
+coarse-train predict CHECKPOINT [options]          label maps and overlays
+coarse-train simulate DATASET [options]            coarse drawings from dense masks
+coarse-train demo | tune-demo [options]            the MNIST experiment
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import tyro
 
+from .checkpoint import CheckpointError
+from .config import FitConfig, load_toml
+from .data import DATASETS
+from .engine import NonFiniteLoss, fit
+from .evaluate import EvaluateConfig, run_evaluate
 from .experiments.demo import DemoConfig, run_demo
 from .experiments.tune import TuneConfig, run_tune
+from .predict import PredictConfig, run_predict
+from .simulate.command import SimulateConfig, run_simulate
+
+RECIPES = Path(__file__).parent / "recipes"
+# the user's to mend: one line on stderr and exit status 1; anything else is a bug of ours and shows its traceback
+_EXPECTED = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, CheckpointError, NonFiniteLoss)
+
+
+def _fit(config: FitConfig) -> None:
+    result = fit(config)
+    print(f"{result.checkpoint}: {result.steps} steps, mean IoU {result.score:.2f}, loss {result.loss:.4f}")
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
+    "fit": (FitConfig, _fit),
+    "evaluate": (EvaluateConfig, run_evaluate),
+    "predict": (PredictConfig, run_predict),
+    "simulate": (SimulateConfig, run_simulate),
+    "demo": (DemoConfig, run_demo),
+    "tune-demo": (TuneConfig, run_tune),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; an error of the user's is one line on stderr and exit status 1."""
-    config = tyro.extras.subcommand_cli_from_dict(
-        {"demo": DemoConfig, "tune-demo": TuneConfig}, prog="python -m coarse_train", args=arguments
-    )
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if isinstance(config, DemoConfig):
-            run_demo(config)
-        elif isinstance(config, TuneConfig):
-            run_tune(config)
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        if arguments[:1] == ["fit"]:
+            _fit(parse_fit(arguments[1:]))
+            return 0
+        config = tyro.extras.subcommand_cli_from_dict(
+            {name: kind for name, (kind, _) in COMMANDS.items()},
+            prog="coarse-train",
+            description=__doc__,
+            args=arguments,
+        )
+        next(run for kind, run in COMMANDS.values() if isinstance(config, kind))(config)
+    except _EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; a run goes on with --resume", file=sys.stderr)
+        return 130
     return 0
+
+
+def parse_fit(arguments: list[str]) -> FitConfig:
+    """``DATASET|CONFIG.toml [options]``: the file or the recipe gives the defaults of the options."""
+    target, rest = (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else ("", arguments)
+    if target.endswith(".toml"):
+        default = load_toml(Path(target))
+    elif target in DATASETS:
+        default = load_toml(RECIPES / f"{target}.toml")
+    elif target or not {"-h", "--help"} & {*rest}:
+        raise ValueError(f"fit: expected a config.toml or one of {tuple(DATASETS)}, got {target or 'nothing'!r}")
+    else:
+        default = FitConfig()
+    return tyro.cli(FitConfig, default=default, args=rest, prog=f"coarse-train fit {target or 'DATASET|CONFIG.toml'}")

@@ -1,130 +1,226 @@
-"""The training loop. Read it top to bottom; `train` is all there is."""
+"""Training from coarse drawings. `fit` is the whole of it, top to bottom.
+
+One process, or many with the same result (the batch is that of a step, however many processes share it):
+
+    coarse-train fit camvid --root DIR --simulate coarse --out runs/camvid
+    torchrun --nproc-per-node 4 -m coarse_train fit camvid --root DIR --simulate coarse --out runs/camvid
+    coarse-train fit runs/camvid/config.toml --resume
+
+A step is a function of (config, step, state): batches, transforms and random numbers depend on (seed, step) alone. So a
+run that was killed and resumed ends with the same bits as one that was not.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from .data import Sample
-from .metrics import ConfusionMeter
-from .model import CoarseModel
+from . import checkpoint
+from .config import FitConfig, OptimConfig, save_toml, to_dict
+from .criterion import Counts, Criterion
+from .data import Sample, open_split
+from .data.sampler import StepSampler
+from .data.segmentation import SegmentationData
+from .distributed import World, join_world
+from .evaluate import score
+from .model import build_model, parameter_groups
+from .parallel import Networks
+from .pictures import draw_progress
+from .prepare import check_config, open_transition, open_validation, prepare_out, read_resume
+from .runlog import RunLog
+from .selection import choose_trusted_side, describe_selection
 
-# (seg_logits (B, C, H, W), cm_logits or None, batch) -> 0-d loss
-LossFunction = Callable[[Tensor, Tensor | None, Sample], Tensor]
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """One run. ``lr`` is the segmentation network's, ``cm_lr`` the annotation network's; both warm up over the first
-    ``warmup`` share of the steps, stay until ``hold`` of them are done, and fall to 0 along a cosine. With noisy
-    drawings a class may be found only after hundreds of steps, all of which need the full rate."""
-
-    steps: int = 1200
-    batch_size: int = 16
-    lr: float = 4e-3
-    cm_lr: float = 1e-2
-    warmup: float = 0.05
-    hold: float = 0.6
-    evaluations: int = 4
-    seed: int = 0
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class History:
-    """Scores in percent at ``steps``, and the wall time of training and evaluation together."""
+class FitResult:
+    """checkpoint: the one to use, best.pt where masks chose it, else last.pt. score: its mean IoU in percent on the
+    validation masks; NaN without any. loss: of the last step."""
 
-    steps: list[int]
-    miou: list[float]
-    loss: list[float]
-    seconds: float
-
-    @property
-    def last(self) -> float:
-        return self.miou[-1]
-
-    @property
-    def best(self) -> float:
-        return max(self.miou)
+    checkpoint: Path
+    steps: int
+    score: float
+    loss: float
 
 
-def train(
-    model: CoarseModel,
-    loss_function: LossFunction,
-    train_set: Dataset[Sample],
-    score_set: Dataset[Sample],
-    num_classes: int,
-    config: TrainConfig,
-    on_step: Callable[[float], None] | None = None,
-) -> History:
-    """Train ``model`` in place and score it on the true masks of ``score_set``, at equal distances, last step included.
+class NonFiniteLoss(FloatingPointError):
+    """The loss of a step is not finite; the message names the file with the batch."""
 
-    The scores steer nothing. ``on_step`` gets the loss after every step.
+
+def fit(config: FitConfig) -> FitResult:
+    """Train, score, keep.
+
+    Raises:
+        ValueError, FileNotFoundError: what is wrong with the config or the data, before the first step.
+        NonFiniteLoss: after the batch has been saved in the run folder.
+        coarse_train.checkpoint.CheckpointError: a checkpoint cannot be written; the last good one is intact.
     """
-    started = time.perf_counter()
-    groups = [{"params": list(model.segmentation.parameters()), "lr": config.lr}]
-    if model.annotation is not None:
-        groups.append({"params": list(model.annotation.parameters()), "lr": config.cm_lr})
-    optimizer = torch.optim.Adam(groups)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, config))
-    score_steps = {round(config.steps * (k + 1) / config.evaluations) for k in range(config.evaluations)} - {0}
+    check_config(config)
+    with join_world(config.device) as world:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        prepare_out(config, world)
+        config, selection = choose_trusted_side(config, world, fit)
+        resumed = read_resume(config)
+        start = resumed["step"] if resumed else 0
 
-    steps: list[int] = []
-    scores: list[float] = []
-    losses: list[float] = []
-    running: list[float] = []
-    for step, batch in enumerate(_endless(train_set, config), start=1):
-        model.train()
-        seg_logits, cm_logits = model(batch.image)
-        loss = loss_function(seg_logits, cm_logits, batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
+        # ---- data
+        source = open_split(config.data, "train")
+        dataset = SegmentationData(source, config.data, seed=config.seed, training=True)
+        validation = open_validation(config)
+        sampler = StepSampler(
+            len(dataset),
+            config.batch_size,
+            config.steps,
+            seed=config.seed,
+            first=start,
+            accumulate=config.accumulate,
+            rank=world.rank,
+            world=world.size,
+        )
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=config.data.workers,
+            collate_fn=dataset.collate,
+            pin_memory=world.device.type == "cuda",
+        )
 
-        running.append(loss.item())
-        if not math.isfinite(running[-1]):
-            raise FloatingPointError(f"the loss became {running[-1]} at step {step}; a lower learning rate may help")
-        if on_step is not None:
-            on_step(running[-1])
-        if step in score_steps:
-            steps.append(step)
-            scores.append(evaluate(model, score_set, num_classes).mean_iou())
-            losses.append(sum(running) / len(running))
-            running = []
-        if step == config.steps:
-            break
-    return History(steps, scores, losses, time.perf_counter() - started)
+        # ---- networks
+        torch.manual_seed(config.seed)
+        channels, classes = source.load(0).image.shape[2], len(source.classes)
+        model = build_model(config, channels, classes, open_transition(config, source)).to(world.device)
+        networks = Networks(model, config, world)
+        optimizer = make_optimizer(networks, config.optim)
+        scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
+        criterion = Criterion(config)
+        best_score = last_score = math.nan
+        if resumed:
+            networks.load(optimizer, resumed)
+            scaler.load_state_dict(resumed["scaler"])
+            best_score, last_score = resumed["best_score"], resumed["last_score"]
+        log = RunLog(config, start, enabled=world.is_main)
+        if world.is_main:
+            save_toml(config.out / "config.toml", config)
+        log.say(
+            f"{len(dataset)} training images, {classes} classes, {world.size} process(es) on {world.device.type}, "
+            f"steps {start + 1} to {config.steps} in {config.out}"
+        )
+        log.say(describe_selection(config, validation, selection))
+
+        # ---- steps
+        loss = math.nan
+        batches = iter(loader)
+        for step in range(start + 1, config.steps + 1):
+            passes = list(itertools.islice(batches, config.accumulate))
+            torch.manual_seed(step_seed(config.seed, step, world.rank))
+            networks.call.train()
+            rate = set_rates(optimizer, config, step)
+            # Counted before the first backward: the mean is over the whole step, all passes and all ranks.
+            counts = Counts(*world.sum(torch.stack([criterion.count(batch) for batch in passes]).sum(0)).tolist())
+            parts = torch.zeros(4, device=world.device)
+            for number, batch in enumerate(passes, start=1):
+                batch = Sample(*(field.to(world.device, non_blocking=True) for field in batch))
+                with networks.synchronised(number == len(passes)):
+                    with torch.autocast(world.device.type, _DTYPES[config.precision], config.precision != "fp32"):
+                        output = networks.call(batch.image)
+                    part = criterion(output, batch, counts, scale=world.size)  # ranks average their gradients
+                    scaler.scale(part.loss).backward()
+                parts += torch.stack([part.loss.detach() / world.size, *part[1:]])
+            loss, *nll = world.sum(parts).tolist()
+            if not math.isfinite(loss):
+                raise NonFiniteLoss(_keep_bad_step(config, step, loss, passes, networks, world))
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            networks.update_average()
+            shares = {f"{name}_nll": x for name, x, n in zip(Counts._fields, nll, counts, strict=True) if n}
+            log.step(step, {"loss": loss, **shares, "lr": rate, "grad_norm": float(norm)})
+
+            # ---- score and keep
+            improved = False
+            if validation is not None and (step % _evaluate_every(config) == 0 or step == config.steps):
+                scored = networks.scored().eval()
+                meter = score(scored.segmentation, validation, world=world)
+                last_score = meter.mean_iou()
+                improved = config.select_with > 0 and not last_score <= best_score
+                best_score = last_score if improved else best_score
+                log.scores(step, {"mean_iou": last_score, "pixel_accuracy": meter.pixel_accuracy()}, len(validation))
+                if world.is_main:
+                    draw_progress(log, scored, dataset, step, world.device, config.backend)
+            if improved or step % config.save_every == 0 or step == config.steps:
+                content = {
+                    "config": to_dict(config),
+                    "classes": checkpoint.classes_to_dict(source.classes),
+                    "channels": channels,
+                    "step": step,
+                    "best_score": best_score,
+                    "last_score": last_score,
+                    "scaler": scaler.state_dict(),
+                    **networks.state(optimizer),
+                }
+                if world.is_main and improved:  # before last.pt, which says how good it is
+                    checkpoint.save(config.out / "best.pt", content)
+                if world.is_main:
+                    checkpoint.save(config.out / "last.pt", content)
+        log.close()
+        world.wait()  # nobody returns before the checkpoint is there
+        chosen = config.out / ("best.pt" if config.select_with else "last.pt")
+        return FitResult(chosen, config.steps, best_score if config.select_with else last_score, loss)
 
 
-@torch.no_grad()
-def evaluate(model: CoarseModel, dataset: Dataset[Sample], num_classes: int, *, batch_size: int = 64) -> ConfusionMeter:
-    """Count the segmentation network's predictions against the true masks; the drawings are not looked at."""
-    model.eval()
-    meter = ConfusionMeter(num_classes)
-    for batch in DataLoader(dataset, batch_size=batch_size):
-        meter.update(model.segmentation(batch.image).argmax(1), batch.mask)
-    return meter
+def make_optimizer(networks: Networks, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD with Nesterov momentum. Each group keeps its own rate as ``base_lr``, which `set_rates` scales."""
+    groups = [{**group, "base_lr": group["lr"]} for group in parameter_groups(networks.model, config)]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)
+    return torch.optim.AdamW(groups)
 
 
-def _endless(dataset: Dataset[Sample], config: TrainConfig) -> Iterator[Sample]:
-    """Shuffled batches for ever; the order depends on the seed alone, so that every method sees the same batches."""
-    order = torch.Generator().manual_seed(config.seed)
-    size = min(config.batch_size, len(dataset))  # type: ignore[arg-type]
-    loader = DataLoader(dataset, batch_size=size, shuffle=True, drop_last=True, generator=order)
-    while True:
-        yield from loader
+def set_rates(optimizer: torch.optim.Optimizer, config: FitConfig, step: int) -> float:
+    """Learning rates of ``step`` (counted from 1), a function of the step alone; returns that of the first group."""
+    factor = schedule(step - 1, config.steps, config.optim)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return optimizer.param_groups[0]["lr"]
 
 
-def _schedule(step: int, config: TrainConfig) -> float:
-    """Factor on both learning rates."""
-    warm = max(1, round(config.steps * config.warmup))
-    held = max(warm, round(config.steps * config.hold))
-    if step < held:
+def schedule(step: int, steps: int, config: OptimConfig) -> float:
+    """Factor on the rates at ``step`` (counted from 0): linear warm-up, 1 until ``hold``, then cosine or poly down to 0."""
+    warm = max(1, round(steps * config.warmup))
+    held = max(warm, round(steps * config.hold))
+    if step < held or config.schedule == "constant":
         return min(1.0, (step + 1) / warm)
-    return 0.5 * (1 + math.cos(math.pi * (step - held) / max(1, config.steps - held)))
+    done = (step - held) / max(1, steps - held)
+    return (1 - done) ** 0.9 if config.schedule == "poly" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Of the random numbers of a step (dropout): no generator has to be kept in a checkpoint."""
+    return (seed * 1_000_003 + step) * 4_099 + rank
+
+
+def _evaluate_every(config: FitConfig) -> int:
+    return config.evaluate_every or max(1, config.steps // 5)
+
+
+def _keep_bad_step(
+    config: FitConfig, step: int, loss: float, passes: list[Sample], networks: Networks, world: World
+) -> str:
+    """Save what the step saw on this rank, with the parameters before it; returns the message."""
+    path = config.out / f"nonfinite_step{step}_rank{world.rank}.pt"
+    state = {k: v.detach().cpu() for k, v in networks.model.state_dict().items() if not config.fsdp}
+    content = {"step": step, "loss": loss, "batch": [batch._asdict() for batch in passes], "model": state}
+    checkpoint.save(path, content)
+    return (
+        f"the loss became {loss} at step {step}; its batch is in {path}. A lower --lr or --cm-lr, or --precision bf16 "
+        "instead of fp16, may help"
+    )

@@ -1,13 +1,23 @@
-"""Segmentation scores from a confusion matrix that is counted batch by batch."""
+"""Segmentation scores from a confusion matrix that is counted batch by batch.
+
+All are the usual ones, and IoU is that of the official Cityscapes evaluator to the last digit
+(tests/test_cityscapes_evaluator.py): a class that is neither in the masks nor predicted has no score and is in no mean.
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
 class ConfusionMeter:
-    """Counts [true, predicted] over batches; unlabelled pixels (``ignore_index``) count nowhere."""
+    """Counts [true, predicted] over batches; unlabelled pixels (``ignore_index``) count nowhere, whatever is predicted there.
+
+    counts: (C, C) int64, on the device of the last batch.
+    """
 
     def __init__(self, num_classes: int, *, ignore_index: int = 255):
         self.num_classes = num_classes
@@ -15,19 +25,84 @@ class ConfusionMeter:
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
 
     def update(self, predicted: Tensor, mask: Tensor) -> None:
-        """``predicted`` and ``mask``: integer classes of one shape, any rank."""
+        """``predicted`` and ``mask``: integer classes of one shape, any rank. On CUDA the host waits, as it does for any
+        `torch.bincount`.
+
+        Raises ValueError where a labelled pixel has a class outside 0 to C - 1, and then counts nothing.
+        """
         if predicted.shape != mask.shape:
             raise ValueError(f"predicted: expected the shape of mask {tuple(mask.shape)}, got {tuple(predicted.shape)}")
+        for name, classes in (("predicted", predicted), ("mask", mask)):
+            if classes.dtype.is_floating_point or classes.dtype.is_complex:
+                raise ValueError(f"{name}: expected integer classes, got {classes.dtype}")
+        size = self.num_classes
+        predicted, mask = predicted.long(), mask.long()
         labelled = mask != self.ignore_index
-        pairs = mask[labelled].long() * self.num_classes + predicted[labelled].long()
-        self.counts += torch.bincount(pairs, minlength=self.num_classes**2).view_as(self.counts).to(self.counts.device)
+        known = (predicted >= 0) & (predicted < size) & (mask >= 0) & (mask < size)
+        # two more bins behind the pairs: unlabelled, and out of range
+        bins = torch.where(labelled, torch.where(known, mask * size + predicted, size**2 + 1), size**2)
+        counts = torch.bincount(bins.flatten(), minlength=size**2 + 2)
+        if counts[-1]:
+            raise ValueError(self._out_of_range(predicted[labelled], mask[labelled]))
+        self.counts = self.counts.to(counts.device) + counts[: size**2].view(size, size)
+
+    def _out_of_range(self, predicted: Tensor, mask: Tensor) -> str:
+        for name, classes in (("predicted", predicted), ("mask", mask)):
+            outside = classes[(classes < 0) | (classes >= self.num_classes)]
+            if len(outside):
+                found = outside.unique().tolist()
+                return f"{name}: expected classes from 0 to {self.num_classes - 1} at labelled pixels, got {found}"
+        raise AssertionError("no class is out of range")
+
+    def reduce(self) -> None:
+        """Add up the counts of all ranks, in place and in every rank, once: a second call would add the sums up. Without a
+        process group there is nothing to do."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        on_cpu = "cpu:" in dist.get_backend_config()  # nccl alone reduces on the GPU of the process only
+        counts = self.counts.to("cpu" if on_cpu else torch.device("cuda", torch.cuda.current_device()), copy=True)
+        dist.all_reduce(counts)
+        self.counts = counts.to(self.counts.device)
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(C,) float64: pixels that are right, that are in the masks, and that are predicted. Exact up to 2^53."""
+        counts = self.counts.cpu().double()
+        return counts.diagonal(), counts.sum(1), counts.sum(0)
 
     def iou(self) -> Tensor:
         """(C,) float64 intersection over union; NaN for a class that is neither in the masks nor predicted."""
-        counts = self.counts.double()
-        hit = counts.diagonal()
-        return hit / (counts.sum(0) + counts.sum(1) - hit)
+        hit, true, predicted = self._parts()
+        return hit / (true + predicted - hit)
+
+    def dice(self) -> Tensor:
+        """(C,) float64 Dice coefficient (F1), 2 IoU / (1 + IoU); NaN where IoU is."""
+        hit, true, predicted = self._parts()
+        return 2 * hit / (true + predicted)
+
+    def accuracy(self) -> Tensor:
+        """(C,) float64 share of a class's pixels that are predicted as it (recall); NaN for one that is not in the masks."""
+        hit, true, _ = self._parts()
+        return hit / true
 
     def mean_iou(self) -> float:
-        """Mean IoU in percent over the classes that occur, background included."""
-        return 100.0 * float(self.iou().nanmean())
+        """Mean IoU in percent over the classes that occur, background included; NaN if none does."""
+        return _mean_percent(self.iou())
+
+    def mean_dice(self) -> float:
+        """Mean Dice coefficient in percent over the classes that occur, background included; NaN if none does."""
+        return _mean_percent(self.dice())
+
+    def mean_accuracy(self) -> float:
+        """Mean accuracy in percent over the classes that are in the masks; NaN if none is."""
+        return _mean_percent(self.accuracy())
+
+    def pixel_accuracy(self) -> float:
+        """Share of labelled pixels that are right, in percent; NaN if no pixel is labelled."""
+        hit, true, _ = self._parts()
+        return 100.0 * float(hit.sum() / true.sum())
+
+
+def _mean_percent(scores: Tensor) -> float:
+    # one after the other, as the official evaluator adds them up: a vectorised sum may differ in the last bit
+    valid = [score for score in scores.tolist() if not math.isnan(score)]
+    return 100.0 * (sum(valid) / len(valid)) if valid else math.nan

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import gzip
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from coarse_train.data import DATASETS, IGNORE
+from coarse_train.config import DataConfig
+from coarse_train.data import IGNORE, open_split
 from coarse_train.data.make_mnist_sample import PER_CLASS, make_sample
-from coarse_train.data.mnist import CANVAS, DIGITS, SAMPLE_DIR, place_digits, read_idx, read_split, write_idx
-from coarse_train.simulate import BINARY, MULTICLASS
+from coarse_train.data.mnist import (
+    CANVAS,
+    DIGITS,
+    SAMPLE_DIR,
+    load_splits,
+    place_digits,
+    read_idx,
+    read_split,
+    write_idx,
+)
+from coarse_train.simulate import BINARY, MULTICLASS, Preset
+
+from .data_trees import save, write_drawings
 
 FULL = Path(os.environ.get("COARSE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "mnist"
 
@@ -93,7 +106,7 @@ def test_a_folder_without_the_files_is_named(tmp_path: Path) -> None:
 def test_too_few_digits_of_the_classes(tmp_path: Path) -> None:
     folder = _folder(tmp_path, np.zeros((30, 28, 28), np.uint8), np.ones(30, np.uint8))
     with pytest.raises(ValueError, match=r"at least 20 train digits .* got 0"):
-        DATASETS["mnist"](folder=folder, preset=MULTICLASS)
+        load_splits(folder=folder, preset=MULTICLASS)
 
 
 def test_the_sample_is_small_attributed_and_balanced() -> None:
@@ -120,7 +133,7 @@ def test_the_sample_is_made_from_the_full_files(tmp_path: Path) -> None:
 @pytest.mark.skipif(not FULL.is_dir(), reason=f"the full MNIST is not at {FULL}; COARSE_DATA names its parent folder")
 def test_full_files_are_read() -> None:
     assert [len(read_split(FULL, split)[0]) for split in ("train", "test")] == [60_000, 10_000]
-    splits = DATASETS["mnist"](folder=FULL, preset=MULTICLASS, max_train=40, max_test=20)
+    splits = load_splits(folder=FULL, preset=MULTICLASS, max_train=40, max_test=20)
     assert [len(part) for part in splits[:3]] == [40, 5, 20]
 
 
@@ -140,25 +153,90 @@ def test_place_digits_uses_each_digit_once_and_never_overlaps() -> None:
 
 
 def test_splits_are_disjoint_and_drawings_do_not_change() -> None:
-    splits = DATASETS["mnist"](preset=MULTICLASS, max_train=40, max_test=20, seed=5)
+    splits = load_splits(preset=MULTICLASS, max_train=40, max_test=20, seed=5)
     digits = [{bytes(image.numpy().tobytes()) for image in part.stacked.image} for part in splits[:3]]
     assert not digits[0] & digits[1]
     assert not digits[0] & digits[2]
     assert not digits[1] & digits[2]
-    again = DATASETS["mnist"](preset=MULTICLASS, max_train=40, max_test=20, seed=5)
+    again = load_splits(preset=MULTICLASS, max_train=40, max_test=20, seed=5)
     for one, two in zip(splits.train.stacked, again.train.stacked, strict=True):
         assert torch.equal(one, two)
-    other = DATASETS["mnist"](preset=MULTICLASS, max_train=40, max_test=20, seed=6)
+    other = load_splits(preset=MULTICLASS, max_train=40, max_test=20, seed=6)
     assert not torch.equal(splits.train.stacked.positive, other.train.stacked.positive)
     assert torch.equal(splits.test.stacked.image, other.test.stacked.image)
     sample = splits.train[0]
-    assert sample.image.shape == (1, CANVAS, CANVAS)
+    assert sample.image.shape == sample.negative.shape == (1, CANVAS, CANVAS)
+    assert sample.positive.shape == sample.mask.shape == (CANVAS, CANVAS)
     assert sample.image.dtype == torch.float32
     assert sample.positive.dtype == sample.negative.dtype == sample.mask.dtype == torch.uint8
 
 
 def test_binary_task() -> None:
-    splits = DATASETS["mnist"](preset=BINARY, max_train=20, max_test=10)
+    splits = load_splits(preset=BINARY, max_train=20, max_test=10)
     assert splits.class_names == ("background", "digit")
     for field in splits.train.stacked[1:]:
         assert set(field.unique().tolist()) <= {0, 1, IGNORE}
+
+
+@pytest.mark.parametrize(("variant", "preset"), [("", MULTICLASS), ("binary", BINARY)])
+def test_as_a_source_it_has_the_images_and_drawings_of_load_splits(variant: str, preset: Preset) -> None:
+    splits = load_splits(preset=preset)
+    for split, stacked in zip(("train", "val", "test"), splits[:3], strict=True):
+        source = open_split(DataConfig(dataset="mnist", variant=variant), split)
+        assert len(source) == len(stacked)
+        assert source.classes.names == splits.class_names
+        for index in (0, 7, len(source) - 1):
+            record, sample = source.load(index), stacked[index]
+            assert record.image.dtype == np.uint8
+            assert record.image.shape == (CANVAS, CANVAS, 1)
+            np.testing.assert_array_equal(record.image[..., 0] / np.float32(255), sample.image[0])
+            for kind in ("positive", "negative", "mask"):
+                np.testing.assert_array_equal(getattr(record, kind), getattr(sample, kind))
+        assert source.kinds(0) == {"positive", "negative", "mask"}
+
+
+def test_a_limit_takes_the_first_canvases_and_changes_none() -> None:
+    whole = open_split(DataConfig(dataset="mnist"), "train")
+    few = open_split(DataConfig(dataset="mnist", limit=3), "train")
+    assert [few.name(index) for index in range(len(few))] == ["00000", "00001", "00002"]
+    for index in range(3):
+        np.testing.assert_array_equal(few.load(index).image, whole.load(index).image)
+    assert len(open_split(DataConfig(dataset="mnist", limit=3), "val")) == 224
+
+
+def test_drawings_in_folders_replace_those_of_the_preset(tmp_path: Path) -> None:
+    config = DataConfig(dataset="mnist", limit=4)
+    source = open_split(config, "train")
+    for index in range(len(source)):
+        layers = np.full((1 + index % 2, CANVAS, CANVAS), index, np.uint8)
+        write_drawings(tmp_path / "positive/train", source.name(index), layers[:1], source.classes)
+        write_drawings(tmp_path / "negative/train", source.name(index), layers, source.classes)
+    config = replace(config, positives=tmp_path / "positive", negatives=tmp_path / "negative")
+    record = open_split(config, "train").load(2)
+    np.testing.assert_array_equal(record.positive, np.full((CANVAS, CANVAS), 2))
+    assert record.negative is not None
+    assert [set(layer.ravel()) for layer in record.negative] == [{2}, {IGNORE}]
+    np.testing.assert_array_equal(record.mask, source.load(2).mask)
+    val = open_split(config, "val")
+    assert val.kinds(0) == {"mask"}
+    assert val.load(0).positive is None
+
+
+def test_bad_drawings_in_folders_are_named_or_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("00000", "00001", "00002"):
+        save(tmp_path / f"{name}.png", np.zeros((CANVAS, CANVAS), np.uint8))
+    config = DataConfig(dataset="mnist", limit=4, positives=tmp_path)
+    with pytest.raises(ValueError, match=r"a positive drawing NAME\.png for every image, got none for 00003"):
+        open_split(config, "train")
+    save(tmp_path / "00001.png", np.zeros((28, 28), np.uint8))
+    with pytest.raises(ValueError, match=r"00001\.png: expected 48x48 pixels as canvas 00001 has, got 28x28"):
+        open_split(replace(config, limit=3), "train").load(1)
+    source = open_split(replace(config, skip_bad=True), "train")
+    assert [source.name(index) for index in range(len(source))] == ["00000", "00002"]
+    assert [source.load(index).name for index in range(len(source))] == ["00000", "00002"]
+    assert [line[:13] for line in capsys.readouterr().err.splitlines()] == ["skipped 00003", "skipped 00001"]
+
+
+def test_a_variant_that_there_is_not() -> None:
+    with pytest.raises(ValueError, match=r"variant: expected one of \('', 'binary'\) for mnist, got 'swap'"):
+        open_split(DataConfig(dataset="mnist", variant="swap"), "train")

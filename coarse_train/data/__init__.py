@@ -1,28 +1,42 @@
-"""Datasets: one `Sample` type, one registry.
+"""Data sets: one `Record` type on disk's side, one `Sample` type on the network's, one registry.
 
-A dataset is a `torch.utils.data.Dataset` of `Sample`; `torch.utils.data.default_collate` turns samples into a batch,
-which is a `Sample` too, with a leading batch axis. A new dataset is one module here and one line in `DATASETS`.
+    files --(a data set's module)--> Source of Records --(transforms, `SegmentationData`)--> Dataset of Samples
+
+A data set is one module here with ``open_split(config, split) -> Source``, and one line in `DATASETS`. It knows its layout
+and its class table; reading, checking, transforms and batching are the same for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-IGNORE = 255  # nobody drew here; it counts in no loss and in no score
+from .classes import IGNORE, Classes
+
+if TYPE_CHECKING:
+    from ..config import DataConfig
+
+
+class FolderNotFound(FileNotFoundError):
+    """A folder of a data set is not there, such as that of a split which it does not have."""
 
 
 class Sample(NamedTuple):
-    """One image with its two drawings, or a batch of them (leading axis B).
+    """One image with its drawings, or a batch of them (leading axis B).
 
-    image: (1, H, W) float32.
+    image: (channels, H, W) float32 in [0, 1].
     positive: (H, W) uint8, "this region is class y"; `IGNORE` where nothing is drawn.
-    negative: (H, W) uint8, "this region is not class y"; `IGNORE` where nothing is drawn.
-    mask: (H, W) uint8, the true class. Read by scores and by the fully supervised row, by no other loss.
+    negative: (K, H, W) uint8, K layers of "this region is not class y"; `IGNORE` where nothing is drawn. More than one
+        layer where one pixel has several negative drawings.
+    mask: (H, W) uint8, the true class; `IGNORE` where it is not known. Read by scores and by dense supervision, by no
+        other loss.
     """
 
     image: Tensor
@@ -31,8 +45,63 @@ class Sample(NamedTuple):
     mask: Tensor
 
 
+@dataclass(frozen=True)
+class Record:
+    """One image as a data set has it, before any transform. None: the data set has no such map for this image.
+
+    image: (H, W, channels) uint8, 1 or 3 channels.
+    positive, mask: (H, W) uint8 classes, `IGNORE` where there is none.
+    negative: (K, H, W) uint8.
+    """
+
+    name: str
+    image: np.ndarray
+    positive: np.ndarray | None = None
+    negative: np.ndarray | None = None
+    mask: np.ndarray | None = None
+
+
+class Source(Protocol):
+    """One split of one data set."""
+
+    classes: Classes
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What the image is called in messages and in the files of predictions: a relative path without suffix."""
+        ...
+
+    def kinds(self, index: int) -> frozenset[str]:
+        """Which of "positive", "negative", "mask" this image has, without reading it."""
+        ...
+
+    def load(self, index: int) -> Record:
+        """Read image and label maps. Raises ValueError naming the file that is missing, damaged or inconsistent."""
+        ...
+
+
+class Subset:
+    """Some images of a source, as a source."""
+
+    def __init__(self, source: Source, indices: Sequence[int]):
+        self.source, self.indices, self.classes = source, indices, source.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.indices[index])
+
+    def kinds(self, index: int) -> frozenset[str]:
+        return self.source.kinds(self.indices[index])
+
+    def load(self, index: int) -> Record:
+        return self.source.load(self.indices[index])
+
+
 class InMemory(Dataset[Sample]):
-    """A stacked `Sample` (images (N, 1, H, W), label maps (N, H, W)) as a dataset of N samples."""
+    """A stacked `Sample` (images (N, 1, H, W), label maps (N, H, W), negatives (N, K, H, W)) as a dataset of N samples."""
 
     def __init__(self, stacked: Sample):
         lengths = {len(field) for field in stacked}
@@ -61,12 +130,40 @@ class Splits(NamedTuple):
     class_names: tuple[str, ...]
 
 
-def _mnist(**options: object) -> Splits:
-    from .mnist import load_splits  # in here: the registry must not import every dataset's dependencies
+# name -> module with open_split(config, split); imported when asked for, so that none pays for another's dependencies
+DATASETS = {
+    "folder": "folder",
+    "cityscapes": "cityscapes",
+    "camvid": "camvid",
+    "chasedb1": "retina",
+    "drive": "retina",
+    "les_av": "retina",
+    "mnist": "mnist",
+}
 
-    return load_splits(**options)  # type: ignore[arg-type]
+
+def open_split(config: DataConfig, split: str) -> Source:
+    """The images of ``split`` ("train", "val" or "test") of ``config.dataset``; for training the first ``config.limit``.
+
+    Raises `FolderNotFound` where there is no such split, ValueError or FileNotFoundError naming what is wrong.
+    """
+    if config.dataset not in DATASETS:
+        raise ValueError(f"dataset: expected one of {tuple(DATASETS)}, got {config.dataset!r}")
+    module = import_module(f".{DATASETS[config.dataset]}", __name__)
+    opener: Callable[[DataConfig, str], Source] = module.open_split
+    return opener(config, split)
 
 
-DATASETS: dict[str, Callable[..., Splits]] = {"mnist": _mnist}
-
-__all__ = ["DATASETS", "IGNORE", "InMemory", "Sample", "Splits"]
+__all__ = [
+    "DATASETS",
+    "IGNORE",
+    "Classes",
+    "FolderNotFound",
+    "InMemory",
+    "Record",
+    "Sample",
+    "Source",
+    "Splits",
+    "Subset",
+    "open_split",
+]

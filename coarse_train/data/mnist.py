@@ -1,5 +1,11 @@
 """MNIST: IDX files, the sample that ships with the package, and digits placed on a canvas as a segmentation task.
 
+    ROOT/{train,t10k}-{images-idx3,labels-idx1}-ubyte, or the same with .gz; without ROOT the sample
+
+Two digits on 48x48 pixels, drawn by a preset of `simulate`: variant "" is the preset multiclass (background, 0, 3, 4, 7),
+variant "binary" the preset of that name (background, digit). The canvases and their drawings are the same in every run and for
+every ``limit``: the first nine tenths of the training digits are train, the rest val.
+
 The IDX format: two zero bytes, a type byte (0x08 = unsigned byte), the number of axes, each axis as a big-endian
 uint32, then the values. Files may be gzip-compressed; that is told from their first bytes, not from their name.
 """
@@ -8,13 +14,31 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from ..simulate import Preset, draw
-from . import InMemory, Sample, Splits
+from ..simulate import PRESETS, Preset, draw
+from . import InMemory, Record, Sample, Splits
+from .classes import Classes
+from .files import (
+    Fault,
+    check_choice,
+    check_size,
+    find_drawings,
+    first,
+    read_map,
+    sift,
+    stack_layers,
+    training_limit,
+    without,
+)
+
+if TYPE_CHECKING:
+    from ..config import DataConfig
 
 SAMPLE_DIR = Path(__file__).parent / "mnist_sample"
 DIGITS = (0, 3, 4, 7)  # the object classes, in this order: class k is DIGITS[k - 1], class 0 is the background
@@ -22,6 +46,8 @@ CANVAS = 48
 _CELL = CANVAS // 2  # each digit has a quadrant of its own, so digits never overlap
 _BORDER = 4  # MNIST digits are 20x20 in a 28x28 frame
 _INK = 100  # a pixel of a digit is object from this grey value on
+_SEEDS = {"train": 0, "val": 1_000_003, "test": 2_000_003}
+_COLOURS = ((0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66))  # Okabe and Ito 2008
 _FILES = {
     ("train", "images"): "train-images-idx3-ubyte",
     ("train", "labels"): "train-labels-idx1-ubyte",
@@ -142,11 +168,94 @@ def load_splits(
     test_images, test_labels = parts["test"]
     tested = len(test_images) if max_test is None else min(len(test_images), 2 * max_test)
     return Splits(
-        train=_drawn(images[:used], labels[:used], preset, seed),
-        validation=_drawn(images[stop:], labels[stop:], preset, seed + 1_000_003),
-        test=_drawn(test_images[:tested], test_labels[:tested], preset, 2_000_003),
-        class_names=("background", *(str(d) for d in DIGITS)) if preset.num_classes > 2 else ("background", "digit"),
+        train=_drawn(images[:used], labels[:used], preset, _SEEDS["train"] + seed),
+        validation=_drawn(images[stop:], labels[stop:], preset, _SEEDS["val"] + seed),
+        test=_drawn(test_images[:tested], test_labels[:tested], preset, _SEEDS["test"]),
+        class_names=_class_names(preset),
     )
+
+
+def open_split(config: DataConfig, split: str) -> MnistSource:
+    """The canvases of ``split``; variants "" and "binary"."""
+    check_choice(config, split, "binary")
+    folder = SAMPLE_DIR if config.root is None else config.root
+    images, labels = _of_classes(*read_split(folder, "test" if split == "test" else "train"))
+    if len(images) < 20:
+        raise ValueError(f"root: expected at least 20 digits of {DIGITS} in {folder}, got {len(images)}")
+    if split != "test":
+        stop = len(images) - max(2, int(len(images) * 0.1))
+        part = slice(stop) if split == "train" else slice(stop, None)
+        images, labels = images[part], labels[part]
+    source = MnistSource(images, labels, PRESETS[config.variant or "multiclass"], _SEEDS[split])
+    names = [source.name(index) for index in range(len(source))]
+    faults: list[Fault] = []
+    for kind, drawings in (("positive", config.positives), ("negative", config.negatives)):
+        if drawings is not None:
+            source.given[kind] = find_drawings(kind, drawings, split, names, faults)
+    kept = training_limit(config, split, len(names))
+    source.indices = source.indices[:kept]
+    if source.given:
+        good, skipped = sift(source, without(faults, names[kept:]), skip_bad=config.skip_bad)
+        source.indices, source.skipped = [source.indices[index] for index in good], tuple(skipped)
+    return source
+
+
+class MnistSource:
+    """Canvases as a `Source`; an image is drawn on when it is loaded, the same way every time.
+
+    indices: the canvases that are used. given: files of drawings instead of the preset's, for "positive" and "negative".
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, preset: Preset, seed: int):
+        names = _class_names(preset)
+        self.classes = Classes(names, _COLOURS[: len(names)])
+        self.canvas, mask, self.region = place_digits(images, labels, seed)
+        self.mask = mask if preset.num_classes > 2 else (mask > 0).astype(np.uint8)
+        self.preset, self.seed = preset, seed
+        self.indices = list(range(len(self.canvas)))
+        self.given: dict[str, dict[str, tuple[Path, ...]]] = {}
+        self.skipped: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return f"{self.indices[index]:05d}"
+
+    def kinds(self, index: int) -> frozenset[str]:
+        kinds, name = ("positive", "negative", "mask"), self.name(index)
+        return frozenset(kind for kind in kinds if kind not in self.given or name in self.given[kind])
+
+    def load(self, index: int) -> Record:
+        n, name = self.indices[index], self.name(index)
+        image, mask = self.canvas[n][..., None].copy(), self.mask[n].copy()
+        positive, negative = self.draw(n)
+        record = Record(name, image, positive, negative, mask)
+        if "positive" in self.given:
+            path = first(self.given["positive"], name)
+            record = replace(record, positive=self._read(path, image, name) if path else None)
+        if "negative" in self.given:
+            files = self.given["negative"]
+            layers = max((len(paths) for paths in files.values()), default=0)
+            maps = [self._read(path, image, name) for path in files.get(name, ())]
+            record = replace(record, negative=stack_layers(maps, layers, image) if layers else None)
+        return record
+
+    def draw(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positive (H, W) and negative (1, H, W) drawing of canvas n by the preset."""
+        # one generator per image: the drawings of an image do not depend on how many others there are
+        rng = np.random.default_rng([self.seed, n])
+        positive, negative = draw(self.mask[n], self.preset, rng, regions=self.region[n])
+        return positive, negative[None]
+
+    def _read(self, path: Path, image: np.ndarray, name: str) -> np.ndarray:
+        labels = read_map(path, self.classes)
+        check_size(labels, path, image, f"canvas {name}")
+        return labels
+
+
+def _class_names(preset: Preset) -> tuple[str, ...]:
+    return ("background", *(str(digit) for digit in DIGITS)) if preset.num_classes > 2 else ("background", "digit")
 
 
 def _of_classes(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -155,11 +264,9 @@ def _of_classes(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _drawn(images: np.ndarray, labels: np.ndarray, preset: Preset, seed: int) -> InMemory:
-    canvas, mask, region = place_digits(images, labels, seed)
-    if preset.num_classes == 2:
-        mask = (mask > 0).astype(np.uint8)
-    # one generator per image: the drawings of an image do not depend on how many others there are
-    drawings = [draw(mask[n], preset, np.random.default_rng([seed, n]), regions=region[n]) for n in range(len(mask))]
-    positive, negative = (np.stack(maps) for maps in zip(*drawings, strict=True))
-    image = torch.from_numpy(canvas).unsqueeze(1).to(torch.float32) / 255
-    return InMemory(Sample(image, torch.from_numpy(positive), torch.from_numpy(negative), torch.from_numpy(mask)))
+    source = MnistSource(images, labels, preset, seed)
+    positive, negative = (np.stack(maps) for maps in zip(*map(source.draw, source.indices), strict=True))
+    image = torch.from_numpy(source.canvas).unsqueeze(1).to(torch.float32) / 255
+    return InMemory(
+        Sample(image, torch.from_numpy(positive), torch.from_numpy(negative), torch.from_numpy(source.mask))
+    )

@@ -27,10 +27,11 @@ from tqdm import tqdm
 
 import coarse_kernels
 
-from ..data import DATASETS, Splits
-from ..engine import History, TrainConfig, evaluate, train
+from ..data import Splits
+from ..data.mnist import load_splits
 from ..model import CoarseModel
 from ..simulate import PRESETS, Preset, observed_confusion
+from .loop import History, TrainConfig, evaluate, train
 from .methods import (
     CROSS_ENTROPIES,
     METHODS,
@@ -76,7 +77,7 @@ def run_demo(config: DemoConfig) -> dict[str, object]:
     """Run it all; returns what results.json holds."""
     preset = _check(config)
     settings, selection = chosen_settings(config.task)
-    splits = DATASETS["mnist"](
+    splits = load_splits(
         folder=config.data, preset=preset, seed=config.seed, max_train=config.max_train, max_test=config.max_test
     )
     _prepare_folder(config.out)
@@ -96,7 +97,7 @@ def run_demo(config: DemoConfig) -> dict[str, object]:
         for method in METHODS:
             bar.set_description(f"{method:<15}")
             model, history = _train_row(method, settings[method], config, preset, splits, backend, bar)
-            if model.annotation is not None:
+            if model.positive is not None:
                 confusions[method] = estimated_confusion(model, images)
             rows.append(_row(method, model, history, splits, classes, confusions.get(method), true_confusion))
             models[method] = model

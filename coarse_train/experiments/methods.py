@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import coarse_kernels
 
 from ..data import IGNORE, InMemory, Sample
-from ..engine import LossFunction
-from ..model import CONFUSIONS, CoarseModel, UNet
+from ..model import AnnotationModel, CoarseModel, Full, GlobalField, PixelField, UNet
+from .loop import LossFunction
 
 METHODS = ("ce_positive", "ce_negative", "ce_both", "coarse_positive", "coarse_both", "supervised")
 CROSS_ENTROPIES = METHODS[:3]
@@ -35,7 +35,7 @@ class MethodSettings:
         this is -log(1 - p[y]). "estimated": from where the two drawings meet. No drawing ever names the background, so
         an object has fewer labels to share its probability and explains each of them better than the background does:
         this pulls towards objects, inside the margin too.
-    confusion: "global" or "pixel" (`coarse_train.model.CONFUSIONS`).
+    confusion: "global" or "pixel" (`coarse_train.model.annotation`).
     diagonal, missing: the confusion matrix to start from (`coarse_train.model.confusion_logits`).
     """
 
@@ -55,7 +55,10 @@ def build_model(method: str, settings: MethodSettings, num_classes: int, seed: i
     segmentation = UNet(1, num_classes)
     if method not in ("coarse_positive", "coarse_both"):
         return CoarseModel(segmentation)
-    return CoarseModel(segmentation, CONFUSIONS[settings.confusion](num_classes, settings.diagonal, settings.missing))
+    structure = Full(num_classes, settings.diagonal, settings.missing)
+    start = structure.start()
+    field = GlobalField(start) if settings.confusion == "global" else PixelField(start, 1, norm="batch")
+    return CoarseModel(segmentation, AnnotationModel(field, structure))
 
 
 def transition_for(kind: str, train_set: InMemory, num_classes: int) -> Tensor:
@@ -65,7 +68,7 @@ def transition_for(kind: str, train_set: InMemory, num_classes: int) -> Tensor:
     if kind == "estimated":
         drawings = train_set.stacked
         return coarse_kernels.estimate_transition(
-            drawings.positive, drawings.negative, num_classes, ignore_index=IGNORE
+            drawings.positive, drawings.negative[:, 0], num_classes, ignore_index=IGNORE
         )
     raise ValueError(f"transition: expected 'uniform' or 'estimated', got {kind!r}")
 
@@ -80,7 +83,9 @@ def build_loss(method: str, settings: MethodSettings, transition: Tensor, backen
         return nn.functional.cross_entropy(seg_logits, batch.positive.long(), ignore_index=IGNORE)
 
     def ce_negative(seg_logits: Tensor, cm_logits: Tensor | None, batch: Sample) -> Tensor:
-        return coarse_kernels.annotation_nll(seg_logits, None, batch.negative, transition, ignore_index=IGNORE).loss
+        return coarse_kernels.annotation_nll(
+            seg_logits, None, batch.negative[:, 0], transition, ignore_index=IGNORE
+        ).loss
 
     def ce_both(seg_logits: Tensor, cm_logits: Tensor | None, batch: Sample) -> Tensor:
         positive = ce_positive(seg_logits, cm_logits, batch)
@@ -92,7 +97,7 @@ def build_loss(method: str, settings: MethodSettings, transition: Tensor, backen
             cm_logits,
             batch.positive,
             None,  # A = I: the negative drawings are trusted
-            batch.negative if method == "coarse_both" else None,
+            batch.negative[:, 0] if method == "coarse_both" else None,
             transition if method == "coarse_both" else None,
             trace_weight=settings.trace_weight,
             negative_weight=settings.negative_weight,
@@ -114,11 +119,10 @@ def build_loss(method: str, settings: MethodSettings, transition: Tensor, backen
 def estimated_confusion(model: CoarseModel, images: Tensor) -> Tensor:
     """(C, C) p(drawn | true) that the model believes: A[:, j] averaged over the pixels with their p[j]; a global matrix
     is returned as it is. ``images``: (N, 1, H, W)."""
-    assert model.annotation is not None
     model.eval()
     weighted, weight = torch.zeros(()), torch.zeros(())
     for image in images.split(64):
-        seg_logits, cm_logits = model(image)
+        seg_logits, cm_logits, _, _ = model(image)
         assert cm_logits is not None
         p = seg_logits.softmax(1).unsqueeze(1)  # (B, 1, C, H, W)
         weighted = weighted + (cm_logits.softmax(1) * p).sum((0, 3, 4))

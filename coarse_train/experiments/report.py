@@ -108,17 +108,17 @@ def _panels(batch: Sample, models: dict[str, CoarseModel], transition: Tensor) -
     """Column title -> (N, H, W, 3) pictures."""
     for model in models.values():
         model.eval()
-    seg_logits, cm_logits = models["coarse_both"](batch.image)
+    seg_logits, cm_logits, _, _ = models["coarse_both"](batch.image)
     # both drawings are independent given the true class, so one posterior is the next one's prior
     posterior = coarse_kernels.annotation_posterior(seg_logits, cm_logits, batch.positive, ignore_index=IGNORE)
     posterior = coarse_kernels.annotation_posterior(
-        posterior.clamp_min(1e-30).log(), None, batch.negative, transition, ignore_index=IGNORE
+        posterior.clamp_min(1e-30).log(), None, batch.negative[:, 0], transition, ignore_index=IGNORE
     )
     baseline = models["ce_both"].segmentation(batch.image).argmax(1)
     return {
         "image": batch.image[:, 0, :, :, None].expand(-1, -1, -1, 3).numpy(),
         "positive drawing\n“this is a …”": _paint(batch.positive),
-        "negative drawing\n“this is not a …”": _paint(batch.negative),
+        "negative drawing\n“this is not a …”": _paint(batch.negative[:, 0]),
         "prediction of\nCE on both": _paint(baseline),
         "prediction of\ncoarse_both": _paint(seg_logits.argmax(1)),
         "posterior, given\nboth drawings": posterior.permute(0, 2, 3, 1).numpy() @ _COLOURS[: posterior.shape[1]],

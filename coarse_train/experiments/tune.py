@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..data import DATASETS
-from ..engine import TrainConfig, train
+from ..data.mnist import load_splits
 from ..simulate import PRESETS
+from .loop import TrainConfig, train
 from .methods import METHODS, MethodSettings, build_loss, build_model, transition_for
 
 _RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
@@ -91,7 +91,7 @@ def run_tune(config: TuneConfig, trials: dict[str, list[MethodSettings]] | None 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     preset = PRESETS[config.task]
-    splits = DATASETS["mnist"](folder=config.data, preset=preset, seed=config.seed, max_train=config.max_train)
+    splits = load_splits(folder=config.data, preset=preset, seed=config.seed, max_train=config.max_train)
     todo = [(m, s) for m, group in (trials or TRIALS[config.task]).items() if m in config.methods for s in group]
     rows: list[dict[str, object]] = []
     path = config.out / f"tuned_{config.task}.json"

@@ -1,6 +1,8 @@
-"""Networks, metric, loop."""
+"""The small loop of the demo and its metric."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from coarse_train.data import IGNORE, InMemory, Sample
-from coarse_train.engine import TrainConfig, evaluate, train
+from coarse_train.experiments.loop import TrainConfig, evaluate, train
 from coarse_train.experiments.methods import (
     METHODS,
     MethodSettings,
@@ -18,7 +20,15 @@ from coarse_train.experiments.methods import (
     transition_for,
 )
 from coarse_train.metrics import ConfusionMeter
-from coarse_train.model import CoarseModel, GlobalConfusion, PixelConfusion, UNet, confusion_logits
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """At these sizes threads wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _toy(count: int = 64, swap: float = 0.3, seed: int = 0) -> InMemory:
@@ -30,7 +40,7 @@ def _toy(count: int = 64, swap: float = 0.3, seed: int = 0) -> InMemory:
     flip = (torch.rand(count, 8, 8, generator=rng) < swap) & (mask > 0)
     positive = torch.where(flip, 3 - mask, mask).to(torch.uint8)
     negative = torch.where(mask == 0, IGNORE, 3 - mask).to(torch.uint8)
-    return InMemory(Sample(image, positive, negative, mask))
+    return InMemory(Sample(image, positive, negative.unsqueeze(1), mask))
 
 
 # ---- metric -----------------------------------------------------------------------------------------------------
@@ -68,50 +78,6 @@ def test_metric_names_a_wrong_shape() -> None:
         ConfusionMeter(2).update(torch.zeros(2), torch.zeros(3))
 
 
-# ---- networks ---------------------------------------------------------------------------------------------------
-
-
-def test_shapes() -> None:
-    image = torch.rand(2, 1, 16, 24)
-    assert UNet(1, 5)(image).shape == (2, 5, 16, 24)
-    assert GlobalConfusion(5)(image).shape == (1, 5, 5, 1, 1)
-    assert PixelConfusion(3)(image).shape == (2, 3, 3, 16, 24)
-    seg_logits, cm_logits = CoarseModel(UNet(1, 3), PixelConfusion(3))(image)
-    assert seg_logits.is_contiguous()
-    assert cm_logits is not None
-    assert cm_logits.is_contiguous()
-    assert CoarseModel(UNet(1, 3))(image)[1] is None
-
-
-def test_unet_names_a_size_that_does_not_fit() -> None:
-    with pytest.raises(ValueError, match=r"multiples of 8, got \(1, 1, 12, 16\)"):
-        UNet(1, 2)(torch.rand(1, 1, 12, 16))
-
-
-@pytest.mark.parametrize("confusion", [GlobalConfusion(4, 0.7), PixelConfusion(4, 0.7)])
-def test_confusions_start_at_the_given_diagonal(confusion: torch.nn.Module) -> None:
-    matrix = confusion(torch.zeros(1, 1, 8, 8)).softmax(1)[0].mean((-2, -1))
-    torch.testing.assert_close(matrix, confusion_logits(4, 0.7).softmax(0), atol=0.02, rtol=0)
-    torch.testing.assert_close(confusion_logits(4, 0.7).softmax(0).diagonal(), torch.full((4,), 0.7))
-
-
-def test_a_start_with_missing_objects() -> None:
-    matrix = confusion_logits(5, 0.5, 0.3).softmax(0)
-    torch.testing.assert_close(matrix.sum(0), torch.ones(5))
-    assert matrix[0, 0] == pytest.approx(0.97)
-    assert matrix[0, 1] == pytest.approx(0.3)
-    assert matrix[2, 2] == pytest.approx(0.5)
-    assert matrix[1, 2] == pytest.approx(0.2 / 3)
-    with pytest.raises(ValueError, match="missing"):
-        confusion_logits(5, 0.5, 0.6)
-
-
-@pytest.mark.parametrize("diagonal", [0.1, 1.0])
-def test_an_impossible_diagonal_is_refused(diagonal: float) -> None:
-    with pytest.raises(ValueError, match="diagonal"):
-        confusion_logits(4, diagonal)
-
-
 # ---- loop -------------------------------------------------------------------------------------------------------
 
 
@@ -124,7 +90,7 @@ def test_samples_collate_to_a_sample() -> None:
 
 def test_in_memory_refuses_fields_of_different_length() -> None:
     with pytest.raises(ValueError, match="one length"):
-        InMemory(Sample(torch.zeros(2, 1, 8, 8), *(torch.zeros(3, 8, 8) for _ in range(3))))
+        InMemory(Sample(torch.zeros(2, 1, 8, 8), torch.zeros(3, 8, 8), torch.zeros(3, 1, 8, 8), torch.zeros(3, 8, 8)))
 
 
 def test_every_method_lowers_its_loss_on_the_toy() -> None:
@@ -194,7 +160,9 @@ def test_no_row_but_supervised_reads_the_masks() -> None:
     for method in METHODS:
         model = build_model(method, MethodSettings(), 3, seed=0).eval()
         loss = build_loss(method, MethodSettings(), transition_for("uniform", data, 3), "reference")
-        same = torch.equal(loss(*model(batch.image), batch), loss(*model(batch.image), poisoned))
+        output = model(batch.image)
+        logits = (output.seg_logits, output.positive_cm)
+        same = torch.equal(loss(*logits, batch), loss(*logits, poisoned))
         assert same == (method != "supervised")
 
 
@@ -203,8 +171,9 @@ def test_uniform_is_complementary_label_learning() -> None:
     batch = data.select(range(6))
     logits = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     value = build_loss("ce_negative", MethodSettings(), transition_for("uniform", data, 3))(logits, None, batch)
-    drawn = batch.negative != IGNORE
-    named = torch.where(drawn, batch.negative, 0).long()
+    negative = batch.negative[:, 0]
+    drawn = negative != IGNORE
+    named = torch.where(drawn, negative, 0).long()
     probability = logits.softmax(1).gather(1, named[:, None])[:, 0]
     torch.testing.assert_close(value, -torch.log((1 - probability) / 2)[drawn].mean())
 

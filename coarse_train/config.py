@@ -1,0 +1,247 @@
+"""What a run is made of: one frozen dataclass, which is the command line, the TOML file and the record of a run at once.
+
+FitConfig -> `fit(config)`        coarse-train fit camvid --root DIR --steps 500
+          -> config.toml          coarse-train fit runs/camvid/config.toml --seed 1
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import cattrs
+import tomli_w
+import tyro
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images and drawings, and how they are transformed."""
+
+    dataset: str = "folder"
+    """folder (your own), cityscapes, camvid, chasedb1, drive, les_av or mnist."""
+    root: Path | None = None
+    """Folder of the data set in its official layout (mnist: without it, the sample in the package)."""
+    variant: str = ""
+    """Which labels, where a data set has several; its module lists them. Empty: the first."""
+    positives: Path | None = None
+    """Folder of positive drawings, laid out as the data set's own label maps; without it what the data set has."""
+    negatives: Path | None = None
+    """Folder of negative drawings, the same layout."""
+    simulate: str | None = None
+    """Draw both kinds from the dense masks as they are read, at this level: scribble, spots, sketch, coarse or full."""
+    supervision: Literal["drawings", "masks", "mixed"] = "drawings"
+    """What is learned from: coarse drawings, dense masks, or masks for some images and drawings for the others."""
+    dense_images: int = 0
+    """supervision=mixed: so many training images, chosen by the seed, give their dense mask, the others drawings."""
+    limit: int | None = None
+    """At most so many training images (the first)."""
+    skip_bad: bool = False
+    """List and leave out images whose files are missing, damaged or inconsistent; without it the first is an error."""
+    crop: tuple[int, int] | None = None
+    """Height and width of training crops; without it whole images, which then must have one size."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Range of the random zoom before cropping."""
+    flip: bool = False
+    """Mirror left and right, half the time."""
+    colour: float = 0.0
+    """Strength of random brightness, contrast and saturation: factors in 1 +- this."""
+    workers: int = 0
+    """Processes that read and transform images; 0: the training process does."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The segmentation network."""
+
+    network: str = "unet"
+    """unet, street (encoder-decoder for street scenes), segformer (needs the extra `transformers`), or any nn.Module as
+    package.module:name, called as name(channels_in, num_classes), (B, channels, H, W) -> (B, num_classes, h, w)."""
+    widths: tuple[int, ...] | None = None
+    """Channels of the levels, finest first: unet, without it 16 32 64; street, 4 or 5 of them, without it 32 64 128 192 256."""
+    norm: Literal["group", "batch"] = "group"
+    """Group normalisation does not depend on what else is in the batch: accumulation and ranks change nothing."""
+    weights: Path | None = None
+    """segformer: folder with local weights; without it a small one from scratch."""
+    checkpointing: bool = False
+    """Recompute activations in backward: less memory, about a third more time."""
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How one kind of drawings is explained: the annotation model of one stream."""
+
+    cm: Literal["none", "global", "image", "grid", "pixel"] = "none"
+    """The confusion matrix: none (the drawings are trusted, A = I), one for all, one per image, a field on a grid of
+    every `stride` pixels, or one per pixel."""
+    stride: int = 8
+    """cm=grid: pixels per grid point."""
+    structure: Literal["full", "floor", "lowrank", "tied"] = "full"
+    """full: C x C free logits; floor: the diagonal is at least `floor`; lowrank: a matrix for all plus a rank-`rank`
+    change per place; tied: one diagonal and one off-diagonal value for all classes."""
+    diagonal: float = 0.7
+    """p(drawn as j | true j) to start from."""
+    floor: float = 0.2
+    rank: int = 2
+    trace_weight: float = 0.0
+    """Weight of tr(A). Above about 1/C classes flip; start at 0."""
+    weight: float = 1.0
+    """Weight of this stream in the loss."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedule."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 2e-3
+    cm_lr: float = 1e-2
+    """Learning rate of confusion matrices and of a learned transition."""
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    """sgd only."""
+    schedule: Literal["cosine", "poly", "constant"] = "cosine"
+    """After `warmup` and `hold`, down to 0 (poly: power 0.9), or not at all."""
+    warmup: float = 0.05
+    """Share of the steps in which the rates rise."""
+    hold: float = 0.0
+    """Share of the steps, warm-up included, before they fall."""
+    clip: float | None = 1.0
+    """Largest 2-norm of the gradient of all parameters."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the parameters, which is then what is scored and kept, such as 0.999."""
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Train a segmentation network from coarse drawings."""
+
+    data: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
+    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
+    optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
+    positive: StreamConfig = field(default_factory=lambda: StreamConfig(cm="global"))
+    negative: StreamConfig = field(default_factory=StreamConfig)
+    transition: Literal["uniform", "estimated", "learned"] | Path = "uniform"
+    """How negative drawings name a class: uniform, estimated from where the two kinds of drawings meet, learned from
+    uniform, or a (C, C) .npy file with zero diagonal, [true, named]."""
+    mask_weight: float = 1.0
+    """Weight of the dense masks in the loss (supervision masks or mixed)."""
+
+    out: Path = Path("runs/fit")
+    """Run folder: config.toml, metrics.jsonl, last.pt, best.pt, tensorboard."""
+    resume: bool = False
+    """Go on from last.pt in the run folder."""
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 8
+    """Images per optimizer step, over all ranks and accumulation steps."""
+    accumulate: int = 1
+    """Forward and backward passes per optimizer step and rank."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast of the networks; the loss is float32 whatever they return."""
+    compile: bool = False
+    """torch.compile the networks."""
+    fsdp: bool = False
+    """With torchrun: shard parameters, gradients and optimizer state (FSDP2) instead of replicating them (DDP)."""
+    backend: str | None = None
+    """Backend of coarse_kernels; without it the best that can run."""
+    device: str | None = None
+    """Without it cuda where there is one, else cpu."""
+    threads: int | None = None
+    """Threads of PyTorch on the CPU; equal seeds and threads give equal numbers."""
+
+    evaluate_every: int | None = None
+    """Steps between scores on the validation split; without it a fifth of the run."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+    select_with: int = 0
+    """Use so many dense masks of the validation split, to choose the checkpoint and the trusted side and for nothing
+    else. 0: masks choose nothing, the last step counts."""
+    select_steps: int | None = None
+    """Steps of the two short runs that choose the trusted side; without it a fifth of the run."""
+
+
+def load_toml(path: Path) -> FitConfig:
+    """The config in a TOML file, as `save_toml` writes it; what is left out has its default.
+
+    Raises ValueError naming the file and the key where one is unknown or has the wrong type.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = tomllib.load(file)
+        return from_dict(content)
+    except (tomllib.TOMLDecodeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def save_toml(path: Path, config: FitConfig) -> None:
+    path.write_text(tomli_w.dumps(_without_none(to_dict(config))))
+
+
+def to_dict(config: FitConfig) -> dict[str, Any]:
+    """Plain values only: what a checkpoint keeps."""
+    return _CONVERTER.unstructure(config)
+
+
+def from_dict(content: dict[str, Any]) -> FitConfig:
+    try:
+        return _CONVERTER.structure(content, FitConfig)
+    except cattrs.BaseValidationError as error:
+        raise ValueError("; ".join(cattrs.transform_error(error, path="config"))) from error
+
+
+def _without_none(content: dict[str, Any]) -> dict[str, Any]:
+    """TOML has no null; a missing key is one."""
+    return {
+        key: _without_none(value) if isinstance(value, dict) else value
+        for key, value in content.items()
+        if value is not None
+    }
+
+
+def _number(value: Any, _: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"expected a number, got {value!r}")
+    return float(value)
+
+
+def _exactly(kind: type) -> Any:
+    def structure(value: Any, _: Any) -> Any:
+        if type(value) is not kind:
+            raise ValueError(f"expected {kind.__name__}, got {value!r}")
+        return value
+
+    return structure
+
+
+def _transition(value: Any, _: Any) -> Any:
+    return value if value in ("uniform", "estimated", "learned") else Path(value)
+
+
+_CONVERTER = cattrs.Converter(forbid_extra_keys=True)
+_CONVERTER.register_structure_hook(float, _number)  # cattrs would turn "3" into 3.0 and "no" into True
+for _kind in (int, bool, str):
+    _CONVERTER.register_structure_hook(_kind, _exactly(_kind))
+_CONVERTER.register_structure_hook(Path, lambda value, _: Path(value))
+_CONVERTER.register_unstructure_hook(Path, str)
+_CONVERTER.register_structure_hook(Literal["uniform", "estimated", "learned"] | Path, _transition)
+
+__all__ = [
+    "DataConfig",
+    "FitConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "StreamConfig",
+    "from_dict",
+    "load_toml",
+    "replace",
+    "save_toml",
+    "to_dict",
+]

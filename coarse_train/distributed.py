@@ -1,0 +1,65 @@
+"""One process or many: what `torchrun` started, or a world of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among ``size`` of them; ``device`` is its own."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """The process that writes files and prints."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over all processes, on the device of ``values``; the same bits in all of them."""
+        if self.size == 1:
+            return values
+        total = values.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(values.device)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def join_world(device: str | None = None) -> Iterator[World]:
+    """The world that torchrun's environment variables describe. A process group that exists already is used and left alone.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", ...; None takes cuda where there is one. With several processes on CUDA each takes
+            the GPU of its LOCAL_RANK.
+    """
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if kind.type == "cuda" and size > 1:
+        kind = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if kind.type == "cuda":
+        torch.cuda.set_device(kind)
+    if dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size(), kind)
+    elif size == 1:
+        yield World(0, 1, kind)
+    else:
+        dist.init_process_group("nccl" if kind.type == "cuda" else "gloo")
+        try:
+            yield World(dist.get_rank(), dist.get_world_size(), kind)
+        finally:
+            dist.destroy_process_group()

@@ -1,0 +1,210 @@
+"""Scores of a trained network on the dense masks of a split.
+
+coarse-train evaluate runs/street/best.pt --split test --out scores.json
+torchrun --nproc-per-node 4 -m coarse_train evaluate runs/street/best.pt      the same scores
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+from .checkpoint import LoadedModel, load_model
+from .data import Record, Source
+from .distributed import World, join_world
+from .inference import InferenceConfig
+from .metrics import ConfusionMeter
+from .predict import open_trained_split, predictions, prepare_folder, write_labels
+
+WHOLE_IMAGES = InferenceConfig()
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Score a trained network on dense masks."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """best.pt or last.pt of a run: the network, its classes and its data set."""
+    split: str = "val"
+    """train, val or test."""
+    root: Path | None = None
+    """Folder of the data set; without it that of the run."""
+    dataset: str | None = None
+    """Another data set with the same classes; without it that of the run."""
+    variant: str | None = None
+    """Another variant of its labels."""
+    inference: Annotated[InferenceConfig, tyro.conf.arg(name="")] = field(default_factory=InferenceConfig)
+    device: str | None = None
+    """Without it cuda where there is one, else cpu."""
+    workers: int = 0
+    """Processes that read images; 0: the evaluating process does."""
+    limit: int | None = None
+    """At most so many images (the first)."""
+    skip_bad: bool = False
+    """List and leave out images whose files are missing, damaged or inconsistent; without it the first is an error."""
+    out: Path | None = None
+    """JSON file with all scores and the confusion matrix."""
+    export: Path | None = None
+    """Folder for the predictions, NAME.png with the values of the data set's label files: what the official Cityscapes
+    evaluator takes as CITYSCAPES_RESULTS."""
+    overwrite: bool = False
+    """Export into a folder that is not empty; other files in it stay."""
+
+
+def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Print the table and return what `out` gets: scores in percent, None for what does not occur.
+
+    Under torchrun the images are spread over the processes, each is counted once, and all return the same.
+    """
+    if config.limit is not None and config.limit < 1:
+        raise ValueError(f"limit: expected a number >= 1, got {config.limit}")
+    with join_world(config.device) as world:
+        loaded = load_model(config.checkpoint, world.device)
+        source = open_trained_split(
+            loaded,
+            config.split,
+            root=config.root,
+            dataset=config.dataset,
+            variant=config.variant,
+            skip_bad=config.skip_bad,
+        )
+        images = min(len(source), config.limit or len(source))
+        _prepare_out(config, world)
+
+        def export(record: Record, predicted: np.ndarray) -> None:
+            if config.export is not None:
+                write_labels(config.export, record.name, predicted, source.classes)
+
+        meter = score(
+            loaded.model.segmentation,
+            source,
+            world=world,
+            channels=loaded.channels,
+            config=config.inference,
+            workers=config.workers,
+            limit=images,
+            on_prediction=None if config.export is None else export,
+        )
+        if not meter.counts.any():
+            raise ValueError(
+                f"evaluate needs dense masks; not one pixel of {images} images of {config.split} has a class"
+            )
+        result = _result(config, loaded, images, meter)
+        if world.is_main:
+            if config.out is not None:
+                config.out.write_text(json.dumps(result, indent=2) + "\n")
+            print(table(result))
+    return result
+
+
+def _prepare_out(config: EvaluateConfig, world: World) -> None:
+    """Fail before the work rather than after it."""
+    if config.out is not None:
+        if config.out.is_dir():
+            raise ValueError(f"out: expected a file to write, got the folder {config.out}")
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+    if config.export is not None:
+        prepare_folder("export", config.export, world, overwrite=config.overwrite)
+
+
+def score(
+    segmentation: nn.Module,
+    source: Source,
+    *,
+    world: World,
+    channels: int | None = None,
+    config: InferenceConfig = WHOLE_IMAGES,
+    workers: int = 0,
+    limit: int | None = None,
+    on_prediction: Callable[[Record, np.ndarray], None] | None = None,
+) -> ConfusionMeter:
+    """Count predictions against masks, over all processes of ``world``; all get the same meter.
+
+    Every process runs the network on equally many images, since one that is sharded waits for all; those that some do
+    to no purpose are not counted. ``channels``: of the network; None: as the images have. ``on_prediction`` gets the
+    images that are counted, with their (H, W) uint8 classes.
+
+    Raises ValueError naming an image that has no mask, before the first is read.
+    """
+    count = len(source) if limit is None else min(limit, len(source))
+    bare = [source.name(index) for index in range(count) if "mask" not in source.kinds(index)]
+    if bare:
+        raise ValueError(f"evaluate needs dense masks; {len(bare)} of {count} images have none, such as {bare[0]}")
+    places = range(world.rank, math.ceil(count / world.size) * world.size, world.size)
+    own = [place % count for place in places]
+    meter = ConfusionMeter(len(source.classes))
+    found = predictions(segmentation, source, own, world, channels=channels, config=config, workers=workers)
+    bar = tqdm(found, total=len(own), unit="image", leave=False, disable=None if world.is_main else True)
+    for place, (record, predicted) in zip(places, bar, strict=True):
+        if place < count:
+            assert record.mask is not None  # `kinds` says so
+            meter.update(predicted, torch.from_numpy(record.mask).to(world.device))
+            if on_prediction is not None:
+                on_prediction(record, predicted.cpu().numpy())
+    if world.size > 1:
+        meter.reduce()
+    return meter
+
+
+def _result(config: EvaluateConfig, loaded: LoadedModel, images: int, meter: ConfusionMeter) -> dict[str, Any]:
+    trained = loaded.config.data
+    root = config.root or (trained.root if config.dataset in (None, trained.dataset) else None)
+    rows = zip(loaded.classes.names, meter.iou(), meter.dice(), meter.accuracy(), strict=True)
+    return {
+        "checkpoint": str(config.checkpoint),
+        "step": loaded.step,
+        "dataset": config.dataset or trained.dataset,
+        "root": None if root is None else str(root),
+        "split": config.split,
+        "images": images,
+        "pixels": int(meter.counts.sum()),
+        "inference": str(config.inference),
+        "mean_iou": _number(meter.mean_iou()),
+        "mean_dice": _number(meter.mean_dice()),
+        "pixel_accuracy": _number(meter.pixel_accuracy()),
+        "mean_accuracy": _number(meter.mean_accuracy()),
+        "classes": {
+            name: {"iou": _percent(iou), "dice": _percent(dice), "accuracy": _percent(accuracy)}
+            for name, iou, dice, accuracy in rows
+        },
+        "confusion": meter.counts.tolist(),  # [true, predicted]
+    }
+
+
+def _percent(share: torch.Tensor) -> float | None:
+    return _number(100.0 * float(share))
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value  # JSON has no NaN
+
+
+def table(result: dict[str, Any]) -> str:
+    """The scores as text, in percent; "-" for a class that is neither in the masks nor predicted."""
+    where = f"{result['dataset']} {result['split']}" + (f" in {result['root']}" if result["root"] else "")
+    wide = max(len("pixel accuracy"), *map(len, result["classes"]))
+    rows = [(name, scores["iou"], scores["dice"]) for name, scores in result["classes"].items()]
+    lines = [
+        f"{result['checkpoint']}, step {result['step']}, on {where}",
+        f"{result['images']} images, {result['pixels']} labelled pixels, {result['inference']}",
+        "",
+        f"{'':{wide}}     IoU    Dice",
+        *(f"{name:{wide}}  {_cell(iou)}  {_cell(dice)}" for name, iou, dice in rows),
+        f"{'mean':{wide}}  {_cell(result['mean_iou'])}  {_cell(result['mean_dice'])}",
+        f"{'pixel accuracy':{wide}}  {_cell(result['pixel_accuracy'])}",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(value: float | None) -> str:
+    return f"{'-':>6}" if value is None else f"{value:6.2f}"

@@ -1,0 +1,108 @@
+"""Class probabilities and classes of whole images: in one piece, in overlapping windows, and with mirrored copies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, pad
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """How an image goes through the network."""
+
+    window: tuple[int, int] | None = None
+    """Height and width of a sliding window; without it the whole image at once. Images that are smaller are padded."""
+    overlap: float = 0.5
+    """Share of a window that the next one covers again, at least. Where windows overlap, probabilities are averaged."""
+    flips: bool = False
+    """Average the probabilities with those of the image mirrored left and right."""
+
+    def __post_init__(self) -> None:
+        if self.window is not None and (len(self.window) != 2 or min(self.window) < 1):
+            raise ValueError(f"window: expected a height and a width of at least 1, got {self.window}")
+        if not 0 <= self.overlap < 1:
+            raise ValueError(f"overlap: expected a share from 0 to below 1, got {self.overlap}")
+
+    def __str__(self) -> str:
+        how = "whole images" if self.window is None else "windows of {} x {}".format(*self.window)
+        how += "" if self.window is None else f" that overlap by {self.overlap:g}"
+        return how + (", mirrored copies" if self.flips else "")
+
+
+def to_input(image: np.ndarray, channels: int, name: str) -> Tensor:
+    """(H, W, 1 or 3) uint8 -> (1, ``channels``, H, W) float32 in [0, 1], as in training.
+
+    Grey is repeated for a colour network. Raises ValueError naming the image where the channels do not fit.
+    """
+    if image.shape[2] not in (1, channels):
+        raise ValueError(f"{name}: expected an image of {channels} channel(s) for this network, got {image.shape[2]}")
+    planes = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    return planes.expand(channels, -1, -1)[None].float() / 255
+
+
+@torch.no_grad()
+def probabilities(segmentation: nn.Module, image: Tensor, config: InferenceConfig, num_classes: int) -> Tensor:
+    """Mean of the softmax over all windows that hold a pixel, and over mirrored copies.
+
+    The mean is formed in place: beside the result there is one window's output at a time.
+
+    Shape: (B, channels, H, W) -> (B, C, H, W) float32.
+    """
+    height, width = image.shape[-2:]
+    total = torch.zeros(len(image), num_classes, height, width, device=image.device)
+    times = torch.zeros(height, width, device=image.device)
+    for rows, columns in _windows(height, width, config):
+        part = image[..., rows, columns]
+        for mirrored in (False, True) if config.flips else (False,):
+            found = _logits(segmentation, part.flip(-1) if mirrored else part, config, num_classes).softmax(1)
+            total[..., rows, columns] += found.flip(-1) if mirrored else found
+            times[rows, columns] += 1
+    return total.div_(times)
+
+
+@torch.no_grad()
+def predict(segmentation: nn.Module, image: Tensor, config: InferenceConfig, num_classes: int) -> Tensor:
+    """The most probable class. A whole image without mirrored copies needs no softmax and no sum.
+
+    Shape: (B, channels, H, W) -> (B, H, W) uint8.
+    """
+    if config.window is None and not config.flips:
+        return _logits(segmentation, image, config, num_classes).argmax(1).to(torch.uint8)
+    return probabilities(segmentation, image, config, num_classes).argmax(1).to(torch.uint8)
+
+
+def _windows(height: int, width: int, config: InferenceConfig) -> Iterator[tuple[slice, slice]]:
+    window = config.window or (height, width)
+    for rows in _places(height, window[0], config.overlap):
+        for columns in _places(width, window[1], config.overlap):
+            yield rows, columns
+
+
+def _places(size: int, window: int, overlap: float) -> list[slice]:
+    """Slices of length min(window, size) that cover an axis; the last is moved back to end with it."""
+    window = min(window, size)
+    stride = max(1, int(window * (1 - overlap)))
+    starts = [*range(0, size - window, stride), size - window]
+    return [slice(start, start + window) for start in starts]
+
+
+def _logits(segmentation: nn.Module, part: Tensor, config: InferenceConfig, num_classes: int) -> Tensor:
+    """(B, channels, h, w) -> (B, C, h, w) float32; ``part`` is padded to the window, the network's grid may be coarser."""
+    height, width = part.shape[-2:]
+    tall, wide = config.window or (height, width)
+    if (tall, wide) != (height, width):
+        part = pad(part, (0, wide - width, 0, tall - height), mode="replicate")
+    logits = segmentation(part).float()
+    if logits.dim() != 4 or logits.shape[:2] != (len(part), num_classes):
+        raise ValueError(
+            f"segmentation: expected logits ({len(part)}, {num_classes}, h, w) for an image {tuple(part.shape)}, "
+            f"got {tuple(logits.shape)}"
+        )
+    if logits.shape[-2:] != part.shape[-2:]:
+        logits = interpolate(logits, part.shape[-2:], mode="bilinear", align_corners=False)
+    return logits[..., :height, :width]

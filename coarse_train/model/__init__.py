@@ -1,0 +1,27 @@
+"""The networks: segmentation (`networks`), annotation models (`annotation`), and the model that couples them (`coupled`)."""
+
+from .annotation import AnnotationModel, Full, GlobalField, PixelField, build_annotation, confusion_logits
+from .coupled import CoarseModel, ModelOutput, build_model, confusion_sums, mean_confusion, parameter_groups
+from .networks import build_segmentation
+from .segformer import SegFormer
+from .street import StreetNet
+from .unet import UNet
+
+__all__ = [
+    "AnnotationModel",
+    "CoarseModel",
+    "Full",
+    "GlobalField",
+    "ModelOutput",
+    "PixelField",
+    "SegFormer",
+    "StreetNet",
+    "UNet",
+    "build_annotation",
+    "build_model",
+    "build_segmentation",
+    "confusion_logits",
+    "confusion_sums",
+    "mean_confusion",
+    "parameter_groups",
+]

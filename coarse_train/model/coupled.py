@@ -1,0 +1,138 @@
+"""The coupled model: what is there (segmentation), and how each kind of drawings departs from it (annotation)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from coarse_kernels import TransitionMatrix
+
+from ..config import FitConfig, OptimConfig
+from .annotation import build_annotation
+from .networks import build_segmentation
+
+
+class ModelOutput(NamedTuple):
+    """What `coarse_kernels` takes. None: those drawings are trusted (A = I), or the transition is the uniform one.
+
+    seg_logits: (B, C, h, w), contiguous, maybe coarser than the image.
+    positive_cm, negative_cm: (B or 1, C, C, *G) logits [observed, true].
+    transition: (C, C) [true, named].
+    """
+
+    seg_logits: Tensor
+    positive_cm: Tensor | None
+    negative_cm: Tensor | None
+    transition: Tensor | None
+
+
+class CoarseModel(nn.Module):
+    """Segmentation network; for each kind of drawings that is not trusted an annotation model, which shares nothing with
+    it; and how negative drawings name a class. Any modules of these shapes fit.
+
+    Args:
+        segmentation: (B, channels, H, W) -> (B, C, h, w).
+        positive, negative: (B, channels, H, W) -> (B or 1, C, C, *G).
+        num_classes: C, to check what the segmentation network returns.
+    """
+
+    def __init__(
+        self,
+        segmentation: nn.Module,
+        positive: nn.Module | None = None,
+        negative: nn.Module | None = None,
+        transition: TransitionMatrix | None = None,
+        *,
+        num_classes: int | None = None,
+    ):
+        super().__init__()
+        self.segmentation = segmentation
+        self.positive = positive
+        self.negative = negative
+        self.transition = transition
+        self.num_classes = num_classes
+
+    def forward(self, image: Tensor) -> ModelOutput:
+        seg_logits = self.segmentation(image)
+        self._check(seg_logits, len(image))
+        return ModelOutput(
+            seg_logits,
+            None if self.positive is None else self.positive(image),
+            None if self.negative is None else self.negative(image),
+            None if self.transition is None else self.transition(),
+        )
+
+    def _check(self, seg_logits: Any, batch: int) -> None:
+        shape = tuple(seg_logits.shape) if isinstance(seg_logits, Tensor) else None
+        classes = self.num_classes
+        if shape is None or len(shape) != 4 or shape[0] != batch or (classes is not None and shape[1] != classes):
+            expected = f"({batch}, {'C' if classes is None else classes}, h, w)"
+            raise ValueError(
+                f"network: expected {type(self.segmentation).__name__} to return logits of shape {expected}, "
+                f"got {type(seg_logits).__name__ if shape is None else shape}"
+            )
+
+
+def build_model(
+    config: FitConfig, channels_in: int, num_classes: int, transition: TransitionMatrix | None
+) -> CoarseModel:
+    """The networks of a run. The segmentation network comes first: with equal seeds it is the same whatever the streams."""
+    segmentation = build_segmentation(config.model, channels_in, num_classes)
+    norm, checkpointing = config.model.norm, config.model.checkpointing
+    streams: dict[str, nn.Module | None] = {}
+    for name in ("positive", "negative"):
+        try:
+            streams[name] = build_annotation(
+                getattr(config, name), channels_in, num_classes, norm=norm, checkpointing=checkpointing
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}.{error}") from error
+    return CoarseModel(segmentation, **streams, transition=transition, num_classes=num_classes)
+
+
+def parameter_groups(model: CoarseModel, optim: OptimConfig) -> list[dict[str, Any]]:
+    """For an optimizer: weights of the segmentation network decay, its biases and normalisations do not; confusion matrices
+    and a learned transition have a rate of their own and do not decay, as 0 is no better a logit than another."""
+    segmentation = _trained(model.segmentation)
+    annotation = [p for module in (model.positive, model.negative, model.transition) for p in _trained(module)]
+    groups = [
+        ("weights", [p for p in segmentation if p.dim() > 1], optim.lr, optim.weight_decay),
+        ("biases", [p for p in segmentation if p.dim() <= 1], optim.lr, 0.0),
+        ("annotation", annotation, optim.cm_lr, 0.0),
+    ]
+    return [
+        {"name": name, "params": parameters, "lr": lr, "weight_decay": decay}
+        for name, parameters, lr, decay in groups
+        if parameters
+    ]
+
+
+def _trained(module: nn.Module | None) -> list[nn.Parameter]:
+    parameters: Iterable[nn.Parameter] = () if module is None else module.parameters()
+    return [p for p in parameters if p.requires_grad]
+
+
+@torch.no_grad()
+def confusion_sums(output: ModelOutput, stream: Literal["positive", "negative"]) -> tuple[Tensor, Tensor]:
+    """Numerator (C, C) and denominator (C,) of `mean_confusion`, to be summed over batches; float32. Each image counts as
+    one, whatever the grid of its matrices."""
+    if stream not in ("positive", "negative"):
+        raise ValueError(f"stream: expected 'positive' or 'negative', got {stream!r}")
+    cm_logits = output.positive_cm if stream == "positive" else output.negative_cm
+    p = output.seg_logits.float().softmax(1)
+    if cm_logits is None:
+        mass = p.mean((2, 3)).sum(0)
+        return mass.diag(), mass
+    p = interpolate(p, size=cm_logits.shape[3:], mode="area") / cm_logits[0, 0, 0].numel()
+    return torch.einsum("bijhw,bjhw->ij", cm_logits.float().softmax(1), p), p.sum((0, 2, 3))
+
+
+def mean_confusion(output: ModelOutput, stream: Literal["positive", "negative"]) -> Tensor:
+    """(C, C) p(drawn as i | true j) that the model believes: A[:, j] averaged over all places with their p[j]. Where the
+    grids differ p is averaged over each place of the matrices'. The identity for a stream that is trusted."""
+    weighted, weight = confusion_sums(output, stream)
+    return weighted / weight

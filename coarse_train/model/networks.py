@@ -1,0 +1,50 @@
+"""The segmentation network that a config names: one of ours, or any module by its import path."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from torch import nn
+
+from ..config import ModelConfig
+from . import street, unet
+from .segformer import SegFormer
+from .street import StreetNet
+from .unet import UNet
+
+NETWORKS = ("unet", "street", "segformer")
+
+
+def build_segmentation(config: ModelConfig, channels_in: int, num_classes: int) -> nn.Module:
+    """(B, channels_in, H, W) images in [0, 1] -> (B, num_classes, h, w) logits. Raises ValueError naming the option."""
+    if config.weights is not None and config.network != "segformer":
+        raise ValueError(f"weights: expected none for network {config.network!r}, got {config.weights}")
+    norm, checkpointing = config.norm, config.checkpointing
+    if config.network == "unet":
+        return UNet(channels_in, num_classes, config.widths or unet.WIDTHS, norm=norm, checkpointing=checkpointing)
+    if config.network == "street":
+        widths = config.widths or street.WIDTHS
+        return StreetNet(channels_in, num_classes, widths, norm=norm, checkpointing=checkpointing)
+    if config.network == "segformer":
+        return SegFormer(channels_in, num_classes, weights=config.weights, norm=norm, checkpointing=checkpointing)
+    if checkpointing:
+        raise ValueError(f"checkpointing: expected one of {NETWORKS}, got network {config.network!r}")
+    return _imported(config.network, channels_in, num_classes)
+
+
+def _imported(path: str, channels_in: int, num_classes: int) -> nn.Module:
+    module_name, _, name = path.partition(":")
+    if not module_name or not name:
+        raise ValueError(f"network: expected one of {NETWORKS} or package.module:name, got {path!r}")
+    try:
+        make = getattr(import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"network: expected package.module:name that can be imported, got {path!r} ({error})"
+        ) from error
+    if not callable(make):
+        raise ValueError(f"network: expected {path} to be called as name(channels_in, num_classes), got {make!r}")
+    network = make(channels_in, num_classes)
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"network: expected {path} to return an nn.Module, got {type(network).__name__}")
+    return network

@@ -1,0 +1,96 @@
+"""SegFormer (arXiv 2105.15203) from the `transformers` library, an optional extra."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import normalisation
+
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which published weights expect
+
+
+class SegFormer(nn.Module):
+    """MiT-B0 from scratch, or any SegFormer from a local folder in the layout of `save_pretrained`.
+
+    Shape: (B, 1 or 3, H, W) in [0, 1] -> (B, num_classes, ceil(H / 4), ceil(W / 4)) logits; H and W at least 32. A grey
+    image is repeated to three channels, and images are normalised with the mean and deviation of ImageNet in here.
+
+    Args:
+        weights: folder with config.json and the weights; its classifier is made anew where it has other classes.
+        norm: of the decoder, the one place that normalises over the batch; one that comes trained stays what it was.
+        checkpointing: keep the input of each transformer block only, and compute the rest again in backward.
+    """
+
+    network: Any
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        channels_in: int,
+        num_classes: int,
+        *,
+        weights: Path | None = None,
+        norm: str = "group",
+        checkpointing: bool = False,
+    ):
+        super().__init__()
+        if channels_in not in (1, 3):
+            raise ValueError(f"channels_in: expected 1 or 3 for segformer, got {channels_in}")
+        self.network = _from_scratch(num_classes, norm) if weights is None else _from_folder(weights, num_classes, norm)
+        self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
+        if checkpointing:
+            # the second name is the one before transformers 5
+            enable = getattr(self.network, "activation_checkpointing_enable", None)
+            (enable or self.network.gradient_checkpointing_enable)({"use_reentrant": False})
+
+    def forward(self, image: Tensor) -> Tensor:
+        if min(image.shape[-2:]) < 32:
+            raise ValueError(f"image: expected at least 32x32 pixels for segformer, got {tuple(image.shape)}")
+        return self.network(pixel_values=(image - self.mean) / self.std).logits.contiguous()
+
+
+def _library() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            f"network: expected the package transformers for segformer (pip install transformers), got {error}"
+        ) from error
+    return transformers
+
+
+def _from_scratch(num_classes: int, norm: str) -> Any:
+    library = _library()
+    network = library.SegformerForSemanticSegmentation(library.SegformerConfig(num_labels=num_classes))
+    return _with_norm(network, norm)
+
+
+def _from_folder(folder: Path, num_classes: int, norm: str) -> Any:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"weights: expected a folder with config.json, got {folder}")
+    try:
+        network, report = _library().SegformerForSemanticSegmentation.from_pretrained(
+            folder,
+            num_labels=num_classes,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise ValueError(f"weights: expected the weights of a SegFormer in {folder}, got {error}") from error
+    missing = set(report["missing_keys"])
+    if absent := sorted(key for key in missing if key.startswith("segformer.")):
+        raise ValueError(f"weights: expected a SegFormer in {folder}, got none of {len(absent)} such as {absent[0]}")
+    return _with_norm(network, norm) if "decode_head.batch_norm.weight" in missing else network
+
+
+def _with_norm(network: Any, norm: str) -> Any:
+    head = network.decode_head
+    head.batch_norm = normalisation(head.batch_norm.num_features, norm)
+    return network

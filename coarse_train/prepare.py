@@ -1,0 +1,161 @@
+"""What has to be right before the first step: the config, the run folder, the transition, the validation images."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import coarse_kernels
+from coarse_kernels import TransitionMatrix
+
+from . import checkpoint
+from .config import DataConfig, FitConfig, from_dict
+from .data import IGNORE, FolderNotFound, Source, Subset, open_split
+from .data.segmentation import SegmentationData
+from .distributed import World
+
+_TRANSITION_IMAGES = 200  # enough for C x C counts: 35 million pixels of CamVid
+# what may differ between a run and its continuation: nothing that changes a step
+_FREE = {"out", "resume", "save_every", "backend", "device", "threads", "fsdp", "compile"}
+_FREE_DATA = {"root", "positives", "negatives", "workers"}
+
+
+def check_config(config: FitConfig) -> None:
+    """Raises ValueError naming the field, what came and what was expected."""
+    at_least_one = ("steps", "batch_size", "accumulate", "save_every")
+    optional = ("evaluate_every", "threads")
+    for name in (*at_least_one, *optional):
+        value = getattr(config, name)
+        if value is None and name in optional:
+            continue
+        if value < 1:
+            raise ValueError(f"{name}: expected a number >= 1, got {value}")
+    for owner, name, low, high in (
+        (config.optim, "warmup", 0.0, 1.0),
+        (config.optim, "hold", 0.0, 1.0),
+        (config.optim, "lr", 0.0, None),
+        (config.optim, "cm_lr", 0.0, None),
+        (config.optim, "weight_decay", 0.0, None),
+        (config.optim, "clip", 0.0, None),
+        (config.optim, "ema", 0.0, 1.0),
+        (config.data, "colour", 0.0, 1.0),
+        (config, "mask_weight", 0.0, None),
+        (config, "select_with", 0, None),
+        (config, "select_steps", 0, None),
+    ):
+        value = getattr(owner, name)
+        if value is not None and not (low <= value and (high is None or value <= high)):
+            bound = f"from {low:g} to {high:g}" if high is not None else f">= {low:g}"
+            raise ValueError(f"{name}: expected a number {bound}, got {value}")
+    for side in ("positive", "negative"):
+        stream = getattr(config, side)
+        if stream.weight < 0:
+            raise ValueError(f"{side}.weight: expected a number >= 0, got {stream.weight}")
+        if stream.weight == 0 and stream.cm != "none":
+            raise ValueError(f"{side}.cm: expected none where {side}.weight is 0, got {stream.cm!r}")
+        if stream.stride < 1:
+            raise ValueError(f"{side}.stride: expected a number >= 1, got {stream.stride}")
+    available = coarse_kernels.available_backends()
+    if config.backend is not None and config.backend not in available:
+        raise ValueError(f"backend: expected one that can run here {available}, got {config.backend!r}")
+
+
+def prepare_out(config: FitConfig, world: World) -> None:
+    """Fail before the training rather than after it: a folder that can be written, and no other run in it."""
+    last = config.out / "last.pt"
+    if last.exists() and not config.resume:
+        raise ValueError(f"out: expected a new folder or --resume, got {config.out} with the checkpoint of a run")
+    if world.is_main:
+        try:
+            config.out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=config.out) as file:
+                file.write(bytes(1 << 16))  # an empty file fits on a full disk
+                file.flush()
+        except OSError as error:
+            raise ValueError(f"out: expected a folder that can be written, got {config.out} ({error})") from error
+    world.wait()
+
+
+def read_resume(config: FitConfig) -> dict[str, Any] | None:
+    """The checkpoint to go on from. None: start anew. Raises ValueError where a field that changes steps differs."""
+    last = config.out / "last.pt"
+    if not config.resume or not last.exists():
+        return None
+    content = checkpoint.load(last)
+    before = from_dict(content["config"])
+    for name in (f.name for f in fields(FitConfig) if f.name not in _FREE | {"data"}):
+        _same(name, getattr(before, name), getattr(config, name))
+    for name in (f.name for f in fields(DataConfig) if f.name not in _FREE_DATA):
+        _same(name, getattr(before.data, name), getattr(config.data, name))
+    return content
+
+
+def _same(name: str, before: object, now: object) -> None:
+    if before != now:
+        raise ValueError(f"resume: expected {name} as in the run, {before!r}, got {now!r}")
+
+
+def open_transition(config: FitConfig, source: Source) -> TransitionMatrix:
+    """(C, C) [true, named], as the config says."""
+    classes = len(source.classes)
+    kind = config.transition
+    if isinstance(kind, Path):
+        try:
+            matrix = torch.from_numpy(np.load(kind, allow_pickle=False)).float()
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"transition: expected a .npy file with a ({classes}, {classes}) matrix, got {kind} ({error})"
+            ) from error
+        if matrix.shape != (classes, classes):
+            raise ValueError(f"transition: expected shape ({classes}, {classes}), got {tuple(matrix.shape)} in {kind}")
+        return TransitionMatrix.fixed(matrix)
+    if kind == "learned":
+        return TransitionMatrix.learned(classes)
+    if kind == "estimated":
+        return TransitionMatrix.estimated(*_meeting_labels(config, source), classes, ignore_index=IGNORE)
+    return TransitionMatrix.uniform(classes)
+
+
+def _meeting_labels(config: FitConfig, source: Source) -> tuple[Tensor, Tensor]:
+    """Positive and negative labels, (N,) each, of the pixels that have both, in the first training images."""
+    plain = replace(config.data, crop=None, scale=(1.0, 1.0), flip=False, colour=0.0)
+    dataset = SegmentationData(source, plain, seed=config.seed, training=True)
+    positives, negatives = [], []
+    for index in range(min(len(dataset), _TRANSITION_IMAGES)):
+        sample = dataset[index]
+        for layer in sample.negative:
+            both = (sample.positive != IGNORE) & (layer != IGNORE)
+            positives.append(sample.positive[both])
+            negatives.append(layer[both])
+    positive = torch.cat(positives)
+    if not len(positive):
+        raise ValueError(
+            "transition: expected pixels with a positive and a negative drawing to estimate it from, got none"
+        )
+    return positive, torch.cat(negatives)
+
+
+def open_validation(config: FitConfig) -> Source | None:
+    """The images that are scored during training: ``select_with`` of those with masks, chosen by the seed, or, where masks
+    choose nothing, all of them. None: there are no masks."""
+    try:
+        source = open_split(config.data, "val")
+    except FolderNotFound:
+        if config.select_with:
+            raise
+        return None
+    with_mask = [index for index in range(len(source)) if "mask" in source.kinds(index)]
+    if not config.select_with:
+        return Subset(source, with_mask) if with_mask else None
+    if len(with_mask) < config.select_with:
+        raise ValueError(
+            f"select_with: expected at most the {len(with_mask)} masks of the split, got {config.select_with}"
+        )
+    chosen = np.random.default_rng([config.seed, 7]).permutation(len(with_mask))[: config.select_with]
+    return Subset(source, [with_mask[k] for k in sorted(chosen)])

@@ -1,0 +1,235 @@
+"""The noise of coarse drawings: settings, five levels from a scribble to everything, and what is true of a drawing made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from math import log
+from typing import NamedTuple
+
+import numpy as np
+
+from .presets import IGNORE
+
+Matrix = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The chance that a region is drawn in each way (`shapes`); they sum to 1."""
+
+    exact: float = 0.0
+    eroded: float = 0.0
+    dilated: float = 0.0
+    polygon: float = 0.0
+    fractured: float = 0.0
+    shifted: float = 0.0
+    scribble: float = 0.0
+    spots: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.chances) < 0 or abs(sum(self.chances) - 1) > 1e-9:
+            raise ValueError(f"Mix: expected chances >= 0 that sum to 1, got {self.chances}")
+
+    @property
+    def chances(self) -> tuple[float, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Strokes:
+    """How one layer is drawn.
+
+    ratio: labelled pixels by pixels whose class is known, what is aimed at.
+    mix: the kinds of distortion.
+    pen: width of a stroke, in parts of the square root of the image's area: equal on a screen, whatever the resolution.
+    smallest: regions below this part of the image's area are overlooked.
+    skipped: chance that a larger one is.
+    balance: a region gets area in proportion to its own to this power: 1 draws the same part of each, 0.5 a line whose
+        length grows with the region's width.
+    most: no region is aimed to be covered by more than this part.
+    fill: colour what is left between drawings with the nearest one, nearest first, until the ratio is reached.
+    """
+
+    ratio: float
+    mix: Mix
+    pen: float = 0.007
+    smallest: float = 5e-4
+    skipped: float = 0.0
+    balance: float = 0.75
+    most: float = 1.0
+    fill: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio: expected a number above 0, at most 1, got {self.ratio}")
+
+
+@dataclass(frozen=True)
+class Process:
+    """A whole noise process for C classes.
+
+    confusion: (C, C) [drawn, true], the classes of positive drawings; columns sum to 1.
+    transition: (C, C) [true, named], the classes of honest negative drawings; zero diagonal, rows sum to 1.
+    error: chance that a negative drawing is wrong: it names the class that is there. Honest ones keep off what they name.
+    layers: number of negative layers K. Each is drawn by itself, so they overlap.
+    """
+
+    name: str
+    positive: Strokes
+    negative: Strokes
+    confusion: Matrix
+    transition: Matrix
+    error: float = 0.0
+    layers: int = 2
+
+    def __post_init__(self) -> None:
+        confusion, transition = _square("confusion", self.confusion), _square("transition", self.transition)
+        if len(confusion) != len(transition):
+            raise ValueError(f"transition: expected {len(confusion)} classes as in confusion, got {len(transition)}")
+        if confusion.min() < 0 or not np.allclose(confusion.sum(0), 1):
+            raise ValueError(f"confusion: expected columns >= 0 that sum to 1, got sums {confusion.sum(0).tolist()}")
+        if transition.min() < 0 or transition.diagonal().any() or not np.allclose(transition.sum(1), 1):
+            raise ValueError(
+                f"transition: expected rows >= 0 that sum to 1 and a zero diagonal, got sums {transition.sum(1).tolist()} "
+                f"and diagonal {transition.diagonal().tolist()}"
+            )
+        if not 0 <= self.error <= 1:
+            raise ValueError(f"error: expected a number from 0 to 1, got {self.error}")
+        if self.layers < 0:
+            raise ValueError(f"layers: expected a number >= 0, got {self.layers}")
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.confusion)
+
+    @property
+    def naming(self) -> np.ndarray:
+        """(C, C) [true, named], nominal: wrong negative drawings included."""
+        return (1 - self.error) * np.array(self.transition) + self.error * np.eye(self.num_classes)
+
+
+# name -> (positive, negative). One mix for each amount of work: below a tenth of the area people mark, up to about a half they
+# draw a part of each region, above that outlines. Outlines of negative drawings are too wide, since they need not fit.
+LEVELS: dict[str, tuple[Strokes, Strokes]] = {
+    "scribble": (
+        Strokes(0.01, Mix(scribble=0.9, spots=0.1), smallest=1e-3, balance=0.5, skipped=0.3),
+        Strokes(0.01, Mix(scribble=0.7, spots=0.3), smallest=2e-3, balance=0.5, skipped=0.2),
+    ),
+    "spots": (
+        Strokes(0.05, Mix(spots=0.75, scribble=0.25), pen=0.012, smallest=1e-3, balance=0.6),
+        Strokes(0.05, Mix(spots=0.75, scribble=0.25), pen=0.012, smallest=2e-3, balance=0.6, skipped=0.2),
+    ),
+    "sketch": (
+        Strokes(
+            0.25,
+            Mix(eroded=0.3, polygon=0.25, fractured=0.15, scribble=0.2, spots=0.1),
+            pen=0.025,
+            balance=0.75,
+            most=0.85,
+        ),
+        Strokes(0.25, Mix(eroded=0.2, polygon=0.4, dilated=0.2, spots=0.2), smallest=1e-3, balance=0.75, skipped=0.1),
+    ),
+    "coarse": (
+        Strokes(0.6, Mix(polygon=0.45, eroded=0.2, fractured=0.1, dilated=0.15, shifted=0.1), balance=0.9, most=0.9),
+        Strokes(0.6, Mix(dilated=0.5, polygon=0.35, shifted=0.15), smallest=1e-3, balance=0.9),
+    ),
+    "full": (
+        Strokes(1.0, Mix(polygon=0.5, dilated=0.25, shifted=0.2, exact=0.05), smallest=2e-4, balance=1.0, fill=True),
+        Strokes(1.0, Mix(dilated=0.7, polygon=0.3), balance=1.0),
+    ),
+}
+
+
+def level(
+    name: str | float,
+    num_classes: int,
+    *,
+    confusion: float | np.ndarray = 0.0,
+    transition: np.ndarray | None = None,
+    error: float = 0.0,
+    layers: int = 2,
+) -> Process:
+    """The process of a level of `LEVELS`, or of any ratio from 0.01 to 1: the nearest level (in log ratio), aimed at it.
+
+    confusion: chance that a positive drawing carries another class, any of them, or a (C, C) matrix [drawn, true].
+    transition: (C, C) [true, named], classes of negative drawings; None: any other class.
+    """
+    if num_classes < 2:
+        raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+    positive, negative = _strokes(name)
+    others = (1 - np.eye(num_classes)) / (num_classes - 1)
+    if isinstance(confusion, (int, float)):
+        if not 0 <= confusion <= 1:
+            raise ValueError(f"confusion: expected a probability, got {confusion}")
+        confusion = (1 - confusion) * np.eye(num_classes) + confusion * others
+    return Process(
+        name=str(name),
+        positive=positive,
+        negative=negative,
+        confusion=_matrix("confusion", confusion, num_classes),
+        transition=_matrix("transition", others if transition is None else transition, num_classes),
+        error=error,
+        layers=layers,
+    )
+
+
+def _strokes(name: str | float) -> tuple[Strokes, Strokes]:
+    if name in LEVELS:
+        return LEVELS[str(name)]
+    try:
+        ratio = float(name)
+    except ValueError:
+        raise ValueError(f"level: expected one of {tuple(LEVELS)} or a ratio, got {name!r}") from None
+    if not 0.01 <= ratio <= 1:
+        raise ValueError(f"ratio: expected a number from 0.01 to 1, got {name}")
+    nearest = min(LEVELS.values(), key=lambda pair: abs(log(pair[0].ratio / ratio)))
+    return replace(nearest[0], ratio=ratio), replace(nearest[1], ratio=ratio)
+
+
+def _matrix(name: str, matrix: np.ndarray, num_classes: int) -> Matrix:
+    if matrix.shape != (num_classes, num_classes):
+        raise ValueError(f"{name}: expected shape ({num_classes}, {num_classes}), got {matrix.shape}")
+    return tuple(tuple(float(x) for x in row) for row in matrix)
+
+
+class Noise(NamedTuple):
+    """A matrix as the process has it, and as it is in drawings made by it: outlines change it too. In ``counted`` a class that
+    nothing was drawn on has zeros."""
+
+    nominal: np.ndarray
+    counted: np.ndarray
+
+
+def pair_counts(drawing: np.ndarray, mask: np.ndarray, num_classes: int) -> np.ndarray:
+    """(C, C) int64 [drawn, true]: pixels of ``drawing`` on ``mask`` (same shape), where both are known; add up over images."""
+    both = (drawing != IGNORE) & (mask != IGNORE)
+    pairs = drawing[both].astype(np.int64) * num_classes + mask[both]
+    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def true_confusion(positive: np.ndarray, mask: np.ndarray, process: Process) -> Noise:
+    """(C, C) [drawn, true], p(drawn | true), of positive drawings of any number of images, stacked."""
+    return confusion_from(pair_counts(positive, mask, process.num_classes), process)
+
+
+def true_transition(negative: np.ndarray, mask: np.ndarray, process: Process) -> Noise:
+    """(C, C) [true, named], p(named | true), of negative drawings (..., K, H, W) on masks (..., H, W)."""
+    masks = np.broadcast_to(mask[..., None, :, :], negative.shape)
+    return transition_from(pair_counts(negative, masks, process.num_classes), process)
+
+
+def confusion_from(counts: np.ndarray, process: Process) -> Noise:
+    """`true_confusion` from `pair_counts` of positive drawings."""
+    return Noise(np.array(process.confusion), counts / np.maximum(counts.sum(0, keepdims=True), 1))
+
+
+def transition_from(counts: np.ndarray, process: Process) -> Noise:
+    """`true_transition` from `pair_counts` of negative drawings."""
+    return Noise(process.naming, (counts / np.maximum(counts.sum(0, keepdims=True), 1)).T)
+
+
+def _square(name: str, matrix: Matrix) -> np.ndarray:
+    array = np.array(matrix)
+    if array.ndim != 2 or array.shape[0] != array.shape[1] or array.shape[0] < 2:
+        raise ValueError(f"{name}: expected a square matrix of at least 2 classes, got shape {array.shape}")
+    return array

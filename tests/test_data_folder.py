@@ -1,0 +1,193 @@
+"""Your own images and drawings, and the table of their classes."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coarse_train.config import DataConfig
+from coarse_train.data import IGNORE, open_split
+from coarse_train.data.folder import palette, read_classes
+
+from .data_trees import FOLDER_CLASSES, FOLDER_TOML, coarse, not_these, save, scene, write_drawings, write_folder_tree
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_folder_tree(tmp_path / "mine")
+
+
+def _config(root: Path) -> DataConfig:
+    return DataConfig(root=root)
+
+
+def test_images_drawings_and_masks_are_read_by_the_numbers_of_the_table(root: Path) -> None:
+    source = open_split(_config(root), "train")
+    assert [source.name(index) for index in range(len(source))] == [
+        "day0/train0",
+        "day0/train2",
+        "day1/train1",
+        "day1/train3",
+    ]
+    assert source.classes == FOLDER_CLASSES
+    image, mask = scene(1, FOLDER_CLASSES)
+    record = source.load(2)
+    np.testing.assert_array_equal(record.image, image)
+    np.testing.assert_array_equal(record.mask, mask)
+    np.testing.assert_array_equal(record.positive, coarse(mask))
+    np.testing.assert_array_equal(record.negative, not_these(mask, 3, 2))
+    one_layer = source.load(0).negative
+    assert one_layer is not None
+    assert one_layer.shape == (2, 16, 24)
+    assert (one_layer[1] == IGNORE).all()
+    assert [len(open_split(_config(root), split)) for split in ("val", "test")] == [2, 2]
+
+
+def test_images_beside_the_table_are_the_training_images(tmp_path: Path) -> None:
+    root = write_folder_tree(tmp_path / "flat", flat=True)
+    assert (root / "images").is_dir()
+    train, val = (open_split(_config(root), split) for split in ("train", "val"))
+    assert [train.name(0), val.name(0)] == ["day0/train0", "day0/val0"]
+    assert train.kinds(0) == {"positive", "negative", "mask"}
+    shutil.rmtree(root / "val")
+    with pytest.raises(FileNotFoundError, match=r"flat: expected val/images/ for split 'val', got images/, "):
+        open_split(_config(root), "val")
+    (root / "train/images").mkdir(parents=True)
+    with pytest.raises(ValueError, match="flat: expected either images/ or train/images/, got both"):
+        open_split(_config(root), "train")
+
+
+def test_each_kind_of_labels_may_be_missing_but_not_all(root: Path) -> None:
+    shutil.rmtree(root / "train/masks")
+    shutil.rmtree(root / "train/negatives")
+    source = open_split(_config(root), "train")
+    assert [source.kinds(index) for index in range(4)] == [{"positive"}] * 4
+    assert source.load(0).negative is None
+    shutil.rmtree(root / "train/positives")
+    with pytest.raises(
+        ValueError, match=r"expected a label map in .* for every image, got none for day0/train0, day0/train2"
+    ):
+        open_split(_config(root), "train")
+    for kind in ("masks", "positives", "negatives"):
+        shutil.rmtree(root / "val" / kind)
+    assert open_split(_config(root), "val").kinds(0) == set()  # enough to predict
+
+
+def test_some_images_may_have_masks_and_others_drawings(root: Path) -> None:
+    for path in (root / "train/masks/day0").iterdir():
+        path.unlink()
+    (root / "train/positives/day1/train1.png").unlink()
+    source = open_split(_config(root), "train")
+    assert [sorted(source.kinds(index)) for index in range(3)] == [["negative", "positive"]] * 2 + [
+        ["mask", "negative"]
+    ]
+    for kind in ("masks", "negatives"):
+        (root / f"train/{kind}/day1/train1.png").unlink()
+    (root / "train/negatives/day1/train1.1.png").unlink()
+    with pytest.raises(ValueError, match="for every image, got none for day1/train1"):
+        open_split(_config(root), "train")
+    source = open_split(replace(_config(root), skip_bad=True), "train")
+    assert len(source) == 3
+    assert [line.split(":")[0] for line in source.skipped] == ["day1/train1"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["masks", "positives", "negatives"])
+def test_a_label_map_without_its_image_is_named(root: Path, kind: str) -> None:
+    save(root / f"train/{kind}/day0/trian0.png", np.zeros((16, 24), np.uint8))
+    with pytest.raises(ValueError, match=rf"train/{kind}: expected an image for every .*, got none for day0/trian0"):
+        open_split(_config(root), "train")
+
+
+def test_damaged_and_inconsistent_files_are_listed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = root / "train/images/day0/train0.png"
+    image.write_bytes(image.read_bytes()[:100])
+    save(root / "train/masks/day0/train2.png", np.full((16, 24), 1, np.uint8))
+    save(root / "train/negatives/day1/train1.1.png", np.zeros((24, 16), np.uint8))
+    source = open_split(replace(_config(root), skip_bad=True), "train")
+    assert [source.name(index) for index in range(len(source))] == ["day1/train3"]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert "skipped day0/train0: " in lines[0]
+    assert "expected labels among [0, 7, 9, 20, 255], got [1]" in lines[1]
+    assert "train1.1.png: expected 24x16 pixels" in lines[2]
+
+
+def test_drawings_in_other_folders_replace_these(root: Path, tmp_path: Path) -> None:
+    for name in ("day0/train0", "day0/train2", "day1/train1", "day1/train3"):
+        write_drawings(tmp_path / "out/train", name, np.full((3, 16, 24), 1, np.uint8), FOLDER_CLASSES)
+    save(root / "train/negatives/orphan.png", np.zeros((16, 24), np.uint8))  # this folder is not looked at
+    for kind in ("masks", "positives"):
+        shutil.rmtree(root / "train" / kind)
+    config = replace(_config(root), negatives=tmp_path / "out")
+    source = open_split(config, "train")
+    assert source.kinds(0) == {"negative"}
+    np.testing.assert_array_equal(source.load(0).negative, np.ones((3, 16, 24)))
+    with pytest.raises(ValueError, match=r"got none for day0/train0\.1, .* and 3 more"):  # a positive has one layer
+        open_split(replace(config, positives=tmp_path / "out"), "train")
+
+
+def test_no_folder_and_a_wrong_folder_say_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"root: expected the folder of your images with classes\.toml, got none"):
+        open_split(DataConfig(), "train")
+    with pytest.raises(FileNotFoundError, match=r"classes\.toml: expected the class table of your images, got no file"):
+        open_split(_config(tmp_path), "train")
+    (tmp_path / "classes.toml").write_text(FOLDER_TOML)
+    with pytest.raises(FileNotFoundError, match="expected train/images/ or images/ for split 'train', got no folders"):
+        open_split(_config(tmp_path), "train")
+    (tmp_path / "images").mkdir()
+    with pytest.raises(ValueError, match="expected images of split 'train', got none"):
+        open_split(_config(tmp_path), "train")
+
+
+def test_ids_and_colours_have_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "classes.toml"
+    path.write_text('class = [{name = "a"}, {name = "b", id = 9}, {name = "c", colour = [1, 2, 3]}]')
+    classes = read_classes(path)
+    assert classes.names == ("a", "b", "c")
+    assert classes.ids == (0, 9, 2)
+    assert classes.colours == (*palette(3)[:2], (1, 2, 3))
+    np.testing.assert_array_equal(classes.encode(np.array([[0, 1, 2, IGNORE]], np.uint8)), [[0, 9, 2, IGNORE]])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"class: expected tables \[\[class\]\], got None"),
+        ('[class]\nname = "a"', r"class: expected tables \[\[class\]\]"),
+        ('class = [{name = "a"}]', "names: expected 2 to 254 classes, got 1"),
+        ('class = [{name = "a"}, {id = 3}]', "class 1.name: expected a text, got None"),
+        ('class = [{name = "a"}, {name = "a"}]', "names: expected each name once"),
+        ('class = [{name = "a"}, {name = "b", id = 256}]', "class 1.id: expected an integer from 0 to 254, got 256"),
+        ('class = [{name = "a"}, {name = "b", id = 255}]', "class 1.id: expected an integer from 0 to 254, got 255"),
+        ('class = [{name = "a"}, {name = "b", id = true}]', "class 1.id: expected an integer .* got True"),
+        ('class = [{name = "a", id = 1}, {name = "b"}]', "ids, ignored: expected different values"),
+        ('class = [{name = "a", colour = [0, 0]}, {name = "b"}]', "class 0.colour: expected three integers"),
+        (
+            'class = [{name = "a", color = [0, 0, 0]}, {name = "b"}]',
+            "class 0.color: expected one of the keys colour, id, name",
+        ),
+        ('ignored = [0]\nclass = [{name = "a"}, {name = "b"}]', "ignored: expected one of the keys class, ignore"),
+        ('ignore = 0\nclass = [{name = "a"}, {name = "b"}]', "ignore: expected a list of integers"),
+        ('ignore = [1]\nclass = [{name = "a"}, {name = "b"}]', "ids, ignored: expected different values"),
+        ("class = [", "Invalid value|Unclosed array|expected"),
+    ],
+)
+def test_what_is_wrong_in_the_table_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "classes.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_classes(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+def test_the_palette_gives_different_colours_to_as_many_classes_as_there_can_be() -> None:
+    for count in (2, 8, 9, 19, 254):
+        colours = palette(count)
+        assert len(colours) == count
+        assert len(set(colours)) > 0.99 * count  # cividis has 256 steps in 8 bits, a few of them alike
+        assert all(0 <= value <= 255 for colour in colours for value in colour)
+    assert palette(3)[1] == (230, 159, 0)

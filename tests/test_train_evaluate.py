@@ -1,0 +1,254 @@
+"""`evaluate`: known scores of a known network, what is printed and written, over processes, and what cannot be scored."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+import tyro
+from PIL import Image
+
+from coarse_train.checkpoint import CheckpointError
+from coarse_train.config import DataConfig
+from coarse_train.data import IGNORE, Classes
+from coarse_train.data.folder import open_split
+from coarse_train.distributed import World
+from coarse_train.evaluate import EvaluateConfig, run_evaluate, score
+from coarse_train.inference import InferenceConfig
+from tests.nearest_colour import CLASSES, nearest_colour, random_maps, write_checkpoint, write_folder
+
+SIZES = ((5, 7), (8, 3), (16, 16), (1, 9), (6, 6))
+
+
+def _perfect(tmp_path: Path) -> EvaluateConfig:
+    """Five images of five sizes, in which all is as it looks."""
+    maps = random_maps(*SIZES)
+    root = write_folder(tmp_path / "data", "val", {f"town/{i}": (m, m) for i, m in enumerate(maps)})
+    checkpoint = write_checkpoint(tmp_path / "best.pt", DataConfig(root=root))
+    return EvaluateConfig(checkpoint, device="cpu")
+
+
+def _flawed(tmp_path: Path) -> tuple[EvaluateConfig, np.ndarray]:
+    """The same sizes, but the masks are others than what is seen; the counts [true, predicted]."""
+    seen, true = random_maps(*SIZES), random_maps(*SIZES, seed=1)
+    for mask in true:
+        mask[0, 0] = IGNORE
+        mask[mask == 3] = 2  # sky is predicted, but in no mask
+    root = write_folder(
+        tmp_path / "data", "val", {f"town/{i}": pair for i, pair in enumerate(zip(seen, true, strict=True))}
+    )
+    counts = np.zeros((4, 4), int)
+    for predicted, mask in zip(seen, true, strict=True):
+        np.add.at(counts, (mask[mask != IGNORE], predicted[mask != IGNORE]), 1)
+    return EvaluateConfig(write_checkpoint(tmp_path / "best.pt", DataConfig(root=root)), device="cpu"), counts
+
+
+def test_a_network_that_is_always_right_scores_100(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run_evaluate(_perfect(tmp_path))
+    assert {result[key] for key in ("mean_iou", "mean_dice", "pixel_accuracy", "mean_accuracy")} == {100.0}
+    assert result["classes"] == {name: {"iou": 100.0, "dice": 100.0, "accuracy": 100.0} for name in CLASSES.names}
+    assert (result["images"], result["pixels"]) == (5, sum(h * w for h, w in SIZES))
+    assert capsys.readouterr().out == (
+        f"{tmp_path}/best.pt, step 7, on folder val in {tmp_path}/data\n"
+        f"5 images, {result['pixels']} labelled pixels, whole images\n"
+        "\n"
+        "                   IoU    Dice\n"
+        "ground          100.00  100.00\n"
+        "wall            100.00  100.00\n"
+        "tree            100.00  100.00\n"
+        "sky             100.00  100.00\n"
+        "mean            100.00  100.00\n"
+        "pixel accuracy  100.00\n"
+    )
+
+
+def test_a_network_that_errs_gets_the_scores_of_its_counts(tmp_path: Path) -> None:
+    config, counts = _flawed(tmp_path)
+    result = run_evaluate(config)
+    assert result["confusion"] == counts.tolist()
+    assert result["pixels"] == sum(h * w for h, w in SIZES) - len(SIZES)
+    hit, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    iou = 100 * hit / (true + predicted - hit)
+    assert [scores["iou"] for scores in result["classes"].values()] == pytest.approx(iou, rel=1e-14)
+    assert result["mean_iou"] == pytest.approx(iou.mean(), rel=1e-14)
+    assert result["mean_dice"] == pytest.approx((200 * hit / (true + predicted)).mean(), rel=1e-14)
+    assert result["pixel_accuracy"] == pytest.approx(100 * hit.sum() / true.sum(), rel=1e-14)
+    assert result["mean_accuracy"] == pytest.approx((100 * hit[:3] / true[:3]).mean(), rel=1e-14)
+    assert result["classes"]["sky"] == {"iou": 0.0, "dice": 0.0, "accuracy": None}
+
+
+def test_a_class_that_does_not_occur_prints_a_dash_and_is_null(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (classes,) = random_maps((8, 8), classes=3)
+    root = write_folder(tmp_path / "data", "val", {"a": (classes, classes)})
+    config = EvaluateConfig(
+        write_checkpoint(tmp_path / "best.pt", DataConfig(root=root)), out=tmp_path / "new" / "s.json"
+    )
+    result = run_evaluate(config)
+    assert "sky                  -       -\n" in capsys.readouterr().out
+    assert result["mean_iou"] == 100.0
+    written = (tmp_path / "new" / "s.json").read_text()
+    assert "NaN" not in written
+    assert json.loads(written) == result
+    assert result["classes"]["sky"] == {"iou": None, "dice": None, "accuracy": None}
+
+
+@pytest.mark.parametrize(
+    "inference",
+    [InferenceConfig(window=(4, 6)), InferenceConfig(flips=True), InferenceConfig((3, 3), 0.0, True)],
+    ids=str,
+)
+def test_windows_and_mirrored_copies_change_nothing_for_a_network_without_context(
+    tmp_path: Path, inference: InferenceConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, counts = _flawed(tmp_path)
+    assert run_evaluate(replace(config, inference=inference))["confusion"] == counts.tolist()
+    assert str(inference) in capsys.readouterr().out
+
+
+def test_export_has_the_values_of_the_data_sets_label_files(tmp_path: Path) -> None:
+    config = replace(_perfect(tmp_path), export=tmp_path / "labels")
+    run_evaluate(config)
+    written = sorted(path.relative_to(tmp_path / "labels").as_posix() for path in (tmp_path / "labels").rglob("*.png"))
+    assert written == [f"town/{i}.png" for i in range(5)]
+    for name in written:
+        exported, mask = (np.array(Image.open(f / name)) for f in (tmp_path / "labels", tmp_path / "data/val/masks"))
+        assert exported.dtype == np.uint8
+        np.testing.assert_array_equal(exported, mask)
+    with pytest.raises(ValueError, match=r"export: expected an empty or new folder, or --overwrite, got .*labels"):
+        run_evaluate(config)
+    assert run_evaluate(replace(config, overwrite=True))["mean_iou"] == 100.0
+
+
+def test_limit_takes_the_first_images(tmp_path: Path) -> None:
+    result = run_evaluate(replace(_perfect(tmp_path), limit=2))
+    assert (result["images"], result["pixels"]) == (2, 5 * 7 + 8 * 3)
+    with pytest.raises(ValueError, match="limit: expected a number >= 1, got 0"):
+        run_evaluate(replace(_perfect(tmp_path), limit=0))
+
+
+def test_the_drawings_and_limits_of_the_training_do_not_matter(tmp_path: Path) -> None:
+    """Folders of drawings may be gone, or on another machine, when a network is scored."""
+    config = _perfect(tmp_path)
+    data = DataConfig(
+        root=tmp_path / "data",
+        positives=tmp_path / "gone",
+        negatives=tmp_path / "gone",
+        simulate="coarse",
+        limit=1,
+        crop=(64, 64),
+        flip=True,
+    )
+    write_checkpoint(config.checkpoint, data)
+    assert run_evaluate(config)["images"] == 5
+
+
+def test_another_root_replaces_that_of_the_training(tmp_path: Path) -> None:
+    config = _perfect(tmp_path)
+    (tmp_path / "data").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="data: expected"):
+        run_evaluate(config)
+    result = run_evaluate(replace(config, root=tmp_path / "moved"))
+    assert result["mean_iou"] == 100.0
+    assert result["root"] == str(tmp_path / "moved")
+
+
+def test_a_data_set_with_other_classes_is_refused(tmp_path: Path) -> None:
+    config = _perfect(tmp_path)
+    others = Classes(("ground", "wall", "tree", "sea"), CLASSES.colours)
+    write_checkpoint(config.checkpoint, DataConfig(root=tmp_path / "data"), others)
+    with pytest.raises(
+        ValueError, match=r"folder: expected the classes of the checkpoint \(.*'sea'\), got \(.*'sky'\)"
+    ):
+        run_evaluate(config)
+
+
+def test_a_split_without_masks_is_refused_before_the_first_image_is_read(tmp_path: Path) -> None:
+    config = _perfect(tmp_path)
+    (tmp_path / "data/val/masks/town/3.png").unlink()
+    (tmp_path / "data/val/images/town/0.png").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="evaluate needs dense masks; 1 of 5 images have none, such as town/3"):
+        run_evaluate(config)
+
+
+def test_masks_without_one_labelled_pixel_are_refused(tmp_path: Path) -> None:
+    (seen,) = random_maps((4, 4))
+    root = write_folder(tmp_path / "data", "val", {"a": (seen, np.full_like(seen, IGNORE))})
+    with pytest.raises(ValueError, match="evaluate needs dense masks; not one pixel of 1 images of val has a class"):
+        run_evaluate(EvaluateConfig(write_checkpoint(tmp_path / "best.pt", DataConfig(root=root))))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_one_line_that_names_it(tmp_path: Path, workers: int) -> None:
+    config = replace(_perfect(tmp_path), workers=workers)
+    (tmp_path / "data/val/images/town/2.png").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"town/2.png: expected a complete image file") as caught:
+        run_evaluate(config)
+    assert "\n" not in str(caught.value)
+    assert run_evaluate(replace(config, skip_bad=True))["images"] == 4
+
+
+def test_a_missing_or_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none.pt: expected a checkpoint"):
+        run_evaluate(EvaluateConfig(tmp_path / "none.pt"))
+    (tmp_path / "bad.pt").write_bytes(b"PK\x03\x04 and nothing more")
+    with pytest.raises(CheckpointError, match=r"bad.pt: expected a checkpoint"):
+        run_evaluate(EvaluateConfig(tmp_path / "bad.pt", export=tmp_path / "labels"))
+    assert not (tmp_path / "labels").exists()
+
+
+def test_out_that_is_a_folder_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="out: expected a file to write, got the folder"):
+        run_evaluate(replace(_perfect(tmp_path), out=tmp_path))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_scoring_leaves_the_network_in_its_mode(tmp_path: Path, training: bool) -> None:
+    _perfect(tmp_path)
+    modes = []
+    network = nearest_colour(3, 4).train(training)
+    network.register_forward_hook(lambda module, *_: modes.append(module.training))
+    source = open_split(DataConfig(root=tmp_path / "data"), "val")
+    score(network, source, world=World(0, 1, torch.device("cpu")))
+    assert modes == [False] * 5
+    assert network.training is training
+
+
+def _evaluate(rank: int, port: int, config: EvaluateConfig) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    result = run_evaluate(config)
+    (config.checkpoint.parent / f"result{rank}.json").write_text(json.dumps(result))
+
+
+def test_two_processes_count_each_of_five_images_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config, counts = _flawed(tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(
+        _evaluate, args=(port, replace(config, export=tmp_path / "labels", out=tmp_path / "scores.json")), nprocs=2
+    )
+    printed = capfd.readouterr().out
+    assert printed.count("pixel accuracy") == 1
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["confusion"] == counts.tolist()
+    assert scores["images"] == 5
+    assert [json.loads((tmp_path / f"result{rank}.json").read_text()) for rank in (0, 1)] == [scores, scores]
+    assert len(list((tmp_path / "labels").rglob("*.png"))) == 5
+
+
+def test_options_of_the_command_line() -> None:
+    arguments = ["best.pt", "--split", "test", "--window", "512", "1024", "--flips", "--export", "labels"]
+    config = tyro.cli(EvaluateConfig, args=arguments)
+    expected = EvaluateConfig(Path("best.pt"), split="test", export=Path("labels"))
+    assert config == replace(expected, inference=InferenceConfig(window=(512, 1024), flips=True))

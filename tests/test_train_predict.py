@@ -1,0 +1,141 @@
+"""`predict`: label files in the data set's own values, pictures, and which images are taken."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+from PIL import Image
+
+from coarse_train.config import DataConfig
+from coarse_train.inference import InferenceConfig
+from coarse_train.predict import PredictConfig, find_images, run_predict
+from tests.nearest_colour import CLASSES, random_maps, write_checkpoint, write_folder
+
+NAMES = ("a.png", "deep/er/b.v2.bmp", "deep/c.TIF")  # lossless: JPEG would change colours
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> PredictConfig:
+    """Three images of three sizes and a text, in which all is as it looks."""
+    for name, classes in zip(NAMES, random_maps((5, 7), (8, 3), (6, 6)), strict=True):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(CLASSES.paint(classes)).save(path)
+    (tmp_path / "photos" / "notes.txt").write_text("not an image")
+    checkpoint = write_checkpoint(tmp_path / "best.pt", DataConfig(root=tmp_path / "gone"))
+    return PredictConfig(checkpoint, images=tmp_path / "photos", out=tmp_path / "out", device="cpu")
+
+
+def test_a_folder_of_images_becomes_labels_and_pictures(
+    config: PredictConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_predict(config) == config.out
+    names = {"a.png", "deep/er/b.v2.png", "deep/c.png"}
+    assert _files(config.out) == {f"{kind}/{name}" for kind in ("labels", "overlays") for name in names}
+    for name, classes in zip(NAMES, random_maps((5, 7), (8, 3), (6, 6)), strict=True):
+        out = Path(name).with_suffix(".png")
+        np.testing.assert_array_equal(Image.open(config.out / "labels" / out), CLASSES.encode(classes))
+        # half the image and half the colour of its class, which here are the same
+        np.testing.assert_array_equal(Image.open(config.out / "overlays" / out), CLASSES.paint(classes))
+    assert capsys.readouterr().out == f"3 images -> {config.out}\n"
+
+
+def test_pictures_are_half_the_image_and_half_the_colours(config: PredictConfig, tmp_path: Path) -> None:
+    Image.new("RGB", (4, 3), (100, 30, 230)).save(tmp_path / "blue.png")  # nearest: sky, (30, 30, 200)
+    run_predict(replace(config, images=tmp_path / "blue.png"))
+    assert _files(config.out) == {"labels/blue.png", "overlays/blue.png"}
+    assert (np.array(Image.open(config.out / "labels/blue.png")) == 2).all()
+    assert (np.array(Image.open(config.out / "overlays/blue.png")) == (65, 30, 215)).all()
+
+
+def test_pictures_can_be_left_out(config: PredictConfig) -> None:
+    run_predict(replace(config, overlays=False))
+    assert {path.name for path in config.out.iterdir()} == {"labels"}
+
+
+def test_without_images_the_split_of_the_data_set_is_taken(config: PredictConfig, tmp_path: Path) -> None:
+    (classes,) = random_maps((4, 5))
+    root = write_folder(tmp_path / "data", "test", {"x/y": (classes, None)})
+    run_predict(replace(config, images=None, split="test", root=root))
+    assert _files(config.out / "labels") == {"x/y.png"}
+    np.testing.assert_array_equal(Image.open(config.out / "labels/x/y.png"), CLASSES.encode(classes))
+
+
+def test_grey_images_go_through_a_colour_network_and_come_back_in_colour(config: PredictConfig, tmp_path: Path) -> None:
+    Image.new("L", (3, 2), 16).save(tmp_path / "grey.png")
+    run_predict(replace(config, images=tmp_path / "grey.png"))
+    assert (np.array(Image.open(config.out / "labels/grey.png")) == CLASSES.ids[0]).all()
+    assert (np.array(Image.open(config.out / "overlays/grey.png")) == (18, 18, 18)).all()
+
+
+def test_colour_images_for_a_grey_network_are_named(config: PredictConfig) -> None:
+    write_checkpoint(config.checkpoint, DataConfig(), channels=1)
+    with pytest.raises(ValueError, match=r"a: expected an image of 1 channel\(s\) for this network, got 3"):
+        run_predict(config)
+
+
+def test_windows_and_mirrored_copies_change_nothing_for_a_network_without_context(config: PredictConfig) -> None:
+    run_predict(config)
+    again = replace(config, out=config.out.with_name("again"), inference=InferenceConfig(window=(4, 4), flips=True))
+    run_predict(again)
+    for name in _files(config.out):
+        assert (config.out / name).read_bytes() == (again.out / name).read_bytes()
+
+
+def test_predictions_inside_the_folder_of_images_are_not_taken_for_images(config: PredictConfig) -> None:
+    assert config.images is not None
+    inside = replace(config, out=config.images / "predicted", overwrite=True)
+    run_predict(inside)
+    before = _files(inside.out)
+    run_predict(inside)
+    assert _files(inside.out) == before
+    assert len(before) == 6
+
+
+def test_a_folder_with_files_is_kept_unless_told(config: PredictConfig) -> None:
+    config.out.mkdir()
+    (config.out / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"out: expected an empty or new folder, or --overwrite, got .*out with files"):
+        run_predict(config)
+    assert _files(config.out) == {"mine.txt"}
+    run_predict(replace(config, overwrite=True))
+    assert (config.out / "mine.txt").read_text() == "mine"
+    with pytest.raises(NotADirectoryError, match=r"out: expected a folder, got the file .*mine.txt"):
+        run_predict(replace(config, out=config.out / "mine.txt"))
+
+
+def test_no_images_are_named_and_nothing_is_written(config: PredictConfig, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"images: expected images \(.png, .*\) in .*empty, found none"):
+        run_predict(replace(config, images=tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError, match=r"images: expected an image or a folder of images, got .*nowhere"):
+        run_predict(replace(config, images=tmp_path / "nowhere"))
+    assert not config.out.exists()
+
+
+def test_two_images_of_one_name_are_refused(config: PredictConfig) -> None:
+    assert config.images is not None
+    Image.new("RGB", (2, 2)).save(config.images / "a.bmp")
+    with pytest.raises(ValueError, match=r"expected one file for 'a', got also"):
+        find_images(config.images)
+
+
+def test_a_damaged_image_is_named(config: PredictConfig) -> None:
+    assert config.images is not None
+    (config.images / "a.png").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"photos/a.png: expected a complete image file"):
+        run_predict(config)
+
+
+def test_options_of_the_command_line() -> None:
+    config = tyro.cli(PredictConfig, args=["last.pt", "--images", "photos", "--no-overlays", "--window", "256", "256"])
+    expected = PredictConfig(Path("last.pt"), images=Path("photos"), overlays=False)
+    assert config == replace(expected, inference=InferenceConfig(window=(256, 256)))
