@@ -28,7 +28,7 @@ from .simulate.command import SimulateConfig, run_simulate
 
 RECIPES = Path(__file__).parent / "recipes"
 # the user's to mend: one line on stderr and exit status 1; anything else is a bug of ours and shows its traceback
-_EXPECTED = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, CheckpointError, NonFiniteLoss)
+_EXPECTED = (ValueError, OSError, CheckpointError, NonFiniteLoss)
 
 
 def _fit(config: FitConfig) -> None:

@@ -33,7 +33,7 @@ from .parallel import Networks
 from .pictures import draw_progress
 from .prepare import check_config, open_transition, open_validation, prepare_out, read_resume
 from .runlog import RunLog
-from .selection import choose_trusted_side, describe_selection
+from .selection import choose_trusted_side, describe_risk, describe_selection
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -113,6 +113,8 @@ def fit(config: FitConfig) -> FitResult:
             f"steps {start + 1} to {config.steps} in {config.out}"
         )
         log.say(describe_selection(config, validation, selection))
+        if risk := describe_risk(config, source):
+            log.say(risk)
 
         # ---- steps
         loss = math.nan

@@ -58,6 +58,23 @@ def choose_trusted_side(
     return candidates[max(scores, key=lambda name: scores[name])], scores
 
 
+def describe_risk(config: FitConfig, source: Source) -> str | None:
+    """One sentence where nothing holds a confusion matrix: every kind of drawings that there is has one."""
+    if config.data.supervision != "drawings":
+        return None
+    kinds = frozenset[str]().union(*(source.kinds(index) for index in range(len(source))))
+    if config.data.simulate is not None:
+        kinds |= {"positive", "negative"}
+    streams = {"positive": config.positive, "negative": config.negative}
+    present = [name for name, stream in streams.items() if name in kinds and stream.weight > 0]
+    if not present or any(streams[name].cm == "none" for name in present):
+        return None
+    return (
+        f"note: all drawings that there are ({', '.join(present)}) have a confusion matrix and none are trusted; nothing then "
+        "holds the matrix to the truth, and training may drift or flip classes"
+    )
+
+
 def describe_selection(config: FitConfig, validation: Source | None, scores: dict[str, float]) -> str:
     """One sentence for the log of the run: what read a dense mask."""
     if not config.select_with:

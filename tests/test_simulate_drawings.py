@@ -111,7 +111,6 @@ def test_any_ratio_is_reached(ratio: float) -> None:
 
 
 def test_a_ratio_may_be_a_text() -> None:
-    assert level("0.3", 4) == level("0.3", 4)
     assert level("0.3", 4).positive == level(0.3, 4).positive
     assert level("0.3", 4).positive.mix == LEVELS["sketch"][0].mix
 
@@ -293,21 +292,31 @@ def test_a_pole_in_front_of_a_building_is_not_painted_over(name: str) -> None:
         assert (positive[mask == 1] != 1).mean() < 0.7  # and the building is there
 
 
-def test_what_is_unknown_stays_so_and_specks_leave_no_holes() -> None:
+def test_what_is_unknown_stays_so() -> None:
+    mask = _scene(4)
+    mask[:40] = IGNORE
+    for name in LEVELS:
+        positive, negative = draw_coarse(mask, level(name, 8), np.random.default_rng(0))
+        assert (positive[mask == IGNORE] == IGNORE).all()
+        assert (negative[:, mask == IGNORE] == IGNORE).all()
+
+
+@pytest.mark.parametrize("speck", [IGNORE, 2])
+def test_specks_leave_no_holes_in_drawings_and_no_wrong_negatives(speck: int) -> None:
+    """Single pixels, such as CamVid has on its roads, are not what a person keeps clear of."""
     mask = np.zeros((160, 240), np.uint8)
     mask[:, 120:] = 1
-    mask[:40] = IGNORE
-    mask[100, 10:110:20] = IGNORE  # five single pixels
+    speckled = mask.copy()
+    speckled[20:150:20, 10:240:20] = speck
     strokes = Strokes(0.5, Mix(eroded=1.0))
-    process = level("coarse", 2)
+    process = level("coarse", 3)
     process = Process("eroded", strokes, strokes, process.confusion, process.transition)
-    positive, negative = draw_coarse(mask, process, np.random.default_rng(0))
-    assert (positive[mask == IGNORE] == IGNORE).all()
-    assert (negative[:, mask == IGNORE] == IGNORE).all()
-    holes, _ = ndimage.label(positive == IGNORE)
-    assert (
-        np.isin(np.bincount(holes.ravel())[1:], range(2, 200)).sum() == 0
-    )  # pixels, and what is left beside the drawings
+    for seed in range(5):
+        positive, _ = draw_coarse(mask, process, np.random.default_rng(seed))
+        found, negative = draw_coarse(speckled, process, np.random.default_rng(seed))
+        assert (positive != found)[mask == speckled].mean() < 0.01
+        assert (positive != IGNORE)[mask != speckled].mean() > 0.2  # the drawing does go over some
+        assert not ((negative == speckled) & (negative != IGNORE)).any()
 
 
 def test_class_zero_is_a_class_like_any_other() -> None:

@@ -19,7 +19,6 @@ from coarse_train.experiments.methods import (
     estimated_confusion,
     transition_for,
 )
-from coarse_train.metrics import ConfusionMeter
 
 
 @pytest.fixture(autouse=True)
@@ -41,41 +40,6 @@ def _toy(count: int = 64, swap: float = 0.3, seed: int = 0) -> InMemory:
     positive = torch.where(flip, 3 - mask, mask).to(torch.uint8)
     negative = torch.where(mask == 0, IGNORE, 3 - mask).to(torch.uint8)
     return InMemory(Sample(image, positive, negative.unsqueeze(1), mask))
-
-
-# ---- metric -----------------------------------------------------------------------------------------------------
-
-
-def test_iou_by_hand() -> None:
-    meter = ConfusionMeter(3)
-    meter.update(torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1, 1]]))
-    meter.update(torch.tensor([1, 0]), torch.tensor([0, IGNORE]))  # the second counts nowhere
-    # class 0: hit 1, in the masks 2, predicted 2 -> 1/3; class 1: hit 1, 2 and 2 -> 1/3; class 2 does not occur
-    assert meter.counts.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
-    assert meter.iou()[:2].tolist() == pytest.approx([1 / 3, 1 / 3])
-    assert torch.isnan(meter.iou()[2])
-    assert meter.mean_iou() == pytest.approx(100 / 3)
-
-
-def test_a_class_that_is_predicted_but_absent_scores_zero() -> None:
-    meter = ConfusionMeter(3)
-    meter.update(torch.tensor([0, 0, 2]), torch.tensor([0, 0, 0]))
-    assert meter.mean_iou() == pytest.approx(100 * (2 / 3 + 0) / 2)
-
-
-def test_counting_in_parts_is_counting_at_once() -> None:
-    rng = torch.Generator().manual_seed(0)
-    predicted, mask = (torch.randint(0, 4, (6, 5, 5), generator=rng) for _ in range(2))
-    whole, parts = ConfusionMeter(4), ConfusionMeter(4)
-    whole.update(predicted, mask)
-    for one, other in zip(predicted.split(2), mask.split(2), strict=True):
-        parts.update(one, other)
-    assert torch.equal(whole.counts, parts.counts)
-
-
-def test_metric_names_a_wrong_shape() -> None:
-    with pytest.raises(ValueError, match=r"predicted: expected the shape of mask \(3,\), got \(2,\)"):
-        ConfusionMeter(2).update(torch.zeros(2), torch.zeros(3))
 
 
 # ---- loop -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage, sparse
 
-REACH = 0.25  # of a region's size: nothing is drawn further out; dilated goes 0.09 times an uneven factor, mostly below 2
+# Of a region's size: nothing is drawn further out. Dilated goes 0.09 times an uneven factor, mostly below 2.
+REACH = 0.25
 _GRID = 48  # strokes are planned on at most so many cells a side: 2 ms a stroke, whatever the resolution
 
 
@@ -95,7 +96,8 @@ def shifted(region: np.ndarray, depth: np.ndarray, area: float, pen: float, rng:
 
 def scribble(region: np.ndarray, depth: np.ndarray, area: float, pen: float, rng: np.random.Generator) -> np.ndarray:
     """Strokes of the pen along the middle of the region, from one part of it to another, each where no other was."""
-    pen = min(pen, max(1.0, 2 * float(depth[region].mean())))  # half as wide as a strip at most: a fine pen for what is thin
+    # a fine pen for what is thin: at most half as wide as a strip
+    pen = min(pen, max(1.0, 2 * float(depth[region].mean())))
     nodes, values, graph = _ridge(region, depth)
     canvas = Image.new("1", region.shape[::-1])
     pencil = ImageDraw.Draw(canvas)
