@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,10 +78,6 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     return content
 
 
-def classes_to_dict(classes: Classes) -> dict[str, Any]:
-    return asdict(classes)
-
-
 def classes_from_dict(content: dict[str, Any]) -> Classes:
     colours = tuple((int(r), int(g), int(b)) for r, g, b in content["colours"])
     return Classes(tuple(content["names"]), colours, tuple(content["ids"]), tuple(content["ignored"]))
@@ -103,7 +99,8 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> LoadedModel:
     content = load(path)
     config = from_dict(content["config"])
     classes = classes_from_dict(content["classes"])
-    model = build_model(config, content["channels"], len(classes), _transition(content["model"]))
+    transition, architecture = _transition(content["model"]), content["architecture"]
+    model = build_model(config, content["channels"], len(classes), transition, architecture=architecture)
     model.load_state_dict(content["ema"] if content["ema"] is not None else content["model"])
     return LoadedModel(model.to(device).eval(), config, classes, content["channels"], content["step"])
 

@@ -19,7 +19,7 @@ import tyro
 from .checkpoint import CheckpointError
 from .config import FitConfig, load_toml
 from .data import DATASETS
-from .engine import NonFiniteLoss, fit
+from .engine import NonFiniteStep, fit
 from .evaluate import EvaluateConfig, run_evaluate
 from .experiments.demo import DemoConfig, run_demo
 from .experiments.tune import TuneConfig, run_tune
@@ -28,7 +28,7 @@ from .simulate.command import SimulateConfig, run_simulate
 
 RECIPES = Path(__file__).parent / "recipes"
 # the user's to mend: one line on stderr and exit status 1; anything else is a bug of ours and shows its traceback
-_EXPECTED = (ValueError, OSError, CheckpointError, NonFiniteLoss)
+_EXPECTED = (ValueError, OSError, CheckpointError, NonFiniteStep)
 
 
 def _fit(config: FitConfig) -> None:

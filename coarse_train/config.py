@@ -32,11 +32,12 @@ class DataConfig:
     variant: str = ""
     """Which labels, where a data set has several; its module lists them. Empty: the first."""
     positives: Path | None = None
-    """Folder of positive drawings, laid out as the data set's own label maps; without it what the data set has."""
+    """Folder of positive drawings, DIR/SPLIT/NAME.png (cityscapes: its own names too); without it what the data set has."""
     negatives: Path | None = None
-    """Folder of negative drawings, the same layout."""
+    """Folder of negative drawings, the same; further layers are NAME.1.png, NAME.2.png, ..."""
     simulate: str | None = None
-    """Draw both kinds from the dense masks as they are read, at this level: scribble, spots, sketch, coarse or full."""
+    """Draw the kinds that are lacking from the dense masks, as they are read, at this level: scribble, spots, sketch, coarse
+    or full."""
     supervision: Literal["drawings", "masks", "mixed"] = "drawings"
     """What is learned from: coarse drawings, dense masks, or masks for some images and drawings for the others."""
     dense_images: int = 0
@@ -113,8 +114,8 @@ class OptimConfig:
     """Share of the steps in which the rates rise."""
     hold: float = 0.0
     """Share of the steps, warm-up included, before they fall."""
-    clip: float | None = 1.0
-    """Largest 2-norm of the gradient of all parameters."""
+    clip: float = 1.0
+    """Largest 2-norm of the gradient of all parameters; 0: no limit."""
     ema: float | None = None
     """Decay of an exponential moving average of the parameters, which is then what is scored and kept, such as 0.999."""
 
@@ -165,11 +166,12 @@ class FitConfig:
     """Use so many dense masks of the validation split, to choose the checkpoint and the trusted side and for nothing
     else. 0: masks choose nothing, the last step counts."""
     select_steps: int | None = None
-    """Steps of the two short runs that choose the trusted side; without it a fifth of the run."""
+    """Steps of the two short runs that choose the trusted side; without it a fifth of the run. 0: masks choose the checkpoint
+    alone."""
 
 
 def load_toml(path: Path) -> FitConfig:
-    """The config in a TOML file, as `save_toml` writes it; what is left out has its default.
+    """The config in a TOML file, as `to_toml` writes it; what is left out has its default.
 
     Raises ValueError naming the file and the key where one is unknown or has the wrong type.
     """
@@ -181,8 +183,9 @@ def load_toml(path: Path) -> FitConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def save_toml(path: Path, config: FitConfig) -> None:
-    path.write_text(tomli_w.dumps(_without_none(to_dict(config))))
+def to_toml(config: FitConfig) -> str:
+    """What `load_toml` reads back as ``config``."""
+    return tomli_w.dumps(_without_none(to_dict(config)))
 
 
 def to_dict(config: FitConfig) -> dict[str, Any]:
@@ -191,10 +194,19 @@ def to_dict(config: FitConfig) -> dict[str, Any]:
 
 
 def from_dict(content: dict[str, Any]) -> FitConfig:
+    """The config; keys that are left out, in inner tables too, have their default. Raises ValueError naming the key."""
     try:
-        return _CONVERTER.structure(content, FitConfig)
+        return _CONVERTER.structure(_over(to_dict(FitConfig()), content), FitConfig)
     except cattrs.BaseValidationError as error:
         raise ValueError("; ".join(cattrs.transform_error(error, path="config"))) from error
+
+
+def _over(default: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    merged = {**default, **content}
+    for key, value in default.items():
+        if isinstance(value, dict) and isinstance(content.get(key), dict):
+            merged[key] = _over(value, content[key])
+    return merged
 
 
 def _without_none(content: dict[str, Any]) -> dict[str, Any]:
@@ -242,6 +254,6 @@ __all__ = [
     "from_dict",
     "load_toml",
     "replace",
-    "save_toml",
     "to_dict",
+    "to_toml",
 ]

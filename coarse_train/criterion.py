@@ -1,8 +1,8 @@
 """The objective of a training step: three streams of annotation, each a mean over its labelled pixels.
 
-    loss = w_p / N_p  sum of -log (A_p p)[y]  over positively drawn pixels                  + trace_weight * mean tr(A_p)
-         + w_n / N_n  sum of -log (M^T A_n p)[y]  over layers of negative drawings          + trace_weight * mean tr(A_n)
-         + w_m / N_m  sum of -log p[y]  over pixels with a dense mask
+    loss = w_p / N_p  sum of -log (A_p p)[y]     + trace_weight tr(A_p)   over positively drawn pixels
+         + w_n / N_n  sum of -log (M^T A_n p)[y] + trace_weight tr(A_n)   over all layers of negative drawings
+         + w_m / N_m  sum of -log p[y]                                    over pixels with a dense mask
 
 N counts the labelled pixels of the WHOLE optimizer step, over all its forward passes and all ranks, so that how a batch is
 cut changes nothing. A is the identity for a stream that is trusted.
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from coarse_kernels import annotation_nll, uniform_transition
+from coarse_kernels import annotation_nll
 
 from .config import FitConfig
 from .data import IGNORE, Sample
@@ -83,10 +83,8 @@ class Criterion:
                 output.positive_cm, batch.positive, None, counts.positive, positive.weight, positive.trace_weight
             )
             loss = loss + part
-        if counts.negative or output.negative_cm is not None or _trains(output.transition):
-            transition = output.transition
-            if transition is None:
-                transition = uniform_transition(output.seg_logits.shape[1], device=output.seg_logits.device)
+        transition = output.negative_transition()
+        if counts.negative or output.negative_cm is not None or transition.requires_grad:
             for layer in batch.negative.unbind(1):
                 part, nll = share(
                     output.negative_cm, layer, transition, counts.negative, negative.weight, negative.trace_weight
@@ -95,8 +93,6 @@ class Criterion:
         if counts.mask:
             part, mask_nll = share(None, batch.mask, None, counts.mask, self.config.mask_weight, 0.0)
             loss = loss + part
+        if not loss.requires_grad:  # crops without a single label: 0, with gradients of 0
+            loss, _ = share(None, torch.full_like(batch.mask, IGNORE), None, 0.0, 1.0, 0.0)
         return StepLoss(loss, positive_nll, negative_nll, mask_nll)
-
-
-def _trains(transition: Tensor | None) -> bool:
-    return transition is not None and transition.requires_grad

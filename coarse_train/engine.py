@@ -14,27 +14,29 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
 from . import checkpoint
-from .config import FitConfig, OptimConfig, save_toml, to_dict
+from .config import FitConfig, OptimConfig, to_dict, to_toml
 from .criterion import Counts, Criterion
 from .data import Sample, open_split
 from .data.sampler import StepSampler
 from .data.segmentation import SegmentationData
 from .distributed import World, join_world
 from .evaluate import score
-from .model import build_model, parameter_groups
+from .model import architecture_of, build_model, parameter_groups
 from .parallel import Networks
 from .pictures import draw_progress
 from .prepare import check_config, open_transition, open_validation, prepare_out, read_resume
 from .runlog import RunLog
 from .selection import choose_trusted_side, describe_risk, describe_selection
 
+_LEAST_SCALE = 2.0**-10  # of float16 losses: it begins at 65536, and such a gradient is no accident any more
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -49,8 +51,8 @@ class FitResult:
     loss: float
 
 
-class NonFiniteLoss(FloatingPointError):
-    """The loss of a step is not finite; the message names the file with the batch."""
+class NonFiniteStep(FloatingPointError):
+    """The loss or the gradient of a step is not finite; the message names the file with the batch."""
 
 
 def fit(config: FitConfig) -> FitResult:
@@ -58,20 +60,20 @@ def fit(config: FitConfig) -> FitResult:
 
     Raises:
         ValueError, FileNotFoundError: what is wrong with the config or the data, before the first step.
-        NonFiniteLoss: after the batch has been saved in the run folder.
+        NonFiniteStep: after the batch has been saved in the run folder.
         coarse_train.checkpoint.CheckpointError: a checkpoint cannot be written; the last good one is intact.
     """
     check_config(config)
-    with join_world(config.device) as world:
+    with join_world(config.device) as world, ExitStack() as stack:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         prepare_out(config, world)
-        config, selection = choose_trusted_side(config, world, fit)
+        source = open_split(config.data, "train")
+        config, selection = choose_trusted_side(config, source, world, fit)
         resumed = read_resume(config)
         start = resumed["step"] if resumed else 0
 
         # ---- data
-        source = open_split(config.data, "train")
         dataset = SegmentationData(source, config.data, seed=config.seed, training=True)
         validation = open_validation(config)
         sampler = StepSampler(
@@ -95,7 +97,8 @@ def fit(config: FitConfig) -> FitResult:
         # ---- networks
         torch.manual_seed(config.seed)
         channels, classes = source.load(0).image.shape[2], len(source.classes)
-        model = build_model(config, channels, classes, open_transition(config, source)).to(world.device)
+        transition, architecture = open_transition(config, source), resumed["architecture"] if resumed else None
+        model = build_model(config, channels, classes, transition, architecture=architecture).to(world.device)
         networks = Networks(model, config, world)
         optimizer = make_optimizer(networks, config.optim)
         scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
@@ -105,9 +108,9 @@ def fit(config: FitConfig) -> FitResult:
             networks.load(optimizer, resumed)
             scaler.load_state_dict(resumed["scaler"])
             best_score, last_score = resumed["best_score"], resumed["last_score"]
-        log = RunLog(config, start, enabled=world.is_main)
-        if world.is_main:
-            save_toml(config.out / "config.toml", config)
+        if world.is_main and not resumed:
+            checkpoint.write_text(config.out / "config.toml", to_toml(replace(config, resume=False)))
+        log = stack.enter_context(RunLog(config, start, enabled=world.is_main))
         log.say(
             f"{len(dataset)} training images, {classes} classes, {world.size} process(es) on {world.device.type}, "
             f"steps {start + 1} to {config.steps} in {config.out}"
@@ -118,7 +121,7 @@ def fit(config: FitConfig) -> FitResult:
 
         # ---- steps
         loss = math.nan
-        batches = iter(loader)
+        batches = dataset.batches(loader)
         for step in range(start + 1, config.steps + 1):
             passes = list(itertools.islice(batches, config.accumulate))
             torch.manual_seed(step_seed(config.seed, step, world.rank))
@@ -136,22 +139,24 @@ def fit(config: FitConfig) -> FitResult:
                     scaler.scale(part.loss).backward()
                 parts += torch.stack([part.loss.detach() / world.size, *part[1:]])
             loss, *nll = world.sum(parts).tolist()
-            if not math.isfinite(loss):
-                raise NonFiniteLoss(_keep_bad_step(config, step, loss, passes, networks, world))
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf))
+            # float16 overflows now and then: its scaler leaves such a step out and halves the scale, until there is none left
+            overflows = scaler.is_enabled() and scaler.get_scale() > _LEAST_SCALE
+            if not math.isfinite(loss) or not (math.isfinite(norm) or overflows):
+                raise NonFiniteStep(_keep_bad_step(config, step, loss, norm, passes, networks, world))
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             networks.update_average()
             shares = {f"{name}_nll": x for name, x, n in zip(Counts._fields, nll, counts, strict=True) if n}
-            log.step(step, {"loss": loss, **shares, "lr": rate, "grad_norm": float(norm)})
+            log.step(step, {"loss": loss, **shares, "lr": rate, "grad_norm": norm})
 
             # ---- score and keep
             improved = False
             if validation is not None and (step % _evaluate_every(config) == 0 or step == config.steps):
                 scored = networks.scored().eval()
-                meter = score(scored.segmentation, validation, world=world)
+                meter = score(scored.segmentation, validation, world=world, channels=channels)
                 last_score = meter.mean_iou()
                 improved = config.select_with > 0 and not last_score <= best_score
                 best_score = last_score if improved else best_score
@@ -161,8 +166,9 @@ def fit(config: FitConfig) -> FitResult:
             if improved or step % config.save_every == 0 or step == config.steps:
                 content = {
                     "config": to_dict(config),
-                    "classes": checkpoint.classes_to_dict(source.classes),
+                    "classes": asdict(source.classes),
                     "channels": channels,
+                    "architecture": architecture_of(model.segmentation),
                     "step": step,
                     "best_score": best_score,
                     "last_score": last_score,
@@ -173,7 +179,6 @@ def fit(config: FitConfig) -> FitResult:
                     checkpoint.save(config.out / "best.pt", content)
                 if world.is_main:
                     checkpoint.save(config.out / "last.pt", content)
-        log.close()
         world.wait()  # nobody returns before the checkpoint is there
         chosen = config.out / ("best.pt" if config.select_with else "last.pt")
         return FitResult(chosen, config.steps, best_score if config.select_with else last_score, loss)
@@ -215,14 +220,16 @@ def _evaluate_every(config: FitConfig) -> int:
 
 
 def _keep_bad_step(
-    config: FitConfig, step: int, loss: float, passes: list[Sample], networks: Networks, world: World
+    config: FitConfig, step: int, loss: float, norm: float, passes: list[Sample], networks: Networks, world: World
 ) -> str:
-    """Save what the step saw on this rank, with the parameters before it; returns the message."""
+    """Save what the step saw on this rank, and on the main one the parameters before it; returns the message."""
     path = config.out / f"nonfinite_step{step}_rank{world.rank}.pt"
-    state = {k: v.detach().cpu() for k, v in networks.model.state_dict().items() if not config.fsdp}
-    content = {"step": step, "loss": loss, "batch": [batch._asdict() for batch in passes], "model": state}
-    checkpoint.save(path, content)
-    return (
-        f"the loss became {loss} at step {step}; its batch is in {path}. A lower --lr or --cm-lr, or --precision bf16 "
-        "instead of fp16, may help"
-    )
+    batch = [batch._asdict() for batch in passes]
+    content = {"step": step, "loss": loss, "grad_norm": norm, "batch": batch, "model": networks.parameters()}
+    what = f"the loss became {loss}" if not math.isfinite(loss) else f"the norm of the gradient became {norm}"
+    try:
+        checkpoint.save(path, content)
+        where = f"its batch is in {path}"
+    except checkpoint.CheckpointError as error:
+        where = str(error)
+    return f"{what} at step {step}; {where}. A lower --lr or --cm-lr, or --precision bf16 instead of fp16, may help"

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -21,6 +22,9 @@ from .model import CoarseModel
 _SHARD_FROM = 1_000_000  # parameters of a block that is gathered on its own; smaller ones go with what contains them
 _ON_CPU = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # the main process gets it
 _EVERYWHERE = dcp.StateDictOptions(full_state_dict=True)
+_PARTIAL = dcp.StateDictOptions(
+    full_state_dict=True, strict=False
+)  # a parameter without gradient has no optimizer state
 
 
 class Networks:
@@ -71,6 +75,11 @@ class Networks:
         """What is scored and kept: the moving average where there is one. Every process has to call."""
         kept = self.model if self._average is None else self._average
         if self._whole is None:
+            if isinstance(
+                self.call, DistributedDataParallel
+            ):  # running statistics are each process's own until it steps
+                for buffer in kept.buffers():
+                    dist.broadcast(buffer, 0)
             return kept
         self._whole.load_state_dict(dcp.get_model_state_dict(kept, options=_EVERYWHERE))
         return self._whole
@@ -79,15 +88,20 @@ class Networks:
         """Whole tensors on the CPU, by the names of the parameters, so that any number of processes can go on from them. Every
         process has to call; the main one gets them."""
         return {
-            "model": dict(dcp.get_model_state_dict(self.model, options=_ON_CPU)),
+            "model": self.parameters(),
             "optimizer": dict(dcp.get_optimizer_state_dict(self.model, optimizer, options=_ON_CPU)),
             "ema": None if self._average is None else dict(dcp.get_model_state_dict(self._average, options=_ON_CPU)),
         }
 
+    def parameters(self) -> dict[str, Any]:
+        """The part of `state` that is called "model"."""
+        return dict(dcp.get_model_state_dict(self.model, options=_ON_CPU))
+
     def load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """What `state` gave."""
         dcp.set_model_state_dict(self.model, state["model"], options=_EVERYWHERE)
-        dcp.set_optimizer_state_dict(self.model, optimizer, state["optimizer"], options=_EVERYWHERE)
+        if state["optimizer"]["state"]:  # plain SGD keeps none
+            dcp.set_optimizer_state_dict(self.model, optimizer, state["optimizer"], options=_PARTIAL)
         if self._average is not None:
             dcp.set_model_state_dict(self._average, state["ema"], options=_EVERYWHERE)
 

@@ -47,7 +47,9 @@ def posterior(output: ModelOutput, positive: Tensor, negative: Tensor, backend: 
     believed = annotation_posterior(output.seg_logits.float(), output.positive_cm, positive, backend=backend)
     for layer in negative.unbind(1):
         logits = believed.clamp_min(1e-30).log()
-        believed = annotation_posterior(logits, output.negative_cm, layer, output.transition, backend=backend)
+        believed = annotation_posterior(
+            logits, output.negative_cm, layer, output.negative_transition(), backend=backend
+        )
     return believed
 
 

@@ -22,8 +22,10 @@ from .distributed import World
 
 _TRANSITION_IMAGES = 200  # enough for C x C counts: 35 million pixels of CamVid
 # what may differ between a run and its continuation: nothing that changes a step
-_FREE = {"out", "resume", "save_every", "backend", "device", "threads", "fsdp", "compile"}
-_FREE_DATA = {"root", "positives", "negatives", "workers"}
+_FREE = {"out", "resume", "save_every", "accumulate", "backend", "device", "threads", "fsdp", "compile"}
+_FREE_DATA = {"root", "workers"}
+_LARGEST_SEED = 2**31 - 1  # `engine.step_seed` stays below 2 ** 64
+_MOVABLE = {"positives", "negatives"}  # another folder is fine; one where there was none is other data
 
 
 def check_config(config: FitConfig) -> None:
@@ -43,6 +45,7 @@ def check_config(config: FitConfig) -> None:
         (config.optim, "cm_lr", 0.0, None),
         (config.optim, "weight_decay", 0.0, None),
         (config.optim, "clip", 0.0, None),
+        (config, "seed", 0, _LARGEST_SEED),
         (config.optim, "ema", 0.0, 1.0),
         (config.data, "colour", 0.0, 1.0),
         (config, "mask_weight", 0.0, None),
@@ -61,6 +64,14 @@ def check_config(config: FitConfig) -> None:
             raise ValueError(f"{side}.cm: expected none where {side}.weight is 0, got {stream.cm!r}")
         if stream.stride < 1:
             raise ValueError(f"{side}.stride: expected a number >= 1, got {stream.stride}")
+    if config.negative.weight == 0 and config.transition == "learned":
+        raise ValueError("transition: expected none to be learned where negative.weight is 0, got 'learned'")
+    if config.select_steps is not None and not config.select_with:
+        raise ValueError(f"select_steps: expected --select-with, which it belongs to, got {config.select_steps} alone")
+    mixed, dense = config.data.supervision == "mixed", config.data.dense_images
+    if mixed != (dense > 0):
+        expected = "a number >= 1 with supervision mixed" if mixed else "0 unless supervision is mixed"
+        raise ValueError(f"dense_images: expected {expected}, got {dense}")
     available = coarse_kernels.available_backends()
     if config.backend is not None and config.backend not in available:
         raise ValueError(f"backend: expected one that can run here {available}, got {config.backend!r}")
@@ -88,17 +99,25 @@ def read_resume(config: FitConfig) -> dict[str, Any] | None:
     if not config.resume or not last.exists():
         return None
     content = checkpoint.load(last)
-    before = from_dict(content["config"])
-    for name in (f.name for f in fields(FitConfig) if f.name not in _FREE | {"data"}):
-        _same(name, getattr(before, name), getattr(config, name))
-    for name in (f.name for f in fields(DataConfig) if f.name not in _FREE_DATA):
-        _same(name, getattr(before.data, name), getattr(config.data, name))
+    check_same_run(from_dict(content["config"]), config)
     return content
 
 
-def _same(name: str, before: object, now: object) -> None:
-    if before != now:
-        raise ValueError(f"resume: expected {name} as in the run, {before!r}, got {now!r}")
+def check_same_run(before: FitConfig, now: FitConfig) -> None:
+    """Raises ValueError where a field that changes steps differs, naming it."""
+    pairs = {f.name: (getattr(before, f.name), getattr(now, f.name)) for f in fields(FitConfig)}
+    del pairs["data"]
+    for name in _FREE:
+        del pairs[name]
+    for f in fields(DataConfig):
+        one, other = getattr(before.data, f.name), getattr(now.data, f.name)
+        if f.name in _MOVABLE:
+            one, other = one is not None, other is not None
+        if f.name not in _FREE_DATA:
+            pairs[f.name] = one, other
+    for name, (one, other) in pairs.items():
+        if one != other:
+            raise ValueError(f"resume: expected {name} as in the run, {one!r}, got {other!r}")
 
 
 def open_transition(config: FitConfig, source: Source) -> TransitionMatrix:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from .checkpoint import CheckpointError, write_text
 from .config import FitConfig
 
 _LINE_EVERY = 10.0  # seconds between two lines in a log file
@@ -33,7 +33,7 @@ class RunLog:
         path = config.out / "metrics.jsonl"
         _keep_until(path, start)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115  # open as long as the run is
-        self._board = SummaryWriter(str(config.out / "tensorboard"), purge_step=start + 1 if start else None)
+        self._board = SummaryWriter(str(config.out / "tensorboard"), purge_step=start + 1)
         self._steps, self._first = config.steps, start
         self._started = self._last_line = time.monotonic()
         self._bar = tqdm(total=config.steps, initial=start, unit="step") if sys.stderr.isatty() else None
@@ -73,7 +73,10 @@ class RunLog:
         if self._enabled:
             tqdm.write(line, file=sys.stderr)
 
-    def close(self) -> None:
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._enabled:
             if self._bar is not None:
                 self._bar.close()
@@ -81,8 +84,13 @@ class RunLog:
             self._file.close()
 
     def _write(self, row: dict[str, Any]) -> None:
-        # JSON has no NaN
-        self._file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n")
+        line = json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()})  # JSON has no NaN
+        try:
+            self._file.write(line + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._file.name}: expected to write it, got {error}; checkpoints are intact"
+            ) from error
 
 
 def _keep_until(path: Path, step: int) -> None:
@@ -95,6 +103,4 @@ def _keep_until(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):  # the line that was being written when the run was killed
             continue
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    write_text(path, "".join(kept))

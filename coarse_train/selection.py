@@ -8,28 +8,40 @@ short runs, one for each side, are scored on them, and the better side is taken 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from . import checkpoint
-from .config import FitConfig
+from .config import FitConfig, from_dict, to_dict
 from .data import Source
 from .distributed import World
+from .prepare import check_same_run
+
+
+def kinds_of_drawings(config: FitConfig, source: Source) -> tuple[str, ...]:
+    """Those of "positive" and "negative" that the run learns from."""
+    if config.data.supervision == "masks":
+        return ()
+    found = {kind for index in range(len(source)) for kind in source.kinds(index)}
+    if config.data.simulate is not None:
+        found |= {"positive", "negative"}
+    return tuple(kind for kind in ("positive", "negative") if kind in found and getattr(config, kind).weight > 0)
 
 
 def choose_trusted_side(
-    config: FitConfig, world: World, fit: Callable[[FitConfig], Any]
+    config: FitConfig, source: Source, world: World, fit: Callable[[FitConfig], Any]
 ) -> tuple[FitConfig, dict[str, float]]:
     """The config with the confusion matrix on the better side, and the score of each trusted side.
 
-    As it came, and {}, unless masks may choose (``select_with``) and exactly one side has a confusion matrix. What was
-    chosen stands in selection.json in the run folder, where a resumed run finds it.
+    As it came, and {}, unless masks may choose (``select_with``), there are drawings of both kinds, and exactly one kind has
+    a confusion matrix. What was chosen stands in selection.json in the run folder, where a resumed run finds it.
     """
-    sides = {"positive": config.positive, "negative": config.negative}
-    trusted = [name for name, stream in sides.items() if stream.cm == "none"]
-    in_use = all(stream.weight > 0 for stream in sides.values()) and config.data.supervision != "masks"
-    if not config.select_with or config.select_steps == 0 or len(trusted) != 1 or not in_use:
+    streams = {"positive": config.positive, "negative": config.negative}
+    trusted = [name for name, stream in streams.items() if stream.cm == "none"]
+    both = len(kinds_of_drawings(config, source)) == 2
+    if not config.select_with or config.select_steps == 0 or len(trusted) != 1 or not both:
         return config, {}
     swapped = replace(
         config,
@@ -37,37 +49,38 @@ def choose_trusted_side(
         negative=replace(config.positive, weight=config.negative.weight),
     )
     other = "negative" if trusted[0] == "positive" else "positive"
-    candidates = {trusted[0]: config, other: swapped}
+    candidates = {trusted[0]: config, other: swapped}  # by the trusted side, whichever was given
     path = config.out / "selection.json"
-    if path.exists() and config.resume:
-        scores = json.loads(path.read_text())["mean_iou"]
+    if config.resume and path.exists():
+        content = json.loads(path.read_text())
+        check_same_run(from_dict(content["negative_trusted"]), candidates["negative"])
+        scores = content["mean_iou"]
     else:
+        folders = {name: config.out / f"trust_{name}" for name in candidates}
+        if not config.resume and world.is_main:
+            for folder in folders.values():  # of a run that was given up
+                shutil.rmtree(folder, ignore_errors=True)
+            path.unlink(missing_ok=True)
+        world.wait()
+        steps = config.select_steps or max(1, config.steps // 5)
         scores = {}
         for name, candidate in candidates.items():
-            trial = replace(
-                candidate,
-                out=config.out / f"trust_{name}",
-                steps=config.select_steps or max(1, config.steps // 5),
-                select_steps=0,
-                resume=True,
-            )
+            trial = replace(candidate, out=folders[name], steps=steps, select_steps=0, resume=True)
             scores[name] = fit(trial).score
         if world.is_main:
-            content = {"chosen_by": f"{config.select_with} dense validation masks", "mean_iou": scores}
+            content = {
+                "chosen_by": f"{config.select_with} dense validation masks",
+                "mean_iou": scores,
+                "negative_trusted": to_dict(candidates["negative"]),
+            }
             checkpoint.write_text(path, json.dumps(content, indent=2) + "\n")
     return candidates[max(scores, key=lambda name: scores[name])], scores
 
 
 def describe_risk(config: FitConfig, source: Source) -> str | None:
     """One sentence where nothing holds a confusion matrix: every kind of drawings that there is has one."""
-    if config.data.supervision != "drawings":
-        return None
-    kinds = frozenset[str]().union(*(source.kinds(index) for index in range(len(source))))
-    if config.data.simulate is not None:
-        kinds |= {"positive", "negative"}
-    streams = {"positive": config.positive, "negative": config.negative}
-    present = [name for name, stream in streams.items() if name in kinds and stream.weight > 0]
-    if not present or any(streams[name].cm == "none" for name in present):
+    present = kinds_of_drawings(config, source)
+    if config.data.supervision != "drawings" or any(getattr(config, kind).cm == "none" for kind in present):
         return None
     return (
         f"note: all drawings that there are ({', '.join(present)}) have a confusion matrix and none are trusted; nothing then "

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +21,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from coarse_train import checkpoint
 from coarse_train.cli import main
-from coarse_train.config import DataConfig, FitConfig, ModelConfig, OptimConfig, StreamConfig, load_toml, save_toml
-from coarse_train.engine import NonFiniteLoss, fit, schedule
+from coarse_train.config import DataConfig, FitConfig, ModelConfig, OptimConfig, StreamConfig, load_toml, to_toml
+from coarse_train.engine import NonFiniteStep, fit, schedule
+from tests import data_trees
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -127,8 +133,8 @@ def test_accumulation_changes_nothing(tmp_path: Path) -> None:
 def test_two_processes_are_one(tmp_path: Path, fsdp: bool) -> None:
     config = _config(tmp_path / "one", transition="learned", optim=OptimConfig(lr=1e-2, ema=0.9), steps=4)
     fit(config)
-    many = replace(config, out=tmp_path / "two", fsdp=fsdp, accumulate=2)
-    save_toml(tmp_path / "two.toml", many)
+    many = replace(config, out=tmp_path / "two", fsdp=fsdp, accumulate=2, save_every=100)
+    (tmp_path / "two.toml").write_text(to_toml(many))
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(29600 + os.getpid() % 300)]
     done = subprocess.run(
         [sys.executable, *command, "-m", "coarse_train", "fit", str(tmp_path / "two.toml")],
@@ -144,8 +150,10 @@ def test_two_processes_are_one(tmp_path: Path, fsdp: bool) -> None:
         for name, value in one[kind].items():
             torch.testing.assert_close(two[kind][name], value, atol=1e-5, rtol=0, msg=f"{kind} {name}")
     assert one["last_score"] == pytest.approx(two["last_score"], abs=0.05)
-    # and one process goes on from what two have left
-    fit(replace(config, out=tmp_path / "two", resume=True, accumulate=2))
+    # one process can take the state of two apart again, and the other way round
+    for name, out in (("one", "two"), ("two", "one")):
+        assert _state(tmp_path / name)["optimizer"].keys() == _state(tmp_path / out)["optimizer"].keys()
+    fit(replace(many, resume=True, fsdp=False, accumulate=1))
 
 
 # ---- interruptions ---------------------------------------------------------------------------------------------
@@ -157,7 +165,7 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_with_the_same_bits(tmp_path
     config = replace(config, optim=OptimConfig(lr=1e-2, ema=0.9), data=replace(config.data, workers=1))
     fit(config)
     killed = replace(config, out=tmp_path / "killed")
-    save_toml(tmp_path / "killed.toml", killed)
+    (tmp_path / "killed.toml").write_text(to_toml(killed))
     command = [sys.executable, "-m", "coarse_train", "fit", str(tmp_path / "killed.toml"), "--resume"]
     kills = 0
     for until in (2, 9, 15, 22):
@@ -197,12 +205,17 @@ def test_resume_names_what_has_changed(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(tmp_path: Path) -> None:
     config = _config(tmp_path, optim=OptimConfig(optimizer="sgd", lr=1e30, clip=None, warmup=0.0), save_every=1)
-    with pytest.raises(NonFiniteLoss, match=r"the loss became (nan|inf) at step \d+; its batch is in .*nonfinite_step"):
+    with pytest.raises(
+        NonFiniteStep,
+        match=r"became (nan|inf) at step \d+; its batch is in .*nonfinite_step",
+    ):
         fit(config)
     (path,) = tmp_path.glob("nonfinite_step*.pt")
     saved = torch.load(path, weights_only=True)
     assert saved["batch"][0]["image"].shape == (4, 1, 48, 48)
+    assert set(saved["model"]) == set(checkpoint.load(tmp_path / "last.pt")["model"])
     assert checkpoint.load(tmp_path / "last.pt")["step"] == saved["step"] - 1
+    assert all(x.isfinite().all() for x in checkpoint.load(tmp_path / "last.pt")["model"].values())
 
 
 def test_a_disk_that_is_full_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
@@ -245,7 +258,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: Callable[[bytes],
         {"precision": "bf16"},
         {"precision": "fp16"},
         {"optim": OptimConfig(optimizer="sgd", schedule="poly", lr=1e-2, ema=0.5)},
-        {"transition": "estimated", "negative": StreamConfig(cm="tied" and "image", structure="tied")},
+        {"transition": "estimated", "negative": StreamConfig(cm="image", structure="tied")},
         {"positive": StreamConfig(cm="grid", structure="floor", trace_weight=0.01)},
         {"data": DataConfig(dataset="mnist", limit=24, supervision="masks"), "positive": StreamConfig()},
         {"data": DataConfig(dataset="mnist", limit=24, supervision="mixed", dense_images=6)},
@@ -286,6 +299,25 @@ def test_compiled_networks_give_the_same_run(tmp_path: Path) -> None:
         ),
         ({"optim": OptimConfig(ema=1.5)}, "ema: expected a number from 0 to 1, got 1.5"),
         ({"positive": StreamConfig(weight=0.0, cm="global")}, "positive.cm: expected none where positive.weight is 0"),
+        ({"seed": -1}, "seed: expected a number from 0 to 2.14748e"),
+        (
+            {"negative": StreamConfig(weight=0.0), "transition": "learned"},
+            "transition: expected none to be learned where",
+        ),
+        ({"select_steps": 3}, "select_steps: expected --select-with, which it belongs to, got 3 alone"),
+        (
+            {"data": DataConfig(dataset="mnist", supervision="mixed")},
+            "dense_images: expected a number >= 1 with supervision",
+        ),
+        (
+            {"data": DataConfig(dataset="mnist", dense_images=3)},
+            "dense_images: expected 0 unless supervision is mixed, got 3",
+        ),
+        (
+            {"data": DataConfig(dataset="mnist", simulate="coarse")},
+            "simulate: expected images that lack drawings, but",
+        ),
+        ({"model": ModelConfig(network="torch.nn:Identity", widths=(4,))}, "widths: expected none for network"),
         ({"backend": "quantum"}, "backend: expected one that can run here"),
         ({"data": DataConfig(dataset="imagenet")}, "dataset: expected one of .* got 'imagenet'"),
         (
@@ -344,3 +376,217 @@ def test_fit_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "bad.toml").write_text("[data]\nskipbad = true\n")
     assert main(["fit", str(tmp_path / "bad.toml")]) == 1
     assert "bad.toml: extra fields found (skipbad) @ config.data" in capsys.readouterr().err
+
+
+class OneParameterTooMany(torch.nn.Module):
+    """A user's network with a parameter that gets no gradient."""
+
+    def __init__(self, channels_in: int, num_classes: int):
+        super().__init__()
+        self.used = torch.nn.Conv2d(channels_in, num_classes, 1)
+        self.unused = torch.nn.Linear(2, 2)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.used(image)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optim": OptimConfig(optimizer="sgd", momentum=0.0, lr=1e-2)},
+        {"model": ModelConfig(network="tests.test_train_fit:OneParameterTooMany")},
+        {"precision": "fp16"},
+        {"optim": OptimConfig(lr=1e-2, clip=0.0)},
+    ],
+    ids=["plain-sgd", "unused-parameter", "fp16", "no-clipping"],
+)
+def test_every_kind_of_run_can_be_resumed_from_its_own_config(tmp_path: Path, changes: dict[str, Any]) -> None:
+    fit(_config(tmp_path / "whole", **changes))
+    config = _config(tmp_path / "parts", **changes)
+    fit(config)
+    last = checkpoint.load(tmp_path / "parts" / "last.pt")
+    stop_after(config, 4)
+    written = load_toml(config.out / "config.toml")
+    assert not written.resume
+    fit(replace(written, resume=True))
+    parts, whole = _state(tmp_path / "parts"), _state(tmp_path / "whole")
+    state = parts["optimizer"]["state"]  # a parameter without gradient comes back with an empty state that is never read
+    parts["optimizer"]["state"] = {name: state[name] for name in whole["optimizer"]["state"]}
+    _assert_same_bits(parts, whole)
+    assert load_toml(config.out / "config.toml") == written
+    assert last["step"] == 6
+
+
+def stop_after(config: FitConfig, step: int) -> None:
+    """Make the run folder what it was when the checkpoint of ``step`` had been written."""
+    kept: list[dict[str, Any]] = []
+    real = checkpoint.save
+
+    def save(path: Path, content: dict[str, Any]) -> None:
+        real(path, content)
+        if content.get("step") == step:
+            kept.append(content)
+            raise KeyboardInterrupt
+
+    shutil.rmtree(config.out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config)
+    assert len(kept) == 1
+    assert _last_step(config.out) == step
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_is_applied(tmp_path: Path) -> None:
+    config = _config(tmp_path, model=ModelConfig(network="tests.test_train_fit:InfiniteGradient"), save_every=1)
+    with pytest.raises(NonFiniteStep, match=r"the norm of the gradient became (inf|nan) at step 1; its batch is in"):
+        fit(config)
+    assert not (tmp_path / "last.pt").exists()
+
+
+class _Overflow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * torch.inf
+
+
+class InfiniteGradient(torch.nn.Module):
+    def __init__(self, channels_in: int, num_classes: int):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(channels_in, num_classes, 1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return _Overflow.apply(self.layer(image))
+
+
+def test_a_crop_without_a_single_label_is_a_step_like_others(tmp_path: Path) -> None:
+    root = data_trees.write_camvid_tree(tmp_path / "camvid", size=(64, 64))
+    data = DataConfig(dataset="camvid", root=root, simulate="scribble", crop=(8, 8))
+    result = fit(_config(tmp_path / "run", data=data, positive=StreamConfig(), batch_size=1, steps=30))
+    assert 0.0 in _losses(tmp_path / "run")
+    assert np.isfinite(result.loss)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_one_line_also_from_a_worker(
+    tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = data_trees.write_camvid_tree(tmp_path / "camvid", size=(32, 32))
+    bad = sorted((root / "train").iterdir())[0]
+    bad.write_bytes(bad.read_bytes()[:80])
+    options = ["--simulate", "coarse", "--steps", "4", "--crop", "16", "16", "--batch-size", "4", "--threads", "1"]
+    command = [
+        "fit",
+        "camvid",
+        "--root",
+        str(root),
+        *options,
+        "--workers",
+        str(workers),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert main(command) == 1
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[-1].startswith(f"error: {bad}: expected")
+
+
+def test_a_grey_image_among_colour_ones_is_scored(tmp_path: Path) -> None:
+    root = data_trees.write_camvid_tree(tmp_path / "camvid", size=(32, 32))
+    grey = sorted((root / "val").iterdir())[0]
+    Image.open(grey).convert("L").save(grey)
+    data = DataConfig(dataset="camvid", root=root, simulate="coarse")
+    assert np.isfinite(fit(_config(tmp_path / "run", data=data, steps=1)).score)
+
+
+def test_tensorboard_has_every_step_once_and_the_pictures(tmp_path: Path) -> None:
+    config = _config(tmp_path / "run", save_every=4)
+    stop_after_folder = config.out
+    stop_after_folder.mkdir()
+    stop_after(config, 4)
+    fit(replace(config, resume=True))
+    events = EventAccumulator(str(config.out / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(_losses(config.out))
+    assert [event.step for event in events.Scalars("val/mean_iou")] == [3, 6]
+    names = events.Tags()["images"]
+    assert names == ["image, positive, negative, prediction, posterior", "confusion of positives [drawn, true]"]
+    picture = Image.open(io.BytesIO(events.Images(names[0])[-1].encoded_image_string))
+    assert picture.size == (5 * 48, 48)
+
+
+@pytest.mark.parametrize("given", ["positive", "negative"])
+def test_the_side_that_masks_chose_stays_over_a_resume(tmp_path: Path, given: str) -> None:
+    """The config of the run folder already has the chosen side: taking it up again must not swap it back."""
+    sides = {given: StreamConfig(cm="global"), "negative" if given == "positive" else "positive": StreamConfig()}
+    config = _config(tmp_path, select_with=4, select_steps=2, **sides)
+    fit(config)
+    chosen = load_toml(tmp_path / "config.toml")
+    before = _state(tmp_path)
+    for again in (config, chosen):
+        fit(replace(again, resume=True))
+        _assert_same_bits(_state(tmp_path), before)
+    with pytest.raises(ValueError, match="resume: expected optim as in the run"):
+        fit(replace(config, resume=True, optim=OptimConfig(lr=1.0)))
+
+
+def test_trials_of_a_run_that_was_given_up_choose_nothing(tmp_path: Path) -> None:
+    config = _config(tmp_path, select_with=4, select_steps=2)
+    fit(config)
+    first = (tmp_path / "trust_positive" / "metrics.jsonl").read_text()
+    (tmp_path / "last.pt").unlink()
+    fit(replace(config, seed=5))
+    assert (tmp_path / "trust_positive" / "metrics.jsonl").read_text() != first
+
+
+def test_masks_choose_no_side_where_there_is_one_kind_of_drawings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = data_trees.write_chasedb1_tree(tmp_path / "chase")
+    data = DataConfig(dataset="chasedb1", root=root)
+    fit(_config(tmp_path / "run", data=data, select_with=2, steps=1))
+    printed = capsys.readouterr().err
+    assert "2 dense masks of the validation split choose the checkpoint, and nothing else" in printed
+    assert "note: all drawings that there are (positive) have a confusion matrix and none are trusted" in printed
+    assert not (tmp_path / "run" / "selection.json").exists()
+
+
+def test_a_toml_file_changes_what_it_names_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("[positive]\nweight = 2.0\n[optim]\nclip = 0.0\n")
+    config = load_toml(tmp_path / "c.toml")
+    assert config.positive == replace(FitConfig().positive, weight=2.0)
+    assert config.optim == replace(OptimConfig(), clip=0.0)
+    (tmp_path / "again.toml").write_text(to_toml(config))
+    assert load_toml(tmp_path / "again.toml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('steps = "3"', "expected int @ config.steps"),
+        ("[data]\nskipbad = true", r"extra fields found \(skipbad\) @ config.data"),
+        ('[positive]\ncm = "everywhere"', "config.positive.cm"),
+        ("steps = ", "Invalid value"),
+    ],
+)
+def test_a_mistake_in_a_toml_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(ValueError, match=rf"c.toml: .*{message}"):
+        load_toml(tmp_path / "c.toml")
+
+
+def test_the_training_package_knows_the_public_api_alone() -> None:
+    import coarse_kernels
+
+    for path in (ROOT / "coarse_train").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("coarse_kernels"):
+                assert node.module == "coarse_kernels", f"{path}: {node.module}"
+                assert {alias.name for alias in node.names} <= {*coarse_kernels.__all__}, path
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("coarse_kernels.") for alias in node.names), path

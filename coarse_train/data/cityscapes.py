@@ -8,6 +8,9 @@ SPLIT is train, val or test; variant "train_extra" adds the 19,998 images of tha
 coarse polygons alone. Where gtCoarse/SPLIT or gtFine/SPLIT is there it is complete; where it is not, the images have no such
 map. The official masks of test say "unlabeled" everywhere. Files called ``_labelTrainIds.png`` do where there is none called
 ``_labelIds.png``. Encoded are label ids, which is what the official evaluation reads. An image is called CITY/CITY_SEQ_FRAME.
+
+Folders of drawings (``positives``, ``negatives``) hold SPLIT/CITY/CITY_SEQ_FRAME_gtCoarse_labelIds.png, as gtCoarse/ does, or
+SPLIT/CITY/CITY_SEQ_FRAME.png, as `coarse-train simulate` writes them.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .classes import IGNORE, Classes
-from .files import Fault, FileSource, Item, check_choice, find_files, first, match, open_files, root_folder
+from .files import Fault, FileSource, Item, check_choice, find_files, find_pngs, first, match, open_files, root_folder
 from .images import read_labels
 
 if TYPE_CHECKING:
@@ -91,7 +94,21 @@ def open_split(config: DataConfig, split: str) -> FileSource:
     items = _items(root, split, config, faults)
     if config.variant == "train_extra" and split == "train":
         items += _items(root, "train_extra", config, faults)
-    return open_files(items, CLASSES, config, split, readers={"positive": _read, "mask": _read}, faults=faults)
+    return open_files(
+        items,
+        CLASSES,
+        config,
+        split,
+        readers={"positive": _read, "mask": _read},
+        faults=faults,
+        find=_find_drawings,
+        drawing_reader=_read,
+    )
+
+
+def _find_drawings(folder: Path) -> dict[str, Path]:
+    """Of a folder of drawings: official names, as in gtCoarse/, or NAME.png where there are none."""
+    return _find_labels(folder, "gtCoarse") or find_pngs(folder)
 
 
 def _items(root: Path, part: str, config: DataConfig, faults: list[Fault]) -> list[Item]:
@@ -108,9 +125,12 @@ def _label_maps(folder: Path, images: dict[str, Path], faults: list[Fault]) -> d
     if not folder.is_dir():
         return {}
     kind = folder.parent.name  # gtCoarse or gtFine
+    return match(images, _find_labels(folder, kind), f"{kind} label map", folder, faults)
+
+
+def _find_labels(folder: Path, kind: str) -> dict[str, Path]:
     train_ids = find_files(folder, f"_{kind}_labelTrainIds.png")
-    files = {**train_ids, **find_files(folder, f"_{kind}_labelIds.png")}
-    return match(images, files, f"{kind} label map", folder, faults)
+    return {**train_ids, **find_files(folder, f"_{kind}_labelIds.png")}
 
 
 def _read(path: Path) -> np.ndarray:

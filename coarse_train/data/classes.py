@@ -9,6 +9,17 @@ from pathlib import Path
 import numpy as np
 
 IGNORE = 255  # nobody drew here; it counts in no loss and in no score
+# Okabe and Ito 2008, "Color Universal Design", https://jfly.uni-koeln.de/color/: told apart by colour-blind people, too
+OKABE_ITO = (
+    (0, 0, 0),
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (204, 121, 167),
+)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,13 @@ def find_files(folder: Path, *suffixes: str) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+Finder = Callable[[Path], dict[str, Path]]  # a folder -> its label files by the names of their images
+
+
+def find_pngs(folder: Path) -> dict[str, Path]:
+    return find_files(folder, ".png")
+
+
 class Fault(NamedTuple):
     """Names for which a file is missing. expected: "a mask for every image"."""
 
@@ -266,17 +273,22 @@ def open_files(
     *,
     readers: Mapping[str, Reader] | None = None,
     faults: Sequence[Fault] = (),
+    find: Finder = find_pngs,
+    drawing_reader: Reader | None = None,
 ) -> FileSource:
     """The split as the config asks for it: with its drawings in place of the data set's own, and at most ``limit``
-    images in training; files of images beyond the limit are not looked at."""
+    images in training; files of images beyond the limit are not looked at. ``find``, ``drawing_reader``: how the config's
+    drawings are found in their folder and read."""
     if not items:
         raise ValueError(f"{config.root}: expected images of split {split!r}, got none")
     items, faults, readers = list(items), list(faults), dict(readers or {})
     for kind, folder in (("positive", config.positives), ("negative", config.negatives)):
         if folder is None:
             continue
-        drawn = find_drawings(kind, folder, split, [item.name for item in items], faults)
+        drawn = find_drawings(kind, folder, split, [item.name for item in items], faults, find)
         readers.pop(kind, None)
+        if drawing_reader is not None:
+            readers[kind] = drawing_reader
         if kind == "positive":
             items = [replace(item, positive=first(drawn, item.name)) for item in items]
         else:
@@ -287,7 +299,12 @@ def open_files(
 
 
 def find_drawings(
-    kind: str, folder: Path, split: str, names: Sequence[str], faults: list[Fault]
+    kind: str,
+    folder: Path,
+    split: str,
+    names: Sequence[str],
+    faults: list[Fault],
+    find: Finder = find_pngs,
 ) -> dict[str, tuple[Path, ...]]:
     """The files of drawings of one kind ("positive" or "negative") in a folder of `DataConfig`; ``{}``: none are drawn.
 
@@ -305,7 +322,7 @@ def find_drawings(
     base = folder / split if parts else folder
     return match(
         names,
-        find_files(base, ".png"),
+        find(base),
         f"{kind} drawing NAME.png",
         base,
         faults,

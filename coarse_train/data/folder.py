@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import FolderNotFound
-from .classes import IGNORE, Classes
+from .classes import IGNORE, OKABE_ITO, Classes
 from .files import (
     IMAGE_SUFFIXES,
     Fault,
@@ -50,17 +50,6 @@ else:
 if TYPE_CHECKING:
     from ..config import DataConfig
 
-# Okabe and Ito 2008, "Color Universal Design", https://jfly.uni-koeln.de/color/
-_OKABE_ITO = (
-    (0, 0, 0),
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (240, 228, 66),
-    (0, 114, 178),
-    (213, 94, 0),
-    (204, 121, 167),
-)
 _KINDS = {"positives": "positive drawing", "negatives": "negative drawing", "masks": "mask"}
 
 
@@ -159,9 +148,9 @@ def _is_byte(value: Any, largest: int) -> bool:
 
 def palette(count: int) -> tuple[tuple[int, int, int], ...]:
     """Colours that people with any colour vision can tell apart: Okabe and Ito's eight, then steps of cividis."""
-    if count <= len(_OKABE_ITO):
-        return _OKABE_ITO[:count]
+    if count <= len(OKABE_ITO):
+        return OKABE_ITO[:count]
     from matplotlib import colormaps  # in here: its import takes longer than opening a data set
 
-    more = colormaps["cividis"]([index / (count - len(_OKABE_ITO)) for index in range(count - len(_OKABE_ITO))])
-    return _OKABE_ITO + tuple((int(r), int(g), int(b)) for r, g, b in (more[:, :3] * 255).round())
+    more = colormaps["cividis"]([index / (count - len(OKABE_ITO)) for index in range(count - len(OKABE_ITO))])
+    return OKABE_ITO + tuple((int(r), int(g), int(b)) for r, g, b in (more[:, :3] * 255).round())

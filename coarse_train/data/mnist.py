@@ -23,7 +23,7 @@ import torch
 
 from ..simulate import PRESETS, Preset, draw
 from . import InMemory, Record, Sample, Splits
-from .classes import Classes
+from .classes import OKABE_ITO, Classes
 from .files import (
     Fault,
     check_choice,
@@ -47,7 +47,6 @@ _CELL = CANVAS // 2  # each digit has a quadrant of its own, so digits never ove
 _BORDER = 4  # MNIST digits are 20x20 in a 28x28 frame
 _INK = 100  # a pixel of a digit is object from this grey value on
 _SEEDS = {"train": 0, "val": 1_000_003, "test": 2_000_003}
-_COLOURS = ((0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66))  # Okabe and Ito 2008
 _FILES = {
     ("train", "images"): "train-images-idx3-ubyte",
     ("train", "labels"): "train-labels-idx1-ubyte",
@@ -208,7 +207,7 @@ class MnistSource:
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, preset: Preset, seed: int):
         names = _class_names(preset)
-        self.classes = Classes(names, _COLOURS[: len(names)])
+        self.classes = Classes(names, OKABE_ITO[: len(names)])
         self.canvas, mask, self.region = place_digits(images, labels, seed)
         self.mask = mask if preset.num_classes > 2 else (mask > 0).astype(np.uint8)
         self.preset, self.seed = preset, seed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,9 +14,8 @@ from ..config import DataConfig
 from ..simulate import Process, draw_coarse, generator_for, level
 from . import Record, Sample, Source
 from .classes import IGNORE
+from .sampler import Key
 from .transforms import Augment, transform, untouched
-
-Key = int | tuple[int, int]  # index, or (epoch, index)
 
 # Drawing takes 0.07 to 0.10 s for a mask of CamVid (480x360), 0.7 to 1.4 s at 1024x2048 (one core, positive and two negative
 # layers, scribble to full), reading an image of CamVid 0.002 s. So drawings are kept, compressed: 15 kB and 100 kB an image.
@@ -48,7 +47,7 @@ class SegmentationData(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: Key) -> Sample:
+    def __getitem__(self, key: int | Key) -> Sample:
         """``key``: index, or (epoch, index) for the transforms of that epoch; an index alone is of epoch 0."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if not 0 <= index < len(self):
@@ -64,25 +63,44 @@ class SegmentationData(Dataset[Sample]):
             return untouched(record)
         return transform(record, self.augment, np.random.default_rng([self.seed, epoch, index]))
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[Sample]:
-        """What `DataLoader` calls for a batch; here the names of images that do not fit together are still known."""
-        samples = [self[key] for key in keys]
-        names = [self.source.name(key[1] if isinstance(key, tuple) else key) for key in keys]
-        for name, sample in zip(names, samples, strict=True):
-            _check_sizes(samples[0], sample, names[0], name)
+    def __getitems__(self, keys: Sequence[int | Key]) -> list[Sample] | Exception:
+        """What `DataLoader` calls for a batch; here the names of images that do not fit together are still known.
+
+        What is wrong with a file is handed over, not raised: a worker wraps what it raises in a traceback of many lines.
+        """
+        try:
+            samples = [self[key] for key in keys]
+            names = [self.source.name(key[1] if isinstance(key, tuple) else key) for key in keys]
+            for name, sample in zip(names, samples, strict=True):
+                _check_sizes(samples[0], sample, names[0], name)
+        except (ValueError, OSError) as error:
+            return error
         return samples
 
-    def collate(self, samples: Sequence[Sample]) -> Sample:
-        """Samples of one size as a batch. Where they differ in layers of negative drawings, empty ones are added."""
+    def collate(self, samples: Sequence[Sample] | Exception) -> Sample | Exception:
+        """Samples of one size as a batch; where they differ in layers of negative drawings, empty ones are added. An exception
+        of `__getitems__` passes through, for the process that trains to raise (`batches`)."""
+        if isinstance(samples, Exception):
+            return samples
         layers = max(len(sample.negative) for sample in samples)
         for sample in samples:
             _check_sizes(samples[0], sample, "the first", "another")
         return default_collate([sample._replace(negative=_with_layers(sample.negative, layers)) for sample in samples])
 
+    @staticmethod
+    def batches(loader: Iterable[Sample | Exception]) -> Iterator[Sample]:
+        """What a loader with `collate` gives; raises what went wrong in a worker."""
+        for batch in loader:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+
     def _check_supervision(self) -> None:
         """That there is something to learn from: in every image where drawings are simulated, else in one at least."""
         kinds = {index: self.source.kinds(index) for index in range(len(self)) if index not in self.dense}
         if self.simulated is not None:
+            if kinds and all({"positive", "negative"} <= present for present in kinds.values()):
+                raise ValueError("simulate: expected images that lack drawings, but all have both kinds; leave it out")
             for index, present in kinds.items():
                 if not present:
                     raise ValueError(

@@ -2,7 +2,7 @@
 
 from .annotation import AnnotationModel, Full, GlobalField, PixelField, build_annotation, confusion_logits
 from .coupled import CoarseModel, ModelOutput, build_model, confusion_sums, mean_confusion, parameter_groups
-from .networks import build_segmentation
+from .networks import architecture_of, build_segmentation
 from .segformer import SegFormer
 from .street import StreetNet
 from .unet import UNet
@@ -17,6 +17,7 @@ __all__ = [
     "SegFormer",
     "StreetNet",
     "UNet",
+    "architecture_of",
     "build_annotation",
     "build_model",
     "build_segmentation",

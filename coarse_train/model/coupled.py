@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from coarse_kernels import TransitionMatrix
+from coarse_kernels import TransitionMatrix, uniform_transition
 
 from ..config import FitConfig, OptimConfig
 from .annotation import build_annotation
@@ -28,6 +28,12 @@ class ModelOutput(NamedTuple):
     positive_cm: Tensor | None
     negative_cm: Tensor | None
     transition: Tensor | None
+
+    def negative_transition(self) -> Tensor:
+        """(C, C) [true, named]."""
+        if self.transition is not None:
+            return self.transition
+        return uniform_transition(self.seg_logits.shape[1], device=self.seg_logits.device)
 
 
 class CoarseModel(nn.Module):
@@ -78,10 +84,16 @@ class CoarseModel(nn.Module):
 
 
 def build_model(
-    config: FitConfig, channels_in: int, num_classes: int, transition: TransitionMatrix | None
+    config: FitConfig,
+    channels_in: int,
+    num_classes: int,
+    transition: TransitionMatrix | None,
+    *,
+    architecture: str | None = None,
 ) -> CoarseModel:
-    """The networks of a run. The segmentation network comes first: with equal seeds it is the same whatever the streams."""
-    segmentation = build_segmentation(config.model, channels_in, num_classes)
+    """The networks of a run. The segmentation network comes first: with equal seeds it is the same whatever the streams.
+    ``architecture``: of a checkpoint (`architecture_of`)."""
+    segmentation = build_segmentation(config.model, channels_in, num_classes, architecture=architecture)
     norm, checkpointing = config.model.norm, config.model.checkpointing
     streams: dict[str, nn.Module | None] = {}
     for name in ("positive", "negative"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 from torch import nn
 
@@ -15,10 +16,17 @@ from .unet import UNet
 NETWORKS = ("unet", "street", "segformer")
 
 
-def build_segmentation(config: ModelConfig, channels_in: int, num_classes: int) -> nn.Module:
-    """(B, channels_in, H, W) images in [0, 1] -> (B, num_classes, h, w) logits. Raises ValueError naming the option."""
+def build_segmentation(
+    config: ModelConfig, channels_in: int, num_classes: int, *, architecture: str | None = None
+) -> nn.Module:
+    """(B, channels_in, H, W) images in [0, 1] -> (B, num_classes, h, w) logits. Raises ValueError naming the option.
+
+    ``architecture``: what `architecture_of` returned for the network that is to be built again.
+    """
     if config.weights is not None and config.network != "segformer":
         raise ValueError(f"weights: expected none for network {config.network!r}, got {config.weights}")
+    if config.widths is not None and config.network not in ("unet", "street"):
+        raise ValueError(f"widths: expected none for network {config.network!r}, got {config.widths}")
     norm, checkpointing = config.norm, config.checkpointing
     if config.network == "unet":
         return UNet(channels_in, num_classes, config.widths or unet.WIDTHS, norm=norm, checkpointing=checkpointing)
@@ -26,10 +34,16 @@ def build_segmentation(config: ModelConfig, channels_in: int, num_classes: int) 
         widths = config.widths or street.WIDTHS
         return StreetNet(channels_in, num_classes, widths, norm=norm, checkpointing=checkpointing)
     if config.network == "segformer":
-        return SegFormer(channels_in, num_classes, weights=config.weights, norm=norm, checkpointing=checkpointing)
+        options: dict[str, Any] = {"weights": config.weights, "norm": norm, "architecture": architecture}
+        return SegFormer(channels_in, num_classes, **options, checkpointing=checkpointing)
     if checkpointing:
         raise ValueError(f"checkpointing: expected one of {NETWORKS}, got network {config.network!r}")
     return _imported(config.network, channels_in, num_classes)
+
+
+def architecture_of(network: nn.Module) -> str | None:
+    """What the config does not tell of a network that came with weights; a checkpoint keeps it."""
+    return network.architecture() if isinstance(network, SegFormer) else None
 
 
 def _imported(path: str, channels_in: int, num_classes: int) -> nn.Module:

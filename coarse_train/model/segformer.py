@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ class SegFormer(nn.Module):
     Args:
         weights: folder with config.json and the weights; its classifier is made anew where it has other classes.
         norm: of the decoder, the one place that normalises over the batch; one that comes trained stays what it was.
+        architecture: what `architecture` returned for a network like this one, in place of ``weights`` and ``norm``: a
+            checkpoint keeps it, so that the folder of the weights is not needed again.
         checkpointing: keep the input of each transformer block only, and compute the rest again in backward.
     """
 
@@ -36,18 +39,30 @@ class SegFormer(nn.Module):
         *,
         weights: Path | None = None,
         norm: str = "group",
+        architecture: str | None = None,
         checkpointing: bool = False,
     ):
         super().__init__()
         if channels_in not in (1, 3):
             raise ValueError(f"channels_in: expected 1 or 3 for segformer, got {channels_in}")
-        self.network = _from_scratch(num_classes, norm) if weights is None else _from_folder(weights, num_classes, norm)
+        if architecture is not None:
+            self.network = _from_architecture(architecture)
+        elif weights is not None:
+            self.network = _from_folder(weights, num_classes, norm)
+        else:
+            self.network = _with_norm(_untrained({"num_labels": num_classes}), norm)
         self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
         if checkpointing:
             # the second name is the one before transformers 5
             enable = getattr(self.network, "activation_checkpointing_enable", None)
             (enable or self.network.gradient_checkpointing_enable)({"use_reentrant": False})
+
+    def architecture(self) -> str:
+        """JSON of the library's config, and which normalisation the decoder has."""
+        batch_norm = isinstance(self.network.decode_head.batch_norm, nn.BatchNorm2d)
+        config = json.loads(self.network.config.to_json_string())
+        return json.dumps({"norm": "batch" if batch_norm else "group", "config": config})
 
     def forward(self, image: Tensor) -> Tensor:
         if min(image.shape[-2:]) < 32:
@@ -65,10 +80,14 @@ def _library() -> Any:
     return transformers
 
 
-def _from_scratch(num_classes: int, norm: str) -> Any:
+def _untrained(config: dict[str, Any]) -> Any:
     library = _library()
-    network = library.SegformerForSemanticSegmentation(library.SegformerConfig(num_labels=num_classes))
-    return _with_norm(network, norm)
+    return library.SegformerForSemanticSegmentation(library.SegformerConfig.from_dict(config))
+
+
+def _from_architecture(architecture: str) -> Any:
+    content = json.loads(architecture)
+    return _with_norm(_untrained(content["config"]), content["norm"])
 
 
 def _from_folder(folder: Path, num_classes: int, norm: str) -> Any:
