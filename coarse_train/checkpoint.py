@@ -71,7 +71,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # unpickling fails in many ways
-        raise CheckpointError(f"{path}: expected a checkpoint, got a damaged or foreign file ({error})") from error
+        raise CheckpointError(f"{path}: expected a checkpoint, got a damaged or foreign file") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path}: expected a checkpoint of format {FORMAT}, got {found!r}")

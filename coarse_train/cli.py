@@ -1,14 +1,8 @@
-"""Command line: dataclass -> options. `coarse-train --help`, or `python -m coarse_train --help`.
-
-coarse-train fit DATASET|CONFIG.toml [options]     train; DATASET takes the recipe of that name (coarse_train/recipes)
-coarse-train evaluate CHECKPOINT [options]         scores on dense masks
-coarse-train predict CHECKPOINT [options]          label maps and overlays
-coarse-train simulate DATASET [options]            coarse drawings from dense masks
-coarse-train demo | tune-demo [options]            the MNIST experiment
-"""
+"""Command line: dataclass -> options. `coarse-train --help`, or `python -m coarse_train --help`."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,16 +25,26 @@ RECIPES = Path(__file__).parent / "recipes"
 _EXPECTED = (ValueError, OSError, CheckpointError, NonFiniteStep)
 
 
+DESCRIPTION = """Train segmentation networks from coarse drawings: `coarse-train fit DATASET|CONFIG.toml [options]`, where
+DATASET takes the recipe of that name; then `evaluate CHECKPOINT`, `predict CHECKPOINT`. `COMMAND --help` lists the options."""
+
+
 def _fit(config: FitConfig) -> None:
     result = fit(config)
-    print(f"{result.checkpoint}: {result.steps} steps, mean IoU {result.score:.2f}, loss {result.loss:.4f}")
+    score = "" if math.isnan(result.score) else f", mean IoU {result.score:.2f}"
+    print(f"{result.checkpoint}: {result.steps} steps{score}")
+
+
+def _simulate(config: SimulateConfig) -> None:
+    out = run_simulate(config)
+    print(f"coarse-train fit {config.dataset} --positives {out / 'positives'} --negatives {out / 'negatives'}")
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "fit": (FitConfig, _fit),
     "evaluate": (EvaluateConfig, run_evaluate),
     "predict": (PredictConfig, run_predict),
-    "simulate": (SimulateConfig, run_simulate),
+    "simulate": (SimulateConfig, _simulate),
     "demo": (DemoConfig, run_demo),
     "tune-demo": (TuneConfig, run_tune),
 }
@@ -56,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = tyro.extras.subcommand_cli_from_dict(
             {name: kind for name, (kind, _) in COMMANDS.items()},
             prog="coarse-train",
-            description=__doc__,
+            description=DESCRIPTION,
             args=arguments,
         )
         next(run for kind, run in COMMANDS.values() if isinstance(config, kind))(config)
@@ -77,7 +81,8 @@ def parse_fit(arguments: list[str]) -> FitConfig:
     elif target in DATASETS:
         default = load_toml(RECIPES / f"{target}.toml")
     elif target or not {"-h", "--help"} & {*rest}:
-        raise ValueError(f"fit: expected a config.toml or one of {tuple(DATASETS)}, got {target or 'nothing'!r}")
+        got = repr(target) if target else f"{rest[0]} first" if rest else "nothing"
+        raise ValueError(f"fit: expected a config.toml or one of {tuple(DATASETS)}, then options, got {got}")
     else:
         default = FitConfig()
     return tyro.cli(FitConfig, default=default, args=rest, prog=f"coarse-train fit {target or 'DATASET|CONFIG.toml'}")

@@ -90,7 +90,9 @@ class StreamConfig:
     diagonal: float = 0.7
     """p(drawn as j | true j) to start from."""
     floor: float = 0.2
+    """structure=floor: the least p(drawn as j | true j)."""
     rank: int = 2
+    """structure=lowrank."""
     trace_weight: float = 0.0
     """Weight of tr(A). Above about 1/C classes flip; start at 0."""
     weight: float = 1.0
@@ -102,10 +104,13 @@ class OptimConfig:
     """Optimizer and schedule."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """sgd has Nesterov momentum."""
     lr: float = 2e-3
+    """Learning rate of the segmentation network."""
     cm_lr: float = 1e-2
     """Learning rate of confusion matrices and of a learned transition."""
     weight_decay: float = 1e-4
+    """Of the segmentation network's weights, not of biases, normalisations and confusion matrices."""
     momentum: float = 0.9
     """sgd only."""
     schedule: Literal["cosine", "poly", "constant"] = "cosine"
@@ -140,7 +145,9 @@ class FitConfig:
     resume: bool = False
     """Go on from last.pt in the run folder."""
     seed: int = 0
+    """Of networks, batches, transforms, simulated drawings and chosen masks."""
     steps: int = 1000
+    """Optimizer steps."""
     batch_size: int = 8
     """Images per optimizer step, over all ranks and accumulation steps."""
     accumulate: int = 1
@@ -176,9 +183,9 @@ def load_toml(path: Path) -> FitConfig:
     Raises ValueError naming the file and the key where one is unknown or has the wrong type.
     """
     try:
-        with open(path, "rb") as file:
-            content = tomllib.load(file)
-        return from_dict(content)
+        return from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: expected a config file, got none") from error
     except (tomllib.TOMLDecodeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 

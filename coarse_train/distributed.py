@@ -39,6 +39,13 @@ class World:
             dist.barrier()
 
 
+def _device(name: str) -> torch.device:
+    found = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if name not in ("cpu", *found) and not (name == "cuda" and found):
+        raise ValueError(f"device: expected one of {('cpu', *found)}, got {name!r}")
+    return torch.device(name)
+
+
 @contextmanager
 def join_world(device: str | None = None) -> Iterator[World]:
     """The world that torchrun's environment variables describe. A process group that exists already is used and left alone.
@@ -47,9 +54,9 @@ def join_world(device: str | None = None) -> Iterator[World]:
         device: "cpu", "cuda", "cuda:1", ...; None takes cuda where there is one. With several processes on CUDA each takes
             the GPU of its LOCAL_RANK.
     """
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if kind.type == "cuda" and size > 1:
+    if kind.type == "cuda" and (size > 1 or kind.index is None):
         kind = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if kind.type == "cuda":
         torch.cuda.set_device(kind)

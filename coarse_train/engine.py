@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from . import checkpoint
-from .config import FitConfig, OptimConfig, to_dict, to_toml
+from .config import FitConfig, OptimConfig, from_dict, to_dict, to_toml
 from .criterion import Counts, Criterion
 from .data import Sample, open_split
 from .data.sampler import StepSampler
@@ -32,7 +32,7 @@ from .evaluate import score
 from .model import architecture_of, build_model, parameter_groups
 from .parallel import Networks
 from .pictures import draw_progress
-from .prepare import check_config, open_transition, open_validation, prepare_out, read_resume
+from .prepare import check_config, describe_source, open_transition, open_validation, prepare_out, read_resume
 from .runlog import RunLog
 from .selection import choose_trusted_side, describe_risk, describe_selection
 
@@ -59,10 +59,12 @@ def fit(config: FitConfig) -> FitResult:
     """Train, score, keep.
 
     Raises:
-        ValueError, FileNotFoundError: what is wrong with the config or the data, before the first step.
+        ValueError, FileNotFoundError: what is wrong with the config or the data, before the first step; what is wrong in a
+            file, when a step reads it (``data.skip_bad`` reads all files first).
         NonFiniteStep: after the batch has been saved in the run folder.
         coarse_train.checkpoint.CheckpointError: a checkpoint cannot be written; the last good one is intact.
     """
+    config = from_dict(to_dict(config))  # paths that came as text, and types that do not fit
     check_config(config)
     with join_world(config.device) as world, ExitStack() as stack:
         if config.threads is not None:
@@ -74,7 +76,8 @@ def fit(config: FitConfig) -> FitResult:
         start = resumed["step"] if resumed else 0
 
         # ---- data
-        dataset = SegmentationData(source, config.data, seed=config.seed, training=True)
+        channels, classes = source.load(0).image.shape[2], len(source.classes)
+        dataset = SegmentationData(source, config.data, seed=config.seed, training=True, channels=channels)
         validation = open_validation(config)
         sampler = StepSampler(
             len(dataset),
@@ -96,7 +99,6 @@ def fit(config: FitConfig) -> FitResult:
 
         # ---- networks
         torch.manual_seed(config.seed)
-        channels, classes = source.load(0).image.shape[2], len(source.classes)
         transition, architecture = open_transition(config, source), resumed["architecture"] if resumed else None
         model = build_model(config, channels, classes, transition, architecture=architecture).to(world.device)
         networks = Networks(model, config, world)
@@ -111,16 +113,16 @@ def fit(config: FitConfig) -> FitResult:
         if world.is_main and not resumed:
             checkpoint.write_text(config.out / "config.toml", to_toml(replace(config, resume=False)))
         log = stack.enter_context(RunLog(config, start, enabled=world.is_main))
-        log.say(
-            f"{len(dataset)} training images, {classes} classes, {world.size} process(es) on {world.device.type}, "
-            f"steps {start + 1} to {config.steps} in {config.out}"
-        )
+        log.say(f"{describe_source(source)}, {classes} classes; {world.size} process(es) on {world.device.type}")
+        if config.resume and not resumed:
+            log.say(f"no last.pt in {config.out}: a new run")
+        log.say(f"{config.out}: {start} of {config.steps} steps done")
         log.say(describe_selection(config, validation, selection))
         if risk := describe_risk(config, source):
             log.say(risk)
 
         # ---- steps
-        loss = math.nan
+        loss, warned = math.nan, False
         batches = dataset.batches(loader)
         for step in range(start + 1, config.steps + 1):
             passes = list(itertools.islice(batches, config.accumulate))
@@ -129,6 +131,9 @@ def fit(config: FitConfig) -> FitResult:
             rate = set_rates(optimizer, config, step)
             # Counted before the first backward: the mean is over the whole step, all passes and all ranks.
             counts = Counts(*world.sum(torch.stack([criterion.count(batch) for batch in passes]).sum(0)).tolist())
+            if not any(counts) and not warned:
+                log.say(f"note: not one pixel of step {step} has a label")
+                warned = True
             parts = torch.zeros(4, device=world.device)
             for number, batch in enumerate(passes, start=1):
                 batch = Sample(*(field.to(world.device, non_blocking=True) for field in batch))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
+from .data.images import with_channels
+
 
 @dataclass(frozen=True)
 class InferenceConfig:
@@ -39,10 +41,8 @@ def to_input(image: np.ndarray, channels: int, name: str) -> Tensor:
 
     Grey is repeated for a colour network. Raises ValueError naming the image where the channels do not fit.
     """
-    if image.shape[2] not in (1, channels):
-        raise ValueError(f"{name}: expected an image of {channels} channel(s) for this network, got {image.shape[2]}")
-    planes = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-    return planes.expand(channels, -1, -1)[None].float() / 255
+    planes = torch.from_numpy(with_channels(image, channels, name).transpose(2, 0, 1).copy())
+    return planes[None].float() / 255
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import coarse_kernels
 from coarse_kernels import TransitionMatrix
 
 from . import checkpoint
-from .config import DataConfig, FitConfig, from_dict
+from .config import FitConfig, from_dict, to_dict
 from .data import IGNORE, FolderNotFound, Source, Subset, open_split
 from .data.segmentation import SegmentationData
 from .distributed import World
@@ -23,15 +23,17 @@ from .distributed import World
 _TRANSITION_IMAGES = 200  # enough for C x C counts: 35 million pixels of CamVid
 # what may differ between a run and its continuation: nothing that changes a step
 _FREE = {"out", "resume", "save_every", "accumulate", "backend", "device", "threads", "fsdp", "compile"}
-_FREE_DATA = {"root", "workers"}
+_FREE |= {"data.root", "data.workers"}
 _LARGEST_SEED = 2**31 - 1  # `engine.step_seed` stays below 2 ** 64
-_MOVABLE = {"positives", "negatives"}  # another folder is fine; one where there was none is other data
+_MOVABLE = {"data.positives", "data.negatives"}  # another folder is fine; one where there was none is other data
 
 
 def check_config(config: FitConfig) -> None:
     """Raises ValueError naming the field, what came and what was expected."""
     at_least_one = ("steps", "batch_size", "accumulate", "save_every")
     optional = ("evaluate_every", "threads")
+    if config.data.workers < 0:
+        raise ValueError(f"workers: expected a number >= 0, got {config.data.workers}")
     for name in (*at_least_one, *optional):
         value = getattr(config, name)
         if value is None and name in optional:
@@ -105,19 +107,27 @@ def read_resume(config: FitConfig) -> dict[str, Any] | None:
 
 def check_same_run(before: FitConfig, now: FitConfig) -> None:
     """Raises ValueError where a field that changes steps differs, naming it."""
-    pairs = {f.name: (getattr(before, f.name), getattr(now, f.name)) for f in fields(FitConfig)}
-    del pairs["data"]
-    for name in _FREE:
-        del pairs[name]
-    for f in fields(DataConfig):
-        one, other = getattr(before.data, f.name), getattr(now.data, f.name)
-        if f.name in _MOVABLE:
-            one, other = one is not None, other is not None
-        if f.name not in _FREE_DATA:
-            pairs[f.name] = one, other
-    for name, (one, other) in pairs.items():
-        if one != other:
-            raise ValueError(f"resume: expected {name} as in the run, {one!r}, got {other!r}")
+    one, other = _flat(to_dict(before)), _flat(to_dict(now))
+    for name in one:
+        pair = one[name], other[name]
+        if name in _MOVABLE:
+            pair = pair[0] is not None, pair[1] is not None
+        if name not in _FREE and pair[0] != pair[1]:
+            raise ValueError(f"resume: expected {name} as in the run, {one[name]!r}, got {other[name]!r}")
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def describe_source(source: Source) -> str:
+    """How many images there are, and with what."""
+    found = [source.kinds(index) for index in range(len(source))]
+    counts = {kind: sum(kind in kinds for kinds in found) for kind in ("positive", "negative", "mask")}
+    return f"{len(source)} training images, " + ", ".join(f"{count} with {kind}" for kind, count in counts.items())
 
 
 def open_transition(config: FitConfig, source: Source) -> TransitionMatrix:

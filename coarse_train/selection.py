@@ -84,7 +84,7 @@ def describe_risk(config: FitConfig, source: Source) -> str | None:
         return None
     return (
         f"note: all drawings that there are ({', '.join(present)}) have a confusion matrix and none are trusted; nothing then "
-        "holds the matrix to the truth, and training may drift or flip classes"
+        f"holds the matrix to the truth, and training may drift or flip classes; --{present[0]}.cm none trusts them"
     )
 
 

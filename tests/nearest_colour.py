@@ -3,6 +3,7 @@ and a data set painted in those colours, every prediction and every score is kno
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from coarse_train.checkpoint import classes_to_dict, save
+from coarse_train.checkpoint import save
 from coarse_train.config import DataConfig, FitConfig, ModelConfig, to_dict
 from coarse_train.data import Classes
 from coarse_train.model import build_model
@@ -33,7 +34,13 @@ def write_checkpoint(path: Path, data: DataConfig, classes: Classes = CLASSES, *
     with torch.no_grad():
         model.segmentation.get_parameter("weight").copy_(2 * colours[:, :, None, None])
         model.segmentation.get_parameter("bias").copy_(-(colours**2).sum(1))
-    content = {"config": to_dict(config), "classes": classes_to_dict(classes), "channels": channels, "step": 7}
+    content = {
+        "config": to_dict(config),
+        "classes": asdict(classes),
+        "channels": channels,
+        "architecture": None,
+        "step": 7,
+    }
     save(path, {**content, "model": model.state_dict(), "ema": None})
     return path
 

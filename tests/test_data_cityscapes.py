@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,12 +128,12 @@ def test_drawings_written_per_split_are_read_and_the_official_labels_are_not_nee
     train = open_split(_config(root), "train")
     drawings = np.stack([np.full((16, 24), 13, np.uint8), np.full((16, 24), 18, np.uint8)])
     for index in range(len(train)):
-        write_drawings(tmp_path / "out/positive/train", train.name(index), drawings[:1], CLASSES)
-        write_drawings(tmp_path / "out/negative/train", train.name(index), drawings, CLASSES)
-    assert set(np.unique(read_labels(tmp_path / f"out/negative/train/{STEM}.1.png"))) == {33}  # label id of bicycle
+        write_drawings(tmp_path / "out/positives/train", train.name(index), drawings[:1], CLASSES)
+        write_drawings(tmp_path / "out/negatives/train", train.name(index), drawings, CLASSES)
+    assert set(np.unique(read_labels(tmp_path / f"out/negatives/train/{STEM}.1.png"))) == {33}  # label id of bicycle
     (root / f"gtCoarse/train/{STEM}_gtCoarse_labelIds.png").unlink()
     (root / "gtFine").rename(root / "away")
-    config = replace(_config(root), positives=tmp_path / "out/positive", negatives=tmp_path / "out/negative")
+    config = replace(_config(root), positives=tmp_path / "out/positives", negatives=tmp_path / "out/negatives")
     record = open_split(config, "train").load(3)
     np.testing.assert_array_equal(record.positive, drawings[0])
     np.testing.assert_array_equal(record.negative, drawings)
@@ -140,6 +141,24 @@ def test_drawings_written_per_split_are_read_and_the_official_labels_are_not_nee
     for split in ("train", "val"):
         kinds = open_split(config, split).kinds(0)
         assert kinds == ({"positive", "negative"} if split == "train" else set())
+
+
+def test_negative_drawings_in_the_layout_of_gtcoarse_are_read(root: Path, tmp_path: Path) -> None:
+    """With the colour and instance images beside the labels, as the official tools leave them."""
+    folder = tmp_path / "negatives"
+    shutil.copytree(root / "gtCoarse", folder)
+    for path in list(folder.rglob("*_labelIds.png")):
+        for other in ("color", "instanceIds", "labelTrainIds"):
+            shutil.copy(path, path.with_name(path.name.replace("labelIds", other)))
+    with_negatives = open_split(replace(_config(root), negatives=folder), "train")
+    for index in range(len(with_negatives)):
+        record = with_negatives.load(index)
+        assert record.negative is not None
+        np.testing.assert_array_equal(record.negative[0], record.positive)
+    next(folder.rglob(f"train/{STEM}_gtCoarse_labelIds.png")).unlink()
+    next(folder.rglob(f"train/{STEM}_gtCoarse_labelTrainIds.png")).unlink()
+    with pytest.raises(ValueError, match=f"a negative drawing .* for every image, got none for {STEM}"):
+        open_split(replace(_config(root), negatives=folder), "train")
 
 
 def test_no_folder_and_a_wrong_folder_say_what_was_expected(tmp_path: Path) -> None:

@@ -327,13 +327,13 @@ def _drawn(folder: Path, *, split: str = "", names: tuple[str, ...] = ("0", "1",
 
 def test_drawings_in_a_folder_replace_the_data_sets_own_in_each_split(tmp_path: Path) -> None:
     items = _items(tmp_path)
-    for kind in ("positive", "negative"):
+    for kind in ("positives", "negatives"):
         for split in ("train", "test"):
             label = {"train": 1, "test": 2}[split]
             for name in ("0", "1", "2", "3"):
                 write_drawings(tmp_path / "out" / kind / split, name, np.full((1, 16, 24), label, np.uint8), CLASSES)
-    save(tmp_path / "out/negative/train/2.1.png", CLASSES.encode(np.zeros((16, 24), np.uint8)))
-    config = DataConfig(positives=tmp_path / "out/positive", negatives=tmp_path / "out/negative")
+    save(tmp_path / "out/negatives/train/2.1.png", CLASSES.encode(np.zeros((16, 24), np.uint8)))
+    config = DataConfig(positives=tmp_path / "out/positives", negatives=tmp_path / "out/negatives")
     readers = {"positive": read_binary, "mask": read_labels}  # the data set's own encoding does not hold for drawings
     train, test = (open_files(items, CLASSES, config, split, readers=readers) for split in ("train", "test"))
     for source, label, layers in ((train, 1, 2), (test, 2, 1)):
@@ -347,7 +347,7 @@ def test_drawings_in_a_folder_replace_the_data_sets_own_in_each_split(tmp_path: 
     assert negative is not None
     assert [set(layer.ravel()) for layer in negative] == [{1}, {0}]
     assert open_files(items, CLASSES, config, "val").kinds(0) == {"mask"}  # nobody drew there
-    (tmp_path / "out/positive/test/0.png").unlink()
+    (tmp_path / "out/positives/test/0.png").unlink()
     test = open_files(items, CLASSES, replace(config, skip_bad=True), "test")
     assert (len(test), test.kinds(0)) == (4, {"negative", "mask"})  # nobody learns there, but it can be scored
     config = replace(config, positives=tmp_path / "only_test")

@@ -190,4 +190,5 @@ def test_the_palette_gives_different_colours_to_as_many_classes_as_there_can_be(
         assert len(colours) == count
         assert len(set(colours)) > 0.99 * count  # cividis has 256 steps in 8 bits, a few of them alike
         assert all(0 <= value <= 255 for colour in colours for value in colour)
-    assert palette(3)[1] == (230, 159, 0)
+    assert palette(3)[0] == (230, 159, 0)
+    assert palette(8)[7] == (0, 0, 0)

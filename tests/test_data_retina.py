@@ -183,8 +183,8 @@ def test_les_av_drawings_of_arteries_and_veins_are_read(tmp_path: Path) -> None:
     names = _names(_open("les_av", root, "train", "av"))
     layers = np.stack([np.full((24, 32), 2, np.uint8), np.full((24, 32), 1, np.uint8)])
     for name in names:
-        write_drawings(tmp_path / "out/negative/train", name, layers, ARTERIES_AND_VEINS)
-    config = DataConfig(dataset="les_av", root=root, variant="av", negatives=tmp_path / "out/negative")
+        write_drawings(tmp_path / "out/negatives/train", name, layers, ARTERIES_AND_VEINS)
+    config = DataConfig(dataset="les_av", root=root, variant="av", negatives=tmp_path / "out/negatives")
     negative = open_split(config, "train").load(0).negative
     assert negative is not None
     inside = eye(5)[2]

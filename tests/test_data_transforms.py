@@ -389,9 +389,9 @@ def test_drawn_on_the_fly_is_what_the_command_writes(tmp_path: Path, monkeypatch
     for index in range(2):
         sample = dataset[index]
         for kind, suffix, labels in (
-            ("positive", "", sample.positive),
-            ("negative", "", sample.negative[0]),
-            ("negative", ".1", sample.negative[1]),
+            ("positives", "", sample.positive),
+            ("negatives", "", sample.negative[0]),
+            ("negatives", ".1", sample.negative[1]),
         ):
             written = np.array(Image.open(tmp_path / "out" / kind / "train" / f"image{index}{suffix}.png"))
             np.testing.assert_array_equal(written, labels)
@@ -400,8 +400,8 @@ def test_drawn_on_the_fly_is_what_the_command_writes(tmp_path: Path, monkeypatch
 def test_images_of_two_sizes_in_a_batch_are_named() -> None:
     dataset = SegmentationData(Blocks([ALL] * 2, sizes=[(48, 64), (40, 64)]), DataConfig(), training=True)
     loader = DataLoader(dataset, batch_size=2, collate_fn=dataset.collate)
-    with pytest.raises(ValueError, match=r"crop: .* got 48x64x3 \(image0\) and 40x64x3 \(image1\); set a crop"):
-        next(iter(loader))
+    with pytest.raises(ValueError, match=r"crop: .* got 64x48 .* \(image0\) and 64x40 .* \(image1\); set --crop"):
+        next(dataset.batches(loader))
     alone = DataLoader(dataset, batch_size=1, collate_fn=dataset.collate)
     assert [batch.image.shape[2] for batch in alone] == [48, 40]
     cropped = SegmentationData(dataset.source, DataConfig(crop=(32, 32)), training=True)

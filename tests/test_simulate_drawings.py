@@ -427,7 +427,7 @@ def test_simulate_writes_a_file_for_each_drawing(tmp_path: Path, scenes: dict[st
     images = [*(f"train/town/train{k}" for k in range(4)), *(f"val/town/val{k}" for k in range(2))]
     expected = {"noise.json"}
     for image in images:
-        expected |= {f"positive/{image}.png", f"negative/{image}.png", f"negative/{image}.1.png"}
+        expected |= {f"positives/{image}.png", f"negatives/{image}.png", f"negatives/{image}.1.png"}
     assert set(_files(out)) == expected
     assert [path.name for path in tmp_path.iterdir()] == ["drawn"]  # no folder is left from writing
     for path in out.rglob("*.png"):
@@ -449,7 +449,7 @@ def test_noise_json_holds_what_the_files_hold(tmp_path: Path, scenes: dict[str, 
             mask, name = source.load(index).mask, source.name(index)
             assert mask is not None
             part_masks.append(mask)
-            files = [f"positive/{split}/{name}.png", *(f"negative/{split}/{name}{k}.png" for k in ("", ".1", ".2"))]
+            files = [f"positives/{split}/{name}.png", *(f"negatives/{split}/{name}{k}.png" for k in ("", ".1", ".2"))]
             maps = [source.classes.decode(np.array(Image.open(config.out / file)), file) for file in files]
             part_positives.append(maps[0])
             part_negatives.append(np.stack(maps[1:]))

@@ -23,6 +23,7 @@ one number per pixel; 255 means that nothing is drawn. ``classes.toml`` says wha
 from __future__ import annotations
 
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,7 @@ def open_split(config: DataConfig, split: str) -> FileSource:
     root = root_folder(config, "your images with classes.toml")
     classes = read_classes(root / "classes.toml")
     base = _split_folder(root, split)
+    _check_names(base)
     images = find_files(base / "images", *IMAGE_SUFFIXES)
     faults: list[Fault] = []
     overridden = {"positives": config.positives, "negatives": config.negatives}
@@ -90,6 +92,15 @@ def _split_folder(root: Path, split: str) -> Path:
         wanted = f"{split}/images/" + (" or images/" if split == "train" else "")
         raise FolderNotFound(f"{root}: expected {wanted} for split {split!r}, got {subfolders(root)}")
     return root / split
+
+
+def _check_names(base: Path) -> None:
+    """A folder that is misspelt would leave its drawings out without a word."""
+    known = {"images", *_KINDS, "train", "val", "test"}
+    others = sorted(path.name for path in base.iterdir() if path.is_dir() and path.name not in known)
+    near = [name for name in others if get_close_matches(name.lower(), ["images", *_KINDS], cutoff=0.7)]
+    if near:
+        raise ValueError(f"{base / near[0]}: expected folders called images, {', '.join(_KINDS)}, got {near[0]!r}")
 
 
 def _label_maps(folder: Path, images: dict[str, Path], faults: list[Fault]) -> dict[str, tuple[Path, ...]]:
@@ -148,9 +159,10 @@ def _is_byte(value: Any, largest: int) -> bool:
 
 def palette(count: int) -> tuple[tuple[int, int, int], ...]:
     """Colours that people with any colour vision can tell apart: Okabe and Ito's eight, then steps of cividis."""
-    if count <= len(OKABE_ITO):
-        return OKABE_ITO[:count]
+    colours = OKABE_ITO[1:] + OKABE_ITO[:1]  # black last: on an overlay it looks like nothing
+    if count <= len(colours):
+        return colours[:count]
     from matplotlib import colormaps  # in here: its import takes longer than opening a data set
 
     more = colormaps["cividis"]([index / (count - len(OKABE_ITO)) for index in range(count - len(OKABE_ITO))])
-    return OKABE_ITO + tuple((int(r), int(g), int(b)) for r, g, b in (more[:, :3] * 255).round())
+    return colours + tuple((int(r), int(g), int(b)) for r, g, b in (more[:, :3] * 255).round())

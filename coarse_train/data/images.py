@@ -25,6 +25,13 @@ def read_image(path: Path) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
+def with_channels(image: np.ndarray, channels: int, name: str) -> np.ndarray:
+    """(H, W, 1 or ``channels``) -> (H, W, ``channels``): grey is repeated. Raises ValueError naming any other image."""
+    if image.shape[2] not in (1, channels):
+        raise ValueError(f"{name}: expected an image of {channels} channel(s) for this network, got {image.shape[2]}")
+    return np.broadcast_to(image, (*image.shape[:2], channels))
+
+
 def read_labels(path: Path) -> np.ndarray:
     """(H, W) uint8, the values in the file: grey values, palette indices, or 0 and 1 of a 1-bit image."""
     image, packing = _decoded(path)

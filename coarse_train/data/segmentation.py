@@ -14,6 +14,7 @@ from ..config import DataConfig
 from ..simulate import Process, draw_coarse, generator_for, level
 from . import Record, Sample, Source
 from .classes import IGNORE
+from .images import with_channels
 from .sampler import Key
 from .transforms import Augment, transform, untouched
 
@@ -29,11 +30,20 @@ class SegmentationData(Dataset[Sample]):
 
     training: with the transforms of the config, and only with the label maps that are to be learned from (``supervision``,
         ``dense_images``); the others are `IGNORE`. Else the whole image and all of its maps.
+    channels: of every sample; grey images are repeated. None: as each image has.
     """
 
-    def __init__(self, source: Source, config: DataConfig | None = None, *, training: bool, seed: int = 0):
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig | None = None,
+        *,
+        training: bool,
+        seed: int = 0,
+        channels: int | None = None,
+    ):
         config = config or DataConfig()
-        self.source, self.seed, self.training = source, seed, training
+        self.source, self.seed, self.training, self.channels = source, seed, training, channels
         self.augment = Augment(config.crop, config.scale, config.flip, config.colour) if training else None
         self.simulated = None if config.simulate is None else _process(config.simulate, len(source.classes))
         if training and not len(source):
@@ -53,6 +63,8 @@ class SegmentationData(Dataset[Sample]):
         if not 0 <= index < len(self):
             raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
         record = self.source.load(index)
+        if self.channels is not None:
+            record = replace(record, image=with_channels(record.image, self.channels, record.name))
         if index in self.dense:
             record = replace(record, positive=None, negative=None)
         elif self.simulated is not None:
@@ -109,7 +121,8 @@ class SegmentationData(Dataset[Sample]):
         elif not self.dense and not any(present & {"positive", "negative"} for present in kinds.values()):
             raise ValueError(
                 "supervision drawings: expected positive or negative drawings, got none in the data set; give "
-                "--positives or --negatives, draw them once with `coarse-train simulate`, or set --simulate LEVEL"
+                "--positives or --negatives, draw them once with `coarse-train simulate`, set --simulate LEVEL, or learn "
+                "from dense masks with --supervision masks"
             )
 
     def _drawn(self, record: Record, index: int, process: Process) -> Record:
@@ -164,13 +177,13 @@ def _check_sizes(one: Sample, other: Sample, name_one: str, name_other: str) -> 
         return
     raise ValueError(
         f"crop: expected images of one size and number of channels in a batch, got {_size(one)} ({name_one}) and "
-        f"{_size(other)} ({name_other}); set a crop, or batches of one image"
+        f"{_size(other)} ({name_other}); set --crop, or without one --scale 1 1 or batches of one image"
     )
 
 
 def _size(sample: Sample) -> str:
     channels, height, width = sample.image.shape
-    return f"{height}x{width}x{channels}"
+    return f"{width}x{height} pixels of {channels} channel(s)"
 
 
 def _with_layers(negative: torch.Tensor, layers: int) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -51,14 +53,21 @@ def _imported(path: str, channels_in: int, num_classes: int) -> nn.Module:
     if not module_name or not name:
         raise ValueError(f"network: expected one of {NETWORKS} or package.module:name, got {path!r}")
     try:
+        if "" not in sys.path and os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # a command has its own folder there, where `python -m` has the current one
         make = getattr(import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"network: expected package.module:name that can be imported, got {path!r} ({error})"
         ) from error
     if not callable(make):
         raise ValueError(f"network: expected {path} to be called as name(channels_in, num_classes), got {make!r}")
-    network = make(channels_in, num_classes)
+    try:
+        network = make(channels_in, num_classes)
+    except TypeError as error:
+        raise ValueError(
+            f"network: expected {path} to be called as name(channels_in, num_classes), got {error}"
+        ) from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"network: expected {path} to return an nn.Module, got {type(network).__name__}")
     return network

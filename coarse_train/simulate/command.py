@@ -1,7 +1,7 @@
 """`coarse-train simulate`: coarse drawings of a whole data set, into a folder, with a record of their noise.
 
-    OUT/positive/SPLIT/NAME.png
-    OUT/negative/SPLIT/NAME.png    further layers NAME.1.png, NAME.2.png, ...
+    OUT/positives/SPLIT/NAME.png
+    OUT/negatives/SPLIT/NAME.png    further layers NAME.1.png, NAME.2.png, ...
     OUT/noise.json
 
 The folders are what `DataConfig` takes as positives and negatives; label values are those of the data set's own files.
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import tyro
 from PIL import Image
 from tqdm import tqdm
 
@@ -31,20 +32,21 @@ from .drawing import draw_coarse, generator_for
 from .presets import IGNORE
 from .process import Process, confusion_from, level, pair_counts, transition_from
 
-_PARTS = ("positive", "negative", "noise.json")  # what a folder of drawings consists of; noise.json comes last
+_PARTS = ("positives", "negatives", "noise.json")  # what a folder of drawings consists of; noise.json comes last
 
 
 @dataclass(frozen=True)
 class SimulateConfig:
     """Draw coarse positive and negative labels for the images of a data set, from its dense masks."""
 
-    dataset: str = "folder"
+    dataset: tyro.conf.Positional[str] = "folder"
     """folder (your own), cityscapes, camvid, chasedb1, drive, les_av or mnist."""
     root: Path | None = None
     """Folder of the data set in its official layout (mnist: without it, the sample in the package)."""
     variant: str = ""
     """Which labels, where a data set has several; its module lists them. Empty: the first."""
     splits: tuple[str, ...] = ("train", "val")
+    """Some of train, val and test."""
     limit: int | None = None
     """At most so many images of each split (the first)."""
     level: Literal["scribble", "spots", "sketch", "coarse", "full"] = "coarse"
@@ -62,6 +64,7 @@ class SimulateConfig:
     seed: int = 0
     """Equal seeds give equal files; the drawings of one image depend on no other."""
     out: Path = Path("drawings")
+    """Folder to write: positives/, negatives/ and noise.json."""
     overwrite: bool = False
     """Replace the drawings in `out`."""
     workers: int = 0
@@ -149,9 +152,9 @@ def _draw_one(source: Source, process: Process, seed: int, folder: Path, split: 
         raise ValueError(f"{record.name}: expected a dense mask to draw from, got none in split {split!r}")
     mask = record.mask
     positive, negative = draw_coarse(mask, process, generator_for(seed, record.name))
-    files = {Path("positive", split, f"{record.name}.png"): positive}
+    files = {Path("positives", split, f"{record.name}.png"): positive}
     for k, layer in enumerate(negative):
-        files[Path("negative", split, f"{record.name}{f'.{k}' if k else ''}.png")] = layer
+        files[Path("negatives", split, f"{record.name}{f'.{k}' if k else ''}.png")] = layer
     for path, labels in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(source.classes.encode(labels)).save(folder / path, format="PNG")

@@ -1,0 +1,152 @@
+"""The command line: what a new user types, and what it answers."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from coarse_train import __main__
+from coarse_train.cli import COMMANDS, RECIPES, main
+from coarse_train.config import DataConfig, FitConfig, ModelConfig, load_toml
+from coarse_train.data import DATASETS
+from coarse_train.engine import fit
+from tests import data_trees
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = [
+    "--steps",
+    "1",
+    "--batch-size",
+    "2",
+    "--crop",
+    "16",
+    "16",
+    "--widths",
+    "4",
+    "8",
+    "--workers",
+    "0",
+    "--threads",
+    "1",
+]
+
+
+def test_every_command_lists_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as stopped:
+            main([command, "--help"])
+        assert stopped.value.code == 0
+        assert f"coarse-train {command}" in capsys.readouterr().out
+
+
+def test_every_data_set_has_a_recipe() -> None:
+    assert {path.stem for path in RECIPES.glob("*.toml")} == {*DATASETS}
+    for name in DATASETS:
+        assert load_toml(RECIPES / f"{name}.toml").data.dataset == name
+
+
+def test_simulate_says_what_to_do_with_the_drawings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = data_trees.write_camvid_tree(tmp_path / "camvid")
+    assert main(["simulate", "camvid", "--root", str(root), "--out", str(tmp_path / "drawings")]) == 0
+    printed = capsys.readouterr().out.strip()
+    assert printed.startswith("coarse-train fit camvid --positives ")
+    assert main([*printed.split()[1:], "--root", str(root), "--out", str(tmp_path / "run"), *SMALL]) == 0
+
+
+def test_a_misspelt_folder_is_not_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = data_trees.write_folder_tree(tmp_path / "data")
+    (root / "train" / "positives").rename(root / "train" / "positive")
+    assert main(["fit", "folder", "--root", str(root), "--out", str(tmp_path / "run"), *SMALL]) == 1
+    assert f"{root / 'train' / 'positive'}: expected folders called images, positives," in capsys.readouterr().err
+
+
+def test_the_log_says_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = data_trees.write_folder_tree(tmp_path / "data")
+    assert main(["fit", "folder", "--root", str(root), "--out", str(tmp_path / "run"), "--resume", *SMALL]) == 0
+    printed = capsys.readouterr().err
+    images = len([path for path in (root / "train" / "images").rglob("*") if path.is_file()])
+    assert f"{images} training images, {images} with positive, " in printed
+    assert f"no last.pt in {tmp_path / 'run'}: a new run" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit"], "then options, got nothing"),
+        (["fit", "--root", "x", "folder"], "then options, got --root first"),
+        (["fit", "nope.toml"], "nope.toml: expected a config file, got none"),
+        (["fit", "mnist", "--device", "gpu"], "device: expected one of ('cpu',"),
+        (["fit", "mnist", "--workers", "-1"], "workers: expected a number >= 0, got -1"),
+        (["fit", "mnist", "--network", "./here:Net"], "network: expected package.module:name that can be imported"),
+        (["fit", "mnist", "--network", "torch.nn:ReLU"], "to be called as name(channels_in, num_classes), got"),
+        (["evaluate", "nothing.pt"], "nothing.pt: expected a checkpoint"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "run"), "--limit", "20"] if arguments[1:2] == ["mnist"] else []
+    assert main([*arguments, *out]) == 1
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert printed.startswith("error: ")
+    assert message in printed
+
+
+def test_a_network_in_the_current_folder_is_found_by_the_command(tmp_path: Path) -> None:
+    (tmp_path / "here.py").write_text(
+        "import torch\n\n\ndef net(channels_in, num_classes):\n    return torch.nn.Conv2d(channels_in, num_classes, 1)\n"
+    )
+    run = "import sys; sys.path.remove(''); from coarse_train.__main__ import main; sys.exit(main())"
+    arguments = ["fit", "mnist", "--network", "here:net", "--steps", "1", "--limit", "20", "--threads", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", run, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/mnist/last.pt").exists()
+
+
+def test_without_the_extra_the_command_names_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = builtins.__import__
+
+    def without_tyro(name: str, globals: Mapping[str, Any] | None = None, *rest: Any) -> ModuleType:
+        if name == "cli":
+            raise ModuleNotFoundError("No module named 'tyro'", name="tyro")
+        return real(name, globals, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without_tyro)
+    assert __main__.main() == 1
+    assert capsys.readouterr().err == "error: coarse-train needs tyro: pip install 'coarse-kernels[train]'\n"
+
+
+def test_paths_may_be_text_in_python_and_wrong_types_are_named(tmp_path: Path) -> None:
+    model, data = ModelConfig(widths=(4, 8)), DataConfig(dataset="mnist", limit=20)
+    fit(FitConfig(data=data, model=model, out=str(tmp_path / "run"), steps=1, threads=1))  # type: ignore[arg-type]
+    assert (tmp_path / "run" / "last.pt").exists()
+    with pytest.raises(ValueError, match=r"expected int @ config\.steps"):
+        fit(FitConfig(data=data, out=tmp_path / "other", steps="3"))  # type: ignore[arg-type]
+
+
+def test_a_run_that_is_done_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--out", str(tmp_path), "--steps", "1", "--limit", "20", "--widths", "4", "8", "--threads", "1"]
+    assert main(["fit", "mnist", *options]) == 0
+    before = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
+    assert main(["fit", str(tmp_path / "config.toml"), "--resume"]) == 0
+    assert f"{tmp_path}: 1 of 1 steps done" in capsys.readouterr().err
+    after = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
