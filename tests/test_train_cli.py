@@ -22,22 +22,8 @@ from coarse_train.engine import fit
 from tests import data_trees
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = [
-    "--steps",
-    "1",
-    "--batch-size",
-    "2",
-    "--crop",
-    "16",
-    "16",
-    "--widths",
-    "4",
-    "8",
-    "--workers",
-    "0",
-    "--threads",
-    "1",
-]
+SMALL = ["--network", "unet", "--widths", "4", "8", "--steps", "1", "--batch-size", "2", "--crop", "16", "16"]
+SMALL += ["--workers", "0", "--threads", "1"]
 
 
 def test_every_command_lists_its_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -541,7 +541,7 @@ def test_the_side_that_masks_chose_stays_over_a_resume(tmp_path: Path, given: st
     for again in (config, chosen):
         fit(replace(again, resume=True))
         _assert_same_bits(_state(tmp_path), before)
-    with pytest.raises(ValueError, match="resume: expected optim.lr as in the run, 0.01, got 1.0"):
+    with pytest.raises(ValueError, match=r"resume: expected optim\.lr as in the run, 0\.01, got 1\.0"):
         fit(replace(config, resume=True, optim=OptimConfig(lr=1.0)))
 
 
