@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from coarse_kernels import TransitionMatrix
+
 from .config import FitConfig, from_dict
 from .data import Classes
 from .model import CoarseModel, build_model
@@ -99,16 +101,14 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> LoadedModel:
     content = load(path)
     config = from_dict(content["config"])
     classes = classes_from_dict(content["classes"])
-    transition, architecture = _transition(content["model"]), content["architecture"]
+    transition, architecture = transition_of(content["model"]), content["architecture"]
     model = build_model(config, content["channels"], len(classes), transition, architecture=architecture)
     model.load_state_dict(content["ema"] if content["ema"] is not None else content["model"])
     return LoadedModel(model.to(device).eval(), config, classes, content["channels"], content["step"])
 
 
-def _transition(state: dict[str, Any]) -> Any:
+def transition_of(state: dict[str, Any]) -> TransitionMatrix | None:
     """A TransitionMatrix of the kind that is in ``state``, which then fills it."""
-    from coarse_kernels import TransitionMatrix
-
     if "transition.logits" in state:
         return TransitionMatrix.learned(len(state["transition.logits"]))
     return TransitionMatrix.fixed(state["transition.matrix"]) if "transition.matrix" in state else None

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
+import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +35,19 @@ DATASET takes the recipe of that name; then `evaluate CHECKPOINT`, `predict CHEC
 
 def _fit(config: FitConfig) -> None:
     result = fit(config)
+    if os.environ.get("RANK", "0") != "0":
+        return
     score = "" if math.isnan(result.score) else f", mean IoU {result.score:.2f}"
     print(f"{result.checkpoint}: {result.steps} steps{score}")
 
 
 def _simulate(config: SimulateConfig) -> None:
+    """Draw, and print the command that trains on the drawings."""
     out = run_simulate(config)
-    print(f"coarse-train fit {config.dataset} --positives {out / 'positives'} --negatives {out / 'negatives'}")
+    given: dict[str, object] = {"root": config.root, "variant": config.variant, "limit": config.limit}
+    given |= {kind: out / kind for kind in ("positives", "negatives") if (out / kind).is_dir()}
+    options = [[f"--{name}", str(value)] for name, value in given.items() if value]
+    print(shlex.join(["coarse-train", "fit", config.dataset, *itertools.chain.from_iterable(options)]))
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
@@ -78,6 +88,8 @@ def parse_fit(arguments: list[str]) -> FitConfig:
     target, rest = (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else ("", arguments)
     if target.endswith(".toml"):
         default = load_toml(Path(target))
+        if (Path(target).parent / "last.pt").exists():  # the folder of a run, wherever it has been moved
+            default = replace(default, out=Path(target).parent)
     elif target in DATASETS:
         default = load_toml(RECIPES / f"{target}.toml")
     elif target or not {"-h", "--help"} & {*rest}:

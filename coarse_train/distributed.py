@@ -67,6 +67,8 @@ def join_world(device: str | None = None) -> Iterator[World]:
     else:
         dist.init_process_group("nccl" if kind.type == "cuda" else "gloo")
         try:
-            yield World(dist.get_rank(), dist.get_world_size(), kind)
+            world = World(dist.get_rank(), dist.get_world_size(), kind)
+            yield world
+            world.wait()  # nobody takes the group down while another still uses it
         finally:
             dist.destroy_process_group()

@@ -32,7 +32,17 @@ from .evaluate import score
 from .model import architecture_of, build_model, parameter_groups
 from .parallel import Networks
 from .pictures import draw_progress
-from .prepare import check_config, describe_source, open_transition, open_validation, prepare_out, read_resume
+from .prepare import (
+    check_config,
+    check_same_data,
+    count_channels,
+    describe_data,
+    describe_source,
+    open_transition,
+    open_validation,
+    prepare_out,
+    read_resume,
+)
 from .runlog import RunLog
 from .selection import choose_trusted_side, describe_risk, describe_selection
 
@@ -69,16 +79,19 @@ def fit(config: FitConfig) -> FitResult:
     with join_world(config.device) as world, ExitStack() as stack:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        prepare_out(config, world)
+        stack.enter_context(prepare_out(config, world))
         source = open_split(config.data, "train")
         config, selection = choose_trusted_side(config, source, world, fit)
         resumed = read_resume(config)
         start = resumed["step"] if resumed else 0
 
         # ---- data
-        channels, classes = source.load(0).image.shape[2], len(source.classes)
+        channels, classes = count_channels(source), len(source.classes)
         dataset = SegmentationData(source, config.data, seed=config.seed, training=True, channels=channels)
         validation = open_validation(config)
+        facts = describe_data(source, validation, channels)
+        if resumed:
+            check_same_data(resumed["data"], facts)
         sampler = StepSampler(
             len(dataset),
             config.batch_size,
@@ -99,7 +112,8 @@ def fit(config: FitConfig) -> FitResult:
 
         # ---- networks
         torch.manual_seed(config.seed)
-        transition, architecture = open_transition(config, source), resumed["architecture"] if resumed else None
+        transition = checkpoint.transition_of(resumed["model"]) if resumed else open_transition(config, source)
+        architecture = resumed["architecture"] if resumed else None
         model = build_model(config, channels, classes, transition, architecture=architecture).to(world.device)
         networks = Networks(model, config, world)
         optimizer = make_optimizer(networks, config.optim)
@@ -122,7 +136,7 @@ def fit(config: FitConfig) -> FitResult:
             log.say(risk)
 
         # ---- steps
-        loss, warned = math.nan, False
+        loss, warned, left_out = math.nan, False, 0
         batches = dataset.batches(loader)
         for step in range(start + 1, config.steps + 1):
             passes = list(itertools.islice(batches, config.accumulate))
@@ -150,6 +164,7 @@ def fit(config: FitConfig) -> FitResult:
             overflows = scaler.is_enabled() and scaler.get_scale() > _LEAST_SCALE
             if not math.isfinite(loss) or not (math.isfinite(norm) or overflows):
                 raise NonFiniteStep(_keep_bad_step(config, step, loss, norm, passes, networks, world))
+            left_out += not math.isfinite(norm)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -163,7 +178,9 @@ def fit(config: FitConfig) -> FitResult:
                 scored = networks.scored().eval()
                 meter = score(scored.segmentation, validation, world=world, channels=channels)
                 last_score = meter.mean_iou()
-                improved = config.select_with > 0 and not last_score <= best_score
+                if config.select_with and math.isnan(last_score):
+                    raise ValueError("select_with: expected masks with labelled pixels to choose by, got none")
+                improved = config.select_with > 0 and (last_score > best_score or math.isnan(best_score))
                 best_score = last_score if improved else best_score
                 log.scores(step, {"mean_iou": last_score, "pixel_accuracy": meter.pixel_accuracy()}, len(validation))
                 if world.is_main:
@@ -173,6 +190,7 @@ def fit(config: FitConfig) -> FitResult:
                     "config": to_dict(config),
                     "classes": asdict(source.classes),
                     "channels": channels,
+                    "data": facts,
                     "architecture": architecture_of(model.segmentation),
                     "step": step,
                     "best_score": best_score,
@@ -184,6 +202,8 @@ def fit(config: FitConfig) -> FitResult:
                     checkpoint.save(config.out / "best.pt", content)
                 if world.is_main:
                     checkpoint.save(config.out / "last.pt", content)
+        if left_out:
+            log.say(f"note: {left_out} of {config.steps - start} steps overflowed in float16 and were left out")
         world.wait()  # nobody returns before the checkpoint is there
         chosen = config.out / ("best.pt" if config.select_with else "last.pt")
         return FitResult(chosen, config.steps, best_score if config.select_with else last_score, loss)

@@ -48,7 +48,9 @@ class Networks:
                 _shard(self._average)
         elif world.size > 1:
             on_gpu = world.device.type == "cuda"
-            self.call = DistributedDataParallel(model, device_ids=[world.device] if on_gpu else None)
+            foreign = ":" in config.model.network  # may have parameters that it does not use
+            devices = [world.device] if on_gpu else None
+            self.call = DistributedDataParallel(model, device_ids=devices, find_unused_parameters=foreign)
 
     @contextmanager
     def synchronised(self, now: bool) -> Iterator[None]:

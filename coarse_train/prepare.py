@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import math
 import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,19 +54,22 @@ def check_config(config: FitConfig) -> None:
         (config.optim, "clip", 0.0, None),
         (config, "seed", 0, _LARGEST_SEED),
         (config.optim, "ema", 0.0, 1.0),
+        (config.optim, "momentum", 0.0, 1.0),
         (config.data, "colour", 0.0, 1.0),
         (config, "mask_weight", 0.0, None),
         (config, "select_with", 0, None),
         (config, "select_steps", 0, None),
     ):
         value = getattr(owner, name)
-        if value is not None and not (low <= value and (high is None or value <= high)):
+        if value is not None and not (math.isfinite(value) and low <= value and (high is None or value <= high)):
             bound = f"from {low:g} to {high:g}" if high is not None else f">= {low:g}"
             raise ValueError(f"{name}: expected a number {bound}, got {value}")
     for side in ("positive", "negative"):
         stream = getattr(config, side)
-        if stream.weight < 0:
-            raise ValueError(f"{side}.weight: expected a number >= 0, got {stream.weight}")
+        for name in ("weight", "trace_weight"):
+            value = getattr(stream, name)
+            if not (math.isfinite(value) and (value >= 0 or name == "trace_weight")):
+                raise ValueError(f"{side}.{name}: expected a number >= 0, got {value}")
         if stream.weight == 0 and stream.cm != "none":
             raise ValueError(f"{side}.cm: expected none where {side}.weight is 0, got {stream.cm!r}")
         if stream.stride < 1:
@@ -70,6 +78,8 @@ def check_config(config: FitConfig) -> None:
         raise ValueError("transition: expected none to be learned where negative.weight is 0, got 'learned'")
     if config.select_steps is not None and not config.select_with:
         raise ValueError(f"select_steps: expected --select-with, which it belongs to, got {config.select_steps} alone")
+    if config.data.supervision == "masks" and config.mask_weight == 0:
+        raise ValueError("mask_weight: expected a number above 0 with supervision masks, got 0")
     mixed, dense = config.data.supervision == "mixed", config.data.dense_images
     if mixed != (dense > 0):
         expected = "a number >= 1 with supervision mixed" if mixed else "0 unless supervision is mixed"
@@ -79,20 +89,32 @@ def check_config(config: FitConfig) -> None:
         raise ValueError(f"backend: expected one that can run here {available}, got {config.backend!r}")
 
 
-def prepare_out(config: FitConfig, world: World) -> None:
-    """Fail before the training rather than after it: a folder that can be written, and no other run in it."""
+@contextmanager
+def prepare_out(config: FitConfig, world: World) -> Iterator[None]:
+    """Fail before the training rather than after it: a folder that can be written, no other run in it, and, until the end,
+    no other process."""
     last = config.out / "last.pt"
     if last.exists() and not config.resume:
         raise ValueError(f"out: expected a new folder or --resume, got {config.out} with the checkpoint of a run")
-    if world.is_main:
-        try:
-            config.out.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=config.out) as file:
-                file.write(bytes(1 << 16))  # an empty file fits on a full disk
-                file.flush()
-        except OSError as error:
-            raise ValueError(f"out: expected a folder that can be written, got {config.out} ({error})") from error
-    world.wait()
+    with ExitStack() as stack:
+        if world.is_main:
+            try:
+                config.out.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=config.out) as file:
+                    file.write(bytes(1 << 16))  # an empty file fits on a full disk
+                    file.flush()
+                lock = stack.enter_context(open(config.out / ".lock", "w"))
+            except OSError as error:
+                raise ValueError(f"out: expected a folder that can be written, got {config.out} ({error})") from error
+            try:
+                # Goes with this process, whatever ends it; flock would stay with the workers of a run that was killed.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ValueError(f"out: expected a folder that no other run writes to, got {config.out}") from error
+            if not config.resume:
+                (config.out / "best.pt").unlink(missing_ok=True)  # of a run that was given up
+        world.wait()
+        yield
 
 
 def read_resume(config: FitConfig) -> dict[str, Any] | None:
@@ -108,11 +130,12 @@ def read_resume(config: FitConfig) -> dict[str, Any] | None:
 def check_same_run(before: FitConfig, now: FitConfig) -> None:
     """Raises ValueError where a field that changes steps differs, naming it."""
     one, other = _flat(to_dict(before)), _flat(to_dict(now))
+    free = _FREE if now.model.norm == "group" else _FREE - {"accumulate"}  # batch normalisation sees the parts
     for name in one:
         pair = one[name], other[name]
         if name in _MOVABLE:
             pair = pair[0] is not None, pair[1] is not None
-        if name not in _FREE and pair[0] != pair[1]:
+        if name not in free and pair[0] != pair[1]:
             raise ValueError(f"resume: expected {name} as in the run, {one[name]!r}, got {other[name]!r}")
 
 
@@ -121,6 +144,33 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in content.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def count_channels(source: Source) -> int:
+    """1, or 3 where one of the first images has colours; grey ones among them are repeated."""
+    return max(source.load(index).image.shape[2] for index in range(min(len(source), 8)))
+
+
+def describe_data(source: Source, validation: Source | None, channels: int) -> dict[str, Any]:
+    """What has to be the same for a run to go on: classes, channels, and which images there are, as checksums."""
+    names = {"training images": source, "validation masks": validation}
+    return {
+        "classes": list(source.classes.names),
+        "label values": list(source.classes.file_ids),
+        "channels": channels,
+        **{
+            name: 0 if part is None else zlib.crc32("\n".join(part.name(k) for k in range(len(part))).encode())
+            for name, part in names.items()
+        },
+    }
+
+
+def check_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """``before``, ``now``: of `describe_data`. Raises ValueError saying what is no more as it was in the run."""
+    for name, value in before.items():
+        if value != now[name]:
+            told = "" if isinstance(value, int) and name != "channels" else f" {value}, got {now[name]}"
+            raise ValueError(f"resume: expected the {name} of the run{told or ', got others'}")
 
 
 def describe_source(source: Source) -> str:
@@ -136,14 +186,20 @@ def open_transition(config: FitConfig, source: Source) -> TransitionMatrix:
     kind = config.transition
     if isinstance(kind, Path):
         try:
-            matrix = torch.from_numpy(np.load(kind, allow_pickle=False)).float()
+            values = np.load(kind, allow_pickle=False)
+            if values.dtype.kind not in "fiub":
+                raise TypeError(f"dtype {values.dtype}")
+            matrix = torch.from_numpy(values.astype(np.float32))
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(
                 f"transition: expected a .npy file with a ({classes}, {classes}) matrix, got {kind} ({error})"
             ) from error
         if matrix.shape != (classes, classes):
             raise ValueError(f"transition: expected shape ({classes}, {classes}), got {tuple(matrix.shape)} in {kind}")
-        return TransitionMatrix.fixed(matrix)
+        try:
+            return TransitionMatrix.fixed(matrix)
+        except ValueError as error:
+            raise ValueError(f"transition: {kind}: {error}") from error
     if kind == "learned":
         return TransitionMatrix.learned(classes)
     if kind == "estimated":

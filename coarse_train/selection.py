@@ -38,10 +38,12 @@ def choose_trusted_side(
     As it came, and {}, unless masks may choose (``select_with``), there are drawings of both kinds, and exactly one kind has
     a confusion matrix. What was chosen stands in selection.json in the run folder, where a resumed run finds it.
     """
+    present = kinds_of_drawings(config, source)
+    if config.data.supervision == "drawings" and not present:
+        raise ValueError("weight: expected a number above 0 for a kind of drawings that there is, got none")
     streams = {"positive": config.positive, "negative": config.negative}
     trusted = [name for name, stream in streams.items() if stream.cm == "none"]
-    both = len(kinds_of_drawings(config, source)) == 2
-    if not config.select_with or config.select_steps == 0 or len(trusted) != 1 or not both:
+    if not config.select_with or config.select_steps == 0 or len(trusted) != 1 or len(present) < 2:
         return config, {}
     swapped = replace(
         config,

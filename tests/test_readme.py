@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +25,15 @@ def test_the_usage_of_the_readme_runs() -> None:
         assert isinstance(tensor, torch.Tensor)
         assert tensor.grad is not None
         assert bool(tensor.grad.isfinite().all())
+
+
+def test_the_python_of_the_training_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = re.search(r"```python\n(.*?)```", (ROOT / "coarse_train" / "README.md").read_text(), re.S)
+    assert code is not None
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(code.group(1), names)
+    assert (tmp_path / "runs" / "first" / "last.pt").is_file()
 
 
 def test_the_variables_of_the_readme_are_read_somewhere() -> None:

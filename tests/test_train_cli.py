@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -44,8 +45,51 @@ def test_simulate_says_what_to_do_with_the_drawings(tmp_path: Path, capsys: pyte
     root = data_trees.write_camvid_tree(tmp_path / "camvid")
     assert main(["simulate", "camvid", "--root", str(root), "--out", str(tmp_path / "drawings")]) == 0
     printed = capsys.readouterr().out.strip()
-    assert printed.startswith("coarse-train fit camvid --positives ")
-    assert main([*printed.split()[1:], "--root", str(root), "--out", str(tmp_path / "run"), *SMALL]) == 0
+    assert printed.startswith(f"coarse-train fit camvid --root {root} --positives ")
+    assert main([*shlex.split(printed)[1:], "--out", str(tmp_path / "run"), *SMALL]) == 0
+    assert (
+        main(
+            [
+                "simulate",
+                "mnist",
+                "--variant",
+                "binary",
+                "--limit",
+                "4",
+                "--negatives",
+                "0",
+                "--out",
+                str(tmp_path / "a b"),
+            ]
+        )
+        == 0
+    )
+    printed = capsys.readouterr().out.strip().splitlines()[-1]
+    assert shlex.split(printed)[3:] == [
+        "--variant",
+        "binary",
+        "--limit",
+        "4",
+        "--positives",
+        str(tmp_path / "a b" / "positives"),
+    ]
+
+
+def test_drawings_by_hand_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine" / "positives" / "hand.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"hours of work")
+    assert main(["simulate", "mnist", "--out", str(tmp_path / "mine"), "--overwrite"]) == 1
+    assert "expected a folder with noise.json to overwrite" in capsys.readouterr().err
+    assert mine.read_bytes() == b"hours of work"
+
+
+def test_a_run_folder_that_was_moved_goes_on_where_it_is(tmp_path: Path) -> None:
+    options = ["--steps", "1", "--limit", "20", "--widths", "4", "8", "--threads", "1"]
+    assert main(["fit", "mnist", "--out", str(tmp_path / "here"), *options]) == 0
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert main(["fit", str(tmp_path / "there" / "config.toml"), "--resume"]) == 0
+    assert not (tmp_path / "here").exists()
 
 
 def test_a_misspelt_folder_is_not_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import ast
 import io
 import itertools
 import json
+import math
 import os
 import resource
 import shutil
@@ -169,14 +170,14 @@ def test_the_score_of_two_processes_is_that_of_the_network_that_is_kept(tmp_path
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_and_resumed_ends_with_the_same_bits(tmp_path: Path) -> None:
-    config = _config(tmp_path / "whole", steps=30, save_every=4, select_with=8, select_steps=0, evaluate_every=7)
+    config = _config(tmp_path / "whole", steps=150, save_every=4, select_with=8, select_steps=0, evaluate_every=37)
     config = replace(config, optim=OptimConfig(lr=1e-2, ema=0.9), data=replace(config.data, workers=1))
     fit(config)
     killed = replace(config, out=tmp_path / "killed")
     (tmp_path / "killed.toml").write_text(to_toml(killed))
     command = [sys.executable, "-m", "coarse_train", "fit", str(tmp_path / "killed.toml"), "--resume"]
     kills = 0
-    for until in (2, 9, 15, 22):
+    for until in (2, 25, 50, 75):
         process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         while process.poll() is None and _last_step(tmp_path / "killed") < until:
             time.sleep(0.002)
@@ -326,6 +327,12 @@ def test_compiled_networks_give_the_same_run(tmp_path: Path) -> None:
             "simulate: expected images that lack drawings, but",
         ),
         ({"model": ModelConfig(network="torch.nn:Identity", widths=(4,))}, "widths: expected none for network"),
+        ({"optim": OptimConfig(lr=math.inf)}, "lr: expected a number >= 0, got inf"),
+        ({"positive": StreamConfig(weight=math.nan)}, "positive.weight: expected a number >= 0, got nan"),
+        (
+            {"mask_weight": 0.0, "data": DataConfig(dataset="mnist", supervision="masks")},
+            "mask_weight: expected a number above 0",
+        ),
         ({"backend": "quantum"}, "backend: expected one that can run here"),
         ({"data": DataConfig(dataset="imagenet")}, "dataset: expected one of .* got 'imagenet'"),
         (
@@ -588,6 +595,71 @@ def test_a_mistake_in_a_toml_file_is_named(tmp_path: Path, text: str, message: s
     (tmp_path / "c.toml").write_text(text)
     with pytest.raises(ValueError, match=rf"c.toml: .*{message}"):
         load_toml(tmp_path / "c.toml")
+
+
+def test_a_run_does_not_go_on_with_other_classes_or_images(tmp_path: Path) -> None:
+    """Reordered classes would be trained on silently, with the wrong meaning."""
+    root = data_trees.write_folder_tree(tmp_path / "data")
+    config = _config(tmp_path / "run", data=DataConfig(root=root, crop=(16, 16)))
+    config.out.mkdir()
+    stop_after(config, 4)
+    table = (root / "classes.toml").read_text()
+    (root / "classes.toml").write_text(table.replace('"road"', '"car!"').replace('"car"', '"road"'))
+    with pytest.raises(
+        ValueError, match=r"resume: expected the classes of the run \['ground', 'road', 'car'\], got \["
+    ):
+        fit(replace(config, resume=True))
+    (root / "classes.toml").write_text(
+        table.replace("id = 7", "id = x").replace("id = 20", "id = 7").replace("id = x", "id = 20")
+    )
+    with pytest.raises(ValueError, match="resume: expected the label values of the run"):
+        fit(replace(config, resume=True))
+    (root / "classes.toml").write_text(table)
+    fit(replace(config, resume=True))
+    other = data_trees.write_folder_tree(tmp_path / "more", counts={"train": 5, "val": 2})
+    with pytest.raises(ValueError, match="resume: expected the training images of the run, got others"):
+        fit(replace(config, resume=True, data=replace(config.data, root=other)))
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    hold = (
+        "import sys; from pathlib import Path; import torch; from coarse_train.config import FitConfig\n"
+        "from coarse_train.distributed import World; from coarse_train.prepare import prepare_out\n"
+        "with prepare_out(FitConfig(out=Path(sys.argv[1])), World(0, 1, torch.device('cpu'))):\n"
+        "    print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="out: expected a folder that no other run writes to"):
+            fit(_config(tmp_path, steps=1))
+        other.kill()
+    fit(_config(tmp_path, steps=1))
+
+
+def test_masks_without_a_label_choose_nothing(tmp_path: Path) -> None:
+    root = data_trees.write_camvid_tree(tmp_path / "camvid", size=(16, 16))
+    for path in (root / "valannot").iterdir():
+        Image.fromarray(np.full((16, 16), 11, np.uint8)).save(path)
+    data = DataConfig(dataset="camvid", root=root, simulate="full")
+    with pytest.raises(ValueError, match="select_with: expected masks with labelled pixels to choose by, got none"):
+        fit(_config(tmp_path / "run", data=data, select_with=1))
+    assert np.isnan(fit(_config(tmp_path / "other", data=data)).score)
+
+
+def test_a_run_without_anything_to_learn_from_is_refused(tmp_path: Path) -> None:
+    data = DataConfig(dataset="chasedb1", root=data_trees.write_chasedb1_tree(tmp_path / "chase"))
+    with pytest.raises(ValueError, match="weight: expected a number above 0 for a kind of drawings that there is"):
+        fit(_config(tmp_path / "run", data=data, positive=StreamConfig(weight=0.0)))
+
+
+def test_a_grey_image_in_front_of_colour_ones_is_repeated(tmp_path: Path) -> None:
+    root = data_trees.write_camvid_tree(tmp_path / "camvid", size=(16, 16))
+    grey = sorted((root / "train").iterdir())[0]
+    Image.open(grey).convert("L").save(grey)
+    result = fit(_config(tmp_path / "run", data=DataConfig(dataset="camvid", root=root, simulate="full"), steps=2))
+    assert checkpoint.load(result.checkpoint)["channels"] == 3
 
 
 def test_weights_of_a_backbone_are_not_needed_again(tmp_path: Path) -> None:

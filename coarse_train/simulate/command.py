@@ -199,10 +199,12 @@ def _check_out(config: SimulateConfig) -> None:
     if content and not config.overwrite:
         raise ValueError(f"out: expected a new or empty folder or --overwrite, got {out} with {', '.join(content[:3])}")
     foreign = [name for name in content if name not in _PARTS]
-    if foreign:  # deleted is only what this command has made
+    if foreign:
         raise ValueError(
             f"out: expected a folder of drawings ({', '.join(_PARTS)}) to overwrite, got {out} with {foreign[0]}"
         )
+    if content and "noise.json" not in content:  # drawings by hand, perhaps: deleted is only what this command has made
+        raise ValueError(f"out: expected a folder with noise.json to overwrite, got {out} without")
 
 
 @contextmanager
