@@ -169,6 +169,8 @@ def _result(config: EvaluateConfig, loaded: LoadedModel, images: int, meter: Con
         "images": images,
         "pixels": int(meter.counts.sum()),
         "inference": str(config.inference),
+        # of the same split: a score on them is no score on unseen images
+        "chosen_with": loaded.config.select_with if config.split == "val" and config.dataset is None else 0,
         "mean_iou": _number(meter.mean_iou()),
         "mean_dice": _number(meter.mean_dice()),
         "pixel_accuracy": _number(meter.pixel_accuracy()),
@@ -197,6 +199,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['checkpoint']}, step {result['step']}, on {where}",
         f"{result['images']} images, {result['pixels']} labelled pixels, {result['inference']}",
+        *([f"{result['chosen_with']} of these masks chose this checkpoint"] if result["chosen_with"] else []),
         "",
         f"{'':{wide}}     IoU    Dice",
         *(f"{name:{wide}}  {_cell(iou)}  {_cell(dice)}" for name, iou, dice in rows),

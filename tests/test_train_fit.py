@@ -377,6 +377,10 @@ def test_a_few_masks_choose_the_trusted_side_and_the_run_says_so(
     assert getattr(kept, better).cm == "none"
     scores = [row["mean_iou"] for row in _rows(tmp_path) if "mean_iou" in row]
     assert result.score == max(scores)
+    capsys.readouterr()
+    assert run_evaluate(EvaluateConfig(result.checkpoint, limit=5))["chosen_with"] == 4
+    assert "4 of these masks chose this checkpoint" in capsys.readouterr().out
+    assert run_evaluate(EvaluateConfig(result.checkpoint, split="test", limit=5))["chosen_with"] == 0
 
 
 def test_fit_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
