@@ -74,6 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
             args=arguments,
         )
         next(run for kind, run in COMMANDS.values() if isinstance(config, kind))(config)
+    except BrokenPipeError:  # `... | head`: nobody reads on
+        return 1
     except _EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
