@@ -52,6 +52,16 @@ def device_under_test(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For small networks, where threads wait for each other longer than they compute; and a fixed seed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def poison(device_under_test: None) -> Iterator[None]:
     """Fresh memory holds NaN (labels: the largest integer), so that an element nobody writes is seen."""
     before = torch.are_deterministic_algorithms_enabled()

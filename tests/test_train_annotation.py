@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coarse_kernels import TransitionMatrix, annotation_nll
 from coarse_train.config import FitConfig, StreamConfig
 from coarse_train.model import CoarseModel, UNet, build_annotation, build_model, confusion_logits
+from tests.small_images import ODD, make_image
 
 FIELDS = ("global", "image", "grid", "pixel")
 STRUCTURES = ("full", "floor", "lowrank", "tied")
 ALL = list(itertools.product(FIELDS, STRUCTURES))
-ODD = (37, 53)  # no multiple of anything
 
 
-@pytest.fixture(autouse=True)
-def same_every_time() -> Iterator[None]:
-    """One thread: at these sizes threads wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _annotation(field: str, structure: str, classes: int = 4, **options: object) -> nn.Module:
@@ -35,10 +27,6 @@ def _annotation(field: str, structure: str, classes: int = 4, **options: object)
     model = build_annotation(config, 3, classes)
     assert model is not None
     return model
-
-
-def _image(batch: int = 2, size: tuple[int, int] = ODD, seed: int = 0) -> Tensor:
-    return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
 def _shaken(model: nn.Module, scale: float) -> nn.Module:
@@ -59,17 +47,17 @@ def test_matrices_have_the_shape_of_their_field(field: str, structure: str) -> N
         "grid": (2, 4, 4, -(-height // 8), -(-width // 8)),
         "pixel": (2, 4, 4, height, width),
     }
-    assert _annotation(field, structure)(_image()).shape == expected[field]
+    assert _annotation(field, structure)(make_image()).shape == expected[field]
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4, 6, 7, 16, 64])
 def test_a_grid_has_a_place_for_every_stride_pixels_begun(stride: int) -> None:
-    cm_logits = _annotation("grid", "tied", stride=stride)(_image(1))
+    cm_logits = _annotation("grid", "tied", stride=stride)(make_image(1))
     assert cm_logits.shape[3:] == (-(-37 // stride), -(-53 // stride))
 
 
 def test_a_grid_sees_every_pixel() -> None:
-    image = _image(1, (16, 24)).requires_grad_()
+    image = make_image(1, (16, 24)).requires_grad_()
     _annotation("grid", "full")(image).square().sum().backward()
     assert image.grad is not None
     assert bool((image.grad != 0).all())
@@ -77,7 +65,7 @@ def test_a_grid_sees_every_pixel() -> None:
 
 @pytest.mark.parametrize(("field", "structure"), ALL)
 def test_every_matrix_starts_at_the_given_diagonal(field: str, structure: str) -> None:
-    matrix = _annotation(field, structure, diagonal=0.6)(_image()).softmax(1)
+    matrix = _annotation(field, structure, diagonal=0.6)(make_image()).softmax(1)
     expected = confusion_logits(4, 0.6).softmax(0)[None, :, :, None, None].expand_as(matrix)
     difference = (matrix - expected).abs()
     assert float(difference.detach().max()) < (1e-6 if field == "global" else 0.1)  # what is not 0 tells places apart
@@ -87,7 +75,7 @@ def test_every_matrix_starts_at_the_given_diagonal(field: str, structure: str) -
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_floor_holds_whatever_is_learned(field: str) -> None:
     model = _shaken(_annotation(field, "floor", floor=0.3), 30.0 if field == "global" else 3.0)
-    diagonal = model(_image()).softmax(1).detach().diagonal(dim1=1, dim2=2)
+    diagonal = model(make_image()).softmax(1).detach().diagonal(dim1=1, dim2=2)
     assert float(diagonal.min()) >= 0.3 - 1e-5  # logits of some hundred have five digits behind the point
     assert float(diagonal.min()) < 0.31  # it is the floor that holds, not the numbers that are mild
 
@@ -96,7 +84,7 @@ def test_a_floor_is_the_mixture_with_the_identity() -> None:
     model = _shaken(_annotation("global", "floor", floor=0.3), 3.0)
     free = model.get_parameter("field.free")
     expected = 0.7 * free.view(4, 4).softmax(0) + 0.3 * torch.eye(4)
-    matrix = model(_image()).softmax(1)[0, :, :, 0, 0]
+    matrix = model(make_image()).softmax(1)[0, :, :, 0, 0]
     torch.testing.assert_close(matrix, expected)
     weights = torch.rand(4, 4)
     (gradient,) = torch.autograd.grad((matrix * weights).sum(), free, retain_graph=True)
@@ -110,7 +98,7 @@ def test_a_floor_has_finite_gradients_at_huge_logits(size: float) -> None:
     free = model.get_parameter("field.free")
     with torch.no_grad():
         free[0, 1] = size
-    logits = model(_image())
+    logits = model(make_image())
     logits.softmax(1).square().sum().backward()
     assert bool(logits.isfinite().all())
     assert free.grad is not None
@@ -119,7 +107,7 @@ def test_a_floor_has_finite_gradients_at_huge_logits(size: float) -> None:
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_tied_matrices_have_two_values(field: str) -> None:
-    matrix = _shaken(_annotation(field, "tied"), 0.5)(_image()).softmax(1).detach()
+    matrix = _shaken(_annotation(field, "tied"), 0.5)(make_image()).softmax(1).detach()
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(diagonal, diagonal[..., :1].expand_as(diagonal))
     off = (1 - diagonal[..., 0])[:, None, None] / 3
@@ -132,7 +120,7 @@ def test_tied_matrices_have_two_values(field: str) -> None:
 def test_low_rank_matrices_differ_from_the_base_by_that_rank(field: str, rank: int) -> None:
     model = _shaken(_annotation(field, "lowrank", classes=6, rank=rank), 0.5)
     base = model.get_parameter("structure.base")[None, :, :, None, None]
-    change = (model(_image(1)) - base).permute(0, 3, 4, 1, 2).flatten(0, 2)
+    change = (model(make_image(1)) - base).permute(0, 3, 4, 1, 2).flatten(0, 2)
     singular = torch.linalg.svdvals(change.detach().double())
     assert float(singular[:, rank - 1].min()) > 1e-3
     assert float((singular[:, rank] / singular[:, 0]).max()) < 1e-5
@@ -141,7 +129,7 @@ def test_low_rank_matrices_differ_from_the_base_by_that_rank(field: str, rank: i
 @pytest.mark.parametrize(("field", "structure"), ALL)
 def test_every_parameter_learns_through_the_loss(field: str, structure: str) -> None:
     model = CoarseModel(UNet(3, 4, (8, 16)), _annotation(field, structure), None, TransitionMatrix.learned(4))
-    output = model(_image())
+    output = model(make_image())
     labels = torch.randint(0, 4, (2, *ODD), generator=torch.Generator().manual_seed(3))
     positive = annotation_nll(output.seg_logits, output.positive_cm, labels)
     negative = annotation_nll(output.seg_logits, output.negative_cm, labels, output.transition)
@@ -155,9 +143,9 @@ def test_every_parameter_learns_through_the_loss(field: str, structure: str) -> 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_half_precision_features_give_the_same_matrices(structure: str) -> None:
     model = _shaken(_annotation("grid", structure), 0.05)
-    exact = model(_image()).softmax(1)
+    exact = model(make_image()).softmax(1)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = model(_image())
+        rounded = model(make_image())
     torch.testing.assert_close(rounded.float().softmax(1), exact, atol=0.02, rtol=0)
 
 
@@ -169,7 +157,7 @@ def test_checkpointing_of_an_annotation_model_changes_no_bit(field: str) -> None
         config = StreamConfig(cm=field)  # type: ignore[arg-type]
         model = build_annotation(config, 3, 4, norm="batch", checkpointing=checkpointing)
         assert model is not None
-        model(_image()).square().mean().backward()
+        model(make_image()).square().mean().backward()
         models.append(model)
     plain, thrifty = models
     assert all(

@@ -6,7 +6,7 @@ import copy
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,18 +28,9 @@ from coarse_train.model import (
     mean_confusion,
     parameter_groups,
 )
+from tests.small_images import ODD, make_image
 
-ODD = (37, 53)  # no multiple of anything
-
-
-@pytest.fixture(autouse=True)
-def same_every_time() -> Iterator[None]:
-    """One thread: at these sizes threads wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _unet(norm: str = "group", checkpointing: bool = False) -> UNet:
@@ -52,10 +43,6 @@ def _street(norm: str = "group", checkpointing: bool = False) -> StreetNet:
 
 OURS = [_unet, _street]
 Make = Callable[..., nn.Module]
-
-
-def _image(batch: int = 2, size: tuple[int, int] = ODD, seed: int = 0) -> Tensor:
-    return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
 def _shaken(model: nn.Module, scale: float) -> nn.Module:
@@ -74,8 +61,8 @@ def _shaken(model: nn.Module, scale: float) -> nn.Module:
 def test_any_image_size_fits(size: tuple[int, int]) -> None:
     height, width = size
     for norm in ("group", "batch"):
-        unet = UNet(3, 5, norm=norm)(_image(2, size))
-        street = StreetNet(3, 5, (8, 8, 8, 8, 8), norm=norm).eval()(_image(2, size))
+        unet = UNet(3, 5, norm=norm)(make_image(2, size))
+        street = StreetNet(3, 5, (8, 8, 8, 8, 8), norm=norm).eval()(make_image(2, size))
         assert unet.shape == (2, 5, height, width)
         assert street.shape == (2, 5, -(-height // 4), -(-width // 4))
         assert unet.is_contiguous()
@@ -84,7 +71,7 @@ def test_any_image_size_fits(size: tuple[int, int]) -> None:
 
 def test_a_size_that_fits_the_unet_is_not_padded_and_another_is_continued_with_its_border() -> None:
     network = UNet(3, 2).eval()  # multiples of 8
-    small = _image(1, (13, 16))
+    small = make_image(1, (13, 16))
     bordered = torch.cat([small, small[:, :, -1:].expand(-1, -1, 3, -1)], 2)
     assert torch.equal(network(small), network(bordered)[:, :, :13])
 
@@ -103,8 +90,8 @@ def test_street_has_widths_of_its_own_and_a_few_million_parameters() -> None:
 
 @pytest.mark.parametrize("make", OURS)
 def test_group_normalisation_does_not_see_the_rest_of_the_batch(make: Make) -> None:
-    one, others = _image(2), _image(2)
-    others[1] = 9 * _image(1, seed=5)[0]
+    one, others = make_image(2), make_image(2)
+    others[1] = 9 * make_image(1, seed=5)[0]
     for norm, same in (("group", True), ("batch", False)):
         network = make(norm).train()
         assert torch.equal(network(one)[0], network(others)[0]) == same
@@ -119,7 +106,7 @@ def test_checkpointing_changes_no_bit(make: Make, norm: str) -> None:
     thrifty.load_state_dict(plain.state_dict())
     for network in (plain, thrifty):
         for step in range(2):
-            network(_image(seed=step)).square().mean().backward()
+            network(make_image(seed=step)).square().mean().backward()
     for (name, p), (_, q) in zip(plain.named_parameters(), thrifty.named_parameters(), strict=True):
         assert p.grad is not None, name
         assert torch.equal(p.grad, q.grad), name  # type: ignore[arg-type]
@@ -139,7 +126,7 @@ def _peak(network: nn.Module, image: Tensor, trace: Path) -> float:
 
 @pytest.mark.parametrize("make", OURS)
 def test_checkpointing_saves_memory(make: Make, tmp_path: Path) -> None:
-    image = _image(1, (192, 256))
+    image = make_image(1, (192, 256))
     thrifty, plain = (_peak(make(checkpointing=on), image, tmp_path / "trace.json") for on in (True, False))
     assert thrifty < 0.7 * plain
 
@@ -181,7 +168,7 @@ def test_any_module_serves_by_its_import_path(importable: str) -> None:
     config = FitConfig(model=ModelConfig(network=f"{importable}:Constant"))
     model = build_model(config, 3, 5, None)
     assert isinstance(model.segmentation, Constant)
-    assert model(_image()).seg_logits.shape == (2, 5, 3, 3)
+    assert model(make_image()).seg_logits.shape == (2, 5, 3, 3)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +191,7 @@ def test_an_import_path_that_does_not_serve_is_named(importable: str, network: s
 def test_logits_of_a_wrong_shape_are_named(importable: str, name: str, shape: str) -> None:
     model = build_model(FitConfig(model=ModelConfig(network=f"{importable}:{name}")), 3, 5, None)
     with pytest.raises(ValueError, match=rf"network: expected Constant to return .* \(2, 5, h, w\), got {shape}"):
-        model(_image())
+        model(make_image())
 
 
 def test_options_of_another_network_are_refused(importable: str, tmp_path: Path) -> None:
@@ -228,7 +215,7 @@ CONFIG = FitConfig(
 
 
 def test_trusted_drawings_have_no_matrix() -> None:
-    output = build_model(FitConfig(positive=StreamConfig(), model=ModelConfig(widths=(8,))), 3, 4, None)(_image())
+    output = build_model(FitConfig(positive=StreamConfig(), model=ModelConfig(widths=(8,))), 3, 4, None)(make_image())
     assert output.seg_logits.shape == (2, 4, *ODD)
     assert output[1:] == (None, None, None)
 
@@ -247,11 +234,11 @@ def test_a_state_goes_into_a_model_built_anew(network: str) -> None:
     config = replace(CONFIG, model=ModelConfig(network=network, widths=widths, norm="batch"))
     transition = TransitionMatrix.learned(4)
     model = _shaken(build_model(config, 3, 4, transition), 0.1)
-    model(_image())
+    model(make_image())
     model.eval()
     other = build_model(config, 3, 4, TransitionMatrix.learned(4)).eval()
     other.load_state_dict(model.state_dict())
-    image = _image(1, (64, 64))
+    image = make_image(1, (64, 64))
     for mine, loaded in zip(model(image), other(image), strict=True):
         assert torch.equal(mine, loaded)
     copied = copy.deepcopy(model)(image)
@@ -341,13 +328,13 @@ def test_segformer_from_scratch() -> None:
     pytest.importorskip("transformers")
     network = build_segmentation(ModelConfig(network="segformer"), 1, 5).eval()
     assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
-    grey = _image(2)[:, :1]
+    grey = make_image(2)[:, :1]
     logits = network(grey)
     assert logits.shape == (2, 5, 10, 14)
     assert logits.is_contiguous()
     assert torch.equal(logits, network(grey.expand(-1, 3, -1, -1)))
     with pytest.raises(ValueError, match=r"image: expected at least 32x32 .* got \(1, 3, 31, 64\)"):
-        network(_image(1, (31, 64)))
+        network(make_image(1, (31, 64)))
     with pytest.raises(ValueError, match="channels_in: expected 1 or 3 for segformer, got 4"):
         build_segmentation(ModelConfig(network="segformer"), 4, 5)
 
@@ -359,7 +346,7 @@ def test_segformer_from_a_local_folder(tmp_path: Path) -> None:
     whole = transformers.SegformerForSemanticSegmentation(config).eval()
     whole.save_pretrained(tmp_path / "whole")
     whole.segformer.save_pretrained(tmp_path / "encoder")
-    image = _image(1, (64, 64))
+    image = make_image(1, (64, 64))
 
     same = SegFormer(3, 19, weights=tmp_path / "whole").eval()
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

@@ -10,6 +10,7 @@ structure says which matrices there can be. Logits are [observed, true]: `coarse
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -55,15 +56,16 @@ def _check_diagonal(num_classes: int, diagonal: float) -> None:
 # ---- structures: (B, outputs, *G) free values -> (B, C, C, *G) logits -------------------------------------------
 
 
-class Structure(nn.Module):
-    """Which matrices there can be. ``start()``: the (outputs,) free values of the matrix to start from."""
+class Structure(nn.Module, ABC):
+    """Which matrices there can be."""
 
     def __init__(self, num_classes: int):
         super().__init__()
         self.num_classes = num_classes
 
+    @abstractmethod
     def start(self) -> Tensor:
-        raise NotImplementedError
+        """(outputs,) free values of the matrix to start from."""
 
 
 class Full(Structure):

@@ -340,6 +340,8 @@ def test_the_host_never_waits(
     other = leaf(negative.cm)
     torch.cuda.synchronize()
     request.getfixturevalue("no_synchronisation")
+    with pytest.raises(RuntimeError, match="synchroniz"):  # that waiting is seen at all
+        seg.sum().item()
     with ck.use_schedule(schedule):
         out = ck.annotation_nll(seg, cm, problem.labels, transition, backend=backend, **problem.options)
         out.loss.sum().backward()
@@ -350,6 +352,10 @@ def test_the_host_never_waits(
         ck.annotation_posterior(problem.seg, problem.cm, problem.labels, backend=backend)
         with torch.no_grad():
             ck.annotation_nll(problem.seg, problem.cm, problem.labels, normalizer=7.0, backend=backend)
+    torch.cuda.set_sync_debug_mode("default")
+    for gradient in (seg.grad, cm.grad, transition.grad, other.grad):
+        assert gradient is not None
+        assert gradient.isfinite().all()
 
 
 @needs_cuda
