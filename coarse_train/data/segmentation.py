@@ -95,8 +95,6 @@ class SegmentationData(Dataset[Sample]):
         if isinstance(samples, Exception):
             return samples
         layers = max(len(sample.negative) for sample in samples)
-        for sample in samples:
-            _check_sizes(samples[0], sample, "the first", "another")
         return default_collate([sample._replace(negative=_with_layers(sample.negative, layers)) for sample in samples])
 
     @staticmethod
