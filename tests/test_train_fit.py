@@ -25,11 +25,13 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from coarse_kernels import TransitionMatrix
 from coarse_train import checkpoint
 from coarse_train.cli import main
 from coarse_train.config import DataConfig, FitConfig, ModelConfig, OptimConfig, StreamConfig, load_toml, to_toml
 from coarse_train.engine import NonFiniteStep, fit, schedule
 from coarse_train.evaluate import EvaluateConfig, run_evaluate
+from coarse_train.model import build_model
 from tests import data_trees
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -664,6 +666,50 @@ def test_a_grey_image_in_front_of_colour_ones_is_repeated(tmp_path: Path) -> Non
     Image.open(grey).convert("L").save(grey)
     result = fit(_config(tmp_path / "run", data=DataConfig(dataset="camvid", root=root, simulate="full"), steps=2))
     assert checkpoint.load(result.checkpoint)["channels"] == 3
+
+
+def _at_start(config: FitConfig) -> dict[str, torch.Tensor]:
+    """The parameters before the first step."""
+    torch.manual_seed(config.seed)
+    return dict(build_model(config, 1, 5, TransitionMatrix.uniform(5)).named_parameters())
+
+
+@pytest.mark.parametrize("clip", [1e-3, 0.0])
+def test_the_gradient_is_clipped_to_the_norm_that_is_asked_for(tmp_path: Path, clip: float) -> None:
+    plain = OptimConfig("sgd", lr=1.0, cm_lr=1.0, weight_decay=0.0, momentum=0.0, clip=clip, warmup=0.0)
+    config = _config(tmp_path, steps=1, optim=plain)
+    fit(config)
+    after = _state(tmp_path)["model"]
+    moved = math.sqrt(sum(float((after[name] - p).square().sum()) for name, p in _at_start(config).items()))
+    assert moved == pytest.approx(clip or _rows(tmp_path)[0]["grad_norm"], rel=1e-3)
+    assert _rows(tmp_path)[0]["grad_norm"] > 10 * 1e-3
+
+
+def test_the_moving_average_follows_by_its_decay(tmp_path: Path) -> None:
+    config = _config(tmp_path, steps=1, optim=OptimConfig(lr=1e-2, ema=0.75, warmup=0.0))
+    fit(config)
+    state = _state(tmp_path)
+    for name, before in _at_start(config).items():
+        torch.testing.assert_close(state["ema"][name], 0.75 * before.detach() + 0.25 * state["model"][name])
+
+
+def test_a_transition_from_a_file_is_the_one_that_is_used(tmp_path: Path) -> None:
+    matrix = torch.rand(5, 5, generator=torch.Generator().manual_seed(0)).fill_diagonal_(0.0)
+    matrix = matrix / matrix.sum(1, keepdim=True)
+    np.save(tmp_path / "m.npy", matrix.numpy())
+    fixed = _config(tmp_path / "fixed", steps=1, transition=tmp_path / "m.npy")
+    fit(fixed)
+    torch.testing.assert_close(_state(tmp_path / "fixed")["model"]["transition.matrix"], matrix)
+    fit(_config(tmp_path / "uniform", steps=1))
+    first, other = (_rows(tmp_path / name)[0] for name in ("fixed", "uniform"))
+    assert first["positive_nll"] == other["positive_nll"]
+    assert first["negative_nll"] != other["negative_nll"]
+
+
+def test_bf16_computes_in_bf16(tmp_path: Path) -> None:
+    full, half = (fit(_config(tmp_path / kind, steps=1, precision=kind)).loss for kind in ("fp32", "bf16"))
+    assert half != full
+    assert half == pytest.approx(full, rel=1e-2)
 
 
 def test_weights_of_a_backbone_are_not_needed_again(tmp_path: Path) -> None:
