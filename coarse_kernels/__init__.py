@@ -1,14 +1,18 @@
-"""Fused losses for segmentation from coarse positive and negative drawings. Start at `coarse_label_loss`."""
+"""Fused losses for segmentation from coarse positive and negative drawings. Start at `annotation_objective`."""
 
 from .backends import available_backends, use_backend
 from .functional import (
     AnnotationLoss,
     CoarseLabelLoss,
+    Objective,
     annotation_nll,
+    annotation_objective,
     annotation_posterior,
     coarse_label_loss,
+    label_map,
 )
 from .modules import AnnotationNLL, CoarseLabelCriterion, TransitionMatrix
+from .problem import Drawings
 from .schedule import use_schedule
 from .transition import estimate_transition, uniform_transition
 from .version import __version__
@@ -18,13 +22,17 @@ __all__ = [
     "AnnotationNLL",
     "CoarseLabelCriterion",
     "CoarseLabelLoss",
+    "Drawings",
+    "Objective",
     "TransitionMatrix",
     "__version__",
     "annotation_nll",
+    "annotation_objective",
     "annotation_posterior",
     "available_backends",
     "coarse_label_loss",
     "estimate_transition",
+    "label_map",
     "uniform_transition",
     "use_backend",
     "use_schedule",

@@ -1,64 +1,23 @@
-"""Every argument is checked here, once, before anything is computed. What comes out is a `Stream` that backends trust."""
+"""Every argument is checked here, once, before anything is computed. What comes out is a `Problem` that backends trust."""
 
 from __future__ import annotations
 
 import math
 import numbers
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .problem import Drawings, Problem
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 REDUCTIONS = ("mean", "sum", "none")
 
-
-@dataclass(frozen=True)
-class Stream:
-    """One annotation stream whose arguments fit together. Shape letters as in `functional`."""
-
-    seg_logits: Tensor  # (B, C, *S or coarser)
-    cm_logits: Tensor | None  # (B or 1, C, C, *G); None: trusted source, A = I
-    labels: Tensor  # (B, *S) uint8 or int64
-    transition: Tensor | None  # (C, C); None: identity
-    trace_weight: float
-    ignore_index: int
-    class_weight: Tensor | None  # (C,)
-    pixel_weight: Tensor | None  # (B, *S)
-    reduction: str
-    normalizer: float | Tensor | None
-
-    @property
-    def num_classes(self) -> int:
-        return self.seg_logits.shape[1]
-
-    @property
-    def labelled(self) -> Tensor:
-        """(B, *S) bool: where there is a label. One out of range, where nobody looked (CUDA, compiled), is none."""
-        labels, classes = self.labels, self.num_classes
-        if labels.dtype != torch.uint8:
-            return (labels >= 0) & (labels < classes) & (labels != self.ignore_index)
-        # a comparison with a number that uint8 does not hold would wrap: -100 is 156
-        labelled = labels < classes if classes <= 255 else torch.ones_like(labels, dtype=torch.bool)
-        return labelled & (labels != self.ignore_index) if 0 <= self.ignore_index <= 255 else labelled
-
-    @property
-    def device(self) -> torch.device:
-        return self.labels.device
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """dtype of the mathematics and of the loss: float64 if any logits are, else float32."""
-        if self.cm_logits is None:
-            return compute_dtype(self.seg_logits.dtype)
-        return compute_dtype(torch.promote_types(self.seg_logits.dtype, self.cm_logits.dtype))
-
-
-def compute_dtype(storage: torch.dtype) -> torch.dtype:
-    return torch.float64 if storage == torch.float64 else torch.float32
+Names = Callable[[str], str]  # part of Drawings -> what the caller's user knows it as
 
 
 def num_classes(seg_logits: Tensor) -> int:
@@ -73,80 +32,128 @@ def num_classes(seg_logits: Tensor) -> int:
     return seg_logits.shape[1]
 
 
-def check_stream(
+def check_problem(
     seg_logits: Tensor,
-    cm_logits: Tensor | None,
-    labels: Tensor,
-    transition: Tensor | None,
+    drawings: Sequence[Drawings],
     *,
-    trace_weight: float = 0.0,
     ignore_index: int = 255,
-    class_weight: Tensor | None = None,
-    pixel_weight: Tensor | None = None,
     reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    names: tuple[str, str] = ("cm_logits", "labels"),
-    complementary: bool = False,
-) -> Stream:
-    """Validate one stream; ``names`` is what the caller's user knows cm_logits and labels as."""
-    classes = num_classes(seg_logits)
+    names: Sequence[Names] | None = None,
+    layers: Sequence[bool] | None = None,
+    complementary: Sequence[bool] | None = None,
+) -> Problem:
+    """Validate one call.
+
+    names: what the caller's user knows the parts of each kind as; `Drawings` and their place in the sequence by default.
+    layers: whether the labels of each kind may have an axis of layers; all may by default.
+    complementary: whether the transition of each kind has to have a zero diagonal; none by default.
+    """
+    num_classes(seg_logits)
+    if isinstance(drawings, Drawings) or not isinstance(drawings, Sequence) or len(drawings) == 0:
+        got = type(drawings).__name__ if isinstance(drawings, Drawings) or not isinstance(drawings, Sequence) else "none"
+        raise TypeError(f"drawings: expected a sequence of at least one Drawings, got {got}")
+    for k, each in enumerate(drawings):
+        if not isinstance(each, Drawings):
+            raise TypeError(f"drawings[{k}]: expected Drawings, got {type(each).__name__}")
+    count = len(drawings)
+    names = names or [(lambda name, k=k: f"drawings[{k}].{name}") for k in range(count)]  # type: ignore[misc]
+    layers, complementary = layers or [True] * count, complementary or [False] * count
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    if not isinstance(ignore_index, numbers.Integral) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+    checked = [
+        _check_drawings(seg_logits, each, int(ignore_index), reduction, name, layered, zero_diagonal)
+        for each, name, layered, zero_diagonal in zip(drawings, names, layers, complementary, strict=True)
+    ]
+    size = checked[0].labels.shape[2:]
+    for each, name in zip(checked, names, strict=True):
+        if each.labels.shape[2:] != size:
+            raise ValueError(
+                f"{name('labels')}: expected the pixel grid {tuple(size)} of {names[0]('labels')}, "
+                f"got {tuple(each.labels.shape[2:])}"
+            )
+    rank = seg_logits.dim() - 2
+    return Problem(
+        seg_logits=seg_logits,
+        drawings=tuple(checked),
+        ignore_index=int(ignore_index),
+        reduction=reduction,
+        layered=tuple(each.labels.dim() == rank + 2 for each in drawings),
+    )
+
+
+def _check_drawings(
+    seg_logits: Tensor,
+    given: Drawings,
+    ignore_index: int,
+    reduction: str,
+    name: Names,
+    layers: bool,
+    complementary: bool,
+) -> Drawings:
+    classes = seg_logits.shape[1]
     batch, rank = seg_logits.shape[0], seg_logits.dim() - 2
-    cm_name, labels_name = names
+    labels, cm_logits, transition = given.labels, given.cm_logits, given.transition
+    labels_name, cm_name = name("labels"), name("cm_logits")
 
     _check_tensor(labels_name, labels)
     if labels.dtype not in INT_DTYPES:
         raise TypeError(f"{labels_name}: expected an integer tensor (uint8 or int64 at best), got {labels.dtype}")
-    if labels.dim() != rank + 1 or labels.shape[0] != batch:
+    layered = layers and labels.dim() == rank + 2
+    if (labels.dim() != rank + 1 and not layered) or labels.shape[0] != batch:
+        shapes = "(B, *S) or (B, K, *S)" if layers else "(B, *S)"
         raise ValueError(
-            f"{labels_name}: expected (B, *S) with B = {batch} and {rank} spatial axes, as seg_logits {_shape(seg_logits)} "
+            f"{labels_name}: expected {shapes} with B = {batch} and {rank} spatial axes, as seg_logits {_shape(seg_logits)} "
             f"has, got {_shape(labels)}"
         )
-    size = labels.shape[1:]
+    size = labels.shape[2:] if layered else labels.shape[1:]
     _check_grid("seg_logits", seg_logits, size, labels_name)
     if cm_logits is not None:
         cm_logits = _check_cm(cm_name, cm_logits, batch, classes, rank)
         _check_grid(cm_name, cm_logits, size, labels_name)
     if transition is not None:
-        _check_matrix("transition", transition, classes)
-    if class_weight is not None:
-        _check_constant("class_weight", class_weight, (classes,))
-    if pixel_weight is not None:
-        _check_constant("pixel_weight", pixel_weight, tuple(labels.shape))
-    for name, tensor in (
+        _check_matrix(name("transition"), transition, classes)
+    if given.class_weight is not None:
+        _check_constant(name("class_weight"), given.class_weight, (classes,))
+    if given.pixel_weight is not None:
+        _check_constant(name("pixel_weight"), given.pixel_weight, tuple(labels.shape))
+    for part, tensor in (
         (cm_name, cm_logits),
         (labels_name, labels),
-        ("transition", transition),
-        ("class_weight", class_weight),
-        ("pixel_weight", pixel_weight),
-        ("normalizer", normalizer),
+        (name("transition"), transition),
+        (name("class_weight"), given.class_weight),
+        (name("pixel_weight"), given.pixel_weight),
+        (name("normalizer"), given.normalizer),
     ):
         if isinstance(tensor, Tensor) and tensor.device != seg_logits.device:
-            if name == "normalizer" and tensor.dim() == 0 and tensor.device.type == "cpu":
+            if part == name("normalizer") and tensor.dim() == 0 and tensor.device.type == "cpu":
                 continue  # PyTorch's own rule: a 0-d CPU tensor goes with any device
-            raise ValueError(f"{name}: expected on {seg_logits.device}, where seg_logits is, got {tensor.device}")
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
-    _check_normalizer(normalizer, reduction)
-    _check_number("trace_weight", trace_weight)
-    if not isinstance(ignore_index, numbers.Integral) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+            raise ValueError(f"{part}: expected on {seg_logits.device}, where seg_logits is, got {tensor.device}")
+    _check_normalizer(name("normalizer"), given.normalizer, reduction)
+    _check_number(name("trace_weight"), given.trace_weight)
+    _check_number(name("weight"), given.weight)
+    if given.weight < 0:
+        raise ValueError(f"{name('weight')}: expected a number >= 0, got {given.weight}")
     if transition is not None and _may_read(transition):
-        _check_probabilities("transition", transition, complementary)
+        _check_probabilities(name("transition"), transition, complementary)
     if labels.dtype not in (torch.uint8, torch.int64):
         labels = labels.long()  # an int8 label would compare equal to an ignore_index of 255
     if _may_read(labels):
-        _check_label_range(labels_name, labels, classes, int(ignore_index))
-    return Stream(
-        seg_logits=seg_logits,
-        cm_logits=cm_logits,
-        labels=labels,
-        transition=transition,
-        trace_weight=float(trace_weight),
-        ignore_index=int(ignore_index),
-        class_weight=class_weight,
+        _check_label_range(labels_name, labels, classes, ignore_index)
+    pixel_weight = given.pixel_weight
+    if not layered:
+        labels = labels.unsqueeze(1)
+        pixel_weight = None if pixel_weight is None else pixel_weight.unsqueeze(1)
+    return Drawings(
+        labels,
+        cm_logits,
+        transition,
+        weight=float(given.weight),
+        trace_weight=float(given.trace_weight),
+        class_weight=given.class_weight,
         pixel_weight=pixel_weight,
-        reduction=reduction,
-        normalizer=normalizer,
+        normalizer=given.normalizer,
     )
 
 
@@ -158,22 +165,34 @@ def check_objective(
     transition: Tensor | None,
     negative_weight: float,
 ) -> None:
-    """What `coarse_label_loss` asks beyond its two streams."""
+    """What `coarse_label_loss` asks beyond its two kinds of drawings."""
     if positive_labels is None and negative_labels is None:
-        raise ValueError("positive_labels, negative_labels: expected at least one stream of labels, got None for both")
-    for stream, cm, labels in (
+        raise ValueError("positive_labels, negative_labels: expected at least one of the two, got None for both")
+    for kind, cm, labels in (
         ("positive", positive_cm, positive_labels),
         ("negative", negative_cm, negative_labels),
     ):
         if cm is not None and labels is None:
             raise ValueError(
-                f"{stream}_cm: got confusion matrices but {stream}_labels is None; expected both or neither"
+                f"{kind}_cm: got confusion matrices but {kind}_labels is None; expected both or neither"
             )
     if transition is not None and negative_labels is None:
-        raise ValueError("transition: belongs to the negative stream, expected None where negative_labels is None")
+        raise ValueError("transition: belongs to the negative drawings, expected None where negative_labels is None")
     _check_number("negative_weight", negative_weight)
     if negative_weight < 0:
         raise ValueError(f"negative_weight: expected a number >= 0, got {negative_weight}")
+
+
+def check_size(seg_logits: Tensor, size: Any) -> tuple[int, ...]:
+    """The pixel grid that `label_map` is asked for."""
+    num_classes(seg_logits)
+    rank = seg_logits.dim() - 2
+    if isinstance(size, Tensor) or not isinstance(size, Sequence) or len(size) != rank:
+        raise ValueError(f"size: expected {rank} numbers, one for each spatial axis of seg_logits, got {size!r}")
+    if not all(isinstance(s, numbers.Integral) and not isinstance(s, bool) for s in size):
+        raise TypeError(f"size: expected integers, got {size!r}")
+    _check_grid("seg_logits", seg_logits, torch.Size(size), "size")
+    return tuple(int(s) for s in size)
 
 
 def check_transition(name: str, matrix: Tensor) -> None:
@@ -183,8 +202,8 @@ def check_transition(name: str, matrix: Tensor) -> None:
     _check_probabilities(name, matrix, complementary=True)
 
 
-def per_stream(name: str, value: Any) -> tuple[Any, Any]:
-    """A value for both streams, or a (positive, negative) pair."""
+def per_kind(name: str, value: Any) -> tuple[Any, Any]:
+    """A value for both kinds of drawings, or a (positive, negative) pair."""
     if not isinstance(value, (tuple, list)):
         return value, value
     if len(value) != 2:
@@ -251,18 +270,18 @@ def _check_constant(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: is a constant of the loss, got a tensor that requires grad; pass {name}.detach()")
 
 
-def _check_normalizer(normalizer: Any, reduction: str) -> None:
+def _check_normalizer(name: str, normalizer: Any, reduction: str) -> None:
     if normalizer is None:
         return
     if reduction != "mean":
-        raise ValueError(f'normalizer: belongs to reduction="mean", got reduction={reduction!r}')
+        raise ValueError(f'{name}: belongs to reduction="mean", got reduction={reduction!r}')
     if isinstance(normalizer, Tensor):
         if normalizer.dim() != 0:
-            raise ValueError(f"normalizer: expected a number or a 0-d tensor, got shape {_shape(normalizer)}")
+            raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {_shape(normalizer)}")
         return
-    _check_number("normalizer", normalizer)
+    _check_number(name, normalizer)
     if normalizer <= 0:
-        raise ValueError(f"normalizer: expected a number > 0, got {normalizer}")
+        raise ValueError(f"{name}: expected a number > 0, got {normalizer}")
 
 
 # --- checks that read values --------------------------------------------------------------------------------------------

@@ -10,25 +10,32 @@ Per pixel, with true class ``j`` and observed (drawn) class ``i``::
 
 (arXiv 2508.18186, Eq. 4-6; trace regulariser of Tanno et al., CVPR 2019.)
 
+Several kinds of drawings on one image (`Drawings`, each with or without a matrix, each with any number of layers) share p;
+their losses add up, and so does what they say of the true class: ``p(true | image, drawings)`` is p times the product of all q,
+normalised.
+
 Data flows one way: `checks` validates the arguments once, `backends` chooses who computes, the backend computes.
 
-Shape letters: ``B`` batch, ``C`` classes, ``*S`` pixel grid (1, 2 or 3 axes, defined by the labels), ``*G`` grid of
-the confusion matrices, same number of axes, any size from 1 to S.
+Shape letters: ``B`` batch, ``C`` classes, ``K`` layers, ``*S`` pixel grid (1, 2 or 3 axes, defined by the labels), ``*G`` grid of
+the confusion matrices and ``*s`` grid of the class logits: same number of axes, any size from 1 to S, interpolated linearly
+(`torch.nn.functional.interpolate(align_corners=False)`) where they are coarser.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends, checks
+from .problem import Drawings, Problem, compute_dtype
 from .transition import uniform_transition
 
 
 class AnnotationLoss(NamedTuple):
-    """One annotation stream. With ``reduction="none"`` every field is a (B, *S) map, else a 0-d tensor.
+    """One kind of drawings. With ``reduction="none"`` every field is a map shaped like the labels, else a 0-d tensor.
 
     loss: ``nll + trace_weight * trace``; the only field that carries gradient.
     nll: weighted negative log-likelihood of the labels, reduced like the loss; detached.
@@ -43,8 +50,18 @@ class AnnotationLoss(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # hides tuple.count
 
 
+class Objective(NamedTuple):
+    """loss: the sum of ``weight * part.loss`` over all kinds of drawings; a (B, *S) map, summed over layers too, with
+    ``reduction="none"``.
+    parts: one `AnnotationLoss` for each kind, without its ``weight``, in the order in which they were given.
+    """
+
+    loss: Tensor
+    parts: tuple[AnnotationLoss, ...]
+
+
 class CoarseLabelLoss(NamedTuple):
-    """The whole objective; an absent stream is None.
+    """The paper's objective; the part of absent drawings is None.
 
     loss: ``positive.loss + negative_weight * negative.loss``.
     """
@@ -52,6 +69,40 @@ class CoarseLabelLoss(NamedTuple):
     loss: Tensor
     positive: AnnotationLoss | None
     negative: AnnotationLoss | None
+
+
+def annotation_objective(
+    seg_logits: Tensor,
+    drawings: Sequence[Drawings],
+    *,
+    ignore_index: int = 255,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Objective:
+    """The objective of an image under all its drawings, in one pass: p is formed once, and so is the class gradient.
+
+    Args:
+        seg_logits: (B, C, *s) logits of the true class, on a grid of their own: the pixels' or any coarser one.
+        drawings: the kinds of drawings (positive, negative, each annotator's, dense masks as a trusted kind), see `Drawings`.
+        ignore_index: label of pixels that nobody drew on; they count in no sum and get zero gradient.
+        reduction: "mean" divides each kind by the summed weight of its labelled pixels, or by its ``normalizer``; "sum"; "none"
+            gives the weighted maps. Nothing labelled: the mean is 0 and so are its gradients.
+        backend: "reference", "cpu", ...; None takes the best that can run (`available_backends`).
+
+    Returns:
+        `Objective` in float32 (float64 for float64 logits), whatever the storage dtype of the logits. The losses of the parts
+        carry gradient, too; a backward through them, rather than through the total, computes gradients anew.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `annotation_nll`.
+
+    One trusted kind is cross-entropy after upsampling, without the upsampled logits::
+
+        annotation_objective(seg_logits, [Drawings(labels)]).loss
+        == F.cross_entropy(F.interpolate(seg_logits, labels.shape[1:], mode="bilinear"), labels, ignore_index=255)
+    """
+    problem = checks.check_problem(seg_logits, drawings, ignore_index=ignore_index, reduction=reduction)
+    return _evaluate(problem, backend)
 
 
 def annotation_nll(
@@ -68,11 +119,12 @@ def annotation_nll(
     normalizer: float | Tensor | None = None,
     backend: str | None = None,
 ) -> AnnotationLoss:
-    """Negative log-likelihood of one stream of drawings, with its confusion matrices (module docstring: equations).
+    """Negative log-likelihood of one kind of drawings, with its confusion matrices (module docstring: equations).
+
+    `annotation_objective` with one kind, without layers.
 
     Args:
-        seg_logits: (B, C, *S) logits of the true class; or on a coarser grid, then interpolated to S (linearly,
-            ``align_corners=False``, in float32) ahead of the kernel.
+        seg_logits: (B, C, *s) logits of the true class, on the pixel grid or any coarser one.
         cm_logits: (B or 1, C, C, *G) or (B or 1, C*C, *G) logits of ``p(observed | true)``; first index observed, second
             true. Interpolated to S exactly as `torch.nn.functional.interpolate(align_corners=False)`, inside the kernel.
             None is a trusted source, A = I: plain cross-entropy, or complementary-label learning with a transition.
@@ -99,19 +151,20 @@ def annotation_nll(
     Under autocast the logits keep the dtype that they have; the mathematics is float32 (float64 for float64).
     A label that no class can explain (probability exactly 0) has loss inf and zero gradient.
     """
-    stream = checks.check_stream(
-        seg_logits,
-        cm_logits,
+    drawings = Drawings(
         labels,
+        cm_logits,
         transition,
         trace_weight=trace_weight,
-        ignore_index=ignore_index,
         class_weight=class_weight,
         pixel_weight=pixel_weight,
-        reduction=reduction,
         normalizer=normalizer,
     )
-    return _reduce(stream, backend, 1.0)
+    problem = checks.check_problem(
+        seg_logits, [drawings], ignore_index=ignore_index, reduction=reduction, names=[str], layers=[False]
+    )
+    out = _evaluate(problem, backend)
+    return out.parts[0]._replace(loss=out.loss)
 
 
 def coarse_label_loss(
@@ -131,109 +184,148 @@ def coarse_label_loss(
     normalizer: float | Tensor | tuple[float | Tensor | None, float | Tensor | None] | None = None,
     backend: str | None = None,
 ) -> CoarseLabelLoss:
-    """The paper's objective (Eq. 4-6): positive stream + ``negative_weight`` x negative stream, each with its trace.
+    """The paper's objective (Eq. 4-6): positive + ``negative_weight`` x negative drawings, each with its trace.
+
+    `annotation_objective` with these two kinds.
 
     Args:
-        seg_logits: (B, C, *S), shared by both streams. See `annotation_nll` for every argument not listed here.
-        positive_cm, negative_cm: CM logits of each stream; None trusts that source (A = I). Give the confusion matrix to
-            the stream that is known to be worse and trust the other: free matrices on both streams are degenerate.
-        positive_labels: (B, *S), "this region is class y"; None: no positive stream.
-        negative_labels: (B, *S), "this region is not class y"; None: no negative stream. Not both may be None.
-        transition: (C, C) with zero diagonal, for the negative stream; None is uniform, ``1 / (C - 1)``.
-        negative_weight: weight of the negative stream in the sum, >= 0.
-        pixel_weight, normalizer: for both streams, or a (positive, negative) pair.
+        seg_logits: (B, C, *s), shared by both. See `annotation_nll` for every argument not listed here.
+        positive_cm, negative_cm: CM logits of each kind; None trusts those drawings (A = I). Give the confusion matrix to
+            the drawings that are known to be worse and trust the others: free matrices on both are degenerate.
+        positive_labels: (B, *S), "this region is class y"; None: no positive drawings.
+        negative_labels: (B, *S) or, several of them over one pixel, (B, K, *S), "this region is not class y"; None: no
+            negative drawings. Not both may be None.
+        transition: (C, C) with zero diagonal, of the negative drawings; None is uniform, ``1 / (C - 1)``.
+        negative_weight: weight of the negative drawings in the sum, >= 0.
+        pixel_weight, normalizer: for both kinds, or a (positive, negative) pair.
 
     Returns:
-        `CoarseLabelLoss`; its ``positive`` and ``negative`` are the streams' own losses, without ``negative_weight``.
+        `CoarseLabelLoss`; its ``positive`` and ``negative`` are the kinds' own losses, without ``negative_weight``.
 
     Raises:
         ValueError, TypeError: as `annotation_nll`; also for a transition with a non-zero diagonal.
     """
     checks.num_classes(seg_logits)
     checks.check_objective(positive_cm, positive_labels, negative_cm, negative_labels, transition, negative_weight)
-    pixel_weights = checks.per_stream("pixel_weight", pixel_weight)
-    normalizers = checks.per_stream("normalizer", normalizer)
-
-    def check(cm: Tensor | None, labels: Tensor, side: int, **options: Any) -> checks.Stream:
-        return checks.check_stream(
-            seg_logits,
-            cm,
-            labels,
-            trace_weight=trace_weight,
-            ignore_index=ignore_index,
-            class_weight=class_weight,
-            pixel_weight=pixel_weights[side],
-            reduction=reduction,
-            normalizer=normalizers[side],
+    pixel_weights = checks.per_kind("pixel_weight", pixel_weight)
+    normalizers = checks.per_kind("normalizer", normalizer)
+    if negative_labels is not None and transition is None:
+        dtype = compute_dtype(seg_logits.dtype)
+        transition = uniform_transition(checks.num_classes(seg_logits), device=seg_logits.device, dtype=dtype)
+    options: dict[str, Any] = {"trace_weight": trace_weight, "class_weight": class_weight}
+    kinds: dict[str, Drawings] = {}
+    if positive_labels is not None:
+        kinds["positive"] = Drawings(
+            positive_labels, positive_cm, pixel_weight=pixel_weights[0], normalizer=normalizers[0], **options
+        )
+    if negative_labels is not None:
+        kinds["negative"] = Drawings(
+            negative_labels,
+            negative_cm,
+            transition,
+            weight=negative_weight,
+            pixel_weight=pixel_weights[1],
+            normalizer=normalizers[1],
             **options,
         )
 
-    # Both are checked before either is computed.
-    streams: list[checks.Stream | None] = [None, None]
-    if positive_labels is not None:
-        names = ("positive_cm", "positive_labels")
-        streams[0] = check(positive_cm, positive_labels, 0, transition=None, names=names)
-    if negative_labels is not None:
-        if transition is None:
-            dtype = checks.compute_dtype(seg_logits.dtype)
-            transition = uniform_transition(checks.num_classes(seg_logits), device=seg_logits.device, dtype=dtype)
-        names = ("negative_cm", "negative_labels")
-        streams[1] = check(negative_cm, negative_labels, 1, transition=transition, names=names, complementary=True)
+    def known_as(kind: str) -> checks.Names:
+        own = {"labels": f"{kind}_labels", "cm_logits": f"{kind}_cm", "weight": "negative_weight"}
+        return lambda name: own.get(name, name)
 
-    positive = negative = total = None
-    if streams[0] is not None:
-        positive = _reduce(streams[0], backend, 1.0)
-        total = positive.loss
-    if streams[1] is not None:
-        # The weight goes into the operator rather than onto its result: a gradient formed in the forward pass then
-        # already has it, and backward needs no second pass over a field of C x C values.
-        scaled = _reduce(streams[1], backend, negative_weight)
-        total = scaled.loss if total is None else total + scaled.loss
-        own_loss = scaled.loss / negative_weight if negative_weight != 0 else scaled.nll + trace_weight * scaled.trace
-        negative = scaled._replace(loss=own_loss)
-    assert total is not None  # check_objective has seen to it
-    return CoarseLabelLoss(total, positive, negative)
+    problem = checks.check_problem(
+        seg_logits,
+        list(kinds.values()),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        names=[known_as(kind) for kind in kinds],
+        layers=[kind == "negative" for kind in kinds],
+        complementary=[kind == "negative" for kind in kinds],
+    )
+    out = _evaluate(problem, backend)
+    parts = dict(zip(kinds, out.parts, strict=True))
+    return CoarseLabelLoss(out.loss, parts.get("positive"), parts.get("negative"))
 
 
 def annotation_posterior(
     seg_logits: Tensor,
-    cm_logits: Tensor | None,
-    labels: Tensor,
+    cm_logits: Tensor | Sequence[Drawings] | None,
+    labels: Tensor | None = None,
     transition: Tensor | None = None,
     *,
     ignore_index: int = 255,
     backend: str | None = None,
 ) -> Tensor:
-    """p(true class | image, drawing): the soft label that the model believes under the drawing.
+    """p(true class | image, drawings): the soft label that the model believes under the drawings.
 
-        r[j] = p[j] q[j] / sum_k p[k] q[k]
+        r[j] = p[j] prod_k q_k[j] / sum_c p[c] prod_k q_k[c]
 
-    Arguments as in `annotation_nll`. Returns (B, C, *S) on the pixel grid, in the dtype of ``seg_logits``, detached. At
-    a pixel without label, or with a label that no class can explain, the posterior is p itself.
+    ``annotation_posterior(seg_logits, cm_logits, labels, transition)`` for one kind of drawings, arguments as in
+    `annotation_nll`; ``annotation_posterior(seg_logits, drawings)`` for any number of them and of layers, all labels k of a
+    pixel together; their weights do not matter.
+
+    Returns (B, C, *S) on the pixel grid, in the dtype of ``seg_logits``, detached. At a pixel without label, or with labels
+    that no class can explain, the posterior is p itself.
     """
-    stream = checks.check_stream(seg_logits, cm_logits, labels, transition, ignore_index=ignore_index)
+    if cm_logits is None or isinstance(cm_logits, Tensor):
+        drawings: Sequence[Drawings] = [Drawings(labels, cm_logits, transition)]  # type: ignore[arg-type]
+        problem = checks.check_problem(
+            seg_logits, drawings, ignore_index=ignore_index, names=[str], layers=[False]
+        )
+    else:
+        if labels is not None or transition is not None:
+            raise TypeError("labels, transition: are parts of the drawings where a sequence of them is given, expected None")
+        problem = checks.check_problem(seg_logits, cm_logits, ignore_index=ignore_index)
     with torch.no_grad():
-        return backends.select(stream, backend).posterior(stream)
+        return backends.select(problem, backend).posterior(problem)
 
 
-def _reduce(stream: checks.Stream, backend: str | None, loss_scale: float) -> AnnotationLoss:
-    """Run one checked stream; ``loss_scale`` multiplies the loss (and so its gradients), not nll and trace."""
-    chosen = backends.select(stream, backend)
-    count = chosen.labelled_weight(stream)
-    if stream.reduction == "none":
-        loss, nll, trace = chosen.nll_map(stream)
-        loss = loss if loss_scale == 1.0 else loss * loss_scale
-        return AnnotationLoss(loss, nll, trace, count)
-    scale = _scale(stream, count)
-    loss, nll, trace = chosen.nll_sum(stream, scale, loss_scale)
-    return AnnotationLoss(loss, nll, trace, count)
+def label_map(seg_logits: Tensor, size: Sequence[int], *, backend: str | None = None) -> Tensor:
+    """The most probable class at each pixel: argmax over classes of the interpolated logits, which are never formed.
+
+    Args:
+        seg_logits: (B, C, *s) logits of the true class.
+        size: *S, the pixel grid; each axis at least as long as that of the logits.
+        backend: as in `annotation_nll`.
+
+    Returns:
+        (B, *S) uint8, or int64 above 256 classes; ``F.interpolate(seg_logits, size, mode="bilinear").argmax(1)`` in float32
+        (float64 for float64). Among equals the first class wins, and NaN wins over all.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    size = checks.check_size(seg_logits, size)
+    with torch.no_grad():
+        return backends.select_for(seg_logits, backend).label_map(seg_logits, size)
 
 
-def _scale(stream: checks.Stream, count: Tensor) -> Tensor | None:
+def _evaluate(problem: Problem, backend: str | None) -> Objective:
+    """Run a checked problem."""
+    chosen = backends.select(problem, backend)
+    counts = [chosen.labelled_weight(problem, drawings) for drawings in problem.drawings]
+    if problem.reduction == "none":
+        maps = chosen.nll_maps(problem)
+        total: Tensor | None = None
+        parts = []
+        for drawings, layered, of_kind, count in zip(problem.drawings, problem.layered, maps, counts, strict=True):
+            loss, nll, trace = of_kind
+            own = loss if drawings.weight == 1.0 else loss * drawings.weight
+            summed = own.sum(1) if layered else own.squeeze(1)
+            total = summed if total is None else total + summed
+            parts.append(AnnotationLoss(*(t if layered else t.squeeze(1) for t in (loss, nll, trace, count))))
+        assert total is not None  # there is at least one kind
+        return Objective(total, tuple(parts))
+    scales = [_scale(problem, drawings, count) for drawings, count in zip(problem.drawings, counts, strict=True)]
+    loss, of_kinds = chosen.nll_sums(problem, scales)
+    return Objective(loss, tuple(AnnotationLoss(*terms, count) for terms, count in zip(of_kinds, counts, strict=True)))
+
+
+def _scale(problem: Problem, drawings: Drawings, count: Tensor) -> Tensor | None:
     """What the sums are multiplied with: None (1) for "sum", else 1 / normalizer, and 0 where nothing is labelled."""
-    if stream.reduction == "sum":
+    if problem.reduction == "sum":
         return None
-    normalizer = stream.normalizer
+    normalizer = drawings.normalizer
     if normalizer is None:
         normalizer = count
     elif not isinstance(normalizer, Tensor):

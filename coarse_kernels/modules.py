@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .functional import AnnotationLoss, CoarseLabelLoss, annotation_nll, coarse_label_loss
+from .problem import compute_dtype
 from .transition import estimate_transition, uniform_transition
 
 
@@ -142,7 +143,7 @@ class TransitionMatrix(nn.Module):
     def __init__(self, matrix: Tensor, *, learned: bool = False):
         super().__init__()
         checks.check_transition("matrix", matrix)
-        matrix = matrix.detach().to(checks.compute_dtype(matrix.dtype))
+        matrix = matrix.detach().to(compute_dtype(matrix.dtype))
         rows = matrix.sum(1)
         if not torch.allclose(rows, torch.ones_like(rows), atol=1e-4):
             raise ValueError(f"matrix: expected rows that sum to 1, got row sums {rows.tolist()}")

@@ -7,7 +7,6 @@
 #include <tuple>
 
 #include "run.h"
-#include "schema.h"
 
 namespace {
 
@@ -141,11 +140,6 @@ Tensor find_bad_label(Tensor labels, int64_t num_classes, int64_t ignore_index) 
 }
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY(coarse_kernels, m) {
-  define_operators(m);
-  m.def("find_bad_label(Tensor labels, int num_classes, int ignore_index) -> Tensor");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(coarse_kernels, CPU, m) {
   m.impl("annotation_nll", TORCH_BOX(&annotation_nll));

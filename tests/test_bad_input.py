@@ -19,7 +19,7 @@ def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Every way into a backend is watched; tests that expect an error end with the list empty."""
     entered: list[str] = []
     for backend in backends._REGISTRY.values():
-        for name in ("labelled_weight", "nll_sum", "nll_map", "posterior"):
+        for name in ("labelled_weight", "nll_sums", "nll_maps", "posterior", "label_map"):
             monkeypatch.setattr(backend, name, lambda *a, _name=name, **k: entered.append(_name), raising=True)
     yield entered
     assert entered == []

@@ -645,8 +645,9 @@ def test_an_image_without_pixels_has_zero_loss(backend: str, size: tuple[int, in
 
 def test_a_normalizer_on_the_cpu_follows_the_logits() -> None:
     """PyTorch lets a 0-d CPU tensor go with any device; a kernel that is handed its pointer would read host memory."""
-    stream = types.SimpleNamespace(reduction="mean", normalizer=torch.tensor(2.0))
-    scale = functional._scale(stream, torch.empty((), device="meta"))  # type: ignore[arg-type]
+    problem = types.SimpleNamespace(reduction="mean")
+    drawings = ck.Drawings(torch.empty(0), normalizer=torch.tensor(2.0))
+    scale = functional._scale(problem, drawings, torch.empty((), device="meta"))  # type: ignore[arg-type]
     assert scale is not None
     assert scale.device.type == "meta"
 

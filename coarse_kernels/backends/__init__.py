@@ -10,20 +10,21 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..checks import Stream
+from ..problem import Drawings, Problem
 from . import cpu, cuda, reference, triton
+from .reference import Terms
 
 logger = logging.getLogger("coarse_kernels")
 
 
 class Backend(Protocol):
-    """What a backend owes. Tensors as in `checks.Stream`; results in ``stream.compute_dtype`` unless stated."""
+    """What a backend owes. Tensors as in `problem.Problem`; results in ``problem.compute_dtype`` unless stated."""
 
     name: str
     device_types: tuple[str, ...]  # empty: any
@@ -31,23 +32,27 @@ class Backend(Protocol):
     def unavailable(self) -> str | None:
         """Why it cannot run in this process at all, or None."""
 
-    def unsupported(self, stream: Stream) -> str | None:
+    def unsupported(self, problem: Problem) -> str | None:
         """Why it cannot serve these arguments, or None."""
 
-    def labelled_weight(self, stream: Stream) -> Tensor:
-        """Summed weight of the labelled pixels, 0-d; the (B, *S) weights themselves for reduction "none"."""
+    def labelled_weight(self, problem: Problem, drawings: Drawings) -> Tensor:
+        """Summed weight of the labels, 0-d; the (B, K, *S) weights themselves for reduction "none"."""
 
-    def nll_sum(self, stream: Stream, scale: Tensor | None, loss_scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """0-d ``scale * loss_scale * sum w (nll + trace_weight tr A)``, ``scale * sum w nll``, ``scale * sum w tr A``.
+    def nll_sums(self, problem: Problem, scales: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Terms, ...]]:
+        """The total, and of each kind 0-d ``scale * sum w (nll + trace_weight tr A)``, ``scale * sum w nll``,
+        ``scale * sum w tr A``; the total is the sum over kinds of ``weight`` times the first.
 
-        Only the first carries gradient.
+        The total and the first of each kind carry gradient.
         """
 
-    def nll_map(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, *S) ``w (nll + trace_weight tr A)``, ``w nll``, ``w tr A``. Only the first carries gradient."""
+    def nll_maps(self, problem: Problem) -> tuple[Terms, ...]:
+        """Of each kind (B, K, *S) ``w (nll + trace_weight tr A)``, ``w nll``, ``w tr A``. Only the first carries gradient."""
 
-    def posterior(self, stream: Stream) -> Tensor:
+    def posterior(self, problem: Problem) -> Tensor:
         """(B, C, *S) in the dtype of seg_logits."""
+
+    def label_map(self, seg_logits: Tensor, size: tuple[int, ...]) -> Tensor:
+        """(B, *S) uint8, int64 above 256 classes."""
 
 
 # In the order in which an automatic choice tries them.
@@ -86,27 +91,30 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = before
 
 
-def select(stream: Stream, name: str | None) -> Backend:
+def select(problem: Problem, name: str | None) -> Backend:
     """The backend for these arguments: ``name``, else `use_backend`, else the environment, else the first that can."""
+    return _first(name, problem.device.type, lambda backend: backend.unsupported(problem))
+
+
+def select_for(tensor: Tensor, name: str | None) -> Backend:
+    """The same where any backend of the tensor's device will do."""
+    return _first(name, tensor.device.type, lambda backend: None)
+
+
+def _first(name: str | None, kind: str, unsupported: Callable[[Backend], str | None]) -> Backend:
     name = name if name is not None else _forced
     if name is None:
         name = _from_environment()
-    if stream.cm_logits is None:
-        # A = I needs no C x C kernel: log_softmax is all there is to it, on any device. A wrong name is still an error.
-        if name is not None and (reason := _lookup(name).unavailable()) is not None:
-            raise RuntimeError(f"backend {name!r} cannot run: {reason}")
-        return reference.BACKEND
-    kind = stream.device.type
     if name is not None:
         backend = _lookup(name)
-        reason = _reason(backend, kind) or backend.unsupported(stream)
+        reason = _reason(backend, kind) or unsupported(backend)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run: {reason}")
         return backend
     for backend in _REGISTRY.values():
         if backend.device_types and kind not in backend.device_types:
             continue  # not worth a word: nobody expects the CPU kernels on a GPU
-        reason = backend.unavailable() or backend.unsupported(stream)
+        reason = backend.unavailable() or unsupported(backend)
         if reason is None:
             return backend
         _log_fallback(backend.name, kind, reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import compiled
 from .operator import FusedBackend
 
-BACKEND = FusedBackend("cpu", ("cpu",))
+BACKEND = FusedBackend("cpu", ("cpu",), compiled.NAMESPACE)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .. import native
-from ..checks import Stream
+from ..problem import Problem
+from . import compiled
 from .operator import FusedBackend
 
 MAX_CLASSES = 256  # columns of a pixel have to fit in shared memory
@@ -13,13 +14,13 @@ class CudaBackend(FusedBackend):
     def unavailable(self) -> str | None:
         return native.cuda_reason()
 
-    def unsupported(self, stream: Stream) -> str | None:
-        if stream.num_classes > MAX_CLASSES:
-            return f"it serves up to {MAX_CLASSES} classes, got {stream.num_classes}"
-        pixels = stream.labels.shape[1:].numel()
+    def unsupported(self, problem: Problem) -> str | None:
+        if problem.num_classes > MAX_CLASSES:
+            return f"it serves up to {MAX_CLASSES} classes, got {problem.num_classes}"
+        pixels = problem.size.numel()
         if pixels >= 2**31:
             return f"it serves images of fewer than 2^31 pixels, got {pixels}"
-        return None
+        return super().unsupported(problem)
 
 
-BACKEND = CudaBackend("cuda", ("cuda",))
+BACKEND = CudaBackend("cuda", ("cuda",), compiled.NAMESPACE)

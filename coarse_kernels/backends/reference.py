@@ -7,12 +7,15 @@ the other backends exist to avoid.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import Stream
+from ..problem import Drawings, Problem, compute_dtype
+
+Terms = tuple[Tensor, Tensor, Tensor]  # loss, nll, trace
 
 _MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -26,55 +29,57 @@ def interpolate(field: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
     return F.interpolate(field, size=tuple(size), mode=_MODES[len(size)], align_corners=False)
 
 
-def label_weights(stream: Stream) -> Tensor:
-    """(B, *S) weight of each pixel: class_weight[label] * pixel_weight, 0 where there is no label."""
-    valid = stream.labelled
+def label_weights(problem: Problem, drawings: Drawings) -> Tensor:
+    """(B, K, *S) weight of each label: class_weight[label] * pixel_weight, 0 where there is none."""
+    valid = problem.labelled(drawings)
     # where, not products: the weight of an unlabelled pixel, or of a class that nobody drew, may be inf or NaN
-    weight = valid.to(stream.compute_dtype)
-    if stream.class_weight is not None:
-        labels = torch.where(valid, stream.labels, 0).long()
-        weight = torch.where(valid, stream.class_weight.detach().to(weight.dtype)[labels], 0.0)
-    if stream.pixel_weight is not None:
-        weight = torch.where(valid, weight * stream.pixel_weight.detach().to(weight.dtype), 0.0)
+    weight = valid.to(problem.compute_dtype)
+    if drawings.class_weight is not None:
+        labels = torch.where(valid, drawings.labels, 0).long()
+        weight = torch.where(valid, drawings.class_weight.detach().to(weight.dtype)[labels], 0.0)
+    if drawings.pixel_weight is not None:
+        weight = torch.where(valid, weight * drawings.pixel_weight.detach().to(weight.dtype), 0.0)
     return weight
 
 
 class _Pixels:
-    """The per-pixel quantities of the module `functional`, (B, C, *S) and (B, *S). Unlabelled pixels: label 0, logits 0.
+    """The per-pixel quantities of the module `functional` for one layer of drawings, (B, C, *S) and (B, *S). Unlabelled
+    pixels: label 0, logits 0.
 
     Their logits are replaced, not masked afterwards, so that a NaN there reaches neither the sums nor the gradients.
     """
 
-    def __init__(self, stream: Stream):
-        size, dtype, classes = stream.labels.shape[1:], stream.compute_dtype, stream.num_classes
-        valid = stream.labelled
-        labels = torch.where(valid, stream.labels, 0).long()
-        seg = interpolate(stream.seg_logits.to(dtype), size)
+    def __init__(self, problem: Problem, drawings: Drawings, layer: int):
+        size, dtype, classes = problem.size, problem.compute_dtype, problem.num_classes
+        valid = problem.labelled(drawings)[:, layer]
+        labels = torch.where(valid, drawings.labels[:, layer], 0).long()
+        seg = interpolate(problem.seg_logits.to(dtype), size)
         log_p = F.log_softmax(torch.where(valid.unsqueeze(1), seg, 0.0), dim=1)
         reported = None  # T[i, y], (B, C, *S)
-        if stream.transition is not None:
-            reported = stream.transition.to(dtype)[:, labels].movedim(0, 1)
+        if drawings.transition is not None:
+            reported = drawings.transition.to(dtype)[:, labels].movedim(0, 1)
 
-        if stream.cm_logits is None:  # A = I: q[j] = T[j, y]
+        if drawings.cm_logits is None:  # A = I: q[j] = T[j, y]
             self.trace = torch.zeros_like(log_p[:, 0])
             if reported is None:
                 reported = F.one_hot(labels, classes).movedim(-1, 1).to(dtype)
-            self.log_joint = log_p + reported.detach().log()
+            self.log_q = reported.detach().log()
             self.nll = -_log_weighted_sum(reported, log_p, 1)
             return
-        cm = interpolate(stream.cm_logits.to(dtype).flatten(1, 2), size).unflatten(1, (classes, classes))
+        cm = interpolate(drawings.cm_logits.to(dtype).flatten(1, 2), size).unflatten(1, (classes, classes))
         log_a = F.log_softmax(torch.where(valid[:, None, None], cm, 0.0), dim=1)  # (B, C observed, C true, *S)
         self.trace = log_a.diagonal(dim1=1, dim2=2).exp().sum(-1)
         if reported is None:
             index = labels[:, None, None].expand(-1, 1, classes, *size)
-            self.log_joint = log_p + log_a.gather(1, index).squeeze(1)
+            self.log_q = log_a.gather(1, index).squeeze(1)
         else:
             with torch.no_grad():
-                self.log_joint = log_p + _log_weighted_sum(reported.unsqueeze(2), log_a, 1)
+                self.log_q = _log_weighted_sum(reported.unsqueeze(2), log_a, 1)
         # A label that no class can explain: loss inf and gradient 0, not NaN.
-        possible = _possible(self.log_joint)
+        log_joint = log_p + self.log_q
+        possible = _possible(log_joint)
         if reported is None:
-            nll = -torch.logsumexp(torch.where(possible, self.log_joint, 0.0), dim=1)
+            nll = -torch.logsumexp(torch.where(possible, log_joint, 0.0), dim=1)
         else:
             # over observed and true classes at once: a column with q[j] = 0 has a gradient at T[i, y] all the same
             each = reported.unsqueeze(2).expand_as(log_a).flatten(1, 2)
@@ -109,37 +114,59 @@ class ReferenceBackend:
     def unavailable(self) -> str | None:
         return None
 
-    def unsupported(self, stream: Stream) -> str | None:
+    def unsupported(self, problem: Problem) -> str | None:
         return None
 
-    def labelled_weight(self, stream: Stream) -> Tensor:
-        weight = label_weights(stream)
-        if stream.reduction == "none":
+    def labelled_weight(self, problem: Problem, drawings: Drawings) -> Tensor:
+        weight = label_weights(problem, drawings)
+        if problem.reduction == "none":
             return weight
         return weight.sum(dtype=torch.float64).to(weight.dtype)
 
-    def nll_map(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
-        pixels = _Pixels(stream)
-        weight = label_weights(stream)
+    def nll_maps(self, problem: Problem) -> tuple[Terms, ...]:
+        return tuple(self._maps(problem, drawings) for drawings in problem.drawings)
+
+    def _maps(self, problem: Problem, drawings: Drawings) -> Terms:
+        layers = [_Pixels(problem, drawings, layer) for layer in range(drawings.labels.shape[1])]
+        weight = label_weights(problem, drawings)
         weighs = weight != 0  # 0 * inf is not 0
-        nll = torch.where(weighs, weight * torch.where(weighs, pixels.nll, 0.0), 0.0)
-        trace = torch.where(weighs, weight * torch.where(weighs, pixels.trace, 0.0), 0.0)
-        loss = nll + stream.trace_weight * trace
-        return loss, nll.detach(), trace.detach()
 
-    def nll_sum(self, stream: Stream, scale: Tensor | None, loss_scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        loss, nll, trace = (term.sum() for term in self.nll_map(stream))
-        if scale is not None:
-            loss, nll, trace = (torch.where(scale == 0, 0.0, term) * scale for term in (loss, nll, trace))
-        # a weight of 0 counts for nothing, even if the sum is inf
-        return torch.where(loss.isinf(), 0.0, loss) * 0.0 if loss_scale == 0 else loss * loss_scale, nll, trace
+        def weighted(terms: list[Tensor]) -> Tensor:
+            stacked = torch.stack(terms, 1) if terms else weight
+            return torch.where(weighs, weight * torch.where(weighs, stacked, 0.0), 0.0)
 
-    def posterior(self, stream: Stream) -> Tensor:
-        log_joint = _Pixels(stream).log_joint
-        seg = interpolate(stream.seg_logits.to(stream.compute_dtype), stream.labels.shape[1:])
-        labelled = stream.labelled.unsqueeze(1)
-        posterior = torch.where(labelled & _possible(log_joint), F.softmax(log_joint, 1), F.softmax(seg, 1))
-        return posterior.to(stream.seg_logits.dtype)
+        nll, trace = weighted([pixels.nll for pixels in layers]), weighted([pixels.trace for pixels in layers])
+        return nll + drawings.trace_weight * trace, nll.detach(), trace.detach()
+
+    def nll_sums(self, problem: Problem, scales: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Terms, ...]]:
+        total: Tensor | None = None
+        parts: list[Terms] = []
+        for drawings, scale in zip(problem.drawings, scales, strict=True):
+            loss, nll, trace = (term.sum() for term in self._maps(problem, drawings))
+            if scale is not None:
+                loss, nll, trace = (torch.where(scale == 0, 0.0, term) * scale for term in (loss, nll, trace))
+            # a weight of 0 counts for nothing, even if the sum is inf
+            own = torch.where(loss.isinf(), 0.0, loss) * 0.0 if drawings.weight == 0 else loss * drawings.weight
+            total = own if total is None else total + own
+            parts.append((loss, nll, trace))
+        assert total is not None  # there is at least one kind
+        return total, tuple(parts)
+
+    def posterior(self, problem: Problem) -> Tensor:
+        seg = interpolate(problem.seg_logits.to(problem.compute_dtype), problem.size)
+        joint = F.log_softmax(seg, 1)
+        drawn = torch.zeros_like(joint[:, :1], dtype=torch.bool)
+        for drawings in problem.drawings:
+            for layer in range(drawings.labels.shape[1]):
+                labelled = problem.labelled(drawings)[:, layer].unsqueeze(1)
+                joint = joint + torch.where(labelled, _Pixels(problem, drawings, layer).log_q, 0.0)
+                drawn = drawn | labelled
+        posterior = torch.where(drawn & _possible(joint), F.softmax(joint, 1), F.softmax(seg, 1))
+        return posterior.to(problem.seg_logits.dtype)
+
+    def label_map(self, seg_logits: Tensor, size: tuple[int, ...]) -> Tensor:
+        labels = interpolate(seg_logits.to(compute_dtype(seg_logits.dtype)), size).argmax(1)
+        return labels.to(torch.uint8) if seg_logits.shape[1] <= 256 else labels
 
 
 BACKEND = ReferenceBackend()

@@ -7,7 +7,6 @@
 #include <tuple>
 #include <utility>
 
-#include "../schema.h"
 #include "../tensors.h"
 #include "launch.h"
 
@@ -334,7 +333,6 @@ void scale_(Tensor gradient, Tensor factor) {
 }  // namespace
 
 #if defined(COARSE_EMULATED)
-STABLE_TORCH_LIBRARY(coarse_kernels_emulated, m) { define_operators(m); }
 #define COARSE_OPERATORS STABLE_TORCH_LIBRARY_IMPL(coarse_kernels_emulated, CPU, m)
 #else
 #define COARSE_OPERATORS STABLE_TORCH_LIBRARY_IMPL(coarse_kernels, CUDA, m)

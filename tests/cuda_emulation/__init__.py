@@ -7,8 +7,8 @@ import os
 import torch
 
 from coarse_kernels import backends
+from coarse_kernels.backends import one_by_one, operator
 from coarse_kernels.backends.cuda import CudaBackend
-from coarse_kernels.backends.operator import register as register_operators
 
 from . import build
 
@@ -17,6 +17,7 @@ NAME, NAMESPACE = "cuda-emulated", "coarse_kernels_emulated"
 
 class EmulatedBackend(CudaBackend):
     error: str | None = None
+    library: torch.library.Library | None = None  # the operators live as long as it does
 
     def unavailable(self) -> str | None:
         return self.error
@@ -30,7 +31,8 @@ def register() -> None:
     backend = EmulatedBackend(NAME, ("cpu",), NAMESPACE)
     try:
         torch.ops.load_library(str(build.library()))
-        register_operators(NAMESPACE)
+        backend.library = operator.define(NAMESPACE, single=True)
+        one_by_one.implement(backend.library, NAMESPACE, ("CPU",))
     except (RuntimeError, OSError) as error:
         backend.error = f"{type(error).__name__}: {error}"
     reference = backends._REGISTRY.pop("reference")

@@ -44,8 +44,8 @@ from typing import Any
 
 import torch
 
-from ...checks import Stream
-from .. import operator
+from ...problem import Problem
+from .. import one_by_one, operator
 from .table import MAX_CLASSES
 
 NAMESPACE = "coarse_kernels_triton"
@@ -75,10 +75,10 @@ class TritonBackend(operator.FusedBackend):
     def unavailable(self) -> str | None:
         return _MISSING
 
-    def unsupported(self, stream: Stream) -> str | None:
-        if stream.num_classes > MAX_CLASSES:
-            return f"it serves up to {MAX_CLASSES} classes, got {stream.num_classes}"
-        return None
+    def unsupported(self, problem: Problem) -> str | None:
+        if problem.num_classes > MAX_CLASSES:
+            return f"it serves up to {MAX_CLASSES} classes, got {problem.num_classes}"
+        return super().unsupported(problem)
 
 
 def _on_first_call(name: str) -> Callable[..., Any]:
@@ -90,13 +90,12 @@ def _on_first_call(name: str) -> Callable[..., Any]:
 
 
 def _define() -> torch.library.Library:
-    library = torch.library.Library(NAMESPACE, "DEF")
-    for schema in (*operator.SCHEMAS, operator.SCALE):
-        library.define(schema)
-        name = schema.partition("(")[0]
-        for key in ("CUDA", "XPU", *(("CPU",) if INTERPRETED else ())):
+    library = operator.define(NAMESPACE, single=True)
+    keys = ("CUDA", "XPU", *(("CPU",) if INTERPRETED else ()))
+    for name in ("annotation_nll", "annotation_posterior", "labelled_weight", "scale_"):
+        for key in keys:
             library.impl(name, _on_first_call(name), key)
-    operator.register(NAMESPACE)
+    one_by_one.implement(library, NAMESPACE, keys)
     return library
 
 

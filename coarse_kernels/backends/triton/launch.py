@@ -11,9 +11,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..operator import CM, SEG, TRANSITION
+from ..operator import SEG, cm_bit, transition_bit
 from . import kernels, table
 
+CM, TRANSITION = cm_bit(0), transition_bit(0)
 EQUAL, ONE_POINT, LINEAR = range(3)  # as in `kernels`
 
 # Bytes of the copies of a field's gradient in which shares of large cells are summed, and of a transition's. At

@@ -1,0 +1,25 @@
+"""The namespace `torch.ops.coarse_kernels`, which the compiled modules implement for CPU (`_C`) and CUDA (`_cuda`)."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import native
+from . import one_by_one, operator
+
+NAMESPACE = "coarse_kernels"
+
+
+def _find_bad_label_fake(labels: torch.Tensor, num_classes: int, ignore_index: int) -> torch.Tensor:
+    return labels.new_empty((2,), dtype=torch.int64)
+
+
+def _define() -> torch.library.Library:
+    library = operator.define(NAMESPACE, single=True)
+    one_by_one.implement(library, NAMESPACE, ("CPU", "CUDA"))
+    library.define("find_bad_label(Tensor labels, int num_classes, int ignore_index) -> Tensor")
+    torch.library.register_fake(f"{NAMESPACE}::find_bad_label", _find_bad_label_fake, lib=library)
+    return library
+
+
+LIBRARY = _define() if native.OPERATORS is not None else None
