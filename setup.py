@@ -1,4 +1,4 @@
-"""Builds the two compiled modules, if it can. Without a compiler, without torch, or with COARSE_KERNELS_BUILD=0 the install
+"""Builds the compiled modules, if it can. Without a compiler, without torch, or with COARSE_KERNELS_BUILD=0 the install
 still succeeds: the reference backend needs none of it, and `python -m coarse_kernels.env_report` says what is missing.
 
 COARSE_KERNELS_BUILD   auto (default): build, and go on without where that fails; 1: fail loudly; 0: do not build
@@ -26,7 +26,7 @@ def switch(name: str) -> str:
 
 MODE, CUDA_MODE = switch("COARSE_KERNELS_BUILD"), switch("COARSE_CUDA")
 
-CPU_SOURCES = ["dispatch", "kernels_baseline", "kernels_avx2", "kernels_avx512"]
+CPU_SOURCES = ["ops_cpu", "dispatch", "kernels_baseline", "kernels_avx2", "kernels_avx512"]
 # No -march: each kernels_*.cpp raises the instruction set for itself, and dispatch.cpp chooses at run time.
 CXX_FLAGS = [
     "-std=c++20",
@@ -57,7 +57,7 @@ def extensions() -> tuple[list, dict]:
 
     operators = CppExtension(
         "coarse_kernels._C",
-        ["csrc/ops.cpp", *(f"csrc/cpu/{name}.cpp" for name in CPU_SOURCES)],
+        [f"csrc/cpu/{name}.cpp" for name in CPU_SOURCES],
         extra_compile_args=[*CXX_FLAGS, *STABLE_ABI],
         py_limited_api=True,
     )

@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "coarse_math.h"
-#include "cpu/problem.h"
+#include "cpu/kernel_set.h"
 
 namespace py = pybind11;
 

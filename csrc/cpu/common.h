@@ -1,5 +1,7 @@
-// What the pixel-grid and the strided-grid kernels share: workspace, labels of a run of pixels, the log-space path.
+// What the kernels of a kind of drawings share: workspace, the pixels they work on, labels, the log-space path.
 #pragma once
+
+#include <new>
 
 #include "simd.h"
 
@@ -25,7 +27,32 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// Labels, weights and the label's row of T for a run of pixels: the part that both grids share.
+// The pixels that are worked on together: vectors of neighbouring pixels of a row, `per_row` of each of `rows` rows. Vector v
+// is number v % per_row of row v / per_row. What belongs to it lies in memory as V x[plane * pitch + v].
+struct Slab {
+  int64_t image, z, y0, x0, x1;  // rows from y0 on, columns [x0, x1)
+  int rows, per_row;
+  int32_t segment;  // of the plan: where the fields' lambdas are
+  int pitch;
+
+  int count() const { return rows * per_row; }
+};
+
+template <class R>
+struct Place {
+  static constexpr int N = kLanes<R>;
+  int64_t at;     // of the first pixel in its image
+  int64_t y, x;
+  int64_t lanes;  // pixels of the vector that exist: at least 1
+
+  COARSE_HD Place(const Problem<R>& problem, const Slab& slab, int v)
+      : y(slab.y0 + v / slab.per_row), x(slab.x0 + static_cast<int64_t>(v % slab.per_row) * N) {
+    at = (slab.z * problem.height + y) * problem.width + x;
+    lanes = slab.x1 - x < N ? slab.x1 - x : N;
+  }
+};
+
+// Labels and weights of the vectors of a slab in one layer of drawings.
 template <class R>
 struct LabelRun {
   int32_t* label;  // 0 where ignored, so that a lane without label computes something harmless
@@ -39,16 +66,16 @@ struct LabelRun {
     weight = arena.take<R>(n);
   }
 
-  // Pixels [at, at + n) of the flattened (B, D, H, W) label map; lanes up to `padded` count as ignored.
-  // `valid` and `weight` are written from position `to` on, so that a row of a segment can have its place.
-  inline bool read(const Stream<R>& s, int64_t at, int64_t n, int64_t padded, int64_t to) {
+  // Pixels [at, at + n) of the flattened label maps; lanes up to `padded` count as ignored. Written from position `to` on.
+  inline bool read(const Problem<R>& problem, const Drawings<R>& kind, int64_t at, int64_t n, int64_t padded,
+                   int64_t to) {
     bool bad = false;
     int64_t count = 0;
     for (int64_t k = 0; k < n; ++k) {
-      const int64_t y = s.label_type == LabelType::u8 ? static_cast<const uint8_t*>(s.labels)[at + k]
-                                                      : static_cast<const int64_t*>(s.labels)[at + k];
-      bool ok = y != s.ignore_index;
-      if (ok && (y < 0 || y >= s.classes)) {
+      const int64_t y = kind.label_type == LabelType::u8 ? static_cast<const uint8_t*>(kind.labels)[at + k]
+                                                         : static_cast<const int64_t*>(kind.labels)[at + k];
+      bool ok = y != problem.ignore_index;
+      if (ok && (y < 0 || y >= problem.classes)) {
         bad = true;
         ok = false;
       }
@@ -62,18 +89,35 @@ struct LabelRun {
       valid[to + k] = weight[to + k] = R(0);
     }
     // Not products: the weight of an ignored pixel, or of a class that nobody drew, may be inf or NaN.
-    if (s.class_weight != nullptr) {
-      for (int64_t k = 0; k < n; ++k) weight[to + k] = valid[to + k] != R(0) ? s.class_weight[label[to + k]] : R(0);
+    if (kind.class_weight != nullptr) {
+      for (int64_t k = 0; k < n; ++k) weight[to + k] = valid[to + k] != R(0) ? kind.class_weight[label[to + k]] : R(0);
     }
-    if (s.pixel_weight != nullptr) {
+    if (kind.pixel_weight != nullptr) {
       for (int64_t k = 0; k < n; ++k)
-        weight[to + k] = valid[to + k] != R(0) ? weight[to + k] * s.pixel_weight[at + k] : R(0);
+        weight[to + k] = valid[to + k] != R(0) ? weight[to + k] * kind.pixel_weight[at + k] : R(0);
     }
     any_valid = any_valid || count > 0;
     all_valid = all_valid && count == n;
     return bad;
   }
 };
+
+// Loss terms of a vector of pixels of one layer: into its maps and the task's sums. A weight of 0 counts for nothing,
+// whatever nll is. `at` is the first pixel in the maps.
+template <class R>
+inline void add_terms(const Drawings<R>& kind, int64_t task, int64_t at, int64_t lanes, Vec<R> weight, Vec<R> nll,
+                      Vec<R> trace) {
+  const Vec<R> zero = broadcast<Vec<R>>(R(0));
+  nll = select(weight == zero, zero, weight * nll);  // 0 * inf is not 0
+  trace = select(weight == zero, zero, weight * trace);
+  kind.sums[2 * task] += sum_lanes<R>(nll);
+  kind.sums[2 * task + 1] += sum_lanes<R>(trace);
+  if (kind.nll_map == nullptr) return;
+  for (int64_t k = 0; k < lanes; ++k) {
+    kind.nll_map[at + k] = nll[k];
+    kind.trace_map[at + k] = trace[k];
+  }
+}
 
 // reported[i][k] = T[i, y(k)] for k in [0, n); rows `stride` apart.
 template <class R>

@@ -1,7 +1,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "problem.h"
+#include "kernel_set.h"
 
 namespace coarse {
 namespace {

@@ -1,8 +1,7 @@
 // The kernels of one instruction set, as a table. Included last by each kernels_*.cpp.
 #pragma once
 
-#include "pixel_grid.h"
-#include "strided_grid.h"
+#include "task.h"
 
 namespace coarse {
 namespace {
@@ -59,7 +58,7 @@ void convert(const float* src, void* dst, Storage storage, int64_t n) { store_ru
 
 template <class R>
 constexpr KernelSet<R> kernel_set() {
-  return {pixel_workspace<R>, pixel_grid<R>, strided_workspace<R>, strided_grid<R>};
+  return {task_workspace<R>, run_task<R>};
 }
 
 constexpr Kernels make_kernels(const char* isa) {

@@ -10,8 +10,9 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <new>
 
-#include "problem.h"
+#include "kernel_set.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \

@@ -2,7 +2,7 @@
 //
 // A tile of pixels goes through three steps, with the exponentials of its C x C logits kept in cache (`field_`)
 // meanwhile:
-//   1. softmax of the class logits; for each column j: load, shift by the column maximum, exponentiate, sum (Z, q)
+//   1. for each column j: load, shift by the column maximum, exponentiate, sum (Z, q)
 //   2. per pixel: D, posterior, loss, and the three coefficients of each column's gradient (coarse_math.h)
 //   3. for each column j: exponentials * coefficients, streamed to memory
 //
@@ -10,9 +10,11 @@
 // busy (`pipeline`): for column j it exponentiates this tile's logits, streams out the gradient of the tile before from
 // the slots that they go to, and fetches the logits of column j + 1. In separate loops reading, computing and writing
 // wait for one another, which takes 1.3 times as long (C = 19).
+//
+// Several layers of labels share the matrix, and so the exponentials: each adds its q, its posterior, and its coefficients.
 #pragma once
 
-#include "common.h"
+#include "class_field.h"
 
 namespace coarse {
 namespace {
@@ -36,149 +38,173 @@ class PixelGrid {
   static constexpr int N = kLanes<R>;
 
  public:
-  PixelGrid(const Stream<R>& s, void* workspace) : s_(s), arena_(workspace), tile_(tile_pixels<R>(s.classes)) {
-    const int64_t c = s.classes, t = tile_;
-    want_cm_ = s.cm_gradient != nullptr;
-    keep_field_ = want_cm_ || s.transition_gradient != nullptr;
-    accumulate_ = s.cm_batch == 1 && s.batch > 1;
+  void init(const Problem<R>& problem, const Drawings<R>& kind, Arena& arena) {
+    problem_ = &problem;
+    kind_ = &kind;
+    tile_ = tile_pixels<R>(problem.classes);
+    const int64_t c = problem.classes, t = tile_, layers = kind.layers;
+    want_cm_ = kind.field.gradient != nullptr;
+    keep_field_ = want_cm_ || kind.transition_gradient != nullptr;
+    accumulate_ = kind.field.images == 1 && problem.batch > 1;
     constexpr Storage own = sizeof(R) == 4 ? Storage::f32 : Storage::f64;
-    own_storage_ = s.cm_storage == own;
-    own_gradient_ = s.cm_gradient_storage == own;
-    aligned_planes_ = reinterpret_cast<uintptr_t>(s.cm_gradient) % sizeof(V) == 0 && s.pixels() % (kUnroll * N) == 0;
-    field_ = arena_.take<R>(c * t * (keep_field_ ? c : 1));
-    for (R*& reported : reported_) reported = arena_.take<R>(t * (one_hot() ? 1 : c));
-    p_ = arena_.take<R>(c * t);
-    q_ = arena_.take<R>(c * t);
-    inv_z_ = arena_.take<R>(c * t);
-    ajj_ = arena_.take<R>(c * t);
-    keep_ = arena_.take<R>(c * t);
-    drop_ = arena_.take<R>(c * t);
-    diag_ = arena_.take<R>(c * t);
-    row_ = arena_.take<R>(t);
-    staged_ = arena_.take<R>(c * t);
-    top_ = arena_.take<V>(t / N);
-    labels_.take(arena_, t);
-    slow_.take(arena_, c);
+    own_storage_ = kind.field.storage == own;
+    field_ = arena.take<R>(c * t * (keep_field_ ? c : 1));
+    for (R*& reported : reported_) reported = arena.take<R>(layers * layer_stride());
+    q_ = arena.take<R>(layers * c * t);
+    inv_z_ = arena.take<R>(c * t);
+    ajj_ = arena.take<R>(c * t);
+    keep_ = arena.take<R>(c * t);
+    drop_ = arena.take<R>(layers * c * t);
+    diag_ = arena.take<R>(c * t);
+    row_ = arena.take<R>(t);
+    staged_ = arena.take<R>(c * t);
+    evidence_ = arena.take<V>(layers);
+    top_ = arena.take<V>(t / N);
+    labels_ = arena.take<LabelRun<R>>(layers);
+    summed_ = layers > 1 ? arena.take<V>(c * c) : nullptr;
+    slow_.take(arena, c);
   }
 
-  int64_t workspace_bytes() const { return arena_.used(); }
+  // The gradient: the field's own, or, where images share it, the sums that `sum` (C, C, pixels) collects.
+  void begin(R* sum) {
+    gradient_ = accumulate_ ? sum : kind_->field.gradient;
+    gradient_storage_ = accumulate_ ? (sizeof(R) == 4 ? Storage::f32 : Storage::f64) : kind_->field.storage;
+    constexpr Storage own = sizeof(R) == 4 ? Storage::f32 : Storage::f64;
+    own_gradient_ = gradient_storage_ == own;
+    aligned_planes_ = reinterpret_cast<uintptr_t>(gradient_) % sizeof(V) == 0 && problem_->pixels() % (kUnroll * N) == 0;
+    pending_ = Tile{};
+    which_ = 0;
+  }
 
-  void run(int64_t task, int64_t b, int64_t begin, int64_t end) {
+  // The vectors of a slab, as tiles of neighbouring pixels.
+  void run(ClassField<R>& field, const Slab& slab, const LabelRun<R>* layers, int64_t task) {
     task_ = task;
-    Tile pending{};
-    int which = 0;
-    for (int64_t x = begin; x < end; x += tile_) {
-      const int64_t n = end - x < tile_ ? end - x : tile_;
-      const int64_t b0 = accumulate_ ? 0 : b, b1 = accumulate_ ? s_.batch : b + 1;
-      for (int64_t image = b0; image < b1; ++image) {
-        const Tile tile{true, false, image, x, n, round_up(n, kUnroll * N), reported_[which]};
-        pending = step(tile, pending);
-        which ^= 1;
+    class_field_ = &field;
+    pitch_ = static_cast<int64_t>(slab.pitch) * N;
+    for (int r = 0; r < slab.rows; ++r) {
+      const int64_t begin = ((slab.z * problem_->height) + slab.y0 + r) * problem_->width + slab.x0;
+      const int64_t width = slab.x1 - slab.x0;
+      for (int64_t k = 0; k < width; k += tile_) {
+        const int64_t n = width - k < tile_ ? width - k : tile_;
+        first_ = r * slab.per_row * N + k;
+        for (int64_t l = 0; l < kind_->layers; ++l) {
+          labels_[l] = layers[l];
+          labels_[l].label += first_;
+          labels_[l].valid += first_;
+          labels_[l].weight += first_;
+        }
+        const Tile tile{true, false, slab.image, begin + k, n, round_up(n, kUnroll * N), reported_[which_]};
+        pending_ = step(tile, pending_);
+        which_ ^= 1;
       }
     }
-    for (int j = 0; j < classes(); ++j) write_column(j, pending);
+  }
+
+  void finish() {
+    for (int j = 0; j < classes(); ++j) write_column(j, pending_);
+    pending_ = Tile{};
     stream_fence();
   }
 
  private:
   struct Tile {
-    bool active, zero;
-    int64_t image, x, n, padded;
-    R* reported;  // (C, tile) T[i, y]; of positive drawings (tile) the labels themselves, as numbers
+    bool active = false, zero = false;
+    int64_t image = 0, x = 0, n = 0, padded = 0;
+    R* reported = nullptr;  // (layers, C, tile) T[i, y]; of positive drawings (layers, tile) the labels, as numbers
   };
 
-  int classes() const { return kClasses > 0 ? kClasses : s_.classes; }
-  bool one_hot() const { return s_.transition == nullptr; }
+  int classes() const { return kClasses > 0 ? kClasses : problem_->classes; }
+  bool one_hot() const { return kind_->transition == nullptr; }
+  bool one_layer() const { return kind_->layers == 1; }
+  int64_t layer_stride() const { return tile_ * (one_hot() ? 1 : problem_->classes); }
   R* column(int i, int j) const { return field_ + (keep_field_ ? static_cast<int64_t>(i) * classes() + j : i) * tile_; }
-  int64_t plane(const Tile& t, int64_t index) const { return index * s_.pixels() + t.x; }
+  int64_t plane(const Tile& t, int64_t index) const { return index * problem_->pixels() + t.x; }
+  // (C, tile) of a layer
+  R* q(int64_t layer) const { return q_ + layer * classes() * tile_; }
+  R* drop(int64_t layer) const { return drop_ + layer * classes() * tile_; }
+  const R* p(int j) const { return reinterpret_cast<const R*>(class_field_->p) + j * pitch_ + first_; }
+  const R* s(int j) const { return reinterpret_cast<const R*>(class_field_->s) + j * pitch_ + first_; }
+  V* of_class_field(V* x, int64_t j, int64_t k) const {
+    return reinterpret_cast<V*>(reinterpret_cast<R*>(x) + j * pitch_ + first_ + k);
+  }
+  V valid(int64_t k) const {  // in some layer
+    V any = load(labels_[0].valid + k);
+    for (int64_t l = 1; l < kind_->layers; ++l) any = max_v(any, load(labels_[l].valid + k));
+    return any;
+  }
 
   // Steps 1 and 2 of `tile`, with step 3 of `pending` between its columns. Returns what is to be written next.
   Tile step(Tile tile, const Tile& pending) {
-    labels_.any_valid = false;
-    labels_.all_valid = true;
-    const int64_t at = tile.image * s_.pixels() + tile.x;
-    if (labels_.read(s_, at, tile.n, tile.padded, 0)) s_.bad_label[task_] = 1;
-    if (!labels_.any_valid && s_.posterior == nullptr) {
+    bool any_valid = false;
+    all_valid_ = true;
+    for (int64_t l = 0; l < kind_->layers; ++l) {
+      any_valid = any_valid || labels_[l].any_valid;
+      all_valid_ = all_valid_ && labels_[l].all_valid;
+    }
+    if (!any_valid) {
       for (int j = 0; j < classes(); ++j) write_column(j, pending);
       tile.zero = true;
-      zero_outputs(tile, at);
+      zero_maps(tile);
       return tile;
     }
-    if (one_hot()) {
-      for (int64_t k = 0; k < tile.padded; ++k) tile.reported[k] = static_cast<R>(labels_.label[k]);
-    } else {
-      report_run(s_.transition, classes(), labels_.label, tile.padded, tile.reported, tile_);
+    for (int64_t l = 0; l < kind_->layers; ++l) {
+      R* const reported = tile.reported + l * layer_stride();
+      const int32_t* const label = labels_[l].label;
+      if (one_hot()) {
+        for (int64_t k = 0; k < tile.padded; ++k) reported[k] = static_cast<R>(label[k]);
+      } else {
+        report_run(kind_->transition, classes(), label, tile.padded, reported, tile_);
+      }
     }
-    softmax(tile);
     const bool whole = tile.n == tile.padded;
-    const bool together =
-        whole && pending.active && !pending.zero && pending.n == tile.n && want_cm_ && !accumulate_ && aligned_planes_;
+    const bool together = whole && pending.active && !pending.zero && pending.n == tile.n && want_cm_ && !accumulate_ &&
+                          aligned_planes_ && one_layer() && pending.x % (kUnroll * N) == 0;
     for (int j = 0; j < classes(); ++j) {
       if (!together) write_column(j, pending);
       stage_column(j, tile);
       const Tile* leaving = together ? &pending : nullptr;
       one_hot() ? pipeline<true>(j, tile, leaving) : pipeline<false>(j, tile, leaving);
+      for (int64_t l = 1; l < kind_->layers; ++l) further_layer(j, l, tile);
     }
-    finish(tile, at);
+    finish_tile(tile);
     return tile;
-  }
-
-  void softmax(const Tile& t) {
-    const int c = classes();
-    for (int j = 0; j < c; ++j) {
-      R* p = p_ + j * tile_;
-      load_run(s_.seg_logits, s_.seg_storage, plane(t, t.image * c + j), t.n, p);
-      for (int64_t k = t.n; k < t.padded; ++k) p[k] = R(0);
-      if (!labels_.all_valid && s_.posterior == nullptr) mask(p, t);
-    }
-    for (int64_t k = 0; k < t.padded; k += N) {
-      V top = load(p_ + k);
-      for (int j = 1; j < c; ++j) top = max_v(load(p_ + j * tile_ + k), top);
-      V sum = broadcast<V>(R(0));
-      for (int j = 0; j < c; ++j) {
-        const V e = exp_v(load(p_ + j * tile_ + k) - top);
-        store(p_ + j * tile_ + k, e);
-        sum += e;
-      }
-      const V inv = R(1) / sum;
-      for (int j = 0; j < c; ++j) store(p_ + j * tile_ + k, load(p_ + j * tile_ + k) * inv);
-    }
   }
 
   // Logits that nobody labelled may be anything, NaN too: they count as 0.
   void mask(R* run, const Tile& t) const {
-    for (int64_t k = 0; k < t.padded; k += N) {
-      const V valid = load(labels_.valid + k);
-      store(run + k, select(valid != broadcast<V>(R(0)), load(run + k), broadcast<V>(R(0))));
-    }
+    for (int64_t k = 0; k < t.padded; k += N)
+      store(run + k, select(valid(k) != broadcast<V>(R(0)), load(run + k), broadcast<V>(R(0))));
   }
 
   int64_t cm_offset(const Tile& t, int i, int j) const {
-    return t.image * s_.cm_batch_stride + plane(t, static_cast<int64_t>(i) * classes() + j);
+    return image_offset(t) + plane(t, static_cast<int64_t>(i) * classes() + j);
+  }
+
+  int64_t image_offset(const Tile& t) const {
+    return kind_->field.images == 1 ? 0 : t.image * kind_->field.image_stride;
   }
 
   // The logits of column j, and their maximum over i.
   void stage_column(int j, const Tile& t) {
     R* const staged = staged_;
     V* const top = top_;
-    const bool direct = own_storage_ && t.n == t.padded, masked = !labels_.all_valid;
-    const R* const valid = labels_.valid;
+    const bool direct = own_storage_ && t.n == t.padded, masked = !all_valid_;
     const V zero = broadcast<V>(R(0));
     for (int64_t k = 0; k < t.padded; k += N) top[k / N] = broadcast<V>(-std::numeric_limits<R>::infinity());
     for (int i = 0; i < classes(); ++i) {
       R* const run = staged + i * tile_;
       const int64_t offset = cm_offset(t, i, j);
       if (direct) {
-        const R* const logits = static_cast<const R*>(s_.cm_logits) + offset;
+        const R* const logits = static_cast<const R*>(kind_->field.data) + offset;
         for (int64_t k = 0, n = t.n; k < n; k += N) {
           V x = load(logits + k);
-          if (masked) x = select(load(valid + k) != zero, x, zero);
+          if (masked) x = select(valid(k) != zero, x, zero);
           store(run + k, x);
           top[k / N] = max_v(x, top[k / N]);
         }
         continue;
       }
-      load_run(s_.cm_logits, s_.cm_storage, offset, t.n, run);
+      load_run(kind_->field.data, kind_->field.storage, offset, t.n, run);
       for (int64_t k = t.n; k < t.padded; ++k) run[k] = R(0);
       if (masked) mask(run, t);
       for (int64_t k = 0; k < t.padded; k += N) top[k / N] = max_v(load(run + k), top[k / N]);
@@ -192,7 +218,7 @@ class PixelGrid {
   template <bool kOneHot>
   void pipeline(int j, const Tile& t, const Tile* pending) {
     const int c = classes();
-    const int64_t tile = tile_, slot_stride = (keep_field_ ? c : 1) * tile_, plane_stride = c * s_.pixels();
+    const int64_t tile = tile_, slot_stride = (keep_field_ ? c : 1) * tile_, plane_stride = c * problem_->pixels();
     const R* const staged = staged_;
     const V *const top = top_, zero = broadcast<V>(R(0));
     R* const slots = column(0, j);
@@ -203,10 +229,10 @@ class PixelGrid {
 
     // The next column's lines, in order. After the last column: the first of the next tile (a prefetch may miss the
     // end).
-    const int64_t element = s_.cm_storage == Storage::f64 ? 8 : s_.cm_storage == Storage::f32 ? 4 : 2;
+    const int64_t element = bytes_of(kind_->field.storage);
     const bool last = j + 1 == c;
     const char* line =
-        static_cast<const char*>(s_.cm_logits) + element * (cm_offset(t, 0, last ? 0 : j + 1) + (last ? tile : 0));
+        static_cast<const char*>(kind_->field.data) + element * (cm_offset(t, 0, last ? 0 : j + 1) + (last ? tile : 0));
     const int64_t run_bytes = element * tile, run_step = element * plane_stride - run_bytes;
     const int lines = static_cast<int>(kUnroll * N * element / 64);
     int64_t left = run_bytes;
@@ -267,116 +293,154 @@ class PixelGrid {
     }
   }
 
-  void finish(const Tile& t, int64_t at) {
-    const int c = classes();
-    V sum_nll = broadcast<V>(R(0)), sum_trace = broadcast<V>(R(0));
-    const V zero = broadcast<V>(R(0));
+  // q of column j in another layer, from the exponentials that `pipeline` has left.
+  void further_layer(int j, int64_t layer, const Tile& t) {
+    const R* const reported = t.reported + layer * layer_stride();
     for (int64_t k = 0; k < t.padded; k += N) {
-      V d = zero, trace = zero;
-      for (int j = 0; j < c; ++j) {
-        d += load(p_ + j * tile_ + k) * load(q_ + j * tile_ + k);
-        trace += load(ajj_ + j * tile_ + k);
-      }
-      const V weight = load(labels_.weight + k);
-      const V scaled = weight * s_.gradient_scale, scaled_trace = scaled * s_.trace_weight;
-      V nll;
-      if (any(!(d >= broadcast<V>(kSmallestEvidence<R>)))) {
-        const PixelTerms<V> terms = log_space(t, k, scaled, scaled_trace);
-        nll = terms.nll;
-        trace = terms.trace;
-      } else {
-        nll = -log_v(d);
-        const V inv_d = R(1) / d;
-        if (s_.transition_gradient != nullptr) add_transition_gradient(k, scaled * inv_d);
-        for (int j = 0; j < c; ++j) {
-          const int64_t slot = j * tile_ + k;
-          const V p = load(p_ + slot), r = p * load(q_ + slot) * inv_d;
-          const auto g = column_gradient(p, r, inv_d, load(inv_z_ + slot), load(ajj_ + slot), scaled, scaled_trace);
-          store(keep_ + slot, g.keep);
-          store(drop_ + slot, g.drop);
-          store(diag_ + slot, g.diag);
-          store(p_ + slot, s_.posterior == nullptr ? scaled * (p - r) : p);
-          store(q_ + slot, r);
+      V sum = broadcast<V>(R(0));
+      for (int i = 0; i < classes(); ++i) {
+        const V e = load(column(i, j) + k);
+        if (one_hot()) {
+          sum += select(load(reported + k) == broadcast<V>(static_cast<R>(i)), e, broadcast<V>(R(0)));
+        } else {
+          sum += e * load(reported + i * tile_ + k);
         }
       }
-      nll = select(weight == zero, zero, weight * nll);  // 0 * inf is not 0
-      trace = select(weight == zero, zero, weight * trace);
-      sum_nll += nll;
-      sum_trace += trace;
-      store_pixels(s_.nll_map, nll, at + k, t.n - k);
-      store_pixels(s_.trace_map, trace, at + k, t.n - k);
-    }
-    s_.sums[2 * task_] += sum_lanes<R>(sum_nll);
-    s_.sums[2 * task_ + 1] += sum_lanes<R>(sum_trace);
-    for (int j = 0; j < c; ++j) {
-      const int64_t offset = plane(t, t.image * c + j);
-      if (s_.seg_gradient != nullptr) store_run(s_.seg_gradient, s_.seg_storage, offset, t.n, p_ + j * tile_);
-      if (s_.posterior == nullptr) continue;
-      const R *p = p_ + j * tile_, *r = q_ + j * tile_;
-      for (int64_t k = 0; k < t.n; ++k) row_[k] = labels_.valid[k] != R(0) ? r[k] : p[k];
-      store_run(s_.posterior, s_.seg_storage, offset, t.n, row_);
+      store(q(layer) + j * tile_ + k, sum * load(inv_z_ + j * tile_ + k));
     }
   }
 
-  PixelTerms<V> log_space(const Tile& t, int64_t k, V scaled, V scaled_trace) {
+  void finish_tile(const Tile& t) {
+    const int c = classes();
+    const V zero = broadcast<V>(R(0)), one = broadcast<V>(R(1)), smallest = broadcast<V>(kSmallestEvidence<R>);
+    for (int64_t k = 0; k < t.n; k += N) {
+      if (problem_->posterior != nullptr) {
+        add_to_joint(t, k);
+        continue;
+      }
+      bool small = false;
+      for (int64_t l = 0; l < kind_->layers; ++l) {
+        V d = zero;
+        for (int j = 0; j < c; ++j) d += load(p(j) + k) * load(q(l) + j * tile_ + k);
+        evidence_[l] = d;
+        small = small || any(!(d >= smallest));
+      }
+      if (small) {
+        log_space(t, k);
+        continue;
+      }
+      V trace = zero;
+      for (int j = 0; j < c; ++j) trace += load(ajj_ + j * tile_ + k);
+      for (int64_t l = 0; l < kind_->layers; ++l) {
+        const V d = evidence_[l], inv_d = one / d, weight = load(labels_[l].weight + k);
+        const V scaled = weight * kind_->gradient_scale, scaled_trace = scaled * kind_->trace_weight;
+        if (kind_->transition_gradient != nullptr) add_transition_gradient(l, k, scaled * inv_d);
+        for (int j = 0; j < c; ++j) {
+          const int64_t slot = j * tile_ + k;
+          const V pj = load(p(j) + k), r = pj * load(q(l) + slot) * inv_d;
+          const auto g = column_gradient(pj, r, inv_d, load(inv_z_ + slot), load(ajj_ + slot), scaled, scaled_trace);
+          store(drop(l) + slot, g.drop);
+          store(keep_ + slot, l == 0 ? g.keep : load(keep_ + slot) + g.keep);
+          store(diag_ + slot, l == 0 ? g.diag : load(diag_ + slot) + g.diag);
+          *of_class_field(class_field_->own, j, k) -= scaled * r;
+        }
+        *reinterpret_cast<V*>(reinterpret_cast<R*>(class_field_->mass) + first_ + k) += scaled;
+        add(t, l, k, -log_v(d), trace);
+      }
+    }
+  }
+
+  void add(const Tile& t, int64_t layer, int64_t k, V nll, V trace) {
+    const int64_t lanes = t.n - k < N ? t.n - k : N;
+    add_terms<R>(*kind_, task_, map_offset(t, layer) + k, lanes, load(labels_[layer].weight + k), nll, trace);
+  }
+
+  int64_t map_offset(const Tile& t, int64_t layer) const {
+    return (t.image * kind_->layers + layer) * problem_->pixels() + t.x;
+  }
+
+  // The logits of a vector of pixels, into slow_.
+  void fetch(const Tile& t, int64_t k) {
     const int c = classes();
     const int64_t n = t.n - k < N ? t.n - k : N;
-    const V valid = load(labels_.valid + k), zero = broadcast<V>(R(0));
-    const auto fetch = [&](const void* src, Storage storage, int64_t offset, bool keep) {
-      R run[N] = {};
-      load_run(src, storage, offset + k, n, run);
-      return keep ? load(run) : select(valid != zero, load(run), zero);
-    };
+    const V known = valid(k), zero = broadcast<V>(R(0));
     for (int j = 0; j < c; ++j) {
-      slow_.s[j] = fetch(s_.seg_logits, s_.seg_storage, plane(t, t.image * c + j), s_.posterior != nullptr);
-      for (int i = 0; i < c; ++i) slow_.a[i * c + j] = fetch(s_.cm_logits, s_.cm_storage, cm_offset(t, i, j), false);
+      slow_.s[j] = load(s(j) + k);
+      for (int i = 0; i < c; ++i) {
+        R run[N] = {};
+        load_run(kind_->field.data, kind_->field.storage, cm_offset(t, i, j) + k, n, run);
+        slow_.a[i * c + j] = select(known != zero, load(run), zero);
+      }
     }
-    const bool want_reported = s_.transition_gradient != nullptr;
-    const auto terms = slow_.run(c, s_.transition, labels_.label + k, scaled, scaled_trace, want_reported);
-    if (want_reported) slow_.add_reported(c, labels_.label + k, s_.transition_gradient + task_ * c * c);
-    const V possible = select(terms.nll == std::numeric_limits<R>::infinity(), zero, broadcast<V>(R(1)));
+  }
+
+  // log q of every layer. The product of all kinds counts, so that each factor has to be exact.
+  void add_to_joint(const Tile& t, int64_t k) {
+    const int c = classes();
+    const V zero = broadcast<V>(R(0)), smallest = broadcast<V>(kSmallestEvidence<R>);
+    for (int64_t l = 0; l < kind_->layers; ++l) {
+      const V known = load(labels_[l].valid + k);
+      bool small = false;
+      for (int j = 0; j < c; ++j) small = small || any(!(load(q(l) + j * tile_ + k) >= smallest));
+      if (small) {
+        fetch(t, k);
+        slow_.run(c, kind_->transition, labels_[l].label + k, zero, zero, false);
+      }
+      for (int j = 0; j < c; ++j) {
+        const V log_q = small ? slow_.columns[j].log_q : log_v(load(q(l) + j * tile_ + k));
+        *of_class_field(class_field_->joint, j, k) += select(known != zero, log_q, zero);
+      }
+    }
+  }
+
+  void log_space(const Tile& t, int64_t k) {
+    const int c = classes();
+    const V zero = broadcast<V>(R(0)), inf = broadcast<V>(std::numeric_limits<R>::infinity());
+    const bool want_reported = kind_->transition_gradient != nullptr;
+    for (int64_t l = 0; l < kind_->layers; ++l) {
+      const V weight = load(labels_[l].weight + k);
+      const V scaled = weight * kind_->gradient_scale, scaled_trace = scaled * kind_->trace_weight;
+      fetch(t, k);
+      const auto terms = slow_.run(c, kind_->transition, labels_[l].label + k, scaled, scaled_trace, want_reported);
+      if (want_reported)
+        slow_.add_reported(c, labels_[l].label + k, kind_->transition_gradient + task_ * c * c);
+      const V live = select(terms.nll == inf, zero, scaled);
+      for (int j = 0; j < c; ++j)
+        *of_class_field(class_field_->own, j, k) -= select(live == zero, zero, live * slow_.r[j]);
+      *reinterpret_cast<V*>(reinterpret_cast<R*>(class_field_->mass) + first_ + k) += live;
+      add(t, l, k, terms.nll, terms.trace);
+      if (one_layer()) continue;
+      for (int ij = 0; ij < c * c; ++ij) summed_[ij] = l == 0 ? slow_.a[ij] : summed_[ij] + slow_.a[ij];
+    }
+    const V* const gradient = one_layer() ? slow_.a : summed_;
     for (int j = 0; j < c; ++j) {
       const int64_t slot = j * tile_ + k;
-      const V difference = select(scaled * possible == zero, zero, scaled * (slow_.p[j] - slow_.r[j]));
-      store(p_ + slot, s_.posterior == nullptr ? difference : slow_.p[j]);
-      store(q_ + slot, slow_.r[j]);
       // E holds the gradient itself from here on
       store(keep_ + slot, broadcast<V>(R(1)));
-      store(drop_ + slot, zero);
+      for (int64_t l = 0; l < kind_->layers; ++l) store(drop(l) + slot, zero);
       store(diag_ + slot, zero);
       if (!keep_field_) continue;
-      for (int i = 0; i < c; ++i) store(column(i, j) + k, slow_.a[i * c + j]);
+      for (int i = 0; i < c; ++i) store(column(i, j) + k, gradient[i * c + j]);
     }
-    return terms;
   }
 
   // d loss / dT[i, y] -= weight / D * sum_j A[i,j] p[j], lane by lane into column y
-  void add_transition_gradient(int64_t k, V scaled_inv_d) {
+  void add_transition_gradient(int64_t layer, int64_t k, V scaled_inv_d) {
     const int c = classes();
-    double* sum = s_.transition_gradient + task_ * c * c;
+    double* sum = kind_->transition_gradient + task_ * c * c;
     for (int i = 0; i < c; ++i) {
       V ap = broadcast<V>(R(0));
-      for (int j = 0; j < c; ++j)
-        ap += load(column(i, j) + k) * (load(inv_z_ + j * tile_ + k) * load(p_ + j * tile_ + k));
+      for (int j = 0; j < c; ++j) ap += load(column(i, j) + k) * (load(inv_z_ + j * tile_ + k) * load(p(j) + k));
       ap *= scaled_inv_d;
-      for (int lane = 0; lane < N; ++lane) sum[i * c + labels_.label[k + lane]] -= static_cast<double>(ap[lane]);
+      for (int lane = 0; lane < N; ++lane) sum[i * c + labels_[layer].label[k + lane]] -= static_cast<double>(ap[lane]);
     }
   }
 
-  void store_pixels(R* map, V v, int64_t at, int64_t n) const {
-    if (map == nullptr) return;
-    if (n >= N) return store(map + at, v);
-    for (int64_t k = 0; k < n; ++k) map[at + k] = v[k];
-  }
-
-  void zero_outputs(const Tile& t, int64_t at) {
-    for (int64_t k = 0; k < t.n; ++k) {
-      row_[k] = R(0);
-      if (s_.nll_map != nullptr) s_.nll_map[at + k] = s_.trace_map[at + k] = R(0);
-    }
-    if (s_.seg_gradient == nullptr) return;
-    for (int j = 0; j < classes(); ++j) {
-      store_run(s_.seg_gradient, s_.seg_storage, plane(t, t.image * classes() + j), t.n, row_);
+  void zero_maps(const Tile& t) {
+    if (kind_->nll_map == nullptr) return;
+    for (int64_t l = 0; l < kind_->layers; ++l) {
+      for (int64_t k = 0; k < t.n; ++k)
+        kind_->nll_map[map_offset(t, l) + k] = kind_->trace_map[map_offset(t, l) + k] = R(0);
     }
   }
 
@@ -385,10 +449,15 @@ class PixelGrid {
     const R *e, *keep, *drop, *reported, *diag;
     bool one_hot;
     R observed;
+    int64_t layers, drop_step, reported_step;  // of further layers
     COARSE_HD V at(int64_t k) const {
-      V t = load(reported + k);
-      if (one_hot) t = select(t == broadcast<V>(observed), broadcast<V>(R(1)), broadcast<V>(R(0)));
-      const V g = load(e + k) * (load(keep + k) - t * load(drop + k));
+      V factor = load(keep + k);
+      for (int64_t l = 0; l < layers; ++l) {
+        V t = load(reported + l * reported_step + k);
+        if (one_hot) t = select(t == broadcast<V>(observed), broadcast<V>(R(1)), broadcast<V>(R(0)));
+        factor -= t * load(drop + l * drop_step + k);
+      }
+      const V g = load(e + k) * factor;
       return diag == nullptr ? g : g + load(diag + k);
     }
   };
@@ -400,7 +469,10 @@ class PixelGrid {
             t.reported + (one_hot() ? 0 : i * tile_),
             i == j ? diag_ + at : nullptr,
             one_hot(),
-            static_cast<R>(i)};
+            static_cast<R>(i),
+            kind_->layers,
+            classes() * tile_,
+            layer_stride()};
   }
 
   int64_t gradient_offset(int i, int j, const Tile& t) const {
@@ -414,7 +486,7 @@ class PixelGrid {
   // odd the planes begin anywhere in a line: vectors are then taken `head` pixels later, to end on lines, and the few
   // pixels before the first and after the last are stored as usual.
   COARSE_HD void stream_gradient(int i, int j, const Tile& t, int64_t k, int64_t n) {
-    R* const out = static_cast<R*>(s_.cm_gradient) + gradient_offset(i, j, t);
+    R* const out = static_cast<R*>(gradient_) + gradient_offset(i, j, t);
     const Entry gradient = entry(i, j, t);
     const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % sizeof(V) / sizeof(R));
     if (past == 0) {
@@ -436,13 +508,13 @@ class PixelGrid {
   // parts of lines stream several times slower than lines.
   COARSE_HD void stream_vectors(const V* g, int64_t offset) const {
     if (own_gradient_) {
-      R* const out = static_cast<R*>(s_.cm_gradient) + offset;
+      R* const out = static_cast<R*>(gradient_) + offset;
       for (int u = 0; u < kUnroll; ++u) stream(out + u * N, g[u]);
       return;
     }
     if constexpr (sizeof(R) == 4) {
       alignas(64) uint16_t packed[kUnroll * N];
-      if (s_.cm_gradient_storage == Storage::bf16) {
+      if (gradient_storage_ == Storage::bf16) {
         for (int u = 0; u < kUnroll; ++u) store_bfloat16(packed + u * N, g[u]);
       } else {
         R run[kUnroll * N];
@@ -450,7 +522,7 @@ class PixelGrid {
         store_run(packed, Storage::f16, 0, kUnroll * N, run);
       }
       static_assert(sizeof(packed) == sizeof(V));
-      stream(reinterpret_cast<float*>(static_cast<uint16_t*>(s_.cm_gradient) + offset),
+      stream(reinterpret_cast<float*>(static_cast<uint16_t*>(gradient_) + offset),
              load(reinterpret_cast<const float*>(packed)));
     }
   }
@@ -472,35 +544,31 @@ class PixelGrid {
       for (int64_t k = 0; k < t.padded; k += N) store(row_ + k, t.zero ? broadcast<V>(R(0)) : entry(i, j, t).at(k));
       const int64_t offset = gradient_offset(i, j, t);
       if (accumulate_) {
-        R* out = static_cast<R*>(s_.cm_gradient) + offset;
+        R* out = static_cast<R*>(gradient_) + offset;
         for (int64_t k = 0; k < t.n; ++k) out[k] += row_[k];
       } else {
-        store_run(s_.cm_gradient, s_.cm_gradient_storage, offset, t.n, row_);
+        store_run(gradient_, gradient_storage_, offset, t.n, row_);
       }
     }
   }
 
-  const Stream<R>& s_;
-  Arena arena_;
-  int64_t tile_, task_ = 0;
-  bool want_cm_, keep_field_, accumulate_, own_storage_, own_gradient_, aligned_planes_;
-  R *field_, *reported_[2], *p_, *q_, *inv_z_, *ajj_, *keep_, *drop_, *diag_, *row_, *staged_;
-  V* top_;  // per vector of pixels: the column's maximum
-  LabelRun<R> labels_;
+  const Problem<R>* problem_ = nullptr;
+  const Drawings<R>* kind_ = nullptr;
+  ClassField<R>* class_field_ = nullptr;
+  int64_t tile_ = 0, task_ = 0;
+  int64_t pitch_ = 0, first_ = 0;  // of the class field, in elements: between its planes; of the tile in a plane
+  bool want_cm_ = false, keep_field_ = false, accumulate_ = false, own_storage_ = false, own_gradient_ = false;
+  bool aligned_planes_ = false, all_valid_ = false;
+  void* gradient_ = nullptr;
+  Storage gradient_storage_ = Storage::f32;
+  Tile pending_;
+  int which_ = 0;
+  R *field_, *reported_[2], *q_, *inv_z_, *ajj_, *keep_, *drop_, *diag_, *row_, *staged_;
+  V *evidence_, *summed_;
+  V* top_;                // per vector of pixels: the column's maximum
+  LabelRun<R>* labels_;   // of each layer, from the tile's first pixel on
   LogSpace<R> slow_;
 };
-
-template <class R>
-int64_t pixel_workspace(const Stream<R>& s) {
-  return PixelGrid<R, 0>(s, nullptr).workspace_bytes();
-}
-
-template <class R>
-void pixel_grid(const Stream<R>& s, int64_t task, int64_t b, int64_t begin, int64_t end, void* workspace) {
-  // Two classes are common and cheap enough for the loops over classes to show.
-  if (s.classes == 2) return PixelGrid<R, 2>(s, workspace).run(task, b, begin, end);
-  PixelGrid<R, 0>(s, workspace).run(task, b, begin, end);
-}
 
 }  // namespace
 }  // namespace coarse

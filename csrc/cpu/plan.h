@@ -1,122 +1,249 @@
-// How a strided grid is cut into tasks: which pixels read which grid points, and what may run at the same time.
+// How a problem is cut into tasks: which pixels read which grid points, and who writes what. Of sizes alone, so that results do
+// not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <deque>
 #include <limits>
 #include <vector>
 
 #include "../coarse_math.h"
-#include "problem.h"
+#include "kernel_set.h"
 
 namespace coarse {
-
-struct StridedTask {
-  Band band;
-  int64_t z, b0, b1;
-};
-
-template <class R>
-struct StridedPlan {
-  StridedGrid<R> grid;
-  int64_t copies = 1;  // of the gradient: bands that share grid rows and run at the same time have their own
-  std::vector<StridedTask> tasks;              // in order; tasks of one phase run at the same time
-  std::vector<int64_t> phases;                 // begin of each phase, and the end
-  std::array<std::vector<int32_t>, 3> points;  // what `grid` points into
-  std::array<std::vector<R>, 3> lambdas;
-  std::vector<RowSegment<R>> segments;
-};
-
 namespace {
 
-constexpr int kRowsPerBand = 64;    // a cell higher than this is shared between tasks
-constexpr int kMaxCopies = 16;      // of a gradient that is small then: its grid has few points per image
-constexpr int64_t kEnoughRows = 8;  // grid rows that keep the threads busy without further cuts
+constexpr int kRowsPerBand = 32;          // a cell higher than this is cut
+constexpr int64_t kMaxChunks = 32;        // of an image: seams that are added up, and threads that it keeps busy
+constexpr int64_t kRowsPerChunk = 16;     // at least
+constexpr int64_t kPixelsPerChunk = 4096; // where nothing is interpolated
+constexpr int64_t kCopyBytes = int64_t{16} << 20;  // of a gradient that all images share: groups of them have their own
+constexpr int64_t kHeadBytes = int64_t{64} << 20;  // of the seams of a volume
 
+// A Plan and what it points into.
 template <class R>
-Axis<R> plan_axis(int64_t grid, int64_t pixels, std::vector<int32_t>& points, std::vector<R>& lambdas) {
-  points.resize(pixels);
-  lambdas.resize(pixels);
-  const bool interpolated = grid > 1 && grid < pixels;
-  for (int64_t k = 0; k < pixels; ++k) {
-    const Tap<R> tap = linear_tap<R>(k, grid, pixels);
-    points[k] = static_cast<int32_t>(tap.i0);
-    lambdas[k] = interpolated ? tap.lambda : R(0);
+class Planned {
+ public:
+  Plan<R> plan;
+
+  // `problem` has its fields in place (their gradients may be any pointer that is not null). Where nothing is interpolated its
+  // images become one row of pixels.
+  explicit Planned(Problem<R>& problem) {
+    const int64_t size[3] = {problem.depth, problem.height, problem.width};
+    axes_.resize(static_cast<size_t>(problem.kind_count) + 1);
+    bool flat = describe(plan.seg, problem.seg, size, axes_[0]), any_pixels = false;
+    plan.seg.rows = 0;
+    for (int k = 0; k < problem.kind_count; ++k) {
+      if (problem.kinds[k].field.data == nullptr) continue;
+      const bool pixels = describe(plan.kinds[k], problem.kinds[k].field, size, axes_[static_cast<size_t>(k) + 1]);
+      any_pixels = any_pixels || pixels;
+      flat = flat && pixels;
+      if (!pixels) strided_.push_back(k);
+    }
+    const int64_t lanes = kernels_lanes();
+    if (flat) {
+      problem.width = problem.pixels();
+      problem.height = problem.depth = 1;
+      // as many vectors as a tile of the pixel grid has, while the class field's share of the cache is small
+      plan.per_row = plan.vectors = static_cast<int>(
+          std::clamp<int64_t>((int64_t{96} << 10) / (problem.classes * lanes * static_cast<int64_t>(sizeof(R))), 4, 16));
+    } else {
+      plan.per_row = strided_.empty() && any_pixels ? kMaxRows : 1;
+      plan.vectors = kMaxRows;
+    }
+    cut_bands(problem);
+    if (flat) {
+      for (int64_t x = 0; x < problem.width; x += kPixelsPerChunk)
+        chunks_.push_back({0, 1, x, std::min(x + kPixelsPerChunk, problem.width), 0, static_cast<int32_t>(bands_.size())});
+    } else {
+      cut_chunks(problem);
+    }
+    plan.segments = segments_.data();
+    plan.bands = bands_.data();
+    plan.chunks = chunks_.data();
+    plan.chunk_count = static_cast<int64_t>(chunks_.size());
+    if (!plan.seg.on_pixels) find_heads(plan.seg, problem, heads_.emplace_back());
+    for (int k : strided_) find_heads(plan.kinds[k], problem, heads_.emplace_back());
+    slopes_.resize(strided_.size());
+    for (size_t n = 0; n < strided_.size(); ++n) find_slopes(plan.kinds[strided_[n]], slopes_[n]);
+    plan.groups = groups(problem);
   }
-  return {grid, interpolated, points.data(), lambdas.data()};
-}
+  Planned(const Planned&) = delete;
 
-// Rows [y0, y1) of one cell, in runs along which lambda grows evenly (it is clamped to 0 above the first grid point),
-// of 8, 4, 2 or 1 rows.
-template <class R>
-void cut_rows(const Axis<R>& axis, int32_t y0, int32_t y1, std::vector<RowSegment<R>>& segments) {
-  // lambda is the fraction of a coordinate: that is how exactly it can be known
-  const R tolerance = R(8) * std::numeric_limits<R>::epsilon() * static_cast<R>(axis.i0[y0] + 2);
-  while (y0 < y1) {
-    const R step = y0 + 1 < y1 ? axis.lambda[y0 + 1] - axis.lambda[y0] : R(0);
+ private:
+  struct Points {
+    std::array<std::vector<int32_t>, 3> points;
+    std::array<std::vector<R>, 3> lambdas;
+  };
+  struct Heads {
+    std::vector<int32_t> first, count;
+  };
+
+  static int64_t kernels_lanes() {
+    return sizeof(R) == 4 ? kernels().simd_bytes / 4 : 2;
+  }
+
+  static Axis<R> describe_axis(int64_t grid, int64_t pixels, std::vector<int32_t>& points, std::vector<R>& lambdas) {
+    points.resize(pixels);
+    lambdas.resize(pixels);
+    const bool interpolated = grid > 1 && grid < pixels;
+    for (int64_t k = 0; k < pixels; ++k) {
+      const Tap<R> tap = linear_tap<R>(k, grid, pixels);
+      points[k] = static_cast<int32_t>(tap.i0);
+      lambdas[k] = interpolated ? tap.lambda : R(0);
+    }
+    return {grid, interpolated, points.data(), lambdas.data()};
+  }
+
+  // Returns whether the field is on the pixels.
+  static bool describe(FieldPlan<R>& to, const Field& field, const int64_t* size, Points& own) {
+    to.on_pixels = std::equal(size, size + 3, field.grid);
+    to.volume = size[0] > 1;
+    if (to.on_pixels) return true;
+    Axis<R>* const axes[3] = {&to.z, &to.y, &to.x};
+    for (int axis = 0; axis < 3; ++axis)
+      *axes[axis] = describe_axis(field.grid[axis], size[axis], own.points[axis], own.lambdas[axis]);
+    to.unit = to.volume ? field.grid[1] * field.grid[2] : field.grid[2];
+    return false;
+  }
+
+  // Bands: rows in which no field with matrices changes its cell; in them segments, of 8, 4, 2 or 1 rows.
+  void cut_bands(const Problem<R>& problem) {
+    const auto height = static_cast<int32_t>(problem.height);
+    for (int32_t y0 = 0; y0 < height;) {
+      int32_t y1 = y0 + 1;
+      const int32_t most = strided_.empty() ? kMaxRows : kRowsPerBand;
+      while (y1 < height && y1 - y0 < most && same_cell(y0, y1)) ++y1;
+      const auto begin = static_cast<int32_t>(segments_.size());
+      cut_segments(y0, y1);
+      bands_.push_back({y0, y1, begin, static_cast<int32_t>(segments_.size())});
+      y0 = y1;
+    }
+    if (!plan.seg.on_pixels) {
+      for (const Band& band : bands_)
+        plan.seg.rows = std::max(plan.seg.rows, static_cast<int>(plan.seg.y.next(band.y1 - 1) - plan.seg.y.i0[band.y0]) + 1);
+    }
+    for (int k : strided_) plan.kinds[k].rows = plan.kinds[k].y.interpolated ? 2 : 1;
+  }
+
+  bool same_cell(int32_t y0, int32_t y1) const {
+    return std::all_of(strided_.begin(), strided_.end(),
+                       [&](int k) { return plan.kinds[k].y.i0[y0] == plan.kinds[k].y.i0[y1]; });
+  }
+
+  // Runs of rows along which every lambda grows evenly (it is clamped to 0 above the first grid point).
+  void cut_segments(int32_t y0, int32_t y1) {
+    while (y0 < y1) {
+      int32_t rows = plan.per_row > 1 ? 1 : std::min<int32_t>(kMaxRows, y1 - y0);
+      for (int k : strided_) rows = std::min(rows, even_rows(plan.kinds[k].y, y0, rows));
+      while ((rows & (rows - 1)) != 0) rows &= rows - 1;  // down to a power of two
+      segments_.push_back({y0, rows});
+      y0 += rows;
+    }
+  }
+
+  static int32_t even_rows(const Axis<R>& axis, int32_t y0, int32_t most) {
+    // lambda is the fraction of a coordinate: that is how exactly it can be known
+    const R tolerance = R(8) * std::numeric_limits<R>::epsilon() * static_cast<R>(axis.i0[y0] + 2);
+    const R step = most > 1 ? axis.lambda[y0 + 1] - axis.lambda[y0] : R(0);
     int32_t rows = 1;
-    while (rows < kMaxRows && y0 + rows < y1 &&
+    while (rows < most &&
            std::abs(axis.lambda[y0 + rows] - axis.lambda[y0] - static_cast<R>(rows) * step) <= tolerance) {
       ++rows;
     }
-    while ((rows & (rows - 1)) != 0) rows &= rows - 1;  // down to a power of two
-    // from end to end: one difference of neighbours would carry its rounding error `rows` times
-    const R even = rows > 1 ? (axis.lambda[y0 + rows - 1] - axis.lambda[y0]) / static_cast<R>(rows - 1) : R(0);
-    segments.push_back({y0, rows, axis.lambda[y0], even});
-    y0 += rows;
+    return rows;
   }
-}
 
-template <class R>
-StridedPlan<R> plan_strided(const Stream<R>& s, const std::array<int64_t, 3>& grid) {
-  StridedPlan<R> plan;
-  plan.grid.z = plan_axis<R>(grid[0], s.depth, plan.points[0], plan.lambdas[0]);
-  plan.grid.y = plan_axis<R>(grid[1], s.height, plan.points[1], plan.lambdas[1]);
-  plan.grid.x = plan_axis<R>(grid[2], s.width, plan.points[2], plan.lambdas[2]);
-
-  // bands: the rows of one grid cell, at most kMaxCopies of them a cell
-  std::vector<Band> bands;
-  int32_t bands_a_cell = 1;
-  const int32_t height = static_cast<int32_t>(s.height);
-  for (int32_t y0 = 0; y0 < height;) {
-    int32_t y1 = y0;
-    while (y1 < height && plan.points[1][y1] == plan.points[1][y0]) ++y1;
-    const int32_t rows = std::max(kRowsPerBand, (y1 - y0 + kMaxCopies - 1) / kMaxCopies);
-    int32_t copy = 0;
-    for (int32_t y = y0; y < y1; y += rows, ++copy) {
-      const int32_t begin = static_cast<int32_t>(plan.segments.size());
-      cut_rows(plan.grid.y, y, std::min(y + rows, y1), plan.segments);
-      bands.push_back({plan.points[1][y0], begin, static_cast<int32_t>(plan.segments.size()), copy});
+  void find_slopes(FieldPlan<R>& field, std::vector<Slope<R>>& slopes) const {
+    for (const Segment& s : segments_) {
+      const R first = field.y.lambda[s.y0];
+      // from end to end: one difference of neighbours would carry its rounding error `rows` times
+      const R even = s.rows > 1 ? (field.y.lambda[s.y0 + s.rows - 1] - first) / static_cast<R>(s.rows - 1) : R(0);
+      slopes.push_back({first, even});
     }
-    bands_a_cell = std::max(bands_a_cell, copy);
-    y0 = y1;
+    field.slopes = slopes.data();
   }
-  plan.grid.segments = plan.segments.data();
 
-  // Images: each its own gradient, so each its own task; of one field for all, a few groups where there are few bands.
-  const bool shared = s.cm_batch == 1 && s.batch > 1;
-  int64_t groups = s.batch;
-  if (shared) groups = grid[1] >= kEnoughRows ? 1 : std::min<int64_t>(s.batch, std::max(1, kMaxCopies / bands_a_cell));
-  plan.copies = bands_a_cell * (shared ? groups : 1);
-
-  // Neighbouring cells add to the grid row between them, so even cells go before odd ones; slices of a volume share
-  // grid slices, so they go one after the other.
-  plan.phases.push_back(0);
-  for (int64_t z = 0; z < s.depth; ++z) {
-    for (int colour = 0; colour < 2; ++colour) {
-      for (int64_t group = 0; group < groups; ++group) {
-        for (Band band : bands) {
-          if (band.cell % 2 != colour) continue;
-          if (shared) band.copy += static_cast<int32_t>(group) * bands_a_cell;
-          plan.tasks.push_back({band, z, s.batch * group / groups, s.batch * (group + 1) / groups});
+  // Chunks: runs of bands; of a volume runs of slices. They begin where the largest field's cells do, so that a seam is one row.
+  void cut_chunks(const Problem<R>& problem) {
+    const auto bands = static_cast<int32_t>(bands_.size());
+    if (problem.depth > 1) {
+      int64_t most = kMaxChunks;
+      const auto limit = [&](const FieldPlan<R>& field, const Field& tensor, int64_t planes) {
+        if (field.on_pixels || tensor.gradient == nullptr) return;
+        const int64_t bytes = 2 * planes * field.unit * static_cast<int64_t>(sizeof(R)) * tensor.images;
+        most = std::min(most, std::max<int64_t>(1, kHeadBytes / std::max<int64_t>(1, bytes)));
+      };
+      const int64_t c = problem.classes;
+      limit(plan.seg, problem.seg, c);
+      for (int k : strided_) limit(plan.kinds[k], problem.kinds[k].field, c * c);
+      const int64_t slices = (problem.depth + most - 1) / most;
+      for (int64_t z = 0; z < problem.depth; z += slices)
+        chunks_.push_back({z, std::min(z + slices, problem.depth), 0, problem.width, 0, bands});
+      return;
+    }
+    int largest = -1;
+    for (int k : strided_) {
+      if (largest < 0 || problem.kinds[k].field.points() > problem.kinds[largest].field.points()) largest = k;
+    }
+    const int64_t rows = std::max(kRowsPerChunk, (problem.height + kMaxChunks - 1) / kMaxChunks);
+    int32_t begin = 0;
+    for (int32_t b = 1; b <= bands; ++b) {
+      const bool end = b == bands;
+      if (!end) {
+        if (bands_[b].y0 - bands_[begin].y0 < rows) continue;
+        const bool cut = bands_[b].y0 - bands_[b - 1].y0 == kRowsPerBand;  // a large cell is cut anywhere
+        if (largest >= 0 && !cut) {
+          const Axis<R>& y = plan.kinds[largest].y;
+          if (y.i0[bands_[b].y0] == y.i0[bands_[b].y0 - 1]) continue;
         }
       }
-      plan.phases.push_back(static_cast<int64_t>(plan.tasks.size()));
+      chunks_.push_back({0, 1, 0, problem.width, begin, b});
+      begin = b;
     }
   }
-  return plan;
-}
+
+  // The units that a chunk has in common with those before it.
+  void find_heads(FieldPlan<R>& field, const Problem<R>& problem, Heads& heads) const {
+    const bool volume = problem.depth > 1;
+    const Axis<R>& outer = volume ? field.z : field.y;
+    for (size_t n = 0; n < chunks_.size(); ++n) {
+      const int64_t at = volume ? chunks_[n].z0 : bands_[static_cast<size_t>(chunks_[n].begin)].y0;
+      const int32_t first = outer.i0[at];
+      const int64_t count = n == 0 ? 0 : std::max<int64_t>(0, outer.next(at - 1) - first + 1);
+      heads.first.push_back(first);
+      heads.count.push_back(static_cast<int32_t>(count));
+      field.head_slots = std::max(field.head_slots, count);
+    }
+    field.head_first = heads.first.data();
+    field.head_count = heads.count.data();
+    field.zeroed = volume;
+  }
+
+  // Every image is a group of its own, but where images share a field whose gradient is wanted: each group has a copy of that.
+  int64_t groups(const Problem<R>& problem) const {
+    int64_t groups = problem.batch;
+    for (int k = 0; k < problem.kind_count; ++k) {
+      const Field& field = problem.kinds[k].field;
+      if (field.gradient == nullptr || field.images != 1 || problem.batch <= 1) continue;
+      const int64_t bytes = static_cast<int64_t>(problem.classes) * problem.classes * field.points() *
+                            static_cast<int64_t>(sizeof(R));
+      const int64_t copies = plan.kinds[k].on_pixels ? 1 : std::clamp<int64_t>(kCopyBytes / std::max<int64_t>(bytes, 1), 1, 16);
+      groups = std::min(groups, copies);
+    }
+    return std::max<int64_t>(groups, 1);
+  }
+
+  std::vector<Points> axes_;
+  std::vector<int> strided_;  // kinds with a field on a grid of its own
+  std::vector<Segment> segments_;
+  std::vector<Band> bands_;
+  std::vector<Chunk> chunks_;
+  std::vector<std::vector<Slope<R>>> slopes_;
+  std::deque<Heads> heads_;  // what they hold is pointed at
+};
 
 }  // namespace
 }  // namespace coarse

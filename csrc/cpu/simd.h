@@ -8,7 +8,7 @@
 
 #include "../coarse_math.h"
 #include "../half.h"
-#include "problem.h"
+#include "kernel_set.h"
 
 namespace coarse {
 namespace {
@@ -118,6 +118,16 @@ COARSE_HD Vec<R> permute(Vec<R> low, Vec<R> high, typename Lanes<Vec<R>>::Int in
   return v;
 #else
   return __builtin_shuffle(low, high, index);
+#endif
+}
+
+// The same of N values.
+template <class R>
+COARSE_HD Vec<R> permute_one(Vec<R> x, typename Lanes<Vec<R>>::Int index) {
+#if defined(__clang__)
+  return permute<R>(x, x, index);
+#else
+  return __builtin_shuffle(x, index);
 #endif
 }
 

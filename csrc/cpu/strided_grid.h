@@ -12,14 +12,14 @@
 // Where the logits change by more than kMaxSpan over a segment, terms could underflow that matter; there, and where D
 // is small, pixels are taken one row at a time in log space.
 //
-// A band is a row of grid cells (or a part of it). Its two rows of logits are copied to float rows first (`grid_`),
-// which also takes care of the storage type and of the depth interpolation of volumes; its gradients are summed in two
-// such rows
-// (`sum_`) and added to the output at the end. ops.cpp runs bands that share no grid row at the same time, in fixed
-// order.
+// A band is a row of grid cells (or a part of it). Its two rows of logits are copied to float rows first (`grid_`), which also
+// takes care of the storage type and of the depth interpolation of volumes; its gradients are summed in two such rows
+// (GradientRows). Going down a chunk of the image, the lower row of a cell becomes the upper one of the next.
+//
+// Several layers of labels share the matrix, and so the exponentials: each adds its q, its posterior, and its coefficients.
 #pragma once
 
-#include "common.h"
+#include "class_field.h"
 
 namespace coarse {
 namespace {
@@ -31,133 +31,162 @@ template <class R>
 constexpr R kSmallestGeometricEvidence = sizeof(R) == 4 ? R(1e-12) : R(1e-100);
 
 template <class R>
-class StridedGridBand {
+class StridedGrid {
   using V = Vec<R>;
   using I = typename Lanes<V>::Int;
   static constexpr int N = kLanes<R>;
 
  public:
-  StridedGridBand(const Stream<R>& s, const StridedGrid<R>& g, void* workspace) : s_(s), g_(g), arena_(workspace) {
-    const int64_t c = s.classes, rows = kMaxRows;
-    pitch_ = round_up(g.x.grid, N) + 2 * N;  // a strip reads 2 N points from any point on
-    want_cm_ = s.cm_gradient != nullptr;
-    for (R*& grid : grid_) grid = arena_.take<R>(c * c * pitch_);
-    for (R*& sum : sum_) sum = want_cm_ ? arena_.take<R>(c * c * pitch_) : nullptr;
-    deeper_ = arena_.take<R>(pitch_);
-    first_ = arena_.take<V>(c * c);
-    ratio_ = arena_.take<V>(c * c);
-    top_sum_ = arena_.take<V>(c * c);
-    bottom_sum_ = arena_.take<V>(c * c);
-    reported_ = arena_.take<V>(c * rows);
-    p_ = arena_.take<V>(c * rows);
-    q_ = arena_.take<V>(c * rows);
-    inv_z_ = arena_.take<V>(c * rows);
-    ajj_ = arena_.take<V>(c * rows);
-    keep_ = arena_.take<V>(c * rows);
-    drop_ = arena_.take<V>(c * rows);
-    diag_ = arena_.take<V>(c * rows);
-    scatter_ = arena_.take<V>(2 * N);
-    labels_.take(arena_, rows * N);
-    slow_.take(arena_, c);
+  void init(const Problem<R>& problem, const Plan<R>& plan, int index, Arena& arena) {
+    problem_ = &problem;
+    kind_ = &problem.kinds[index];
+    g_ = &plan.kinds[index];
+    const int64_t c = problem.classes, rows = kMaxRows, layers = kind_->layers;
+    pitch_ = round_up(g_->x.grid, N) + 2 * N;  // a strip reads 2 N points from any point on
+    want_cm_ = kind_->field.gradient != nullptr;
+    for (R*& grid : grid_) grid = arena.take<R>(c * c * pitch_);
+    if (want_cm_) sums_.init(kind_->field, *g_, c * c, plan.chunk_count, arena);
+    deeper_ = arena.take<R>(pitch_);
+    first_ = arena.take<V>(c * c);
+    ratio_ = arena.take<V>(c * c);
+    top_sum_ = arena.take<V>(c * c);
+    bottom_sum_ = arena.take<V>(c * c);
+    reported_ = arena.take<V>(layers * c * rows);
+    q_ = arena.take<V>(layers * c * rows);
+    drop_ = arena.take<V>(layers * c * rows);
+    inv_z_ = arena.take<V>(c * rows);
+    ajj_ = arena.take<V>(c * rows);
+    keep_ = arena.take<V>(c * rows);
+    diag_ = arena.take<V>(c * rows);
+    scatter_ = arena.take<V>(2 * N);
+    slow_.take(arena, c);
   }
 
-  int64_t workspace_bytes() const { return arena_.used(); }
-
-  void run(int64_t task, Band band, int64_t z, int64_t b0, int64_t b1) {
-    task_ = task;
+  // Slice z of an image.
+  void start(int64_t image, int64_t group, int64_t chunk, int64_t z, bool first) {
+    if (want_cm_) sums_.start(image, group, chunk, z, first);
+    if (image != image_ || z != z_) loaded_[0] = loaded_[1] = -1;
+    image_ = image;
     z_ = z;
-    for (image_ = b0; image_ < b1; ++image_) {
-      if (image_ == b0 || s_.cm_batch > 1) load_grid_rows(band.cell);
-      if (want_cm_) {
-        for (R* sum : sum_) memset(sum, 0, sizeof(R) * s_.classes * s_.classes * pitch_);
-      }
-      for (int64_t x = 0; x < s_.width; x += N) strip(band, x);
-      if (want_cm_) add_grid_rows(band);
+  }
+
+  void enter(const Band& band) {
+    cell_ = g_->y.i0[band.y0];
+    lower_ = g_->y.after(cell_);
+    if (loaded_[1] == cell_) {  // one cell further down
+      R* const upper = grid_[0];
+      grid_[0] = grid_[1];
+      grid_[1] = upper;
+      loaded_[0] = cell_;
+      loaded_[1] = -1;
     }
+    if (loaded_[0] != cell_) load_grid_row(0, cell_);
+    if (lower_ != cell_ && loaded_[1] != lower_) load_grid_row(1, lower_);
+    if (want_cm_) sums_.need(cell_, lower_);
+  }
+
+  void finish() {
+    if (want_cm_) sums_.finish();
+  }
+
+  // N pixels wide, as high as the band.
+  void enter_strip(int64_t x0, int64_t x1) {
+    lanes_ = x1 - x0;
+    node_ = g_->x.i0[x0];
+    for (int k = 0; k < N; ++k) {
+      const int64_t at = k < lanes_ ? x0 + k : x1 - 1;
+      left_[k] = g_->x.i0[at] - node_;
+      right_[k] = g_->x.next(at) - node_;
+      lambda_x_[k] = g_->x.lambda[at];
+    }
+    nodes_ = static_cast<int>(right_[N - 1]) + 1;
+    touched_ = false;
+    if (!want_cm_) return;
+    const V zero = broadcast<V>(R(0));
+    for (int64_t ij = 0; ij < entries(); ++ij) top_sum_[ij] = bottom_sum_[ij] = zero;
+  }
+
+  void leave_strip() {
+    if (want_cm_ && touched_) scatter();
+  }
+
+  // A segment: up to kMaxRows rows of a strip.
+  void run(ClassField<R>& field, const Slab& slab, const LabelRun<R>* layers, int64_t task) {
+    const int c = classes();
+    task_ = task;
+    layers_ = layers;
+    field_ = &field;
+    bool any_valid = false;
+    for (int64_t l = 0; l < kind_->layers; ++l) any_valid = any_valid || layers[l].any_valid;
+    if (!any_valid) return zero_maps(slab);
+    const Slope<R>& slope = g_->slopes[slab.segment];
+    for (int64_t l = 0; l < kind_->layers; ++l) {
+      report_run(kind_->transition, c, layers[l].label, static_cast<int64_t>(slab.rows) * N,
+                 reinterpret_cast<R*>(reported(l)), static_cast<int64_t>(kMaxRows) * N);
+    }
+    bool direct;
+    switch (slab.rows) {
+      case 1: direct = !columns<1>(slope); break;
+      case 2: direct = !columns<2>(slope); break;
+      case 4: direct = !columns<4>(slope); break;
+      default: direct = !columns<8>(slope); break;
+    }
+    if (direct || !finish_segment(slab)) {
+      log_space(slab, slope);
+    } else if (want_cm_) {
+      switch (slab.rows) {
+        case 1: gradients<1>(slope); break;
+        case 2: gradients<2>(slope); break;
+        case 4: gradients<4>(slope); break;
+        default: gradients<8>(slope); break;
+      }
+    }
+    touched_ = true;
   }
 
  private:
-  int classes() const { return s_.classes; }
+  int classes() const { return problem_->classes; }
+  int64_t entries() const { return static_cast<int64_t>(classes()) * classes(); }
+  // (C, kMaxRows) of a layer
+  V* reported(int64_t layer) const { return reported_ + layer * classes() * kMaxRows; }
+  V* q(int64_t layer) const { return q_ + layer * classes() * kMaxRows; }
+  V* drop(int64_t layer) const { return drop_ + layer * classes() * kMaxRows; }
+  V valid(int64_t layer, int r) const { return load(layers_[layer].valid + r * N); }
+  V weight(int64_t layer, int r) const { return load(layers_[layer].weight + r * N); }
 
-  // --- grid rows in and out ------------------------------------------------------------------------------------------
+  // --- grid rows -----------------------------------------------------------------------------------------------------
 
-  int64_t grid_points() const { return g_.z.grid * g_.y.grid * g_.x.grid; }
-  int64_t grid_offset(int64_t plane, int64_t z, int64_t y) const {
-    return plane * grid_points() + (z * g_.y.grid + y) * g_.x.grid;
-  }
-
-  void load_grid_rows(int64_t cell) {
-    const int64_t c = classes(), w = g_.x.grid;
-    const int64_t z0 = g_.z.i0[z_], z1 = z0 + (z0 < g_.z.grid - 1);
-    const R lambda = g_.z.lambda[z_];
-    const int64_t image = s_.cm_batch == 1 ? 0 : image_ * s_.cm_batch_stride;
-    for (int side = 0; side < 2; ++side) {
-      const int64_t y = cell + (side == 1 && g_.y.interpolated && cell < g_.y.grid - 1);
-      for (int64_t plane = 0; plane < c * c; ++plane) {
-        R* row = grid_[side] + plane * pitch_;
-        load_run(s_.cm_logits, s_.cm_storage, image + grid_offset(plane, z0, y), w, row);
-        if (g_.z.grid > 1 && lambda != R(0)) {
-          load_run(s_.cm_logits, s_.cm_storage, image + grid_offset(plane, z1, y), w, deeper_);
-          for (int64_t k = 0; k < w; ++k) row[k] = (R(1) - lambda) * row[k] + lambda * deeper_[k];
-        }
-        for (int64_t k = w; k < pitch_; ++k) row[k] = row[w - 1];
+  void load_grid_row(int side, int64_t y) {
+    const int64_t w = g_->x.grid, points = kind_->field.points();
+    const int64_t z0 = g_->z.i0[z_], z1 = g_->z.next(z_);
+    const R lambda = g_->z.interpolated ? g_->z.lambda[z_] : R(0);
+    const int64_t image = kind_->field.images == 1 ? 0 : image_ * kind_->field.image_stride;
+    const auto offset = [&](int64_t plane, int64_t z) { return image + plane * points + (z * g_->y.grid + y) * w; };
+    for (int64_t plane = 0; plane < entries(); ++plane) {
+      R* row = grid_[side] + plane * pitch_;
+      load_run(kind_->field.data, kind_->field.storage, offset(plane, z0), w, row);
+      if (lambda != R(0)) {
+        load_run(kind_->field.data, kind_->field.storage, offset(plane, z1), w, deeper_);
+        for (int64_t k = 0; k < w; ++k) row[k] = (R(1) - lambda) * row[k] + lambda * deeper_[k];
       }
+      for (int64_t k = w; k < pitch_; ++k) row[k] = row[w - 1];
     }
+    loaded_[side] = y;
   }
 
-  void add_grid_rows(const Band& band) {
-    const int64_t c = classes(), w = g_.x.grid;
-    const int64_t z0 = g_.z.i0[z_], z1 = z0 + (z0 < g_.z.grid - 1);
-    const R lambda = g_.z.lambda[z_];
-    R* out = static_cast<R*>(s_.cm_gradient) + band.copy * g_.copy_stride;
-    const int64_t image = s_.cm_batch == 1 ? 0 : image_ * c * c * grid_points();
-    for (int side = 0; side < 2; ++side) {
-      const int64_t y = band.cell + (side == 1 && g_.y.interpolated && band.cell < g_.y.grid - 1);
-      for (int64_t plane = 0; plane < c * c; ++plane) {
-        const R* sum = sum_[side] + plane * pitch_;
-        R* to0 = out + image + grid_offset(plane, z0, y);
-        R* to1 = out + image + grid_offset(plane, z1, y);
-        for (int64_t k = 0; k < w; ++k) to0[k] += (R(1) - lambda) * sum[k];
-        if (lambda == R(0)) continue;
-        for (int64_t k = 0; k < w; ++k) to1[k] += lambda * sum[k];
-      }
-    }
-  }
-
-  // --- a strip: N pixels wide, as high as the band -------------------------------------------------------------------
-
-  void strip(const Band& band, int64_t x) {
-    x_ = x;
-    lanes_ = s_.width - x < N ? s_.width - x : N;
-    node_ = g_.x.i0[x];
-    for (int k = 0; k < N; ++k) {
-      const int64_t at = k < lanes_ ? x + k : x + lanes_ - 1;
-      left_[k] = g_.x.i0[at] - node_;
-      right_[k] = left_[k] + (g_.x.interpolated && g_.x.i0[at] < g_.x.grid - 1);
-      lambda_x_[k] = g_.x.lambda[at];
-    }
-    nodes_ = static_cast<int>(right_[N - 1]) + 1;
-    const V zero = broadcast<V>(R(0));
-    if (want_cm_) {
-      for (int64_t ij = 0; ij < static_cast<int64_t>(classes()) * classes(); ++ij)
-        top_sum_[ij] = bottom_sum_[ij] = zero;
-    }
-    bool touched = false;
-    for (int32_t k = band.begin; k < band.end; ++k) touched = segment(g_.segments[k]) || touched;
-    if (want_cm_ && touched) scatter();
-  }
+  const R* upper_row(int64_t ij) const { return grid_[0] + ij * pitch_; }
+  const R* lower_row(int64_t ij) const { return (lower_ != cell_ ? grid_[1] : grid_[0]) + ij * pitch_; }
 
   V interpolate_x(const R* row) const {
     const V low = load(row + node_), high = load(row + node_ + N);
     const V a = permute<R>(low, high, left_);
-    if (!g_.x.interpolated) return a;  // 0 times -inf would be NaN
+    if (!g_->x.interpolated) return a;  // 0 times -inf would be NaN
     const V b = permute<R>(low, high, right_);
     return (R(1) - lambda_x_) * a + lambda_x_ * b;
   }
 
   // Adds what top_sum_ and bottom_sum_ hold, lane by lane, to the grid points left and right of each lane.
   void scatter() {
-    const int64_t entries = static_cast<int64_t>(classes()) * classes();
     for (int k = 0; k < 2 * N; ++k) scatter_[k] = broadcast<V>(R(0));
     R* weights = reinterpret_cast<R*>(scatter_);  // [half][lane][point]: what a lane gives to point (half * N + point)
     for (int k = 0; k < lanes_; ++k) {
@@ -165,121 +194,62 @@ class StridedGridBand {
       add(left_[k], R(1) - lambda_x_[k]);
       add(right_[k], lambda_x_[k]);
     }
+    if (lower_ == cell_) {  // both rows are one
+      for (int64_t ij = 0; ij < entries(); ++ij) top_sum_[ij] += bottom_sum_[ij];
+    }
     V w[N];
     for (int half = 0; half * N < nodes_; ++half) {
       for (int k = 0; k < N; ++k) w[k] = scatter_[half * N + k];
-      for (int64_t ij = 0; ij < entries; ++ij) {
+      R* to_top = sums_.row(cell_, 0) + node_ + half * N;
+      R* to_bottom = sums_.row(lower_, 0) + node_ + half * N;
+      for (int64_t ij = 0; ij < entries(); ++ij, to_top += pitch_, to_bottom += pitch_) {
         const R* top = reinterpret_cast<const R*>(top_sum_ + ij);
-        const R* bottom = reinterpret_cast<const R*>(bottom_sum_ + ij);
-        R* to_top = sum_[0] + ij * pitch_ + node_ + half * N;
-        R* to_bottom = sum_[1] + ij * pitch_ + node_ + half * N;
-        V even[2] = {load(to_top), load(to_bottom)};
-        V odd[2] = {broadcast<V>(R(0)), broadcast<V>(R(0))};
-        for (int k = 0; k < N; k += 2) {
-          even[0] += top[k] * w[k];
-          even[1] += bottom[k] * w[k];
-          odd[0] += top[k + 1] * w[k + 1];
-          odd[1] += bottom[k + 1] * w[k + 1];
+        V even = load(to_top), odd = broadcast<V>(R(0));
+        if (lower_ == cell_) {
+          for (int k = 0; k < N; k += 2) {
+            even += top[k] * w[k];
+            odd += top[k + 1] * w[k + 1];
+          }
+          store(to_top, even + odd);
+          continue;
         }
-        store(to_top, even[0] + odd[0]);
-        store(to_bottom, even[1] + odd[1]);
+        const R* bottom = reinterpret_cast<const R*>(bottom_sum_ + ij);
+        V even_bottom = load(to_bottom), odd_bottom = broadcast<V>(R(0));
+        for (int k = 0; k < N; k += 2) {
+          even += top[k] * w[k];
+          even_bottom += bottom[k] * w[k];
+          odd += top[k + 1] * w[k + 1];
+          odd_bottom += bottom[k + 1] * w[k + 1];
+        }
+        store(to_top, even + odd);
+        store(to_bottom, even_bottom + odd_bottom);
       }
     }
   }
 
-  // --- a segment: up to kMaxRows rows of a strip ---------------------------------------------------------------------
-
-  int64_t pixel(int64_t row) const { return ((image_ * s_.depth + z_) * s_.height + row) * s_.width + x_; }
-  int64_t seg_offset(int64_t j, int64_t row) const {
-    return (((image_ * classes() + j) * s_.depth + z_) * s_.height + row) * s_.width + x_;
-  }
-
-  // Returns whether it added anything to the gradient.
-  bool segment(const RowSegment<R>& seg) {
-    labels_.any_valid = false;
-    labels_.all_valid = true;
-    for (int r = 0; r < seg.rows; ++r) {
-      if (labels_.read(s_, pixel(seg.y0 + r), lanes_, N, r * N)) s_.bad_label[task_] = 1;
-    }
-    const int c = classes();
-    if (!labels_.any_valid && s_.posterior == nullptr) {
-      zero_outputs(seg);
-      return false;
-    }
-    report_run(s_.transition, c, labels_.label, static_cast<int64_t>(seg.rows) * N, reinterpret_cast<R*>(reported_),
-               static_cast<int64_t>(kMaxRows) * N);
-    softmax(seg);
-    bool direct;
-    switch (seg.rows) {
-      case 1: direct = !columns<1>(seg); break;
-      case 2: direct = !columns<2>(seg); break;
-      case 4: direct = !columns<4>(seg); break;
-      default: direct = !columns<8>(seg); break;
-    }
-    if (direct || !finish(seg)) {
-      log_space(seg);
-    } else if (want_cm_) {
-      switch (seg.rows) {
-        case 1: gradient<1>(seg); break;
-        case 2: gradient<2>(seg); break;
-        case 4: gradient<4>(seg); break;
-        default: gradient<8>(seg); break;
-      }
-    }
-    write_seg(seg);
-    return true;
-  }
-
-  void load_seg(int64_t row, V* to, int stride) const {
-    for (int j = 0; j < classes(); ++j) {
-      R run[N] = {};
-      load_run(s_.seg_logits, s_.seg_storage, seg_offset(j, row), lanes_, run);
-      to[j * stride] = load(run);
-    }
-  }
-
-  V valid(int r) const { return load(labels_.valid + r * N); }
-
-  void softmax(const RowSegment<R>& seg) {
-    const int c = classes();
-    const V zero = broadcast<V>(R(0));
-    for (int r = 0; r < seg.rows; ++r) {
-      load_seg(seg.y0 + r, p_ + r, kMaxRows);
-      if (!labels_.all_valid && s_.posterior == nullptr) {
-        for (int j = 0; j < c; ++j) p_[j * kMaxRows + r] = select(valid(r) != zero, p_[j * kMaxRows + r], zero);
-      }
-      V top = p_[r], sum = zero;
-      for (int j = 1; j < c; ++j) top = max_v(p_[j * kMaxRows + r], top);
-      for (int j = 0; j < c; ++j) {
-        p_[j * kMaxRows + r] = exp_v(p_[j * kMaxRows + r] - top);
-        sum += p_[j * kMaxRows + r];
-      }
-      const V inv = R(1) / sum;
-      for (int j = 0; j < c; ++j) p_[j * kMaxRows + r] *= inv;
-    }
-  }
+  // --- a segment -----------------------------------------------------------------------------------------------------
 
   // Z, q and A[j,j] of every column and row. False where the logits change too much for geometric sequences.
   template <int kRows>
-  bool columns(const RowSegment<R>& seg) {
+  bool columns(const Slope<R>& slope) {
     const int c = classes();
     const V zero = broadcast<V>(R(0)), limit = broadcast<V>(kMaxSpan<R>);
-    const V lambda = broadcast<V>(seg.lambda0), step = broadcast<V>(seg.step);
+    const V lambda = broadcast<V>(slope.lambda0), step = broadcast<V>(slope.step);
     const R last = static_cast<R>(kRows - 1);
     I steep = zero != zero;
     for (int j = 0; j < c; ++j) {
       V top = broadcast<V>(-std::numeric_limits<R>::infinity());
       for (int i = 0; i < c; ++i) {
         const int64_t ij = static_cast<int64_t>(i) * c + j;
-        const V a = interpolate_x(grid_[0] + ij * pitch_), b = interpolate_x(grid_[1] + ij * pitch_);
-        const V first = a + lambda * (b - a), slope = step * (b - a), end = first + last * slope;
+        const V a = interpolate_x(upper_row(ij)), b = interpolate_x(lower_row(ij));
+        const V first = a + lambda * (b - a), slope_y = step * (b - a), end = first + last * slope_y;
         top = max_v(max_v(first, end), top);
         steep |= !((end - first <= limit) & (first - end <= limit));  // NaN is steep
         first_[ij] = first;
-        ratio_[ij] = slope;
+        ratio_[ij] = slope_y;
       }
-      V z[kRows], q[kRows], diagonal[kRows];
-      for (int r = 0; r < kRows; ++r) z[r] = q[r] = diagonal[r] = zero;
+      V z[kRows], q0[kRows], diagonal[kRows];
+      for (int r = 0; r < kRows; ++r) z[r] = q0[r] = diagonal[r] = zero;
       for (int i = 0; i < c; ++i) {
         const int64_t ij = static_cast<int64_t>(i) * c + j;
         V e = exp_v(first_[ij] - top);
@@ -288,7 +258,7 @@ class StridedGridBand {
         ratio_[ij] = g;
         for (int r = 0; r < kRows; ++r) {
           z[r] += e;
-          q[r] += e * reported_[i * kMaxRows + r];
+          q0[r] += e * reported_[i * kMaxRows + r];
           if (i == j) diagonal[r] = e;
           e *= g;
         }
@@ -296,69 +266,125 @@ class StridedGridBand {
       for (int r = 0; r < kRows; ++r) {
         const int at = j * kMaxRows + r;
         inv_z_[at] = R(1) / z[r];
-        q_[at] = q[r] * inv_z_[at];
+        q_[at] = q0[r] * inv_z_[at];
         ajj_[at] = diagonal[r] * inv_z_[at];
+      }
+      for (int64_t l = 1; l < kind_->layers; l += 2) {
+        l + 1 < kind_->layers ? more_layers<kRows, 2>(j, l) : more_layers<kRows, 1>(j, l);
       }
     }
     return !any(steep);
   }
 
-  // Loss, posterior and gradient coefficients of every row; false, and nothing added, where probabilities are too
-  // small.
-  bool finish(const RowSegment<R>& seg) {
+  // q of the same column in kLayers further layers.
+  template <int kRows, int kLayers>
+  void more_layers(int j, int64_t layer) {
     const int c = classes();
-    const V zero = broadcast<V>(R(0));
-    V d[kMaxRows];
-    for (int r = 0; r < seg.rows; ++r) {
-      d[r] = zero;
-      for (int j = 0; j < c; ++j) d[r] += p_[j * kMaxRows + r] * q_[j * kMaxRows + r];
-      if (any(!(d[r] >= broadcast<V>(kSmallestGeometricEvidence<R>)))) return false;
+    V sum[kLayers][kRows];
+    const V* rows[kLayers];
+    for (int l = 0; l < kLayers; ++l) {
+      rows[l] = reported(layer + l);
+      for (int r = 0; r < kRows; ++r) sum[l][r] = broadcast<V>(R(0));
     }
-    if (s_.transition_gradient != nullptr) transition_gradient(seg, d);
-    for (int r = 0; r < seg.rows; ++r) {
-      const V inv_d = R(1) / d[r];
-      const V scaled = load(labels_.weight + r * N) * s_.gradient_scale, scaled_trace = scaled * s_.trace_weight;
-      V trace = zero;
-      for (int j = 0; j < c; ++j) {
-        const int at = j * kMaxRows + r;
-        const V p = p_[at], posterior = p * q_[at] * inv_d;
-        const auto g = column_gradient(p, posterior, inv_d, inv_z_[at], ajj_[at], scaled, scaled_trace);
-        keep_[at] = g.keep;
-        drop_[at] = g.drop;
-        diag_[at] = g.diag;
-        trace += ajj_[at];
-        q_[at] = posterior;
-        if (s_.posterior == nullptr) p_[at] = scaled * (p - posterior);
+    for (int i = 0; i < c; ++i) {
+      const int64_t ij = static_cast<int64_t>(i) * c + j;
+      V e = first_[ij];
+      const V g = ratio_[ij];
+      for (int r = 0; r < kRows; ++r) {
+        for (int l = 0; l < kLayers; ++l) sum[l][r] += e * rows[l][i * kMaxRows + r];
+        e *= g;
       }
-      add_terms(seg, r, -log_v(d[r]), trace);
+    }
+    for (int l = 0; l < kLayers; ++l)
+      for (int r = 0; r < kRows; ++r) q(layer + l)[j * kMaxRows + r] = sum[l][r] * inv_z_[j * kMaxRows + r];
+  }
+
+  // Loss, posterior and gradient coefficients of every row and layer; false, and nothing added, where probabilities are too
+  // small.
+  bool finish_segment(const Slab& slab) {
+    const int c = classes(), pitch = slab.pitch;
+    const V zero = broadcast<V>(R(0)), one = broadcast<V>(R(1));
+    const V smallest = broadcast<V>(kSmallestGeometricEvidence<R>);
+    if (problem_->posterior != nullptr) {
+      // of several kinds the product counts, so that every factor has to be exact
+      for (int64_t l = 0; l < kind_->layers; ++l)
+        for (int j = 0; j < c; ++j)
+          for (int r = 0; r < slab.rows; ++r)
+            if (any(!(q(l)[j * kMaxRows + r] >= smallest))) return false;
+      for (int64_t l = 0; l < kind_->layers; ++l)
+        for (int j = 0; j < c; ++j)
+          for (int r = 0; r < slab.rows; ++r)
+            field_->joint[j * pitch + r] += select(valid(l, r) != zero, log_v(q(l)[j * kMaxRows + r]), zero);
+      return true;
+    }
+    const auto evidence = [&](int64_t l, int r) {
+      V d = zero;
+      for (int j = 0; j < c; ++j) d += field_->p[j * pitch + r] * q(l)[j * kMaxRows + r];
+      return d;
+    };
+    for (int64_t l = 0; l < kind_->layers; ++l) {
+      for (int r = 0; r < slab.rows; ++r) {
+        const V d = evidence(l, r);
+        if (any(!(d >= smallest))) return false;
+        evidence_[r] = d;
+      }
+      if (kind_->layers == 1) break;
+    }
+    for (int64_t l = 0; l < kind_->layers; ++l) {
+      if (kind_->layers > 1) {
+        for (int r = 0; r < slab.rows; ++r) evidence_[r] = evidence(l, r);
+      }
+      if (kind_->transition_gradient != nullptr) add_transition_gradient(slab, l);
+      for (int r = 0; r < slab.rows; ++r) {
+        const V d = evidence_[r], inv_d = one / d;
+        const V scaled = weight(l, r) * kind_->gradient_scale, scaled_trace = scaled * kind_->trace_weight;
+        V trace = zero;
+        for (int j = 0; j < c; ++j) {
+          const int at = j * kMaxRows + r;
+          const V p = field_->p[j * pitch + r], posterior = p * q(l)[at] * inv_d;
+          const auto g = column_gradient(p, posterior, inv_d, inv_z_[at], ajj_[at], scaled, scaled_trace);
+          drop(l)[at] = g.drop;
+          if (l == 0) {
+            keep_[at] = g.keep;
+            diag_[at] = g.diag;
+          } else {
+            keep_[at] += g.keep;
+            diag_[at] += g.diag;
+          }
+          trace += ajj_[at];
+          field_->own[j * pitch + r] -= scaled * posterior;
+        }
+        field_->mass[r] += scaled;
+        add(slab, l, r, -log_v(d), trace);
+      }
     }
     return true;
   }
 
-  void add_terms(const RowSegment<R>& seg, int r, V nll, V trace) {
-    const V weight = load(labels_.weight + r * N), zero = broadcast<V>(R(0));
-    nll = select(weight == zero, zero, weight * nll);  // 0 * inf is not 0
-    trace = select(weight == zero, zero, weight * trace);
-    s_.sums[2 * task_] += sum_lanes<R>(nll);
-    s_.sums[2 * task_ + 1] += sum_lanes<R>(trace);
-    if (s_.nll_map == nullptr) return;
-    const int64_t at = pixel(seg.y0 + r);
-    for (int64_t k = 0; k < lanes_; ++k) {
-      s_.nll_map[at + k] = nll[k];
-      s_.trace_map[at + k] = trace[k];
-    }
+  void add(const Slab& slab, int64_t layer, int r, V nll, V trace) {
+    const Place<R> place(*problem_, slab, r);
+    add_terms<R>(*kind_, task_, map_offset(slab, layer, place), place.lanes, weight(layer, r), nll, trace);
+  }
+
+  int64_t map_offset(const Slab& slab, int64_t layer, const Place<R>& place) const {
+    return (slab.image * kind_->layers + layer) * problem_->pixels() + place.at;
   }
 
   // Sums over the rows of the gradient at the upper and the lower grid row, lane by lane.
   template <int kRows>
-  void gradient(const RowSegment<R>& seg) {
+  void gradients(const Slope<R>& slope) {
+    kind_->layers == 1 ? gradient<kRows, true>(slope) : gradient<kRows, false>(slope);
+  }
+
+  template <int kRows, bool kOneLayer>
+  void gradient(const Slope<R>& slope) {
     const int c = classes();
     const V zero = broadcast<V>(R(0));
     for (int j = 0; j < c; ++j) {
-      V keep[kRows], drop[kRows];
+      V keep[kRows], drop0[kRows];
       for (int r = 0; r < kRows; ++r) {
         keep[r] = keep_[j * kMaxRows + r];
-        drop[r] = drop_[j * kMaxRows + r];
+        drop0[r] = drop_[j * kMaxRows + r];
       }
       for (int i = 0; i < c; ++i) {
         const int64_t ij = static_cast<int64_t>(i) * c + j;
@@ -366,7 +392,12 @@ class StridedGridBand {
         V value = zero, derivative = zero;  // of the polynomial sum_r v[r] g^r
         for (int r = kRows - 1; r >= 0; --r) {
           derivative = derivative * g + value;
-          value = value * g + (keep[r] - drop[r] * reported_[i * kMaxRows + r]);
+          V v = keep[r] - drop0[r] * reported_[i * kMaxRows + r];
+          if constexpr (!kOneLayer) {
+            for (int64_t l = 1; l < kind_->layers; ++l)
+              v -= drop(l)[j * kMaxRows + r] * reported(l)[i * kMaxRows + r];
+          }
+          value = value * g + v;
         }
         V sum = first_[ij] * value, sum_rows = first_[ij] * (g * derivative);
         if (i == j) {
@@ -375,134 +406,109 @@ class StridedGridBand {
             sum_rows += static_cast<R>(r) * diag_[j * kMaxRows + r];
           }
         }
-        add_sums(ij, seg, sum, sum_rows);
+        add_sums(ij, slope, sum, sum_rows);
       }
     }
   }
 
-  void add_sums(int64_t ij, const RowSegment<R>& seg, V sum, V sum_rows) {
-    const V lower = seg.lambda0 * sum + seg.step * sum_rows;
+  void add_sums(int64_t ij, const Slope<R>& slope, V sum, V sum_rows) {
+    const V lower = slope.lambda0 * sum + slope.step * sum_rows;
     bottom_sum_[ij] += lower;
     top_sum_[ij] += sum - lower;
   }
 
   // d loss / dT[i, y] -= weight / D * sum_j A[i,j] p[j]
-  void transition_gradient(const RowSegment<R>& seg, const V* d) {
+  void add_transition_gradient(const Slab& slab, int64_t layer) {
     const int c = classes();
-    double* sum = s_.transition_gradient + task_ * c * c;
+    double* sum = kind_->transition_gradient + task_ * c * c;
     for (int i = 0; i < c; ++i) {
       V ap[kMaxRows];
-      for (int r = 0; r < seg.rows; ++r) ap[r] = broadcast<V>(R(0));
+      for (int r = 0; r < slab.rows; ++r) ap[r] = broadcast<V>(R(0));
       for (int j = 0; j < c; ++j) {
         V e = first_[static_cast<int64_t>(i) * c + j];
         const V g = ratio_[static_cast<int64_t>(i) * c + j];
-        for (int r = 0; r < seg.rows; ++r) {
-          ap[r] += e * (inv_z_[j * kMaxRows + r] * p_[j * kMaxRows + r]);
+        for (int r = 0; r < slab.rows; ++r) {
+          ap[r] += e * (inv_z_[j * kMaxRows + r] * field_->p[j * slab.pitch + r]);
           e *= g;
         }
       }
-      for (int r = 0; r < seg.rows; ++r) {
-        const V share = ap[r] * (load(labels_.weight + r * N) * s_.gradient_scale) / d[r];
-        for (int k = 0; k < N; ++k) sum[i * c + labels_.label[r * N + k]] -= static_cast<double>(share[k]);
+      for (int r = 0; r < slab.rows; ++r) {
+        const V share = ap[r] * (weight(layer, r) * kind_->gradient_scale) / evidence_[r];
+        for (int k = 0; k < N; ++k) sum[i * c + layers_[layer].label[r * N + k]] -= static_cast<double>(share[k]);
       }
     }
   }
 
-  void log_space(const RowSegment<R>& seg) {
-    const int c = classes();
+  void log_space(const Slab& slab, const Slope<R>& slope) {
+    const int c = classes(), pitch = slab.pitch;
     const V zero = broadcast<V>(R(0));
-    for (int r = 0; r < seg.rows; ++r) {
-      const V labelled = valid(r), lambda = broadcast<V>(seg.lambda0 + static_cast<R>(r) * seg.step);
-      load_seg(seg.y0 + r, slow_.s, 1);
-      if (s_.posterior == nullptr) {
-        for (int j = 0; j < c; ++j) slow_.s[j] = select(labelled != zero, slow_.s[j], zero);
-      }
-      for (int64_t ij = 0; ij < static_cast<int64_t>(c) * c; ++ij) {
-        const V a = interpolate_x(grid_[0] + ij * pitch_), b = interpolate_x(grid_[1] + ij * pitch_);
-        const V x = g_.y.interpolated ? (R(1) - lambda) * a + lambda * b : a;
-        slow_.a[ij] = select(labelled != zero, x, zero);
-      }
-      const V scaled = load(labels_.weight + r * N) * s_.gradient_scale, scaled_trace = scaled * s_.trace_weight;
-      const bool want_reported = s_.transition_gradient != nullptr;
-      const auto terms = slow_.run(c, s_.transition, labels_.label + r * N, scaled, scaled_trace, want_reported);
-      if (want_reported) slow_.add_reported(c, labels_.label + r * N, s_.transition_gradient + task_ * c * c);
-      add_terms(seg, r, terms.nll, terms.trace);
-      for (int j = 0; j < c; ++j) {
-        const int at = j * kMaxRows + r;
-        q_[at] = slow_.r[j];
-        const V difference = select(scaled == zero, zero, scaled * (slow_.p[j] - slow_.r[j]));
-        p_[at] = s_.posterior == nullptr ? difference : slow_.p[j];
-      }
-      if (!want_cm_) continue;
-      for (int64_t ij = 0; ij < static_cast<int64_t>(c) * c; ++ij) {
-        add_sums(ij, seg, slow_.a[ij], static_cast<R>(r) * slow_.a[ij]);
+    const bool want_reported = kind_->transition_gradient != nullptr;
+    for (int r = 0; r < slab.rows; ++r) {
+      const V lambda = broadcast<V>(slope.lambda0 + static_cast<R>(r) * slope.step);
+      for (int64_t l = 0; l < kind_->layers; ++l) {
+        for (int j = 0; j < c; ++j) slow_.s[j] = field_->s[j * pitch + r];
+        for (int64_t ij = 0; ij < entries(); ++ij) {
+          const V a = interpolate_x(upper_row(ij));
+          const V x = g_->y.interpolated ? (R(1) - lambda) * a + lambda * interpolate_x(lower_row(ij)) : a;
+          slow_.a[ij] = select(valid(l, r) != zero, x, zero);
+        }
+        const V scaled = weight(l, r) * kind_->gradient_scale, scaled_trace = scaled * kind_->trace_weight;
+        const auto terms = slow_.run(c, kind_->transition, layers_[l].label + r * N, scaled, scaled_trace, want_reported);
+        if (problem_->posterior != nullptr) {
+          for (int j = 0; j < c; ++j)
+            field_->joint[j * pitch + r] += select(valid(l, r) != zero, slow_.columns[j].log_q, zero);
+          continue;
+        }
+        if (want_reported)
+          slow_.add_reported(c, layers_[l].label + r * N, kind_->transition_gradient + task_ * c * c);
+        add(slab, l, r, terms.nll, terms.trace);
+        const V impossible = broadcast<V>(std::numeric_limits<R>::infinity());
+        const V live = select(terms.nll == impossible, zero, scaled);
+        field_->mass[r] += live;
+        for (int j = 0; j < c; ++j) field_->own[j * pitch + r] -= select(live == zero, zero, live * slow_.r[j]);
+        if (!want_cm_) continue;
+        for (int64_t ij = 0; ij < entries(); ++ij) add_sums(ij, slope, slow_.a[ij], static_cast<R>(r) * slow_.a[ij]);
       }
     }
   }
 
-  // After `finish` or `log_space`, p_ holds the gradient of the class logits (or p), and q_ the posterior.
-  void write_seg(const RowSegment<R>& seg) {
-    for (int r = 0; r < seg.rows; ++r) {
-      for (int j = 0; j < classes(); ++j) {
-        const int at = j * kMaxRows + r;
-        const int64_t offset = seg_offset(j, seg.y0 + r);
-        R run[N];
-        if (s_.seg_gradient != nullptr) {
-          store(run, p_[at]);
-          store_run(s_.seg_gradient, s_.seg_storage, offset, lanes_, run);
-        }
-        if (s_.posterior != nullptr) {
-          store(run, select(valid(r) != broadcast<V>(R(0)), q_[at], p_[at]));
-          store_run(s_.posterior, s_.seg_storage, offset, lanes_, run);
+  void zero_maps(const Slab& slab) const {
+    if (kind_->nll_map == nullptr) return;
+    for (int64_t l = 0; l < kind_->layers; ++l) {
+      for (int v = 0; v < slab.count(); ++v) {
+        const Place<R> place(*problem_, slab, v);
+        for (int64_t k = 0; k < place.lanes; ++k) {
+          kind_->nll_map[map_offset(slab, l, place) + k] = R(0);
+          kind_->trace_map[map_offset(slab, l, place) + k] = R(0);
         }
       }
     }
   }
 
-  void zero_outputs(const RowSegment<R>& seg) {
-    const R zeros[N] = {};
-    for (int r = 0; r < seg.rows; ++r) {
-      if (s_.nll_map != nullptr) {
-        for (int64_t k = 0; k < lanes_; ++k)
-          s_.nll_map[pixel(seg.y0 + r) + k] = s_.trace_map[pixel(seg.y0 + r) + k] = R(0);
-      }
-      if (s_.seg_gradient == nullptr) continue;
-      for (int j = 0; j < classes(); ++j) {
-        store_run(s_.seg_gradient, s_.seg_storage, seg_offset(j, seg.y0 + r), lanes_, zeros);
-      }
-    }
-  }
-
-  const Stream<R>& s_;
-  const StridedGrid<R>& g_;
-  Arena arena_;
-  bool want_cm_;
-  int64_t pitch_, task_ = 0, image_ = 0, z_ = 0;
-  R *grid_[2], *sum_[2];  // (C * C, pitch) logits and gradient of the band's upper and lower grid row
-  R* deeper_;             // one row of the next slice of the grid
+  const Problem<R>* problem_ = nullptr;
+  const Drawings<R>* kind_ = nullptr;
+  const FieldPlan<R>* g_ = nullptr;
+  bool want_cm_ = false, touched_ = false;
+  int64_t pitch_ = 0, task_ = 0, image_ = -1, z_ = -1;
+  int64_t cell_ = 0, lower_ = 0, loaded_[2] = {-1, -1};  // the band's upper and lower grid row, and those in grid_
+  R* grid_[2];                                           // (C * C, pitch) logits of the two rows
+  GradientRows<R> sums_;
+  R* deeper_;  // one row of the next slice of the grid
   // the strip
-  int64_t x_ = 0, lanes_ = 0, node_ = 0;  // first pixel, pixels, grid point left of the first pixel
-  int nodes_ = 0;                         // grid points in reach
-  I left_{}, right_{};                    // each lane's grid points, from node_
+  int64_t lanes_ = 0, node_ = 0;  // pixels, grid point left of the first pixel
+  int nodes_ = 0;                 // grid points in reach
+  I left_{}, right_{};            // each lane's grid points, from node_
   V lambda_x_{};
   V *top_sum_, *bottom_sum_, *scatter_;  // (C * C) gradient at the upper and lower grid row, by lane
   // the segment
-  V *first_, *ratio_;                                              // (C * C) e0 and g
-  V *reported_, *p_, *q_, *inv_z_, *ajj_, *keep_, *drop_, *diag_;  // (C, kMaxRows)
-  LabelRun<R> labels_;
+  const LabelRun<R>* layers_ = nullptr;
+  ClassField<R>* field_ = nullptr;
+  V evidence_[kMaxRows];
+  V *first_, *ratio_;                      // (C * C) e0 and g
+  V *reported_, *q_, *drop_;               // (layers, C, kMaxRows)
+  V *inv_z_, *ajj_, *keep_, *diag_;        // (C, kMaxRows)
   LogSpace<R> slow_;
 };
-
-template <class R>
-int64_t strided_workspace(const Stream<R>& s, const StridedGrid<R>& g) {
-  return StridedGridBand<R>(s, g, nullptr).workspace_bytes();
-}
-
-template <class R>
-void strided_grid(const Stream<R>& s, const StridedGrid<R>& g, int64_t task, Band band, int64_t z, int64_t b0,
-                  int64_t b1, void* workspace) {
-  StridedGridBand<R>(s, g, workspace).run(task, band, z, b0, b1);
-}
 
 }  // namespace
 }  // namespace coarse

@@ -4,7 +4,7 @@
 
 #include "../coarse_math.h"
 #include "../half.h"
-#include "../stream.h"
+#include "single.h"
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>

@@ -2,7 +2,7 @@
 // nothing of torch. Each returns null, or what went wrong; none waits for the device.
 #pragma once
 
-#include "../stream.h"
+#include "single.h"
 
 namespace coarse {
 namespace cuda {

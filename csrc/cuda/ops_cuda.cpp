@@ -7,7 +7,7 @@
 #include <tuple>
 #include <utility>
 
-#include "../tensors.h"
+#include "describe.h"
 #include "launch.h"
 
 #if !defined(COARSE_EMULATED)
@@ -55,7 +55,7 @@ class Call {
   Call(Inputs inputs, int64_t ignore_index, double trace_weight)
       : in_(std::move(inputs)), device_(in_.labels), s_(describe<R>(in_, ignore_index)) {
     s_.trace_weight = static_cast<R>(trace_weight);
-    const std::array<int64_t, 3> grid = grid_of(in_.cm_logits);
+    const std::array<int64_t, 3> grid = grid_of(in_.cm_logits, 3);
     const std::array<int64_t, 3> size{s_.depth, s_.height, s_.width};
     for (int axis = 0; axis < 3; ++axis) {
       STD_TORCH_CHECK(grid[axis] <= size[axis] && (grid[axis] > 0 || size[axis] == 0),

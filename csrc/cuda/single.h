@@ -1,15 +1,13 @@
-// One annotation stream as the kernels see it: raw pointers and sizes, nothing of torch.
+// One kind of drawings with a matrix, as the CUDA kernels see it: raw pointers and sizes, nothing of torch.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "host_device.h"
+#include "../host_device.h"
+#include "../storage.h"
 
 namespace coarse {
-
-enum class Storage : int { f32, f64, bf16, f16 };
-enum class LabelType : int { u8, i64 };
 
 // One annotation stream on the pixel grid (B, D, H, W); lower ranks have D = 1, or D = H = 1. R is float or double.
 // Layouts are contiguous; an absent tensor is null.

@@ -1,0 +1,332 @@
+// The class logits: read once for all kinds of drawings, their gradient written once.
+//
+//   read     s[j] of a slab, interpolated where the logits have a grid of their own; p = softmax(s)
+//   kinds    each adds its share: mass += w, own[j] -= w r[j]          (w the pixel's weight, r the kind's posterior)
+//   write    mass p[j] + own[j] = sum over kinds of w (p[j] - r[j]); to the pixel, or summed onto the grid
+//
+// Nothing here has the size of C planes of pixels. The posterior of several kinds is p[j] prod q[j], normalised: each kind adds
+// log q[j] to joint[j] = log p[j].
+#pragma once
+
+#include "common.h"
+#include "gradient_rows.h"
+
+namespace coarse {
+namespace {
+
+template <class R>
+class ClassField {
+  using V = Vec<R>;
+  using I = typename Lanes<V>::Int;
+  static constexpr int N = kLanes<R>;
+
+ public:
+  V* s;     // logits, less their maximum
+  V* p;     // of the true class
+  V* own;   // gradient, but for mass * p
+  V* joint; // with a posterior: log p + the sum of log q
+  V* mass;
+  V* log_sum;  // log sum_j exp(s[j])
+  R* drawn;    // 1 where some layer of some kind has a label
+
+  void init(const Problem<R>& problem, const Plan<R>& plan, Arena& arena) {
+    problem_ = &problem;
+    plan_ = &plan.seg;
+    const int64_t c = problem.classes, n = plan.vectors;
+    // one vector more: the last columns of a tile may be read beyond the slab
+    s = arena.take<V>(c * n + 1);
+    p = arena.take<V>(c * n + 1);
+    own = arena.take<V>(c * n + 1);
+    joint = problem.posterior != nullptr ? arena.take<V>(c * n) : nullptr;
+    mass = arena.take<V>(n);
+    log_sum = arena.take<V>(n);
+    drawn = arena.take<R>(n * N);
+    lines_ = arena.take<V>(plan.seg.rows);
+    scattered_ = arena.take<V>(plan.seg.rows);
+    weights_ = arena.take<V>(2 * N);
+    if (gathers()) rows_.init(problem.seg, plan.seg, c, plan.chunk_count, arena);
+  }
+
+  bool gathers() const { return problem_->seg.gradient != nullptr && !plan_->on_pixels; }
+
+  void start(int64_t image, int64_t group, int64_t chunk, int64_t z, bool first) {
+    if (gathers()) rows_.start(image, group, chunk, z, first);
+  }
+  void enter(const Band& band) {
+    if (gathers()) rows_.need(plan_->y.i0[band.y0], plan_->y.next(band.y1 - 1));
+  }
+  void finish() {
+    if (gathers()) rows_.finish();
+  }
+
+  // s, in the slab.
+  void logits(const Slab& slab) {
+    const int c = problem_->classes;
+    if (plan_->on_pixels) {
+      for (int v = 0; v < slab.count(); ++v) {
+        const Place<R> place(*problem_, slab, v);
+        for (int j = 0; j < c; ++j) {
+          const int64_t offset = (slab.image * c + j) * problem_->pixels() + place.at;
+          s[j * slab.pitch + v] = load_lanes(offset, place.lanes);
+        }
+      }
+      return;
+    }
+    const Axis<R>& y = plan_->y;
+    const int64_t first = y.i0[slab.y0], last = y.next(slab.y0 + slab.rows - 1);
+    for (int m = 0; m < slab.per_row; ++m) {
+      find_columns(slab, m);
+      for (int j = 0; j < c; ++j) {
+        for (int64_t g = first; g <= last; ++g) lines_[g - first] = line(slab, j, g);
+        for (int r = 0; r < slab.rows; ++r) {
+          const int64_t upper = y.i0[slab.y0 + r], lower = y.after(upper);
+          V x = lines_[upper - first];
+          if (y.interpolated) {
+            const R lambda = y.lambda[slab.y0 + r];
+            x = (R(1) - lambda) * x + lambda * lines_[lower - first];
+          }
+          s[j * slab.pitch + r * slab.per_row + m] = x;
+        }
+      }
+    }
+  }
+
+  // s and p. Logits of pixels that nobody drew on may be anything, NaN too: they count as 0, but for the posterior.
+  void read(const Slab& slab, bool all_drawn) {
+    logits(slab);
+    const int c = problem_->classes, pitch = slab.pitch;
+    const V zero = broadcast<V>(R(0));
+    for (int v = 0; v < slab.count(); ++v) {
+      V* const sv = s + v;
+      V* const pv = p + v;
+      if (!all_drawn && problem_->posterior == nullptr) {
+        const V known = load(drawn + v * N);
+        for (int j = 0; j < c; ++j) sv[j * pitch] = select(known != zero, sv[j * pitch], zero);
+      }
+      V top = sv[0];
+      for (int j = 1; j < c; ++j) top = max_v(sv[j * pitch], top);
+      V sum = zero;
+      for (int j = 0; j < c; ++j) {
+        const V x = sv[j * pitch] - top, e = exp_v(x);
+        sv[j * pitch] = x;
+        pv[j * pitch] = e;
+        sum += e;
+      }
+      const V inv = R(1) / sum;
+      for (int j = 0; j < c; ++j) {
+        pv[j * pitch] *= inv;
+        own[j * pitch + v] = zero;
+      }
+      mass[v] = zero;
+      log_sum[v] = log_v(sum);
+      if (joint == nullptr) continue;
+      for (int j = 0; j < c; ++j) joint[j * pitch + v] = sv[j * pitch] - log_sum[v];
+    }
+  }
+
+  void write(const Slab& slab) {
+    if (problem_->posterior != nullptr) return write_posterior(slab);
+    if (problem_->seg.gradient == nullptr) return;
+    const int c = problem_->classes, pitch = slab.pitch;
+    const V zero = broadcast<V>(R(0));
+    for (int j = 0; j < c; ++j) {
+      for (int v = 0; v < slab.count(); ++v) {
+        const V w = mass[v];
+        own[j * pitch + v] += select(w == zero, zero, w * p[j * pitch + v]);  // p may be NaN where nothing counts
+      }
+    }
+    if (!plan_->on_pixels) return scatter(slab);
+    for (int v = 0; v < slab.count(); ++v) {
+      const Place<R> place(*problem_, slab, v);
+      for (int j = 0; j < c; ++j) store_lanes(problem_->seg.gradient, slab, place, j, own[j * pitch + v]);
+    }
+  }
+
+  // Nobody drew here.
+  void write_zeros(const Slab& slab) {
+    if (problem_->seg.gradient == nullptr || !plan_->on_pixels) return;
+    for (int v = 0; v < slab.count(); ++v) {
+      const Place<R> place(*problem_, slab, v);
+      for (int j = 0; j < problem_->classes; ++j)
+        store_lanes(problem_->seg.gradient, slab, place, j, broadcast<V>(R(0)));
+    }
+  }
+
+  // The most probable class: the first of equals, and NaN before all, as torch.argmax has it.
+  void write_labels(const Slab& slab) {
+    logits(slab);
+    for (int v = 0; v < slab.count(); ++v) {
+      V best = s[v], label = broadcast<V>(R(0));
+      for (int j = 1; j < problem_->classes; ++j) {
+        const V x = s[j * slab.pitch + v];
+        const I better = (x > best) | ((x != x) & (best == best));
+        best = select(better, x, best);
+        label = select(better, broadcast<V>(static_cast<R>(j)), label);
+      }
+      const Place<R> place(*problem_, slab, v);
+      const int64_t at = slab.image * problem_->pixels() + place.at;
+      for (int64_t k = 0; k < place.lanes; ++k) {
+        if (problem_->label_map_type == LabelType::u8) {
+          static_cast<uint8_t*>(problem_->label_map)[at + k] = static_cast<uint8_t>(label[k]);
+        } else {
+          static_cast<int64_t*>(problem_->label_map)[at + k] = static_cast<int64_t>(label[k]);
+        }
+      }
+    }
+  }
+
+ private:
+  const Storage own_storage_ = sizeof(R) == 4 ? Storage::f32 : Storage::f64;
+
+  V load_lanes(int64_t offset, int64_t lanes) const {
+    if (problem_->seg.storage == own_storage_ && lanes == N)
+      return load(static_cast<const R*>(problem_->seg.data) + offset);
+    R run[N] = {};
+    load_run(problem_->seg.data, problem_->seg.storage, offset, lanes, run);
+    return load(run);
+  }
+
+  void store_lanes(void* to, const Slab& slab, const Place<R>& place, int j, V x) const {
+    const int64_t offset = (slab.image * problem_->classes + j) * problem_->pixels() + place.at;
+    if (problem_->seg.storage == own_storage_ && place.lanes == N) return store(static_cast<R*>(to) + offset, x);
+    R run[N];
+    store(run, x);
+    store_run(to, problem_->seg.storage, offset, place.lanes, run);
+  }
+
+  // --- a grid of its own ---------------------------------------------------------------------------------------------
+
+  // The grid points that the lanes of vector m of a row read: left_ and right_, from node_ on.
+  void find_columns(const Slab& slab, int m) {
+    const Axis<R>& x = plan_->x;
+    const int64_t begin = slab.x0 + static_cast<int64_t>(m) * N;
+    if (begin == begin_ && slab.x1 == end_) return;
+    begin_ = begin;
+    end_ = slab.x1;
+    const int64_t lanes = slab.x1 - begin < N ? slab.x1 - begin : N;
+    node_ = x.i0[begin];
+    for (int k = 0; k < N; ++k) {
+      const int64_t at = k < lanes ? begin + k : begin + lanes - 1;
+      left_[k] = x.i0[at] - node_;
+      right_[k] = x.next(at) - node_;
+      lambda_[k] = x.lambda[at];
+    }
+    nodes_ = static_cast<int>(right_[N - 1]) + 1;
+    if (!gathers()) return;
+    R* weights = reinterpret_cast<R*>(weights_);  // [half][lane] a vector of points: what a lane gives to them
+    // (as [half * N + lane], so that a vector of points is contiguous)
+    for (int k = 0; k < 2 * N; ++k) weights_[k] = broadcast<V>(R(0));
+    for (int k = 0; k < lanes; ++k) {
+      const auto add = [&](int64_t point, R weight) { weights[(point / N * N + k) * N + point % N] += weight; };
+      add(left_[k], R(1) - lambda_[k]);
+      if (x.interpolated) add(right_[k], lambda_[k]);
+    }
+  }
+
+  V points(int64_t row, int64_t half) const {
+    const int64_t first = node_ + half * N, offset = row + first;
+    const int64_t left = plan_->x.grid - first;  // of the row
+    const Field& seg = problem_->seg;
+    if (seg.storage == own_storage_ && offset + N <= seg.images * problem_->classes * seg.points())
+      return load(static_cast<const R*>(seg.data) + offset);
+    R run[N] = {};
+    if (left > 0) load_run(seg.data, seg.storage, offset, left < N ? left : N, run);
+    return load(run);
+  }
+
+  V along_x(int64_t row) const {
+    const V low = points(row, 0);
+    if (nodes_ <= N) {
+      const V a = permute_one<R>(low, left_);
+      if (!plan_->x.interpolated) return a;  // 0 times -inf would be NaN
+      return (R(1) - lambda_) * a + lambda_ * permute_one<R>(low, right_);
+    }
+    const V high = points(row, 1);
+    const V a = permute<R>(low, high, left_);
+    if (!plan_->x.interpolated) return a;
+    return (R(1) - lambda_) * a + lambda_ * permute<R>(low, high, right_);
+  }
+
+  V line(const Slab& slab, int j, int64_t g) const {
+    const Axis<R>& z = plan_->z;
+    const auto row = [&](int64_t slice) {
+      return (slab.image * problem_->classes + j) * problem_->seg.points() +
+             (slice * plan_->y.grid + g) * plan_->x.grid;
+    };
+    const V a = along_x(row(z.i0[slab.z]));
+    if (!z.interpolated) return a;
+    const R lambda = z.lambda[slab.z];
+    return (R(1) - lambda) * a + lambda * along_x(row(z.next(slab.z)));
+  }
+
+  // own, summed onto the rows of the grid: over the rows of the slab first, then from lanes to points.
+  void scatter(const Slab& slab) {
+    const Axis<R>& y = plan_->y;
+    const int c = problem_->classes;
+    const int64_t first = y.i0[slab.y0], last = y.next(slab.y0 + slab.rows - 1);
+    for (int m = 0; m < slab.per_row; ++m) {
+      find_columns(slab, m);
+      for (int j = 0; j < c; ++j) {
+        for (int64_t g = first; g <= last; ++g) scattered_[g - first] = broadcast<V>(R(0));
+        for (int r = 0; r < slab.rows; ++r) {
+          const V x = own[j * slab.pitch + r * slab.per_row + m];
+          const int64_t upper = y.i0[slab.y0 + r];
+          if (!y.interpolated) {
+            scattered_[upper - first] += x;
+            continue;
+          }
+          const V below = y.lambda[slab.y0 + r] * x;
+          scattered_[upper - first] += x - below;
+          scattered_[y.after(upper) - first] += below;
+        }
+        for (int64_t g = first; g <= last; ++g) {
+          const R* const lanes = reinterpret_cast<const R*>(scattered_ + (g - first));
+          R* const to = rows_.row(g, j) + node_;
+          for (int half = 0; half * N < nodes_; ++half) {
+            const V* const w = weights_ + half * N;
+            V even = load(to + half * N), odd = broadcast<V>(R(0));
+            for (int k = 0; k < N; k += 2) {
+              even += lanes[k] * w[k];
+              odd += lanes[k + 1] * w[k + 1];
+            }
+            store(to + half * N, even + odd);
+          }
+        }
+      }
+    }
+  }
+
+  void write_posterior(const Slab& slab) {
+    const int c = problem_->classes, pitch = slab.pitch;
+    const V zero = broadcast<V>(R(0)), inf = broadcast<V>(std::numeric_limits<R>::infinity());
+    for (int v = 0; v < slab.count(); ++v) {
+      V top = joint[v];
+      for (int j = 1; j < c; ++j) top = max_v(joint[j * pitch + v], top);
+      const V shift = select(top == -inf, zero, top);
+      V sum = zero;
+      for (int j = 0; j < c; ++j) {
+        joint[j * pitch + v] = exp_v(joint[j * pitch + v] - shift);
+        sum += joint[j * pitch + v];
+      }
+      const V known = load(drawn + v * N);
+      const Place<R> place(*problem_, slab, v);
+      for (int j = 0; j < c; ++j) {
+        // labels that no class explains: p; so where there is none
+        const V r = select(sum == zero, p[j * pitch + v], joint[j * pitch + v] / sum);
+        store_lanes(problem_->posterior, slab, place, j, select(known != zero, r, p[j * pitch + v]));
+      }
+    }
+  }
+
+  const Problem<R>* problem_ = nullptr;
+  const FieldPlan<R>* plan_ = nullptr;
+  GradientRows<R> rows_;
+  int64_t begin_ = -1, end_ = -1, node_ = 0;
+  int nodes_ = 0;
+  I left_{}, right_{};
+  V lambda_{};
+  V *lines_, *scattered_, *weights_;
+};
+
+}  // namespace
+}  // namespace coarse

@@ -1,0 +1,195 @@
+// Drawings that are trusted, A = I: q[j] = T[j, y]. C exponentials a pixel, which the class field has paid already.
+//
+//   T = I   nll = log_sum - s[y],                r = one-hot at y
+//   else    D = sum_j p[j] T[j,y], nll = -log D,  r[j] = p[j] T[j,y] / D;   in log space where D is small
+//   d nll / dT[i,y] = -p[i] / D
+#pragma once
+
+#include "class_field.h"
+
+namespace coarse {
+namespace {
+
+template <class R>
+class Trusted {
+  using V = Vec<R>;
+  using I = typename Lanes<V>::Int;
+  static constexpr int N = kLanes<R>;
+
+ public:
+  void init(const Problem<R>& problem, const Drawings<R>& kind, Arena& arena) {
+    problem_ = &problem;
+    kind_ = &kind;
+    if (kind.transition == nullptr) return;
+    reported_ = arena.take<V>(problem.classes);
+    r_ = arena.take<V>(problem.classes);
+    // rows of T where a permutation of two vectors can look a label up
+    table_ = problem.classes <= 2 * N ? arena.take<R>(2 * N * problem.classes) : nullptr;
+  }
+
+  // With the workspace in place.
+  void begin() {
+    if (kind_->transition == nullptr || table_ == nullptr) return;
+    const int c = problem_->classes;
+    for (int i = 0; i < c; ++i)
+      for (int y = 0; y < 2 * N; ++y) table_[i * 2 * N + y] = y < c ? kind_->transition[i * c + y] : R(0);
+  }
+
+  void run(ClassField<R>& field, const Slab& slab, const LabelRun<R>* layers, int64_t task) {
+    for (int64_t layer = 0; layer < kind_->layers; ++layer) {
+      const LabelRun<R>& labels = layers[layer];
+      if (!labels.any_valid) {
+        leave_zeros(slab, layer);
+        continue;
+      }
+      for (int v = 0; v < slab.count(); ++v) {
+        kind_->transition == nullptr ? one_hot(field, slab, labels, layer, v, task)
+                                     : mixed(field, slab, labels, layer, v, task);
+      }
+    }
+  }
+
+ private:
+  int64_t map_offset(const Slab& slab, int64_t layer, const Place<R>& place) const {
+    return (slab.image * kind_->layers + layer) * problem_->pixels() + place.at;
+  }
+
+  void leave_zeros(const Slab& slab, int64_t layer) const {
+    if (kind_->nll_map == nullptr) return;
+    for (int v = 0; v < slab.count(); ++v) {
+      const Place<R> place(*problem_, slab, v);
+      for (int64_t k = 0; k < place.lanes; ++k) {
+        kind_->nll_map[map_offset(slab, layer, place) + k] = R(0);
+        kind_->trace_map[map_offset(slab, layer, place) + k] = R(0);
+      }
+    }
+  }
+
+  // Drawings are coherent: mostly one label for all lanes that have one. -1: several.
+  static int32_t common_label(const int32_t* label, const R* valid) {
+    int32_t most = 0;
+    for (int k = 0; k < N; ++k) most = label[k] > most ? label[k] : most;
+    int others = 0;
+    for (int k = 0; k < N; ++k) others += (label[k] != most) & (valid[k] != R(0));
+    return others == 0 ? most : -1;
+  }
+
+  void one_hot(ClassField<R>& field, const Slab& slab, const LabelRun<R>& labels, int64_t layer, int v, int64_t task) {
+    const int c = problem_->classes, pitch = slab.pitch;
+    const V zero = broadcast<V>(R(0)), inf = broadcast<V>(std::numeric_limits<R>::infinity());
+    const int32_t* const label = labels.label + v * N;
+    const V valid = load(labels.valid + v * N), weight = load(labels.weight + v * N);
+    const int32_t y = common_label(label, labels.valid + v * N);
+    if (problem_->posterior != nullptr) {
+      for (int j = 0; j < c; ++j) {
+        V other = zero;
+        for (int k = 0; k < N; ++k) other[k] = label[k] == j ? R(0) : -std::numeric_limits<R>::infinity();
+        field.joint[j * pitch + v] += select(valid != zero, other, zero);
+      }
+      return;
+    }
+    V at_label = zero;
+    if (y >= 0) {
+      at_label = field.s[y * pitch + v];
+    } else {
+      for (int k = 0; k < N; ++k) at_label[k] = field.s[label[k] * pitch + v][k];
+    }
+    const V nll = field.log_sum[v] - at_label;
+    const V scaled = weight * kind_->gradient_scale, live = select(nll == inf, zero, scaled);
+    field.mass[v] += live;
+    if (y >= 0) {
+      field.own[y * pitch + v] -= live;
+    } else {
+      for (int k = 0; k < N; ++k) reinterpret_cast<R*>(field.own + label[k] * pitch + v)[k] -= live[k];
+    }
+    const Place<R> place(*problem_, slab, v);
+    add_terms<R>(*kind_, task, map_offset(slab, layer, place), place.lanes, weight, nll, zero);
+  }
+
+  // T[j, y] of every lane.
+  void look_up(const int32_t* label, int32_t y) {
+    const int c = problem_->classes;
+    if (y >= 0) {
+      for (int j = 0; j < c; ++j) reported_[j] = broadcast<V>(kind_->transition[static_cast<int64_t>(j) * c + y]);
+      return;
+    }
+    if (table_ != nullptr) {
+      I index{};
+      for (int k = 0; k < N; ++k) index[k] = label[k];
+      for (int j = 0; j < c; ++j) {
+        const R* const row = table_ + j * 2 * N;
+        reported_[j] = permute<R>(load(row), load(row + N), index);
+      }
+      return;
+    }
+    for (int j = 0; j < c; ++j) {
+      const R* const row = kind_->transition + static_cast<int64_t>(j) * c;
+      for (int k = 0; k < N; ++k) reinterpret_cast<R*>(reported_ + j)[k] = row[label[k]];
+    }
+  }
+
+  void mixed(ClassField<R>& field, const Slab& slab, const LabelRun<R>& labels, int64_t layer, int v, int64_t task) {
+    const int c = problem_->classes, pitch = slab.pitch;
+    const V zero = broadcast<V>(R(0)), one = broadcast<V>(R(1)), inf = broadcast<V>(std::numeric_limits<R>::infinity());
+    const int32_t* const label = labels.label + v * N;
+    const V valid = load(labels.valid + v * N), weight = load(labels.weight + v * N);
+    look_up(label, common_label(label, labels.valid + v * N));
+    if (problem_->posterior != nullptr) {
+      for (int j = 0; j < c; ++j) field.joint[j * pitch + v] += select(valid != zero, log_of(reported_[j]), zero);
+      return;
+    }
+    V d = zero;
+    for (int j = 0; j < c; ++j) d += field.p[j * pitch + v] * reported_[j];
+    d = select(valid != zero, d, one);
+    const V scaled = weight * kind_->gradient_scale;
+    V nll, live = scaled, log_d = zero;
+    const bool small = any(!(d >= broadcast<V>(kSmallestEvidence<R>)));
+    if (small) {
+      // s[j] is at most 0; of the classes that T allows, relative to the largest
+      V top = -inf, sum = zero;
+      for (int j = 0; j < c; ++j) top = max_v(select(reported_[j] > zero, field.s[j * pitch + v], -inf), top);
+      const V shift = select(top == -inf, zero, top);
+      for (int j = 0; j < c; ++j) {
+        r_[j] = select(reported_[j] > zero, reported_[j] * exp_v(field.s[j * pitch + v] - shift), zero);
+        // a NaN is to be seen, wherever it is
+        r_[j] = select(field.s[j * pitch + v] == field.s[j * pitch + v], r_[j], field.s[j * pitch + v]);
+        sum += r_[j];
+      }
+      log_d = shift + log_v(sum) - field.log_sum[v];
+      nll = select(sum == zero, inf, -log_d);
+      live = select(sum == zero, zero, scaled);
+      const V inv = select(sum == zero, zero, one / sum);
+      for (int j = 0; j < c; ++j) r_[j] *= inv;
+    } else {
+      nll = -log_v(d);
+      const V inv_d = one / d;
+      for (int j = 0; j < c; ++j) r_[j] = field.p[j * pitch + v] * reported_[j] * inv_d;
+    }
+    field.mass[v] += live;
+    for (int j = 0; j < c; ++j) field.own[j * pitch + v] -= select(live == zero, zero, live * r_[j]);
+    if (kind_->transition_gradient != nullptr) {
+      double* const sum = kind_->transition_gradient + task * c * c;
+      for (int i = 0; i < c; ++i) {
+        const V share = small ? exp_wide(field.s[i * pitch + v] - field.log_sum[v] - log_d) : field.p[i * pitch + v] / d;
+        const V each = select(live == zero, zero, live * share);
+        for (int k = 0; k < N; ++k) sum[i * c + label[k]] -= static_cast<double>(each[k]);
+      }
+    }
+    const Place<R> place(*problem_, slab, v);
+    add_terms<R>(*kind_, task, map_offset(slab, layer, place), place.lanes, weight, nll, zero);
+  }
+
+  // Of the C library: T may hold subnormals.
+  static V log_of(V x) {
+    for (int k = 0; k < N; ++k) x[k] = std::log(x[k]);
+    return x;
+  }
+
+  const Problem<R>* problem_ = nullptr;
+  const Drawings<R>* kind_ = nullptr;
+  V *reported_ = nullptr, *r_ = nullptr;
+  R* table_ = nullptr;
+};
+
+}  // namespace
+}  // namespace coarse
