@@ -63,13 +63,11 @@ class ClassField {
   void logits(const Slab& slab) {
     const int c = problem_->classes;
     if (plan_->on_pixels) {
-      for (int v = 0; v < slab.count(); ++v) {
-        const Place<R> place(*problem_, slab, v);
-        for (int j = 0; j < c; ++j) {
-          const int64_t offset = (slab.image * c + j) * problem_->pixels() + place.at;
-          s[j * slab.pitch + v] = load_lanes(offset, place.lanes);
-        }
-      }
+      const int64_t pixels = problem_->pixels();
+      for_each_vector(*problem_, slab, [&](const Place& place) {
+        int64_t offset = slab.image * c * pixels + place.at;
+        for (int j = 0; j < c; ++j, offset += pixels) s[j * slab.pitch + place.v] = load_lanes(offset, place.lanes);
+      });
       return;
     }
     const Axis<R>& y = plan_->y;
@@ -136,26 +134,25 @@ class ClassField {
       }
     }
     if (!plan_->on_pixels) return scatter(slab);
-    for (int v = 0; v < slab.count(); ++v) {
-      const Place<R> place(*problem_, slab, v);
-      for (int j = 0; j < c; ++j) store_lanes(problem_->seg.gradient, slab, place, j, own[j * pitch + v]);
-    }
+    for_each_vector(*problem_, slab, [&](const Place& place) {
+      for (int j = 0; j < c; ++j) store_lanes(problem_->seg.gradient, slab, place, j, own[j * pitch + place.v]);
+    });
   }
 
   // Nobody drew here.
   void write_zeros(const Slab& slab) {
     if (problem_->seg.gradient == nullptr || !plan_->on_pixels) return;
-    for (int v = 0; v < slab.count(); ++v) {
-      const Place<R> place(*problem_, slab, v);
+    for_each_vector(*problem_, slab, [&](const Place& place) {
       for (int j = 0; j < problem_->classes; ++j)
         store_lanes(problem_->seg.gradient, slab, place, j, broadcast<V>(R(0)));
-    }
+    });
   }
 
   // The most probable class: the first of equals, and NaN before all, as torch.argmax has it.
   void write_labels(const Slab& slab) {
     logits(slab);
-    for (int v = 0; v < slab.count(); ++v) {
+    for_each_vector(*problem_, slab, [&](const Place& place) {
+      const int v = place.v;
       V best = s[v], label = broadcast<V>(R(0));
       for (int j = 1; j < problem_->classes; ++j) {
         const V x = s[j * slab.pitch + v];
@@ -163,7 +160,6 @@ class ClassField {
         best = select(better, x, best);
         label = select(better, broadcast<V>(static_cast<R>(j)), label);
       }
-      const Place<R> place(*problem_, slab, v);
       const int64_t at = slab.image * problem_->pixels() + place.at;
       for (int64_t k = 0; k < place.lanes; ++k) {
         if (problem_->label_map_type == LabelType::u8) {
@@ -172,7 +168,7 @@ class ClassField {
           static_cast<int64_t*>(problem_->label_map)[at + k] = static_cast<int64_t>(label[k]);
         }
       }
-    }
+    });
   }
 
  private:
@@ -186,7 +182,7 @@ class ClassField {
     return load(run);
   }
 
-  void store_lanes(void* to, const Slab& slab, const Place<R>& place, int j, V x) const {
+  void store_lanes(void* to, const Slab& slab, const Place& place, int j, V x) const {
     const int64_t offset = (slab.image * problem_->classes + j) * problem_->pixels() + place.at;
     if (problem_->seg.storage == own_storage_ && place.lanes == N) return store(static_cast<R*>(to) + offset, x);
     R run[N];
@@ -299,7 +295,8 @@ class ClassField {
   void write_posterior(const Slab& slab) {
     const int c = problem_->classes, pitch = slab.pitch;
     const V zero = broadcast<V>(R(0)), inf = broadcast<V>(std::numeric_limits<R>::infinity());
-    for (int v = 0; v < slab.count(); ++v) {
+    for_each_vector(*problem_, slab, [&](const Place& place) {
+      const int v = place.v;
       V top = joint[v];
       for (int j = 1; j < c; ++j) top = max_v(joint[j * pitch + v], top);
       const V shift = select(top == -inf, zero, top);
@@ -309,13 +306,12 @@ class ClassField {
         sum += joint[j * pitch + v];
       }
       const V known = load(drawn + v * N);
-      const Place<R> place(*problem_, slab, v);
       for (int j = 0; j < c; ++j) {
         // labels that no class explains: p; so where there is none
         const V r = select(sum == zero, p[j * pitch + v], joint[j * pitch + v] / sum);
         store_lanes(problem_->posterior, slab, place, j, select(known != zero, r, p[j * pitch + v]));
       }
-    }
+    });
   }
 
   const Problem<R>* problem_ = nullptr;

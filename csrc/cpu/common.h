@@ -38,19 +38,26 @@ struct Slab {
   int count() const { return rows * per_row; }
 };
 
-template <class R>
+// Where a vector of a slab lies in its image.
 struct Place {
-  static constexpr int N = kLanes<R>;
-  int64_t at;     // of the first pixel in its image
-  int64_t y, x;
-  int64_t lanes;  // pixels of the vector that exist: at least 1
-
-  COARSE_HD Place(const Problem<R>& problem, const Slab& slab, int v)
-      : y(slab.y0 + v / slab.per_row), x(slab.x0 + static_cast<int64_t>(v % slab.per_row) * N) {
-    at = (slab.z * problem.height + y) * problem.width + x;
-    lanes = slab.x1 - x < N ? slab.x1 - x : N;
-  }
+  int v;
+  int64_t at;     // of the first pixel
+  int64_t lanes;  // pixels that exist: at least 1
 };
+
+// f(place) for every vector. Two loops: a division for each vector would show.
+template <class R, class F>
+COARSE_HD void for_each_vector(const Problem<R>& problem, const Slab& slab, const F& f) {
+  constexpr int64_t N = kLanes<R>;
+  int v = 0;
+  for (int r = 0; r < slab.rows; ++r) {
+    const int64_t row = (slab.z * problem.height + slab.y0 + r) * problem.width;
+    for (int m = 0; m < slab.per_row; ++m, ++v) {
+      const int64_t x = slab.x0 + m * N;
+      f(Place{v, row + x, slab.x1 - x < N ? slab.x1 - x : N});
+    }
+  }
+}
 
 // Labels and weights of the vectors of a slab in one layer of drawings.
 template <class R>
@@ -102,21 +109,43 @@ struct LabelRun {
   }
 };
 
-// Loss terms of a vector of pixels of one layer: into its maps and the task's sums. A weight of 0 counts for nothing,
-// whatever nll is. `at` is the first pixel in the maps.
+// Loss terms of one kind of drawings: vector by vector into its maps, and, slab by slab, into the sums of the task.
 template <class R>
-inline void add_terms(const Drawings<R>& kind, int64_t task, int64_t at, int64_t lanes, Vec<R> weight, Vec<R> nll,
-                      Vec<R> trace) {
-  const Vec<R> zero = broadcast<Vec<R>>(R(0));
-  nll = select(weight == zero, zero, weight * nll);  // 0 * inf is not 0
-  trace = select(weight == zero, zero, weight * trace);
-  kind.sums[2 * task] += sum_lanes<R>(nll);
-  kind.sums[2 * task + 1] += sum_lanes<R>(trace);
-  if (kind.nll_map == nullptr) return;
-  for (int64_t k = 0; k < lanes; ++k) {
-    kind.nll_map[at + k] = nll[k];
-    kind.trace_map[at + k] = trace[k];
+class Terms {
+  using V = Vec<R>;
+
+ public:
+  // A weight of 0 counts for nothing, whatever nll is. `at`: of the first pixel in the maps.
+  COARSE_HD void add(const Drawings<R>& kind, int64_t at, int64_t lanes, V weight, V nll, V trace) {
+    const V zero = broadcast<V>(R(0));
+    nll = select(weight == zero, zero, weight * nll);  // 0 * inf is not 0
+    trace = select(weight == zero, zero, weight * trace);
+    nll_ += nll;
+    trace_ += trace;
+    if (kind.nll_map == nullptr) return;
+    for (int64_t k = 0; k < lanes; ++k) {
+      kind.nll_map[at + k] = nll[k];
+      kind.trace_map[at + k] = trace[k];
+    }
   }
+  void leave(const Drawings<R>& kind, int64_t task) {
+    kind.sums[2 * task] += sum_lanes<R>(nll_);
+    kind.sums[2 * task + 1] += sum_lanes<R>(trace_);
+    nll_ = trace_ = V{};
+  }
+
+ private:
+  V nll_{}, trace_{};
+};
+
+// Zeros in the maps of a layer.
+template <class R>
+inline void zero_maps(const Problem<R>& problem, const Drawings<R>& kind, const Slab& slab, int64_t layer) {
+  if (kind.nll_map == nullptr) return;
+  const int64_t map = (slab.image * kind.layers + layer) * problem.pixels();
+  for_each_vector(problem, slab, [&](const Place& place) {
+    for (int64_t k = 0; k < place.lanes; ++k) kind.nll_map[map + place.at + k] = kind.trace_map[map + place.at + k] = R(0);
+  });
 }
 
 // reported[i][k] = T[i, y(k)] for k in [0, n); rows `stride` apart.

@@ -47,7 +47,7 @@ Outputs objective(Inputs in, const std::vector<double>& weight, const std::vecto
     const auto bit = static_cast<int64_t>(k);
     const std::vector<int64_t> shape = per_pixel ? sizes_of(in.labels[k]) : std::vector<int64_t>{};
     for (Tensors* terms : {&losses, &nlls, &traces}) terms->push_back(new_tensor(like, shape, dtype_of<R>()));
-    const bool want_cm = (wanted & cm_bit(bit)) != 0 && kind.field.data != nullptr;
+    const bool want_cm = (wanted & cm_bit(bit)) != 0 && present(in.cm_logits[k]);
     cm_gradients.push_back(want_cm ? gradient_of(in.cm_logits[k], kind.field) : absent());
     want_transition.push_back((wanted & transition_bit(bit)) != 0 && kind.transition != nullptr);
     kind.trace_weight = static_cast<R>(trace_weight[k]);

@@ -144,7 +144,7 @@ class PixelGrid {
     if (!any_valid) {
       for (int j = 0; j < classes(); ++j) write_column(j, pending);
       tile.zero = true;
-      zero_maps(tile);
+      zero_tile(tile);
       return tile;
     }
     for (int64_t l = 0; l < kind_->layers; ++l) {
@@ -312,16 +312,22 @@ class PixelGrid {
 
   void finish_tile(const Tile& t) {
     const int c = classes();
+    const int64_t tile = tile_, pitch = pitch_, layers = kind_->layers;
     const V zero = broadcast<V>(R(0)), one = broadcast<V>(R(1)), smallest = broadcast<V>(kSmallestEvidence<R>);
+    const R gradient_scale = kind_->gradient_scale, trace_weight = kind_->trace_weight;
+    const R *const p0 = p(0), *const q0 = q_, *const inv_z = inv_z_, *const ajj = ajj_;
+    R *const keep = keep_, *const drop0 = drop_, *const diag = diag_;
+    R* const own = reinterpret_cast<R*>(class_field_->own) + first_;
+    R* const mass = reinterpret_cast<R*>(class_field_->mass) + first_;
     for (int64_t k = 0; k < t.n; k += N) {
       if (problem_->posterior != nullptr) {
         add_to_joint(t, k);
         continue;
       }
       bool small = false;
-      for (int64_t l = 0; l < kind_->layers; ++l) {
+      for (int64_t l = 0; l < layers; ++l) {
         V d = zero;
-        for (int j = 0; j < c; ++j) d += load(p(j) + k) * load(q(l) + j * tile_ + k);
+        for (int j = 0; j < c; ++j) d += load(p0 + j * pitch + k) * load(q0 + (l * c + j) * tile + k);
         evidence_[l] = d;
         small = small || any(!(d >= smallest));
       }
@@ -330,29 +336,30 @@ class PixelGrid {
         continue;
       }
       V trace = zero;
-      for (int j = 0; j < c; ++j) trace += load(ajj_ + j * tile_ + k);
-      for (int64_t l = 0; l < kind_->layers; ++l) {
+      for (int j = 0; j < c; ++j) trace += load(ajj + j * tile + k);
+      for (int64_t l = 0; l < layers; ++l) {
         const V d = evidence_[l], inv_d = one / d, weight = load(labels_[l].weight + k);
-        const V scaled = weight * kind_->gradient_scale, scaled_trace = scaled * kind_->trace_weight;
+        const V scaled = weight * gradient_scale, scaled_trace = scaled * trace_weight;
         if (kind_->transition_gradient != nullptr) add_transition_gradient(l, k, scaled * inv_d);
         for (int j = 0; j < c; ++j) {
-          const int64_t slot = j * tile_ + k;
-          const V pj = load(p(j) + k), r = pj * load(q(l) + slot) * inv_d;
-          const auto g = column_gradient(pj, r, inv_d, load(inv_z_ + slot), load(ajj_ + slot), scaled, scaled_trace);
-          store(drop(l) + slot, g.drop);
-          store(keep_ + slot, l == 0 ? g.keep : load(keep_ + slot) + g.keep);
-          store(diag_ + slot, l == 0 ? g.diag : load(diag_ + slot) + g.diag);
-          *of_class_field(class_field_->own, j, k) -= scaled * r;
+          const int64_t slot = j * tile + k;
+          const V pj = load(p0 + j * pitch + k), r = pj * load(q0 + l * c * tile + slot) * inv_d;
+          const auto g = column_gradient(pj, r, inv_d, load(inv_z + slot), load(ajj + slot), scaled, scaled_trace);
+          store(drop0 + l * c * tile + slot, g.drop);
+          store(keep + slot, l == 0 ? g.keep : load(keep + slot) + g.keep);
+          store(diag + slot, l == 0 ? g.diag : load(diag + slot) + g.diag);
+          store(own + j * pitch + k, load(own + j * pitch + k) - scaled * r);
         }
-        *reinterpret_cast<V*>(reinterpret_cast<R*>(class_field_->mass) + first_ + k) += scaled;
+        store(mass + k, load(mass + k) + scaled);
         add(t, l, k, -log_v(d), trace);
       }
     }
+    terms_.leave(*kind_, task_);
   }
 
-  void add(const Tile& t, int64_t layer, int64_t k, V nll, V trace) {
+  COARSE_HD void add(const Tile& t, int64_t layer, int64_t k, V nll, V trace) {
     const int64_t lanes = t.n - k < N ? t.n - k : N;
-    add_terms<R>(*kind_, task_, map_offset(t, layer) + k, lanes, load(labels_[layer].weight + k), nll, trace);
+    terms_.add(*kind_, map_offset(t, layer) + k, lanes, load(labels_[layer].weight + k), nll, trace);
   }
 
   int64_t map_offset(const Tile& t, int64_t layer) const {
@@ -436,7 +443,7 @@ class PixelGrid {
     }
   }
 
-  void zero_maps(const Tile& t) {
+  void zero_tile(const Tile& t) {
     if (kind_->nll_map == nullptr) return;
     for (int64_t l = 0; l < kind_->layers; ++l) {
       for (int64_t k = 0; k < t.n; ++k)
@@ -565,6 +572,7 @@ class PixelGrid {
   int which_ = 0;
   R *field_, *reported_[2], *q_, *inv_z_, *ajj_, *keep_, *drop_, *diag_, *row_, *staged_;
   V *evidence_, *summed_;
+  Terms<R> terms_;
   V* top_;                // per vector of pixels: the column's maximum
   LabelRun<R>* labels_;   // of each layer, from the tile's first pixel on
   LogSpace<R> slow_;

@@ -118,7 +118,10 @@ class StridedGrid {
     field_ = &field;
     bool any_valid = false;
     for (int64_t l = 0; l < kind_->layers; ++l) any_valid = any_valid || layers[l].any_valid;
-    if (!any_valid) return zero_maps(slab);
+    if (!any_valid) {
+      for (int64_t l = 0; l < kind_->layers; ++l) zero_maps(*problem_, *kind_, slab, l);
+      return;
+    }
     const Slope<R>& slope = g_->slopes[slab.segment];
     for (int64_t l = 0; l < kind_->layers; ++l) {
       report_run(kind_->transition, c, layers[l].label, static_cast<int64_t>(slab.rows) * N,
@@ -141,6 +144,7 @@ class StridedGrid {
         default: gradients<8>(slope); break;
       }
     }
+    terms_.leave(*kind_, task);
     touched_ = true;
   }
 
@@ -362,12 +366,8 @@ class StridedGrid {
   }
 
   void add(const Slab& slab, int64_t layer, int r, V nll, V trace) {
-    const Place<R> place(*problem_, slab, r);
-    add_terms<R>(*kind_, task_, map_offset(slab, layer, place), place.lanes, weight(layer, r), nll, trace);
-  }
-
-  int64_t map_offset(const Slab& slab, int64_t layer, const Place<R>& place) const {
-    return (slab.image * kind_->layers + layer) * problem_->pixels() + place.at;
+    const int64_t row = ((slab.image * kind_->layers + layer) * problem_->depth + z_) * problem_->height + slab.y0 + r;
+    terms_.add(*kind_, row * problem_->width + slab.x0, lanes_, weight(layer, r), nll, trace);
   }
 
   // Sums over the rows of the gradient at the upper and the lower grid row, lane by lane.
@@ -472,19 +472,6 @@ class StridedGrid {
     }
   }
 
-  void zero_maps(const Slab& slab) const {
-    if (kind_->nll_map == nullptr) return;
-    for (int64_t l = 0; l < kind_->layers; ++l) {
-      for (int v = 0; v < slab.count(); ++v) {
-        const Place<R> place(*problem_, slab, v);
-        for (int64_t k = 0; k < place.lanes; ++k) {
-          kind_->nll_map[map_offset(slab, l, place) + k] = R(0);
-          kind_->trace_map[map_offset(slab, l, place) + k] = R(0);
-        }
-      }
-    }
-  }
-
   const Problem<R>* problem_ = nullptr;
   const Drawings<R>* kind_ = nullptr;
   const FieldPlan<R>* g_ = nullptr;
@@ -503,6 +490,7 @@ class StridedGrid {
   // the segment
   const LabelRun<R>* layers_ = nullptr;
   ClassField<R>* field_ = nullptr;
+  Terms<R> terms_;
   V evidence_[kMaxRows];
   V *first_, *ratio_;                      // (C * C) e0 and g
   V *reported_, *q_, *drop_;               // (layers, C, kMaxRows)

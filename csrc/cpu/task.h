@@ -77,11 +77,9 @@ class Kind {
       layers_[l].any_valid = false;
       layers_[l].all_valid = true;
       const int64_t map = (slab.image * kind_->layers + l) * problem_->pixels();
-      for (int v = 0; v < slab.count(); ++v) {
-        const Place<R> place(*problem_, slab, v);
-        const int64_t lanes = place.lanes > 0 ? place.lanes : 0;
-        bad = layers_[l].read(*problem_, *kind_, map + place.at, lanes, kLanes<R>, v * kLanes<R>) || bad;
-      }
+      for_each_vector(*problem_, slab, [&](const Place& place) {
+        bad = layers_[l].read(*problem_, *kind_, map + place.at, place.lanes, kLanes<R>, place.v * kLanes<R>) || bad;
+      });
     }
     return bad;
   }

@@ -39,32 +39,19 @@ class Trusted {
     for (int64_t layer = 0; layer < kind_->layers; ++layer) {
       const LabelRun<R>& labels = layers[layer];
       if (!labels.any_valid) {
-        leave_zeros(slab, layer);
+        if (problem_->posterior == nullptr) zero_maps(*problem_, *kind_, slab, layer);
         continue;
       }
-      for (int v = 0; v < slab.count(); ++v) {
-        kind_->transition == nullptr ? one_hot(field, slab, labels, layer, v, task)
-                                     : mixed(field, slab, labels, layer, v, task);
-      }
+      const int64_t map = (slab.image * kind_->layers + layer) * problem_->pixels();
+      for_each_vector(*problem_, slab, [&](Place place) {
+        place.at += map;
+        kind_->transition == nullptr ? one_hot(field, slab, labels, place) : mixed(field, slab, labels, place, task);
+      });
     }
+    terms_.leave(*kind_, task);
   }
 
  private:
-  int64_t map_offset(const Slab& slab, int64_t layer, const Place<R>& place) const {
-    return (slab.image * kind_->layers + layer) * problem_->pixels() + place.at;
-  }
-
-  void leave_zeros(const Slab& slab, int64_t layer) const {
-    if (kind_->nll_map == nullptr) return;
-    for (int v = 0; v < slab.count(); ++v) {
-      const Place<R> place(*problem_, slab, v);
-      for (int64_t k = 0; k < place.lanes; ++k) {
-        kind_->nll_map[map_offset(slab, layer, place) + k] = R(0);
-        kind_->trace_map[map_offset(slab, layer, place) + k] = R(0);
-      }
-    }
-  }
-
   // Drawings are coherent: mostly one label for all lanes that have one. -1: several.
   static int32_t common_label(const int32_t* label, const R* valid) {
     int32_t most = 0;
@@ -74,8 +61,8 @@ class Trusted {
     return others == 0 ? most : -1;
   }
 
-  void one_hot(ClassField<R>& field, const Slab& slab, const LabelRun<R>& labels, int64_t layer, int v, int64_t task) {
-    const int c = problem_->classes, pitch = slab.pitch;
+  void one_hot(ClassField<R>& field, const Slab& slab, const LabelRun<R>& labels, const Place& place) {
+    const int c = problem_->classes, pitch = slab.pitch, v = place.v;
     const V zero = broadcast<V>(R(0)), inf = broadcast<V>(std::numeric_limits<R>::infinity());
     const int32_t* const label = labels.label + v * N;
     const V valid = load(labels.valid + v * N), weight = load(labels.weight + v * N);
@@ -102,8 +89,7 @@ class Trusted {
     } else {
       for (int k = 0; k < N; ++k) reinterpret_cast<R*>(field.own + label[k] * pitch + v)[k] -= live[k];
     }
-    const Place<R> place(*problem_, slab, v);
-    add_terms<R>(*kind_, task, map_offset(slab, layer, place), place.lanes, weight, nll, zero);
+    terms_.add(*kind_, place.at, place.lanes, weight, nll, zero);
   }
 
   // T[j, y] of every lane.
@@ -128,8 +114,8 @@ class Trusted {
     }
   }
 
-  void mixed(ClassField<R>& field, const Slab& slab, const LabelRun<R>& labels, int64_t layer, int v, int64_t task) {
-    const int c = problem_->classes, pitch = slab.pitch;
+  void mixed(ClassField<R>& field, const Slab& slab, const LabelRun<R>& labels, const Place& place, int64_t task) {
+    const int c = problem_->classes, pitch = slab.pitch, v = place.v;
     const V zero = broadcast<V>(R(0)), one = broadcast<V>(R(1)), inf = broadcast<V>(std::numeric_limits<R>::infinity());
     const int32_t* const label = labels.label + v * N;
     const V valid = load(labels.valid + v * N), weight = load(labels.weight + v * N);
@@ -175,8 +161,7 @@ class Trusted {
         for (int k = 0; k < N; ++k) sum[i * c + label[k]] -= static_cast<double>(each[k]);
       }
     }
-    const Place<R> place(*problem_, slab, v);
-    add_terms<R>(*kind_, task, map_offset(slab, layer, place), place.lanes, weight, nll, zero);
+    terms_.add(*kind_, place.at, place.lanes, weight, nll, zero);
   }
 
   // Of the C library: T may hold subnormals.
@@ -189,6 +174,7 @@ class Trusted {
   const Drawings<R>* kind_ = nullptr;
   V *reported_ = nullptr, *r_ = nullptr;
   R* table_ = nullptr;
+  Terms<R> terms_;
 };
 
 }  // namespace
