@@ -65,7 +65,11 @@ class Criterion:
                 batch.positive, output.positive_cm, weight=positive.weight, trace_weight=positive.trace_weight
             ),
             "negative": Drawings(
-                batch.negative, output.negative_cm, transition, weight=negative.weight, trace_weight=negative.trace_weight
+                batch.negative,
+                output.negative_cm,
+                transition,
+                weight=negative.weight,
+                trace_weight=negative.trace_weight,
             ),
             "mask": Drawings(batch.mask, weight=self.config.mask_weight),
         }
