@@ -90,6 +90,6 @@ class Criterion:
             output.seg_logits, list(given.values()), ignore_index=IGNORE, backend=self.config.backend
         )
         nll = {name: part.nll for name, part in zip(given, parts, strict=True)}
-        # of a kind that counts nothing in this step it would be a sum, not a share of a mean
+        # a kind of weight 0 may have labels and a matrix: its nll is a share of no mean
         shares = (nll[name] if count else loss.new_zeros(()) for name, count in counts._asdict().items())
         return StepLoss(loss, *shares)
