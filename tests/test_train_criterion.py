@@ -46,8 +46,8 @@ def _output(images: int = 4, *, cm: bool = True, seed: int = 1) -> ModelOutput:
 def _kind_by_hand(
     output: ModelOutput, cm_logits: Tensor | None, layers: Tensor, transition: Tensor | None, trace_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """(loss, nll): means over the labelled pixels of all ``layers`` (B, K, H, W), one layer and one pixel class at a time, in
-    float64, with logits and field at full resolution."""
+    """(loss, nll): means over the labelled pixels of all ``layers`` (B, K, H, W), one layer after the other, in float64, with
+    logits and field at full resolution."""
     size = tuple(layers.shape[2:])
     p = interpolate(output.seg_logits.double(), size, mode="bilinear").softmax(1)
     observed, trace = p, torch.zeros_like(p[:, 0])
