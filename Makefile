@@ -7,7 +7,7 @@
 #   make check-cuda  nvcc over every CUDA kernel: registers and spills; needs nvcc, no GPU (also part of make test)
 #   make test-gpu    the operator's tests on a GPU, and what only a GPU can get wrong (tests/gpu/README.md)
 #   make bench-gpu   speed table of the GPU kernels, about eight minutes; fails where there is no GPU
-#   make highres     a 1024x2048 training step on a CPU beside the published formulation: memory and time; three minutes
+#   make highres     a 1024x2048 training step on a CPU beside the published formulation: memory and time; five minutes
 #   make lint        ruff, mypy, clang-format        make format: apply them
 #
 # TORCH overrides the torch that a new .venv gets, PYTHON the interpreter it is made from.

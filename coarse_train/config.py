@@ -77,7 +77,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """How one kind of drawings is explained: the annotation model of one stream."""
+    """How one kind of drawings is explained: its annotation model and its weights."""
 
     cm: Literal["none", "global", "image", "grid", "pixel"] = "none"
     """The confusion matrix: none (the drawings are trusted, A = I), one for all, one per image, a field on a grid of
@@ -96,7 +96,7 @@ class StreamConfig:
     trace_weight: float = 0.0
     """Weight of tr(A). Above about 1/C classes flip; start at 0."""
     weight: float = 1.0
-    """Weight of this stream in the loss."""
+    """Weight of these drawings in the loss."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
+from coarse_kernels import label_map
+
 from .data.images import with_channels
 
 
@@ -67,13 +69,17 @@ def probabilities(segmentation: nn.Module, image: Tensor, config: InferenceConfi
 
 @torch.no_grad()
 def predict(segmentation: nn.Module, image: Tensor, config: InferenceConfig, num_classes: int) -> Tensor:
-    """The most probable class. A whole image without mirrored copies needs no softmax and no sum.
+    """The most probable class. Where one pass through the network holds the whole image there is nothing to average, and
+    no probability and no logit at full resolution is formed; over windows or mirrored copies the sum of `probabilities` is.
 
     Shape: (B, channels, H, W) -> (B, H, W) uint8.
     """
-    if config.window is None and not config.flips:
-        return _logits(segmentation, image, config, num_classes).argmax(1).to(torch.uint8)
-    return probabilities(segmentation, image, config, num_classes).argmax(1).to(torch.uint8)
+    height, width = image.shape[-2:]
+    passes = (1 + config.flips) * len(list(_windows(height, width, config)))
+    if passes > 1:
+        return probabilities(segmentation, image, config, num_classes).argmax(1).to(torch.uint8)
+    padded = _padded(image, config)
+    return label_map(_run(segmentation, padded, num_classes), padded.shape[-2:])[..., :height, :width]
 
 
 def _windows(height: int, width: int, config: InferenceConfig) -> Iterator[tuple[slice, slice]]:
@@ -91,18 +97,29 @@ def _places(size: int, window: int, overlap: float) -> list[slice]:
     return [slice(start, start + window) for start in starts]
 
 
-def _logits(segmentation: nn.Module, part: Tensor, config: InferenceConfig, num_classes: int) -> Tensor:
-    """(B, channels, h, w) -> (B, C, h, w) float32; ``part`` is padded to the window, the network's grid may be coarser."""
+def _padded(part: Tensor, config: InferenceConfig) -> Tensor:
+    """(B, channels, h, w), continued with its border to the size of the window."""
     height, width = part.shape[-2:]
     tall, wide = config.window or (height, width)
-    if (tall, wide) != (height, width):
-        part = pad(part, (0, wide - width, 0, tall - height), mode="replicate")
-    logits = segmentation(part).float()
+    return part if (tall, wide) == (height, width) else pad(part, (0, wide - width, 0, tall - height), mode="replicate")
+
+
+def _run(segmentation: nn.Module, part: Tensor, num_classes: int) -> Tensor:
+    """(B, channels, H, W) -> (B, C, h, w), the network's own grid and dtype."""
+    logits: Tensor = segmentation(part)
     if logits.dim() != 4 or logits.shape[:2] != (len(part), num_classes):
         raise ValueError(
             f"segmentation: expected logits ({len(part)}, {num_classes}, h, w) for an image {tuple(part.shape)}, "
             f"got {tuple(logits.shape)}"
         )
-    if logits.shape[-2:] != part.shape[-2:]:
-        logits = interpolate(logits, part.shape[-2:], mode="bilinear", align_corners=False)
+    return logits
+
+
+def _logits(segmentation: nn.Module, part: Tensor, config: InferenceConfig, num_classes: int) -> Tensor:
+    """(B, channels, H, W) -> (B, C, H, W) float32; ``part`` is padded to the window, the network's grid may be coarser."""
+    height, width = part.shape[-2:]
+    padded = _padded(part, config)
+    logits = _run(segmentation, padded, num_classes).float()
+    if logits.shape[-2:] != padded.shape[-2:]:
+        logits = interpolate(logits, padded.shape[-2:], mode="bilinear", align_corners=False)
     return logits[..., :height, :width]

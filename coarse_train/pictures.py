@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
-from coarse_kernels import annotation_posterior
+from coarse_kernels import Drawings, annotation_posterior, label_map
 
+from .data import IGNORE
 from .data.segmentation import SegmentationData
 from .model import CoarseModel, ModelOutput, mean_confusion
 from .runlog import RunLog
@@ -24,12 +24,11 @@ def draw_progress(
     model.eval()
     sample = dataset[0]
     output = model(sample.image[None].to(device))
-    size = sample.image.shape[1:]
-    prediction = interpolate(output.seg_logits.float(), size, mode="bilinear").argmax(1)
+    prediction = label_map(output.seg_logits, sample.image.shape[1:], backend=backend)
     believed = posterior(output, sample.positive[None].to(device), sample.negative[None].to(device), backend).argmax(1)
     paint = dataset.source.classes.paint
     image = (sample.image.movedim(0, -1).expand(-1, -1, 3) * 255).byte().numpy()
-    maps = [sample.positive, sample.negative[0], prediction[0].byte().cpu(), believed[0].byte().cpu()]
+    maps = [sample.positive, sample.negative[0], prediction[0].cpu(), believed[0].byte().cpu()]
     panels = [image, *(paint(labels.numpy()) for labels in maps)]
     log.picture("image, positive, negative, prediction, posterior", np.concatenate(panels, axis=1), step)
     if output.positive_cm is not None:
@@ -41,16 +40,13 @@ def draw_progress(
 def posterior(output: ModelOutput, positive: Tensor, negative: Tensor, backend: str | None = None) -> Tensor:
     """(B, C, H, W) p(true class | image, all its drawings).
 
-    Drawings are independent given the true class, so the posterior after one is the prior of the next.
     Args: positive (B, H, W), negative (B, K, H, W) uint8.
     """
-    believed = annotation_posterior(output.seg_logits.float(), output.positive_cm, positive, backend=backend)
-    for layer in negative.unbind(1):
-        logits = believed.clamp_min(1e-30).log()
-        believed = annotation_posterior(
-            logits, output.negative_cm, layer, output.negative_transition(), backend=backend
-        )
-    return believed
+    drawings = [
+        Drawings(positive, output.positive_cm),
+        Drawings(negative, output.negative_cm, output.negative_transition()),
+    ]
+    return annotation_posterior(output.seg_logits.float(), drawings, ignore_index=IGNORE, backend=backend)
 
 
 def grey(matrix: Tensor) -> np.ndarray:

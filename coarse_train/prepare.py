@@ -65,15 +65,15 @@ def check_config(config: FitConfig) -> None:
             bound = f"from {low:g} to {high:g}" if high is not None else f">= {low:g}"
             raise ValueError(f"{name}: expected a number {bound}, got {value}")
     for side in ("positive", "negative"):
-        stream = getattr(config, side)
+        kind = getattr(config, side)
         for name in ("weight", "trace_weight"):
-            value = getattr(stream, name)
+            value = getattr(kind, name)
             if not (math.isfinite(value) and (value >= 0 or name == "trace_weight")):
                 raise ValueError(f"{side}.{name}: expected a number >= 0, got {value}")
-        if stream.weight == 0 and stream.cm != "none":
-            raise ValueError(f"{side}.cm: expected none where {side}.weight is 0, got {stream.cm!r}")
-        if stream.stride < 1:
-            raise ValueError(f"{side}.stride: expected a number >= 1, got {stream.stride}")
+        if kind.weight == 0 and kind.cm != "none":
+            raise ValueError(f"{side}.cm: expected none where {side}.weight is 0, got {kind.cm!r}")
+        if kind.stride < 1:
+            raise ValueError(f"{side}.stride: expected a number >= 1, got {kind.stride}")
     if config.negative.weight == 0 and config.transition == "learned":
         raise ValueError("transition: expected none to be learned where negative.weight is 0, got 'learned'")
     if config.select_steps is not None and not config.select_with:

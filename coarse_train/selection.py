@@ -41,8 +41,8 @@ def choose_trusted_side(
     present = kinds_of_drawings(config, source)
     if config.data.supervision == "drawings" and not present:
         raise ValueError("weight: expected a number above 0 for a kind of drawings that there is, got none")
-    streams = {"positive": config.positive, "negative": config.negative}
-    trusted = [name for name, stream in streams.items() if stream.cm == "none"]
+    kinds = {"positive": config.positive, "negative": config.negative}
+    trusted = [name for name, kind in kinds.items() if kind.cm == "none"]
     if not config.select_with or config.select_steps == 0 or len(trusted) != 1 or len(present) < 2:
         return config, {}
     swapped = replace(

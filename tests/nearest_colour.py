@@ -14,7 +14,7 @@ from torch import nn
 from coarse_train.checkpoint import save
 from coarse_train.config import DataConfig, FitConfig, ModelConfig, to_dict
 from coarse_train.data import Classes
-from coarse_train.model import build_model
+from coarse_train.model import CoarseModel, build_model
 
 # values in label files that are not the classes themselves, so that a missing translation shows
 CLASSES = Classes(
@@ -34,6 +34,17 @@ def write_checkpoint(path: Path, data: DataConfig, classes: Classes = CLASSES, *
     with torch.no_grad():
         model.segmentation.get_parameter("weight").copy_(2 * colours[:, :, None, None])
         model.segmentation.get_parameter("bias").copy_(-(colours**2).sum(1))
+    return _save(path, config, model, classes, channels)
+
+
+def write_street_checkpoint(path: Path, data: DataConfig) -> Path:
+    """Of a network that knows nothing and whose logits are on a grid of every 4 pixels."""
+    config = FitConfig(data=data, model=ModelConfig(network="street", widths=(4, 4, 4, 4)))
+    torch.manual_seed(0)
+    return _save(path, config, build_model(config, 3, len(CLASSES), None), CLASSES, 3)
+
+
+def _save(path: Path, config: FitConfig, model: CoarseModel, classes: Classes, channels: int) -> Path:
     content = {
         "config": to_dict(config),
         "classes": asdict(classes),

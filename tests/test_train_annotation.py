@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from coarse_kernels import TransitionMatrix, annotation_nll
+from coarse_kernels import Drawings, TransitionMatrix, annotation_objective
 from coarse_train.config import FitConfig, StreamConfig
 from coarse_train.model import CoarseModel, UNet, build_annotation, build_model, confusion_logits
 from tests.small_images import ODD, make_image
@@ -131,9 +131,8 @@ def test_every_parameter_learns_through_the_loss(field: str, structure: str) -> 
     model = CoarseModel(UNet(3, 4, (8, 16)), _annotation(field, structure), None, TransitionMatrix.learned(4))
     output = model(make_image())
     labels = torch.randint(0, 4, (2, *ODD), generator=torch.Generator().manual_seed(3))
-    positive = annotation_nll(output.seg_logits, output.positive_cm, labels)
-    negative = annotation_nll(output.seg_logits, output.negative_cm, labels, output.transition)
-    (positive.loss + negative.loss).backward()
+    kinds = [Drawings(labels, output.positive_cm), Drawings(labels, output.negative_cm, output.transition)]
+    annotation_objective(output.seg_logits, kinds).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert bool(parameter.grad.isfinite().all()), name

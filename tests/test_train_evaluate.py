@@ -15,14 +15,23 @@ import torch.multiprocessing as mp
 import tyro
 from PIL import Image
 
-from coarse_train.checkpoint import CheckpointError
+from coarse_kernels import available_backends, use_backend
+from coarse_train.checkpoint import CheckpointError, load_model
 from coarse_train.config import DataConfig
 from coarse_train.data import IGNORE, Classes
 from coarse_train.data.folder import open_split
 from coarse_train.distributed import World
 from coarse_train.evaluate import EvaluateConfig, run_evaluate, score
-from coarse_train.inference import InferenceConfig
-from tests.nearest_colour import CLASSES, nearest_colour, random_maps, write_checkpoint, write_folder
+from coarse_train.inference import InferenceConfig, to_input
+from tests.floats_formed import FloatsFormed, assert_most_probable
+from tests.nearest_colour import (
+    CLASSES,
+    nearest_colour,
+    random_maps,
+    write_checkpoint,
+    write_folder,
+    write_street_checkpoint,
+)
 
 SIZES = ((5, 7), (8, 3), (16, 16), (1, 9), (6, 6))
 
@@ -112,6 +121,23 @@ def test_windows_and_mirrored_copies_change_nothing_for_a_network_without_contex
     config, counts = _flawed(tmp_path)
     assert run_evaluate(replace(config, inference=inference))["confusion"] == counts.tolist()
     assert str(inference) in capsys.readouterr().out
+
+
+@pytest.mark.skipif("cpu" not in available_backends(), reason="the compiled extension is missing")
+def test_logits_at_a_quarter_of_the_resolution_are_scored_without_being_enlarged(tmp_path: Path) -> None:
+    (seen,) = random_maps((64, 96))
+    root = write_folder(tmp_path / "data", "val", {"a": (seen, seen)})
+    config = EvaluateConfig(write_street_checkpoint(tmp_path / "best.pt", DataConfig(root=root)), device="cpu")
+    with use_backend("cpu"), FloatsFormed() as formed:
+        result = run_evaluate(replace(config, export=tmp_path / "labels"))
+    assert formed.calls["coarse_kernels.label_map"] == 1
+    assert formed.largest < len(CLASSES) * 64 * 96
+    predicted = CLASSES.decode(np.array(Image.open(tmp_path / "labels/a.png")), "a.png")
+    assert result["confusion"] == np.bincount(4 * seen.ravel() + predicted.ravel(), minlength=16).reshape(4, 4).tolist()
+    network = load_model(config.checkpoint, torch.device("cpu")).model.segmentation.eval()
+    with torch.no_grad():
+        logits = network(to_input(CLASSES.paint(seen), 3, "a"))
+    assert_most_probable(torch.from_numpy(predicted)[None], logits)
 
 
 def test_export_has_the_values_of_the_data_sets_label_files(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from coarse_kernels import TransitionMatrix
+from coarse_kernels import Drawings, Objective, TransitionMatrix, annotation_objective
 from coarse_train import checkpoint
 from coarse_train.cli import main
 from coarse_train.config import DataConfig, FitConfig, ModelConfig, OptimConfig, StreamConfig, load_toml, to_toml
@@ -130,6 +130,19 @@ def test_accumulation_changes_nothing(tmp_path: Path) -> None:
     assert _losses(tmp_path / "parts") == pytest.approx(_losses(tmp_path / "whole"), abs=1e-5)
     for name, value in _state(tmp_path / "whole")["model"].items():
         torch.testing.assert_close(_state(tmp_path / "parts")["model"][name], value, atol=1e-5, rtol=0)
+
+
+def test_every_pass_is_one_call_of_the_operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds: list[int] = []
+
+    def spy(seg_logits: torch.Tensor, drawings: list[Drawings], **options: Any) -> Objective:
+        kinds.append(len(drawings))
+        return annotation_objective(seg_logits, drawings, **options)
+
+    monkeypatch.setattr("coarse_train.criterion.annotation_objective", spy)
+    data = DataConfig(dataset="mnist", limit=24, supervision="mixed", dense_images=12)
+    fit(_config(tmp_path, data=data, steps=2, accumulate=2))
+    assert kinds == [3] * 4
 
 
 def _run_in_two_processes(config: FitConfig, path: Path) -> None:

@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from coarse_kernels import available_backends, use_backend
 from coarse_train.inference import InferenceConfig, predict, probabilities, to_input
+from coarse_train.model.street import StreetNet
+from tests.floats_formed import FloatsFormed, assert_most_probable
 
 
 def _local(channels: int = 3, classes: int = 4) -> nn.Module:
@@ -120,6 +123,36 @@ def test_logits_on_a_coarser_grid_are_interpolated_as_in_the_loss() -> None:
     logits = nn.functional.interpolate(_Coarse()(image), (16, 24), mode="bilinear", align_corners=False)
     assert torch.equal(probabilities(_Coarse(), image, WHOLE, 2), logits.softmax(1))
     assert torch.equal(predict(_Coarse(), image, WHOLE, 2), logits.argmax(1).to(torch.uint8))
+
+
+@pytest.mark.parametrize("config", [WHOLE, InferenceConfig(window=(48, 32)), InferenceConfig(window=(64, 64))], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_pass_gives_the_argmax_of_the_interpolated_logits(config: InferenceConfig, dtype: torch.dtype) -> None:
+    """Also where the image is smaller than the window: padded, and cut after the argmax."""
+    torch.manual_seed(0)
+    network = StreetNet(3, 4, (4, 4, 4, 4)).eval().to(dtype)
+    image = torch.rand(2, 3, 48, 32).to(dtype)
+    found = predict(network, image, config, 4)
+    assert (found.dtype, found.shape) == (torch.uint8, (2, 48, 32))
+    height, width = config.window or (48, 32)
+    with torch.no_grad():
+        padded = nn.functional.pad(image, (0, width - 32, 0, height - 48), mode="replicate")
+        logits = network(padded).float()
+    full = nn.functional.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
+    assert_most_probable(found, full[..., :48, :32])
+
+
+@pytest.mark.skipif("cpu" not in available_backends(), reason="the compiled extension is missing")
+def test_one_pass_forms_no_logits_at_full_resolution() -> None:
+    network, image = StreetNet(3, 16, (8, 8, 8, 8)).eval(), torch.rand(1, 3, 64, 96)
+    with use_backend("cpu"), FloatsFormed() as one_pass:
+        predict(network, image, WHOLE, 16)
+    assert one_pass.calls["coarse_kernels.label_map"] == 1
+    assert one_pass.largest < 16 * 64 * 96 / 2
+    with FloatsFormed() as averaged:  # two passes have to be added up somewhere
+        predict(network, image, InferenceConfig(flips=True), 16)
+    assert averaged.calls["coarse_kernels.label_map"] == 0
+    assert averaged.largest == 16 * 64 * 96
 
 
 def test_an_image_smaller_than_the_window_is_padded_with_its_border() -> None:

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import tyro
 from PIL import Image
 
+from coarse_kernels import available_backends, use_backend
+from coarse_train.checkpoint import load_model
 from coarse_train.config import DataConfig
-from coarse_train.inference import InferenceConfig
+from coarse_train.inference import InferenceConfig, to_input
 from coarse_train.predict import PredictConfig, find_images, run_predict
-from tests.nearest_colour import CLASSES, random_maps, write_checkpoint, write_folder
+from tests.floats_formed import FloatsFormed, assert_most_probable
+from tests.nearest_colour import CLASSES, random_maps, write_checkpoint, write_folder, write_street_checkpoint
 
 NAMES = ("a.png", "deep/er/b.v2.bmp", "deep/c.TIF")  # lossless: JPEG would change colours
 
@@ -88,6 +92,25 @@ def test_windows_and_mirrored_copies_change_nothing_for_a_network_without_contex
     run_predict(again)
     for name in _files(config.out):
         assert (config.out / name).read_bytes() == (again.out / name).read_bytes()
+
+
+@pytest.mark.skipif("cpu" not in available_backends(), reason="the compiled extension is missing")
+def test_logits_at_a_quarter_of_the_resolution_become_labels_and_nothing_larger(
+    config: PredictConfig, tmp_path: Path
+) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "street.png")
+    write_street_checkpoint(config.checkpoint, DataConfig())
+    with use_backend("cpu"), FloatsFormed() as formed:
+        run_predict(replace(config, images=tmp_path / "street.png"))
+    assert formed.calls["coarse_kernels.label_map"] == 1
+    assert formed.largest < len(CLASSES) * 64 * 96
+    labels = CLASSES.decode(np.array(Image.open(config.out / "labels/street.png")), "street.png")
+    network = load_model(config.checkpoint, torch.device("cpu")).model.segmentation.eval()
+    with torch.no_grad():
+        logits = network(to_input(image, 3, "street.png"))
+    assert logits.shape[2:] == (16, 24)
+    assert_most_probable(torch.from_numpy(labels)[None], logits)
 
 
 def test_predictions_inside_the_folder_of_images_are_not_taken_for_images(config: PredictConfig) -> None:

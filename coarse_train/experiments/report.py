@@ -109,11 +109,11 @@ def _panels(batch: Sample, models: dict[str, CoarseModel], transition: Tensor) -
     for model in models.values():
         model.eval()
     seg_logits, cm_logits, _, _ = models["coarse_both"](batch.image)
-    # both drawings are independent given the true class, so one posterior is the next one's prior
-    posterior = coarse_kernels.annotation_posterior(seg_logits, cm_logits, batch.positive, ignore_index=IGNORE)
-    posterior = coarse_kernels.annotation_posterior(
-        posterior.clamp_min(1e-30).log(), None, batch.negative[:, 0], transition, ignore_index=IGNORE
-    )
+    drawings = [
+        coarse_kernels.Drawings(batch.positive, cm_logits),
+        coarse_kernels.Drawings(batch.negative[:, 0], None, transition),
+    ]
+    posterior = coarse_kernels.annotation_posterior(seg_logits, drawings, ignore_index=IGNORE)
     baseline = models["ce_both"].segmentation(batch.image).argmax(1)
     return {
         "image": batch.image[:, 0, :, :, None].expand(-1, -1, -1, 3).numpy(),

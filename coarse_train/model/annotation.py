@@ -258,7 +258,7 @@ class AnnotationModel(nn.Module):
 def build_annotation(
     config: StreamConfig, channels_in: int, num_classes: int, *, norm: str = "group", checkpointing: bool = False
 ) -> AnnotationModel | None:
-    """The annotation model of one stream; None where its drawings are trusted."""
+    """The annotation model of one kind of drawings; None where they are trusted."""
     if config.cm == "none":
         return None
     structure = _structure(config, num_classes)

@@ -91,19 +91,19 @@ def build_model(
     *,
     architecture: str | None = None,
 ) -> CoarseModel:
-    """The networks of a run. The segmentation network comes first: with equal seeds it is the same whatever the streams.
+    """The networks of a run. The segmentation network comes first: with equal seeds it is the same whatever the others.
     ``architecture``: of a checkpoint (`architecture_of`)."""
     segmentation = build_segmentation(config.model, channels_in, num_classes, architecture=architecture)
     norm, checkpointing = config.model.norm, config.model.checkpointing
-    streams: dict[str, nn.Module | None] = {}
+    annotation: dict[str, nn.Module | None] = {}
     for name in ("positive", "negative"):
         try:
-            streams[name] = build_annotation(
+            annotation[name] = build_annotation(
                 getattr(config, name), channels_in, num_classes, norm=norm, checkpointing=checkpointing
             )
         except ValueError as error:
             raise ValueError(f"{name}.{error}") from error
-    return CoarseModel(segmentation, **streams, transition=transition, num_classes=num_classes)
+    return CoarseModel(segmentation, **annotation, transition=transition, num_classes=num_classes)
 
 
 def parameter_groups(model: CoarseModel, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -145,6 +145,6 @@ def confusion_sums(output: ModelOutput, stream: Literal["positive", "negative"])
 
 def mean_confusion(output: ModelOutput, stream: Literal["positive", "negative"]) -> Tensor:
     """(C, C) p(drawn as i | true j) that the model believes: A[:, j] averaged over all places with their p[j]. Where the
-    grids differ p is averaged over each place of the matrices'. The identity for a stream that is trusted."""
+    grids differ p is averaged over each place of the matrices'. The identity for drawings that are trusted."""
     weighted, weight = confusion_sums(output, stream)
     return weighted / weight
