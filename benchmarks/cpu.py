@@ -50,10 +50,12 @@ def worker_environment(buffers: str, threads: int) -> dict[str, str]:
     }
 
 
-def ask_worker(task: dict[str, Any], buffers: str, threads: int) -> dict[str, Any]:
-    """Run one task in a process of its own; its result, or {"failed": why}."""
+def ask_worker(
+    task: dict[str, Any], buffers: str, threads: int, module: Sequence[str] = ("benchmarks.worker",)
+) -> dict[str, Any]:
+    """Run one task in a process of its own, ``python -m module task``; its result, or {"failed": why}."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.worker", json.dumps({**task, "threads": task.get("threads", threads)})],
+        [sys.executable, "-m", *module, json.dumps({**task, "threads": task.get("threads", threads)})],
         env=worker_environment(buffers, threads),
         capture_output=True,
         text=True,

@@ -51,7 +51,7 @@ class Timing(NamedTuple):
     host_ms: float  # until the call is back; on CUDA the device may still be at work, on the CPU it is the time itself
 
 
-def _percentile(values: Sequence[float], share: float) -> float:
+def percentile(values: Sequence[float], share: float) -> float:
     ordered = sorted(values)
     return ordered[round(share * (len(ordered) - 1))]
 
@@ -159,8 +159,8 @@ def time_all(
         timings.append(
             Timing(
                 statistics.median(milliseconds),
-                _percentile(milliseconds, 0.2),
-                _percentile(milliseconds, 0.8),
+                percentile(milliseconds, 0.2),
+                percentile(milliseconds, 0.8),
                 statistics.median(one.faults for one in sample),
                 sum(one.cpu_seconds for one in sample) / sum(one.seconds for one in sample),
                 len(sample),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, cpu, plot, report, worker
+from benchmarks import against, baselines, cpu, objective, plot, report, worker
 from benchmarks.cases import CASES, SMOKE, TRACE_WEIGHT, Case, Inputs, make_inputs, with_full_contestants
 from benchmarks.contestants import Contestant, errors, make_contestants, ours, run_once, truth, verdict
 from benchmarks.measure import environment, interleave, rounds_for
@@ -224,3 +225,131 @@ def test_a_disturbed_run_is_said() -> None:
     assert "disturbed" not in report.markdown([case], [quiet, busy], 1.0)
     busy["cpu_share"] = 0.6
     assert "1 of 2 rows were disturbed" in report.markdown([case], [quiet, busy], 1.0)
+
+
+# --- several kinds of drawings ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_objective_layers_are_a_third_undrawn() -> None:
+    labels = objective.make_inputs(objective.Scene(5, 256, 512)).labels[0]
+    undrawn = labels == baselines.IGNORE
+    for k, (_, where) in enumerate(objective.LAYERS):
+        assert 0.25 < undrawn[k].double().mean() < 0.42
+        assert torch.equal(undrawn[k], undrawn[0]) == (where == "same" or k == 0)
+        assert set(labels[k].unique().tolist()) == {*range(5), baselines.IGNORE}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_objective_every_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, so that peaks are nothing to look at: every contestant is right, every bar has its figure."""
+    monkeypatch.setattr(objective, "ask", lambda task, buffers: objective.measure(task))
+    assert objective.main(["--quick", "--backend", "reference", "--out", str(tmp_path)]) == 0
+    with (tmp_path / "objective.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == objective.COLUMNS
+    for job in objective.JOBS:
+        own = [row for row in rows if row["job"] == job.name]
+        measured = [row["contestant"] for row in own if row["quantity"] == job.quantity]
+        assert measured == list(job.contestants)
+        for row in own:
+            assert float(row["value"]) >= 0
+            assert (row["p20"] != "") == (row["quantity"] in ("time", "time_per_pixel"))
+        wrong = [row for row in own if row["quantity"].endswith("_error") and float(row["value"]) > 1e-5]
+        assert wrong == []
+    text = (tmp_path / "objective.md").read_text()
+    assert text.count("\n| ") - 1 == len(objective.BARS)
+    assert "not measured" not in text
+    assert "figures mean nothing" in text
+
+
+def test_objective_peak_in_a_process_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert objective.main(["--quick", "--backend", "reference", "--case", "peak-objective"]) == 0
+    assert "| <= 85 MB | " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("job", ["time-trusted-c19-1", "time-label-map"])
+def test_objective_wrong_contestant_is_not_measured(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = objective.make_contestant
+
+    def wrong(name: str, *rest: object) -> Contestant:
+        right = make(name, *rest)  # type: ignore[arg-type]
+        if name not in (objective.PLAIN, objective.ARGMAX):
+            return right
+        return dataclasses.replace(right, formulation=lambda seg, *more: right.formulation(-seg, *more))
+
+    monkeypatch.setattr(objective, "make_contestant", wrong)
+    names = objective.BY_NAME[job].contestants
+    task = {"job": job, "contestants": names, "backend": "reference", "threads": 1, "quick": True}
+    result = objective.measure({**task, "buffers": "reused", "budget": 0.0, "repeats": 3})
+    assert result["rows"] == []
+    assert list(result["wrong"]) == [names[1]]
+
+
+def _measurement(job: str, contestant: str, value: float, quantity: str = "time", **more: object) -> dict[str, object]:
+    about = {"job": job, "contestant": contestant, "quantity": quantity, "value": value, "p20": value, "p80": value}
+    return {**environment(), "load_before": 0.0, "buffers": "reused", "threads": 1, "cpu_share": 1.0, **about, **more}
+
+
+def test_objective_bars_are_held_to_medians() -> None:
+    jobs = [objective.BY_NAME[name] for name in ("peak-objective", "time-trusted-c19-1", "time-layers")]
+    rows = [
+        _measurement(jobs[0].name, "field + 1 trusted", 86.0, "peak"),
+        _measurement(jobs[0].name, "field + 1 trusted", 57.3, "gradients"),
+        _measurement(jobs[1].name, "trusted", 10.0),
+        _measurement(jobs[1].name, objective.PLAIN, 60.0),
+        _measurement(jobs[2].name, "field", 10.0),
+        _measurement(jobs[2].name, "3 layers", 17.0, cpu_share=0.6),
+    ]
+    text = objective.markdown(rows, jobs, False, 1.0)
+    assert "| <= 85 MB | 86.0 MB **missed** |  | gradients 57.3 MB |" in text
+    assert "| >= 5x faster | 6.00x met | 10.0 (10.0 to 10.0); 4.8 ns per pixel |" in text
+    assert "| <= 1.6x | 1.70x **missed** |" in text
+    assert "disturbed: 0.60 of 1 cores" in text
+    assert "1 of 4 times were disturbed" in text
+    assert "not measured" in text  # the layers that share what is undrawn
+
+
+# --- this checkout against another ------------------------------------------------------------------------------------
+
+
+def test_against_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    """Real processes: a row for each of ours, with a ratio around 1, whatever else the machine does."""
+    arguments = [str(cpu.ROOT), "--case", "smoke", "--backend", "reference", "--rounds", "5", "--budget", "0.5"]
+    assert against.main(arguments) == 0
+    out = capsys.readouterr().out
+    cells = next(line for line in out.splitlines() if line.startswith("| smoke |")).split(" | ")
+    assert 0.1 < float(cells[5]) < 10
+    assert int(cells[7]) == 5
+    assert "geometric mean" in out
+
+
+def test_against_has_the_rows_of_the_table() -> None:
+    for case in CASES:
+        names = [(one.name, one.schedule, one.threads) for one in make_contestants(case, "reference")]
+        table = [name for name in names if name[0] == "coarse_kernels:reference"]
+        assert [(one.name, one.schedule, one.threads) for one in against.ours_of(case, "reference", 1)] == table
+
+
+def test_against_what_is_no_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        against.main([str(tmp_path)])
+    assert exit_.value.code == 2
+    assert "OTHER_CHECKOUT" in capsys.readouterr().err
+
+
+def test_against_a_checkout_that_does_not_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    package = tmp_path / "coarse_kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit(3)")
+    assert against.main([str(tmp_path), "--case", "smoke", "--backend", "reference"]) == 1
+    assert "ended with status 3" in capsys.readouterr().err
