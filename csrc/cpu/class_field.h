@@ -26,7 +26,7 @@ class ClassField {
   V* own;   // gradient, but for mass * p
   V* joint; // with a posterior: log p + the sum of log q
   V* mass;
-  V* log_sum;  // log sum_j exp(s[j])
+  V* log_sum;  // log sum_j exp(s[j]); for trusted kinds and posteriors
   R* drawn;    // 1 where some layer of some kind has a label
 
   void init(const Problem<R>& problem, const Plan<R>& plan, Arena& arena) {
@@ -41,6 +41,8 @@ class ClassField {
     mass = arena.take<V>(n);
     log_sum = arena.take<V>(n);
     drawn = arena.take<R>(n * N);
+    want_log_sum_ = problem.posterior != nullptr;
+    for (int k = 0; k < problem.kind_count; ++k) want_log_sum_ = want_log_sum_ || problem.kinds[k].field.data == nullptr;
     lines_ = arena.take<V>(plan.seg.rows);
     scattered_ = arena.take<V>(plan.seg.rows);
     weights_ = arena.take<V>(2 * N);
@@ -92,12 +94,33 @@ class ClassField {
   // s and p. Logits of pixels that nobody drew on may be anything, NaN too: they count as 0, but for the posterior.
   void read(const Slab& slab, bool all_drawn) {
     logits(slab);
-    const int c = problem_->classes, pitch = slab.pitch;
+    problem_->classes == 2 ? softmax<2>(slab, all_drawn) : softmax<0>(slab, all_drawn);
+  }
+
+  void write(const Slab& slab) {
+    if (problem_->posterior != nullptr) return write_posterior(slab);
+    if (problem_->seg.gradient == nullptr) return;
+    problem_->classes == 2 ? add_mass<2>(slab) : add_mass<0>(slab);
+    if (!plan_->on_pixels) return scatter(slab);
+    for_each_vector(*problem_, slab, [&](const Place& place) {
+      const int64_t pixels = problem_->pixels();
+      int64_t offset = slab.image * problem_->classes * pixels + place.at;
+      for (int j = 0; j < problem_->classes; ++j, offset += pixels)
+        store_lanes(problem_->seg.gradient, offset, place.lanes, own[j * slab.pitch + place.v]);
+    });
+  }
+
+  // Two classes are common, and cheap enough for the loops over classes to show.
+  template <int kClasses>
+  void softmax(const Slab& slab, bool all_drawn) {
+    const int c = kClasses > 0 ? kClasses : problem_->classes, pitch = slab.pitch, count = slab.count();
+    const bool masked = !all_drawn && problem_->posterior == nullptr;
     const V zero = broadcast<V>(R(0));
-    for (int v = 0; v < slab.count(); ++v) {
+    for (int v = 0; v < count; ++v) {
       V* const sv = s + v;
       V* const pv = p + v;
-      if (!all_drawn && problem_->posterior == nullptr) {
+      V* const ov = own + v;
+      if (masked) {
         const V known = load(drawn + v * N);
         for (int j = 0; j < c; ++j) sv[j * pitch] = select(known != zero, sv[j * pitch], zero);
       }
@@ -113,38 +136,35 @@ class ClassField {
       const V inv = R(1) / sum;
       for (int j = 0; j < c; ++j) {
         pv[j * pitch] *= inv;
-        own[j * pitch + v] = zero;
+        ov[j * pitch] = zero;
       }
       mass[v] = zero;
-      log_sum[v] = log_v(sum);
+      if (want_log_sum_) log_sum[v] = log_v(sum);
       if (joint == nullptr) continue;
       for (int j = 0; j < c; ++j) joint[j * pitch + v] = sv[j * pitch] - log_sum[v];
     }
   }
 
-  void write(const Slab& slab) {
-    if (problem_->posterior != nullptr) return write_posterior(slab);
-    if (problem_->seg.gradient == nullptr) return;
-    const int c = problem_->classes, pitch = slab.pitch;
+  // own += mass p; p may be NaN where nothing counts.
+  template <int kClasses>
+  void add_mass(const Slab& slab) {
+    const int c = kClasses > 0 ? kClasses : problem_->classes, pitch = slab.pitch, count = slab.count();
     const V zero = broadcast<V>(R(0));
     for (int j = 0; j < c; ++j) {
-      for (int v = 0; v < slab.count(); ++v) {
-        const V w = mass[v];
-        own[j * pitch + v] += select(w == zero, zero, w * p[j * pitch + v]);  // p may be NaN where nothing counts
-      }
+      const V* const pj = p + j * pitch;
+      V* const oj = own + j * pitch;
+      for (int v = 0; v < count; ++v) oj[v] += select(mass[v] == zero, zero, mass[v] * pj[v]);
     }
-    if (!plan_->on_pixels) return scatter(slab);
-    for_each_vector(*problem_, slab, [&](const Place& place) {
-      for (int j = 0; j < c; ++j) store_lanes(problem_->seg.gradient, slab, place, j, own[j * pitch + place.v]);
-    });
   }
 
   // Nobody drew here.
   void write_zeros(const Slab& slab) {
     if (problem_->seg.gradient == nullptr || !plan_->on_pixels) return;
     for_each_vector(*problem_, slab, [&](const Place& place) {
-      for (int j = 0; j < problem_->classes; ++j)
-        store_lanes(problem_->seg.gradient, slab, place, j, broadcast<V>(R(0)));
+      const int64_t pixels = problem_->pixels();
+      int64_t offset = slab.image * problem_->classes * pixels + place.at;
+      for (int j = 0; j < problem_->classes; ++j, offset += pixels)
+        store_lanes(problem_->seg.gradient, offset, place.lanes, broadcast<V>(R(0)));
     });
   }
 
@@ -172,7 +192,7 @@ class ClassField {
   }
 
  private:
-  const Storage own_storage_ = sizeof(R) == 4 ? Storage::f32 : Storage::f64;
+  static constexpr Storage own_storage_ = sizeof(R) == 4 ? Storage::f32 : Storage::f64;
 
   V load_lanes(int64_t offset, int64_t lanes) const {
     if (problem_->seg.storage == own_storage_ && lanes == N)
@@ -182,12 +202,11 @@ class ClassField {
     return load(run);
   }
 
-  void store_lanes(void* to, const Slab& slab, const Place& place, int j, V x) const {
-    const int64_t offset = (slab.image * problem_->classes + j) * problem_->pixels() + place.at;
-    if (problem_->seg.storage == own_storage_ && place.lanes == N) return store(static_cast<R*>(to) + offset, x);
+  void store_lanes(void* to, int64_t offset, int64_t lanes, V x) const {
+    if (problem_->seg.storage == own_storage_ && lanes == N) return store(static_cast<R*>(to) + offset, x);
     R run[N];
     store(run, x);
-    store_run(to, problem_->seg.storage, offset, place.lanes, run);
+    store_run(to, problem_->seg.storage, offset, lanes, run);
   }
 
   // --- a grid of its own ---------------------------------------------------------------------------------------------
@@ -309,13 +328,15 @@ class ClassField {
       for (int j = 0; j < c; ++j) {
         // labels that no class explains: p; so where there is none
         const V r = select(sum == zero, p[j * pitch + v], joint[j * pitch + v] / sum);
-        store_lanes(problem_->posterior, slab, place, j, select(known != zero, r, p[j * pitch + v]));
+        const int64_t offset = (slab.image * c + j) * problem_->pixels() + place.at;
+        store_lanes(problem_->posterior, offset, place.lanes, select(known != zero, r, p[j * pitch + v]));
       }
     });
   }
 
   const Problem<R>* problem_ = nullptr;
   const FieldPlan<R>* plan_ = nullptr;
+  bool want_log_sum_ = false;
   GradientRows<R> rows_;
   int64_t begin_ = -1, end_ = -1, node_ = 0;
   int nodes_ = 0;

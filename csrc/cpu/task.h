@@ -76,10 +76,11 @@ class Kind {
     for (int64_t l = 0; l < kind_->layers; ++l) {
       layers_[l].any_valid = false;
       layers_[l].all_valid = true;
-      const int64_t map = (slab.image * kind_->layers + l) * problem_->pixels();
-      for_each_vector(*problem_, slab, [&](const Place& place) {
-        bad = layers_[l].read(*problem_, *kind_, map + place.at, place.lanes, kLanes<R>, place.v * kLanes<R>) || bad;
-      });
+      const int64_t map = (slab.image * kind_->layers + l) * problem_->pixels(), lanes = slab.per_row * kLanes<R>;
+      for (int r = 0; r < slab.rows; ++r) {
+        const int64_t row = (slab.z * problem_->height + slab.y0 + r) * problem_->width;
+        bad = layers_[l].read(*problem_, *kind_, map + row + slab.x0, slab.x1 - slab.x0, lanes, r * lanes) || bad;
+      }
     }
     return bad;
   }
@@ -196,13 +197,14 @@ class Task {
         one = one || kinds_[k].layers()[l].all_valid;
       }
     }
-    *all = one;
-    if (!any && problem_.posterior == nullptr) return false;
-    for (int64_t at = 0; at < n; ++at) field_.drawn[at] = R(0);
+    *all = one && (slab.x1 - slab.x0) % N == 0;
+    if ((*all || !any) && problem_.posterior == nullptr) return any;
+    R* const drawn = field_.drawn;
+    for (int64_t at = 0; at < n; at += N) store(drawn + at, broadcast<Vec<R>>(R(0)));
     for (int k = 0; k < problem_.kind_count; ++k) {
       for (int64_t l = 0; l < kinds_[k].layer_count(); ++l) {
         const R* const valid = kinds_[k].layers()[l].valid;
-        for (int64_t at = 0; at < n; ++at) field_.drawn[at] = valid[at] != R(0) ? R(1) : field_.drawn[at];
+        for (int64_t at = 0; at < n; at += N) store(drawn + at, max_v(load(valid + at), load(drawn + at)));
       }
     }
     return any;
