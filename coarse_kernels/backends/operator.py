@@ -363,7 +363,7 @@ def _backward(
     for kind in range(kinds):
         needed += cm_bit(kind) * bool(wants.cm_logits[kind]) + transition_bit(kind) * bool(wants.transition[kind])
     if not needed or (grad_loss is None and all(grad is None for grad in grad_losses)):
-        return _inputs_like(kinds, None, [None] * kinds, [None] * kinds)
+        return _inputs_like(ctx, None, [None] * kinds, [None] * kinds)
     saved = list(ctx.saved_tensors)
     anchor = saved.pop() if ctx.has_anchor else None
     formed = [saved.pop(0) for _ in range(1 + 2 * kinds)] if ctx.call.wanted else []
@@ -382,17 +382,20 @@ def _backward(
     seg = grads[0] if needed & SEG else None
     cm = [grads[1 + k] if needed & cm_bit(k) else None for k in range(kinds)]
     transition = [grads[1 + kinds + k] if needed & transition_bit(k) else None for k in range(kinds)]
-    return _inputs_like(kinds, seg, cm, transition)
+    return _inputs_like(ctx, seg, cm, transition)
 
 
 def _inputs_like(
-    kinds: int, seg: Tensor | None, cm: list[Tensor | None], transition: list[Tensor | None]
+    ctx: Any, seg: Tensor | None, cm: list[Tensor | None], transition: list[Tensor | None]
 ) -> tuple[Any, ...]:
-    """Gradients in the structure of `Arguments`."""
-    none: Any = [None] * kinds
+    """Gradients in the structure of the inputs, `Arguments`: without the anchor where it has been left out, as the graphs of
+    torch.compile do with an argument that has its default.
+    """
+    none: Any = [None] * ctx.kinds
     lists: dict[str, Any] = {name: list(none) for name in _TENSOR_LISTS}
     lists |= {"cm_logits": cm, "transition": transition}
-    return tuple(Arguments(seg_logits=seg, **lists, **dict.fromkeys(Arguments._fields[7:])))  # type: ignore[arg-type]
+    grads = Arguments(seg_logits=seg, **lists, **dict.fromkeys(Arguments._fields[7:]))  # type: ignore[arg-type]
+    return tuple(grads)[: len(ctx.needs_input_grad)]
 
 
 def _handed_out(operators: Any, saved: tuple[Tensor, ...], grad_loss: Tensor) -> tuple[Tensor, ...]:
