@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks
+from . import backends, checks, wrapped
 from .problem import Drawings, Problem, compute_dtype
 from .transition import uniform_transition
 
@@ -264,10 +264,11 @@ def annotation_posterior(
     `annotation_nll`; ``annotation_posterior(seg_logits, drawings)`` for any number of them and of layers, all labels k of a
     pixel together; their weights do not matter.
 
-    Returns (B, C, *S) on the pixel grid, in the dtype of ``seg_logits``, detached. At a pixel without label, or with labels
+    Returns (B, C, *S) on the pixel grid, in the dtype of ``seg_logits``, detached (`torch.no_grad`: forward-mode derivatives
+    pass). At a pixel without label, or with labels
     that no class can explain, the posterior is p itself.
     """
-    if cm_logits is None or isinstance(cm_logits, Tensor):
+    if not isinstance(cm_logits, (Drawings, Sequence)) or isinstance(cm_logits, str):
         drawings: Sequence[Drawings] = [Drawings(labels, cm_logits, transition)]  # type: ignore[arg-type]
         problem = checks.check_problem(
             seg_logits, drawings, ignore_index=ignore_index, names=[str], layers=[False]
@@ -296,6 +297,7 @@ def label_map(seg_logits: Tensor, size: Sequence[int], *, backend: str | None = 
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
     size = checks.check_size(seg_logits, size)
+    seg_logits = wrapped.plain(seg_logits)
     with torch.no_grad():
         return backends.select_for(seg_logits, backend).label_map(seg_logits, size)
 
