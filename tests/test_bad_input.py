@@ -157,7 +157,8 @@ def case_id(case: tuple[str, Any, type[Exception], list[str]]) -> str:
 
 def test_annotation_nll_has_one_layer() -> None:
     labels = torch.zeros(B, 1, H, W, dtype=torch.uint8)
-    assert is_told(ValueError, ["labels", "(B, *S)", "(2, 1, 4, 5)"], lambda: ck.annotation_nll(**{**good(), "labels": labels}))
+    arguments = {**good(), "labels": labels}
+    assert is_told(ValueError, ["labels", "(B, *S)", "(2, 1, 4, 5)"], lambda: ck.annotation_nll(**arguments))
 
 
 def raised(call: Callable[[], Any]) -> tuple[type[Exception] | None, str]:

@@ -47,10 +47,8 @@ def operator_samples() -> dict[str, Arguments]:
     samples: dict[str, Arguments] = {}
     gen = generator(0)
 
-    def calls(
-        seg: Tensor | None, *kinds: tuple[Problem, str], name: str, own: Tensor | None = None, layers: int = 1
-    ) -> None:
-        """``kinds``: whose parts, and which of them: (m)atrix, (t)ransition, class (w)eight and (p)ixel weight, (s)cale."""
+    def calls(seg: Tensor | None, *kinds: tuple[Problem, str], name: str, layers: int = 1) -> None:
+        """``kinds``: whose labels and transition, and what else: (m)atrix, class (w)eight, (p)ixel weight, (s)cale."""
         assert seg is not None
         dtype = torch.float64 if seg.dtype == torch.float64 else torch.float32
         absent = torch.empty(0, dtype=dtype)
