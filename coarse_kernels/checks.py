@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import wrapped
 from .problem import Drawings, Problem
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -60,10 +61,9 @@ def check_problem(
     layers, complementary = layers or [True] * count, complementary or [False] * count
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
-    if not isinstance(ignore_index, numbers.Integral) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+    ignore_index = check_ignore_index(ignore_index)
     checked = [
-        _check_drawings(seg_logits, each, int(ignore_index), reduction, name, layered, zero_diagonal)
+        _check_drawings(seg_logits, each, ignore_index, reduction, name, layered, zero_diagonal)
         for each, name, layered, zero_diagonal in zip(drawings, names, layers, complementary, strict=True)
     ]
     size = checked[0].labels.shape[2:]
@@ -75,9 +75,9 @@ def check_problem(
             )
     rank = seg_logits.dim() - 2
     return Problem(
-        seg_logits=seg_logits,
+        seg_logits=wrapped.plain(seg_logits),
         drawings=tuple(checked),
-        ignore_index=int(ignore_index),
+        ignore_index=ignore_index,
         reduction=reduction,
         layered=tuple(each.labels.dim() == rank + 2 for each in drawings),
     )
@@ -94,7 +94,17 @@ def _check_drawings(
 ) -> Drawings:
     classes = seg_logits.shape[1]
     batch, rank = seg_logits.shape[0], seg_logits.dim() - 2
-    labels, cm_logits, transition = given.labels, given.cm_logits, given.transition
+    labels, cm_logits, transition, class_weight, pixel_weight, normalizer = (
+        wrapped.plain(part) if isinstance(part, Tensor) else part
+        for part in (
+            given.labels,
+            given.cm_logits,
+            given.transition,
+            given.class_weight,
+            given.pixel_weight,
+            given.normalizer,
+        )
+    )
     labels_name, cm_name = name("labels"), name("cm_logits")
 
     _check_tensor(labels_name, labels)
@@ -114,47 +124,43 @@ def _check_drawings(
         _check_grid(cm_name, cm_logits, size, labels_name)
     if transition is not None:
         _check_matrix(name("transition"), transition, classes)
-    if given.class_weight is not None:
-        _check_constant(name("class_weight"), given.class_weight, (classes,))
-    if given.pixel_weight is not None:
-        _check_constant(name("pixel_weight"), given.pixel_weight, tuple(labels.shape))
+    if class_weight is not None:
+        _check_constant(name("class_weight"), class_weight, (classes,))
+    if pixel_weight is not None:
+        _check_constant(name("pixel_weight"), pixel_weight, tuple(labels.shape))
     for part, tensor in (
         (cm_name, cm_logits),
         (labels_name, labels),
         (name("transition"), transition),
-        (name("class_weight"), given.class_weight),
-        (name("pixel_weight"), given.pixel_weight),
-        (name("normalizer"), given.normalizer),
+        (name("class_weight"), class_weight),
+        (name("pixel_weight"), pixel_weight),
+        (name("normalizer"), normalizer),
     ):
         if isinstance(tensor, Tensor) and tensor.device != seg_logits.device:
             if part == name("normalizer") and tensor.dim() == 0 and tensor.device.type == "cpu":
                 continue  # PyTorch's own rule: a 0-d CPU tensor goes with any device
             raise ValueError(f"{part}: expected on {seg_logits.device}, where seg_logits is, got {tensor.device}")
-    _check_normalizer(name("normalizer"), given.normalizer, reduction)
+    _check_normalizer(name("normalizer"), normalizer, reduction)
     _check_number(name("trace_weight"), given.trace_weight)
-    _check_number(name("weight"), given.weight)
-    if given.weight < 0:
-        raise ValueError(f"{name('weight')}: expected a number >= 0, got {given.weight}")
-    if transition is not None and _may_read(transition):
-        _check_probabilities(name("transition"), transition, complementary)
+    check_weight(name("weight"), given.weight)
     if labels.dtype not in (torch.uint8, torch.int64):
         labels = labels.long()  # an int8 label would compare equal to an ignore_index of 255
-    if _may_read(labels):
-        _check_label_range(labels_name, labels, classes, ignore_index)
-    pixel_weight = given.pixel_weight
     if not layered:
         labels = labels.unsqueeze(1)
         pixel_weight = None if pixel_weight is None else pixel_weight.unsqueeze(1)
-    return Drawings(
+    checked = Drawings(
         labels,
         cm_logits,
         transition,
         weight=float(given.weight),
         trace_weight=float(given.trace_weight),
-        class_weight=given.class_weight,
+        class_weight=class_weight,
         pixel_weight=pixel_weight,
-        normalizer=given.normalizer,
+        # numpy's float32 would make its reciprocal in float32
+        normalizer=float(normalizer) if isinstance(normalizer, numbers.Real) else normalizer,
     )
+    _check_values(seg_logits, checked, ignore_index, name, complementary)
+    return checked
 
 
 def check_objective(
@@ -178,28 +184,43 @@ def check_objective(
             )
     if transition is not None and negative_labels is None:
         raise ValueError("transition: belongs to the negative drawings, expected None where negative_labels is None")
-    _check_number("negative_weight", negative_weight)
-    if negative_weight < 0:
-        raise ValueError(f"negative_weight: expected a number >= 0, got {negative_weight}")
+    check_weight("negative_weight", negative_weight)
 
 
 def check_size(seg_logits: Tensor, size: Any) -> tuple[int, ...]:
     """The pixel grid that `label_map` is asked for."""
     num_classes(seg_logits)
     rank = seg_logits.dim() - 2
+    if hasattr(size, "tolist") and not isinstance(size, Tensor):
+        size = size.tolist()  # numpy's
     if isinstance(size, Tensor) or not isinstance(size, Sequence) or len(size) != rank:
         raise ValueError(f"size: expected {rank} numbers, one for each spatial axis of seg_logits, got {size!r}")
     if not all(isinstance(s, numbers.Integral) and not isinstance(s, bool) for s in size):
         raise TypeError(f"size: expected integers, got {size!r}")
+    size = tuple(int(s) for s in size)
     _check_grid("seg_logits", seg_logits, torch.Size(size), "size")
-    return tuple(int(s) for s in size)
+    return size
 
 
 def check_transition(name: str, matrix: Tensor) -> None:
-    """A complementary transition on its own: square, finite, >= 0, zero diagonal."""
+    """A complementary transition on its own: square, finite, >= 0, zero diagonal, rows that sum to 1."""
     _check_float(name, matrix)
     _check_matrix(name, matrix, matrix.shape[0] if matrix.dim() > 0 else 0)
-    _check_probabilities(name, matrix, complementary=True)
+    if wrapped.readable(matrix):
+        _check_probabilities(name, matrix, complementary=True)
+
+
+def check_classes(classes: Any) -> int:
+    """The number of classes where there are no logits to tell."""
+    if not isinstance(classes, numbers.Integral) or isinstance(classes, bool) or classes < 2:
+        raise ValueError(f"num_classes: expected an int >= 2, got {classes!r}")
+    return int(classes)
+
+
+def check_ignore_index(ignore_index: Any) -> int:
+    if not isinstance(ignore_index, numbers.Integral) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+    return int(ignore_index)
 
 
 def per_kind(name: str, value: Any) -> tuple[Any, Any]:
@@ -230,6 +251,12 @@ def _check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def check_weight(name: str, value: Any) -> None:
+    _check_number(name, value)
+    if value < 0:
+        raise ValueError(f"{name}: expected a number >= 0, got {value}")
 
 
 def _check_cm(name: str, cm_logits: Tensor, batch: int, classes: int, rank: int) -> Tensor:
@@ -266,7 +293,11 @@ def _check_constant(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
     _check_float(name, weight)
     if tuple(weight.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {_shape(weight)}")
-    if weight.requires_grad and torch.is_grad_enabled():
+    _check_detached(name, weight)
+
+
+def _check_detached(name: str, constant: Tensor) -> None:
+    if constant.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: is a constant of the loss, got a tensor that requires grad; pass {name}.detach()")
 
 
@@ -278,6 +309,9 @@ def _check_normalizer(name: str, normalizer: Any, reduction: str) -> None:
     if isinstance(normalizer, Tensor):
         if normalizer.dim() != 0:
             raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {_shape(normalizer)}")
+        if normalizer.dtype not in FLOAT_DTYPES + INT_DTYPES:  # a count of labels is an int
+            raise TypeError(f"{name}: expected a number or a 0-d tensor of floats or ints, got {normalizer.dtype}")
+        _check_detached(name, normalizer)
         return
     _check_number(name, normalizer)
     if normalizer <= 0:
@@ -287,16 +321,63 @@ def _check_normalizer(name: str, normalizer: Any, reduction: str) -> None:
 # --- checks that read values --------------------------------------------------------------------------------------------
 
 
-def _may_read(tensor: Tensor) -> bool:
+def _may_read(tensor: Tensor | None) -> bool:
     """Values are looked at on the CPU in eager mode; elsewhere that would wait for the device or break the graph.
 
     COARSE_KERNELS_DEBUG=1 looks at them on every device.
     """
-    if torch.compiler.is_compiling() or (type(tensor) is not Tensor and not isinstance(tensor, torch.nn.Parameter)):
+    if tensor is None or not wrapped.readable(tensor):
         return False
-    return tensor.device.type == "cpu" or (
-        tensor.device.type != "meta" and os.environ.get("COARSE_KERNELS_DEBUG") == "1"
-    )
+    return tensor.device.type == "cpu" or os.environ.get("COARSE_KERNELS_DEBUG") == "1"
+
+
+def _check_values(
+    seg_logits: Tensor, drawings: Drawings, ignore_index: int, name: Names, complementary: bool
+) -> None:
+    if torch.compiler.is_compiling():
+        return
+    labels, normalizer = drawings.labels, drawings.normalizer
+    with wrapped.unseen(), torch.no_grad():
+        if drawings.transition is not None and _may_read(drawings.transition):
+            _check_probabilities(name("transition"), drawings.transition, complementary)
+        # 0 is what a batch without labels has summed up: its mean is 0
+        if isinstance(normalizer, Tensor) and _may_read(normalizer) and not 0 <= normalizer.item() < math.inf:
+            raise ValueError(f"{name('normalizer')}: expected a finite number >= 0, got {normalizer.item()}")
+        if not _may_read(labels):
+            return
+        _check_label_range(name("labels"), labels, seg_logits.shape[1], ignore_index)
+        labelled: Tensor | None = None
+        for part in ("class_weight", "pixel_weight"):
+            weight = getattr(drawings, part)
+            if weight is None or not _may_read(weight) or not _may_be_bad(weight):
+                continue
+            if labelled is None:
+                labelled = _labelled(labels, ignore_index)
+            of_labels = weight[labels[labelled].long()] if part == "class_weight" else weight[labelled]
+            bad = of_labels[~((of_labels >= 0) & (of_labels < math.inf))]
+            if bad.numel():
+                raise ValueError(
+                    f"{name(part)}: expected finite numbers >= 0 where there is a label, got {bad[0].item()}"
+                )
+
+
+def _labelled(labels: Tensor, ignore_index: int) -> Tensor:
+    """Of labels that are in range or ignored."""
+    if labels.dtype == torch.uint8 and not 0 <= ignore_index <= 255:  # would wrap: -100 is 156
+        return torch.ones_like(labels, dtype=torch.bool)
+    return labels != ignore_index
+
+
+def _may_be_bad(weight: Tensor) -> bool:
+    """In one pass and without a temporary: whether any, labelled or not, is negative, infinite or NaN."""
+    if weight.numel() == 0:
+        return False
+    least, most = weight.aminmax()
+    return not (least.item() >= 0 and most.item() < math.inf)
+
+
+# Of a row's sum: 16 bits round each entry by up to 2^-9 of it.
+_ROW_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 
 
 def _check_probabilities(name: str, matrix: Tensor, complementary: bool) -> None:
@@ -309,6 +390,12 @@ def _check_probabilities(name: str, matrix: Tensor, complementary: bool) -> None
         raise ValueError(
             f"{name}: a negative drawing never names its own class, expected a zero diagonal, "
             f"got {matrix.diagonal().tolist()}"
+        )
+    rows = matrix.double().sum(1)
+    if bool(((rows - 1.0).abs() > _ROW_TOLERANCE[matrix.dtype]).any()):
+        raise ValueError(
+            f"{name}: row i holds the probabilities of what class i is reported as, expected rows that sum to 1, "
+            f"got row sums {[round(row, 6) for row in rows.tolist()]}"
         )
 
 

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks
+from . import backends, checks, wrapped
 from .problem import Drawings, Problem, compute_dtype
 from .transition import uniform_transition
 
@@ -130,14 +130,15 @@ def annotation_nll(
             None is a trusted source, A = I: plain cross-entropy, or complementary-label learning with a transition.
         labels: (B, *S) integer class of the drawing at each pixel. uint8 and int64 are read as they are.
         transition: (C, C), entry [i, y] the probability that class i is reported as label y: None for positive
-            drawings (identity), a matrix with zero diagonal for negative ones (`uniform_transition`).
+            drawings (identity), a matrix with zero diagonal for negative ones (`uniform_transition`). Rows sum to 1.
         trace_weight: weight of ``tr(A)`` in the loss. Above about 1/C the classes can flip.
         ignore_index: label of pixels that nobody drew on; they count in no sum and get zero gradient.
-        class_weight: (C,) weight of a pixel by its label. A constant: not differentiated.
-        pixel_weight: (B, *S) weight of a pixel. A constant: not differentiated.
+        class_weight: (C,) weight of a pixel by its label, >= 0. A constant: not differentiated.
+        pixel_weight: (B, *S) weight of a pixel, >= 0; anything where there is no label. A constant: not differentiated.
         reduction: "mean" divides by the summed weight of the labelled pixels, or by ``normalizer``; "sum"; "none" gives
             the weighted map. Nothing labelled: the mean is 0 and so are its gradients.
-        normalizer: what "mean" divides by, a number or 0-d tensor, such as the labelled weight over all ranks.
+        normalizer: what "mean" divides by, a number > 0 or a 0-d tensor >= 0, such as the labelled weight over all ranks; the
+            mean is 0 where the tensor is.
         backend: "reference", "cpu", ...; None takes the best that can run (`available_backends`).
 
     Returns:
@@ -146,7 +147,7 @@ def annotation_nll(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected, before anything is computed.
         RuntimeError: a backend was asked for by name that cannot run here, with the reason; or second derivatives, which
-            only ``backend="reference"`` has.
+            only ``backend="reference"`` has. So it is with torch.func and forward mode, for which None takes the reference.
 
     Under autocast the logits keep the dtype that they have; the mathematics is float32 (float64 for float64).
     A label that no class can explain (probability exactly 0) has loss inf and zero gradient.
@@ -264,10 +265,11 @@ def annotation_posterior(
     `annotation_nll`; ``annotation_posterior(seg_logits, drawings)`` for any number of them and of layers, all labels k of a
     pixel together; their weights do not matter.
 
-    Returns (B, C, *S) on the pixel grid, in the dtype of ``seg_logits``, detached. At a pixel without label, or with labels
-    that no class can explain, the posterior is p itself.
+    Returns (B, C, *S) on the pixel grid, in the dtype of ``seg_logits``, detached as by `torch.no_grad`: no backward goes
+    through it, forward-mode derivatives do. At a pixel without label, or with labels that no class can explain, the posterior
+    is p itself.
     """
-    if cm_logits is None or isinstance(cm_logits, Tensor):
+    if not isinstance(cm_logits, (Drawings, Sequence)) or isinstance(cm_logits, str):
         drawings: Sequence[Drawings] = [Drawings(labels, cm_logits, transition)]  # type: ignore[arg-type]
         problem = checks.check_problem(
             seg_logits, drawings, ignore_index=ignore_index, names=[str], layers=[False]
@@ -296,6 +298,7 @@ def label_map(seg_logits: Tensor, size: Sequence[int], *, backend: str | None = 
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
     size = checks.check_size(seg_logits, size)
+    seg_logits = wrapped.plain(seg_logits)
     with torch.no_grad():
         return backends.select_for(seg_logits, backend).label_map(seg_logits, size)
 

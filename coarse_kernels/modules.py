@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, wrapped
 from .functional import AnnotationLoss, CoarseLabelLoss, annotation_nll, coarse_label_loss
 from .problem import compute_dtype
 from .transition import estimate_transition, uniform_transition
@@ -87,6 +87,11 @@ class CoarseLabelCriterion(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
+        if transition is not None and not isinstance(transition, nn.Module):
+            raise TypeError(
+                "transition: expected a TransitionMatrix (of a tensor: TransitionMatrix.fixed(tensor)), "
+                f"got {type(transition).__name__}"
+            )
         self.transition = transition
         self.trace_weight = trace_weight
         self.negative_weight = negative_weight
@@ -143,10 +148,7 @@ class TransitionMatrix(nn.Module):
     def __init__(self, matrix: Tensor, *, learned: bool = False):
         super().__init__()
         checks.check_transition("matrix", matrix)
-        matrix = matrix.detach().to(compute_dtype(matrix.dtype))
-        rows = matrix.sum(1)
-        if not torch.allclose(rows, torch.ones_like(rows), atol=1e-4):
-            raise ValueError(f"matrix: expected rows that sum to 1, got row sums {rows.tolist()}")
+        matrix = wrapped.plain(matrix).detach().to(compute_dtype(matrix.dtype))
         self.is_learned = learned
         if learned:
             # a zero off the diagonal could never grow back from -inf
@@ -172,7 +174,12 @@ class TransitionMatrix(nn.Module):
     @classmethod
     def learned(cls, num_classes: int, initial: Tensor | None = None) -> TransitionMatrix:
         """Trained from ``initial`` (uniform where None)."""
-        return cls(uniform_transition(num_classes) if initial is None else initial, learned=True)
+        uniform = uniform_transition(num_classes)
+        if isinstance(initial, Tensor) and initial.shape != uniform.shape:
+            raise ValueError(
+                f"initial: expected (C, C) = {tuple(uniform.shape)} as num_classes says, got {tuple(initial.shape)}"
+            )
+        return cls(uniform if initial is None else initial, learned=True)
 
     def forward(self) -> Tensor:
         if not self.is_learned:

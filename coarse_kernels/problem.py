@@ -23,6 +23,7 @@ class Drawings:
         cm_logits: (B or 1, C, C, *G) or (B or 1, C*C, *G) logits of ``p(observed | true)``; first index observed, second true.
             None is a trusted kind, A = I: cross-entropy, or complementary-label learning with a transition.
         transition: (C, C), entry [i, y] the probability that class i is reported as label y; None: identity (positive drawings).
+            Rows sum to 1.
         weight: of this kind in the objective.
         trace_weight: of ``tr(A)`` in this kind's loss.
         class_weight: (C,) weight of a pixel by its label; a constant.

@@ -5,7 +5,11 @@ one_pass: in forward, in the pass that computes the loss. Logits are read once a
     under retain_graph, the saved gradient is copied, never changed in place.
 recompute: in backward, from the logits. They are read twice, and nothing but the logits is held.
 
-``reduction="none"`` and torch.compile always recompute. The default was chosen by measurement (README, "Schedules").
+``reduction="none"``, torch.compile and gradients in float16 always recompute. In float16 the gradient of a mean over many
+pixels is rounded to 0, and 65536 times it to inf, unless the factor of a GradScaler, known in backward, is in it before it is
+rounded.
+
+The default was chosen by measurement (README, "Schedules").
 """
 
 from __future__ import annotations

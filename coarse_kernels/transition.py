@@ -9,13 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import checks, wrapped
+
 
 def uniform_transition(
     num_classes: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """(C, C) with zero diagonal and ``1 / (C - 1)`` elsewhere: every class but the true one is as likely to be named."""
-    if not isinstance(num_classes, int) or num_classes < 2:
-        raise ValueError(f"num_classes: expected an int >= 2, got {num_classes!r}")
+    num_classes = checks.check_classes(num_classes)
+    if dtype not in checks.FLOAT_DTYPES:
+        raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
     off_diagonal = 1.0 - torch.eye(num_classes, device=device, dtype=dtype)
     return off_diagonal / (num_classes - 1)
 
@@ -30,7 +33,7 @@ def estimate_transition(
 ) -> Tensor:
     """Transition of the negative drawings, from where positive and negative drawings meet.
 
-        M[i, y] = (n[i, y] + smoothing) / sum_{y' != i} (n[i, y'] + smoothing),   M[i, i] = 0
+        M[i, y] = (n[i, y] + float(smoothing)) / sum_{y' != i} (n[i, y'] + float(smoothing)),   M[i, i] = 0
 
     with n[i, y] the number of pixels that are drawn as i in ``positive_labels`` and as "not y" in ``negative_labels``.
     The positive drawing stands in for the true class, so its own confusions leak into M; pixels where the two
@@ -54,10 +57,15 @@ def estimate_transition(
             f"negative_labels: expected the shape of positive_labels {tuple(positive_labels.shape)}, "
             f"got {tuple(negative_labels.shape)}"
         )
+    if positive_labels.device != negative_labels.device:
+        raise ValueError(
+            f"negative_labels: expected on {positive_labels.device}, where positive_labels is, got {negative_labels.device}"
+        )
+    num_classes, ignore_index = checks.check_classes(num_classes), checks.check_ignore_index(ignore_index)
+    checks.check_weight("smoothing", smoothing)
     fallback = uniform_transition(num_classes, device=positive_labels.device)
-    if not smoothing >= 0:
-        raise ValueError(f"smoothing: expected a number >= 0, got {smoothing}")
-    positive_labels, negative_labels = positive_labels.long(), negative_labels.long()  # 255 must not wrap in int8
+    # 255 must not wrap in int8
+    positive_labels, negative_labels = (wrapped.plain(labels).long() for labels in (positive_labels, negative_labels))
     both = (positive_labels != ignore_index) & (negative_labels != ignore_index)
     observed, reported = positive_labels[both], negative_labels[both]
     for name, labels in (("positive_labels", observed), ("negative_labels", reported)):
@@ -67,7 +75,7 @@ def estimate_transition(
                 f"got labels from {labels.min().item()} to {labels.max().item()}"
             )
     counts = torch.bincount(observed * num_classes + reported, minlength=num_classes**2)
-    counts = (counts.reshape(num_classes, num_classes).to(torch.float64) + smoothing).fill_diagonal_(0.0)
+    counts = (counts.reshape(num_classes, num_classes).to(torch.float64) + float(smoothing)).fill_diagonal_(0.0)
     total = counts.sum(1, keepdim=True)
     estimate = torch.where(total > 0, counts / total.clamp_min(1e-300), fallback.to(torch.float64))
     return estimate.to(torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,6 +39,10 @@ def matrix(*rows: list[float]) -> torch.Tensor:
     return torch.tensor(rows)
 
 
+class Mask(torch.Tensor):
+    """As torchvision's, fastai's and MONAI's: a tensor with a name for what is in it."""
+
+
 NAN, INF = torch.nan, torch.inf
 # argument, what is given, exception, what the message has to contain besides the argument's name
 CASES: list[tuple[str, Any, type[Exception], list[str]]] = [
@@ -45,7 +50,7 @@ CASES: list[tuple[str, Any, type[Exception], list[str]]] = [
     ("seg_logits", torch.zeros(C, H), ValueError, ["(B, C, *S)", "2 dimensions"]),
     ("seg_logits", torch.zeros(1, C, 2, 2, 2, 2), ValueError, ["1, 2 or 3 spatial", "6 dimensions"]),
     ("labels", torch.zeros(B, W, dtype=torch.uint8), ValueError, ["(B, *S)", "(2, 5)"]),
-    ("labels", torch.zeros(B, 1, H, W, dtype=torch.uint8), ValueError, ["(B, *S)", "(2, 1, 4, 5)"]),
+    ("labels", torch.zeros(B, 1, 1, H, W, dtype=torch.uint8), ValueError, ["(B, *S)", "(2, 1, 1, 4, 5)"]),
     ("cm_logits", torch.zeros(B, C, C, W), ValueError, ["(B or 1, C, C, *G)", "(2, 3, 3, 5)"]),
     # channels
     ("seg_logits", torch.zeros(B, 1, H, W), ValueError, ["C >= 2", "(2, 1, 4, 5)"]),
@@ -76,6 +81,8 @@ CASES: list[tuple[str, Any, type[Exception], list[str]]] = [
     ("labels", torch.full((B, H, W), 1 << 40), ValueError, ["[0, 3)", str(1 << 40)]),
     ("labels", torch.full((B, H, W), 255 + (1 << 32)), ValueError, ["[0, 3)", str(255 + (1 << 32))]),
     ("labels", torch.full((B, H, W), 7, dtype=torch.int32), ValueError, ["[0, 3)", "got 7"]),
+    ("labels", torch.full((B, H, W), 77).as_subclass(Mask), ValueError, ["[0, 3)", "got 77"]),
+    ("labels", torch.full((B, H, W), -1).as_subclass(Mask), ValueError, ["[0, 3)", "got -1"]),
     # transition
     ("transition", torch.zeros(C, C + 1), ValueError, ["(3, 3)", "(3, 4)"]),
     ("transition", torch.zeros(C), ValueError, ["(3, 3)", "(3,)"]),
@@ -83,6 +90,11 @@ CASES: list[tuple[str, Any, type[Exception], list[str]]] = [
     ("transition", matrix([0, 1, 0], [1, 0, 0], [-0.5, 1.5, 0]), ValueError, [">= 0", "-0.5"]),
     ("transition", matrix([0, 1, 0], [1, 0, 0], [NAN, 1, 0]), ValueError, ["finite", "nan"]),
     ("transition", matrix([0, 1, 0], [1, 0, 0], [INF, 1, 0]), ValueError, ["finite", "inf"]),
+    ("transition", matrix([0.0, 40, 60], [90, 0, 10], [14, 14, 0]), ValueError, ["sum to 1", "[100.0, 100.0, 28.0]"]),
+    ("transition", 100 * ck.uniform_transition(C), ValueError, ["sum to 1", "[100.0, 100.0, 100.0]"]),
+    ("transition", matrix([0, 0.9, 0.5], [0.4, 0, 0.5], [0.6, 0.1, 0]), ValueError, ["sum to 1", "[1.4, 0.9, 0.7]"]),
+    ("transition", 1.05 * ck.uniform_transition(C, dtype=torch.bfloat16), ValueError, ["sum to 1", "1.0"]),
+    ("transition", (2 * ck.uniform_transition(C)).as_subclass(Mask), ValueError, ["sum to 1", "[2.0, 2.0, 2.0]"]),
     ("transition", "uniform", TypeError, ["torch.Tensor", "str"]),
     # weights
     ("class_weight", torch.ones(C + 1), ValueError, ["(3,)", "(4,)"]),
@@ -93,18 +105,37 @@ CASES: list[tuple[str, Any, type[Exception], list[str]]] = [
     ("pixel_weight", torch.ones(B, 1, H, W), ValueError, ["(2, 4, 5)", "(2, 1, 4, 5)"]),
     ("pixel_weight", torch.ones(H, W), ValueError, ["(2, 4, 5)", "(4, 5)"]),
     ("pixel_weight", torch.ones(B, H, W, requires_grad=True), ValueError, ["constant", "requires grad", "detach"]),
+    ("class_weight", torch.tensor([-1.0, 1.0, 1.0]), ValueError, [">= 0", "got -1.0"]),
+    ("class_weight", torch.tensor([NAN, 1.0, 1.0]), ValueError, ["finite", "got nan"]),
+    ("class_weight", torch.tensor([INF, 1.0, 1.0]), ValueError, ["finite", "got inf"]),
+    ("pixel_weight", torch.full((B, H, W), -2.0), ValueError, [">= 0", "got -2.0"]),
+    ("pixel_weight", torch.full((B, H, W), NAN), ValueError, ["finite", "got nan"]),
+    ("pixel_weight", torch.full((B, H, W), INF).as_subclass(Mask), ValueError, ["finite", "got inf"]),
     # settings
     ("reduction", "avg", ValueError, ["mean", "sum", "none", "'avg'"]),
     ("reduction", None, ValueError, ["mean", "None"]),
     ("backend", "gpu", ValueError, ["cpu", "reference", "'gpu'"]),
+    ("backend", ["cpu"], ValueError, ["cpu", "reference", "['cpu']"]),
     ("normalizer", 0.0, ValueError, ["> 0", "0.0"]),
     ("normalizer", -1, ValueError, ["> 0", "-1"]),
     ("normalizer", NAN, ValueError, ["finite", "nan"]),
     ("normalizer", "batch", TypeError, ["number", "'batch'"]),
+    ("normalizer", True, TypeError, ["number", "True"]),
     ("normalizer", torch.ones(2), ValueError, ["0-d", "(2,)"]),
+    ("normalizer", torch.tensor(-1.0), ValueError, [">= 0", "-1.0"]),
+    ("normalizer", torch.tensor(-3), ValueError, [">= 0", "-3"]),
+    ("normalizer", torch.tensor(NAN), ValueError, ["finite", "nan"]),
+    ("normalizer", torch.tensor(INF), ValueError, ["finite", "inf"]),
+    ("normalizer", torch.tensor(-2.0).as_subclass(Mask), ValueError, [">= 0", "-2.0"]),
+    ("normalizer", torch.tensor(True), TypeError, ["floats or ints", "torch.bool"]),
+    ("normalizer", torch.ones((), requires_grad=True), ValueError, ["constant", "requires grad", "detach"]),
     ("trace_weight", "0.1", TypeError, ["number", "'0.1'"]),
     ("trace_weight", None, TypeError, ["number", "None"]),
     ("trace_weight", NAN, ValueError, ["finite", "nan"]),
+    ("trace_weight", True, TypeError, ["number", "True"]),
+    ("trace_weight", torch.tensor(0.1), TypeError, ["number", "tensor(0.1"]),
+    ("ignore_index", True, TypeError, ["int", "True"]),
+    ("ignore_index", torch.tensor(255), TypeError, ["int", "tensor(255)"]),
     ("ignore_index", 2.5, TypeError, ["int", "2.5"]),
     ("ignore_index", None, TypeError, ["int", "None"]),
     # devices
@@ -122,6 +153,12 @@ def case_id(case: tuple[str, Any, type[Exception], list[str]]) -> str:
     if isinstance(given, torch.Tensor):
         return f"{case[0]}-{given.dtype}{list(given.shape)}-{given.device}-{case[3][-1]}".replace("torch.", "")
     return f"{case[0]}-{given!r}"
+
+
+def test_annotation_nll_has_one_layer() -> None:
+    labels = torch.zeros(B, 1, H, W, dtype=torch.uint8)
+    arguments = {**good(), "labels": labels}
+    assert is_told(ValueError, ["labels", "(B, *S)", "(2, 1, 4, 5)"], lambda: ck.annotation_nll(**arguments))
 
 
 def raised(call: Callable[[], Any]) -> tuple[type[Exception] | None, str]:
@@ -209,7 +246,9 @@ def test_transition_without_a_negative_stream() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weight", "error"), [(-0.1, ValueError), (NAN, ValueError), ("1", TypeError), (True, TypeError)]
+    ("weight", "error"),
+    [(-0.1, ValueError), (NAN, ValueError), ("1", TypeError), (True, TypeError), (torch.tensor(1.0), TypeError)],
+    ids=str,
 )
 def test_negative_weight(weight: Any, error: type[Exception]) -> None:
     seg, labels = good()["seg_logits"], good()["labels"]
@@ -218,6 +257,65 @@ def test_negative_weight(weight: Any, error: type[Exception]) -> None:
         ["negative_weight", "expected", str(weight)],
         lambda: ck.coarse_label_loss(seg, None, labels, negative_weight=weight),
     )
+
+
+PARTS = ("cm_logits", "labels", "transition", "class_weight", "pixel_weight", "normalizer", "trace_weight")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] in PARTS], ids=case_id)
+def test_drawings(case: tuple[str, Any, type[Exception], list[str]]) -> None:
+    """The same errors, under the place that the second kind has."""
+    name, given, error, parts = case
+    arguments = good()
+    seg, first = arguments.pop("seg_logits"), ck.Drawings(torch.zeros(B, H, W, dtype=torch.uint8))
+    if (name, given) == ("cm_logits", None):
+        pytest.skip("a trusted kind")
+    second = ck.Drawings(**{**arguments, name: given})
+    assert is_told(error, [f"drawings[1].{name}", *parts], lambda: ck.annotation_objective(seg, [first, second]))
+
+
+@pytest.mark.parametrize(
+    ("drawings", "parts"),
+    [
+        (None, ["sequence", "NoneType"]),
+        ([], ["at least one"]),
+        (ck.Drawings(torch.zeros(B, H, W).long()), ["sequence", "Drawings"]),
+        ([torch.zeros(B, H, W).long()], ["drawings[0]", "Drawings", "Tensor"]),
+    ],
+    ids=["None", "none", "not a sequence", "labels"],
+)
+def test_what_is_no_sequence_of_drawings(drawings: Any, parts: list[str]) -> None:
+    seg = good()["seg_logits"]
+    assert is_told(TypeError, ["drawings", *parts], lambda: ck.annotation_objective(seg, drawings))
+    if drawings is not None:
+        assert is_told(TypeError, ["drawings", *parts], lambda: ck.annotation_posterior(seg, drawings))
+
+
+@pytest.mark.parametrize("weight", [-0.1, NAN, "1", True, torch.tensor(1.0)], ids=str)
+def test_weight_of_drawings(weight: Any) -> None:
+    seg, labels = good()["seg_logits"], good()["labels"]
+    error = ValueError if isinstance(weight, float) else TypeError
+    drawings = ck.Drawings(labels, weight=weight)
+    assert is_told(error, ["drawings[0].weight", str(weight)], lambda: ck.annotation_objective(seg, [drawings]))
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "parts"),
+    [
+        ((H,), ValueError, ["2 numbers", "(4,)"]),
+        (H, ValueError, ["2 numbers", "4"]),
+        (torch.tensor([H, W]), ValueError, ["2 numbers", "tensor"]),
+        ((H, W + 0.0), TypeError, ["integers", "5.0"]),
+        (np.array([4.0, 5.0]), TypeError, ["integers", "5.0"]),
+        ("45", TypeError, ["integers", "45"]),
+        ((H, True), TypeError, ["integers", "True"]),
+        ((H - 1, W), ValueError, ["(4, 5)", "(3, 5)"]),
+        ((-H, W), ValueError, ["(4, 5)", "(-4, 5)"]),
+    ],
+    ids=str,
+)
+def test_size_of_a_label_map(size: Any, error: type[Exception], parts: list[str]) -> None:
+    assert is_told(error, ["size", *parts], lambda: ck.label_map(good()["seg_logits"], size))
 
 
 @pytest.mark.parametrize(
@@ -304,6 +402,40 @@ TRANSITION_CASES: list[tuple[Callable[[], Any], type[Exception], list[str]]] = [
         TypeError,
         ["positive_labels", "torch.Tensor", "list"],
     ),
+    (lambda: ck.uniform_transition(True), ValueError, ["num_classes", "int", "True"]),
+    (lambda: ck.uniform_transition(3, dtype=torch.int64), TypeError, ["dtype", "float32", "torch.int64"]),
+    (
+        lambda: ck.estimate_transition(torch.tensor([0]), torch.tensor([1]), 3, smoothing=INF),
+        ValueError,
+        ["smoothing", "finite", "inf"],
+    ),
+    (
+        lambda: ck.estimate_transition(torch.tensor([0]), torch.tensor([1]), 3, smoothing="1"),  # type: ignore[arg-type]
+        TypeError,
+        ["smoothing", "number", "'1'"],
+    ),
+    (
+        lambda: ck.estimate_transition(torch.tensor([0]), torch.tensor([1]), 3, ignore_index=None),  # type: ignore[arg-type]
+        TypeError,
+        ["ignore_index", "int", "None"],
+    ),
+    (
+        lambda: ck.estimate_transition(torch.tensor([0]), torch.zeros(1, dtype=torch.int64, device="meta"), 3),
+        ValueError,
+        ["negative_labels", "cpu", "meta"],
+    ),
+    (
+        lambda: ck.estimate_transition(torch.tensor([7]).as_subclass(Mask), torch.tensor([1]), 3),
+        ValueError,
+        ["positive_labels", "[0, 3)", "7"],
+    ),
+    (lambda: ck.TransitionMatrix.learned(4, ck.uniform_transition(3)), ValueError, ["initial", "(4, 4)", "(3, 3)"]),
+    (
+        lambda: ck.CoarseLabelCriterion(ck.uniform_transition(3)),  # type: ignore[arg-type]
+        TypeError,
+        ["transition", "TransitionMatrix", "Tensor"],
+    ),
+    (lambda: ck.TransitionMatrix.fixed(torch.eye(2).as_subclass(Mask)), ValueError, ["matrix", "zero diagonal"]),
     (lambda: ck.TransitionMatrix.fixed(torch.zeros(2, 3)), ValueError, ["matrix", "(2, 3)"]),
     (lambda: ck.TransitionMatrix.fixed(torch.zeros(3)), ValueError, ["matrix", "(3,)"]),
     (lambda: ck.TransitionMatrix.fixed(torch.eye(2)), ValueError, ["matrix", "zero diagonal", "[1.0, 1.0]"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,19 @@ from torch import Tensor
 import coarse_kernels as ck
 from coarse_kernels import native
 from coarse_kernels.backends import operator
-from tests.helpers import device, generator, gradient_error, leaf, loss_error, make_problem, operators_of, oracle, put
+from coarse_kernels.backends.operator import Arguments
+from tests.helpers import (
+    Problem,
+    device,
+    generator,
+    gradient_error,
+    leaf,
+    loss_error,
+    make_problem,
+    operators_of,
+    oracle,
+    put,
+)
 
 pytestmark = pytest.mark.skipif(native.OPERATORS is None, reason="not built")
 
@@ -29,29 +42,53 @@ def fresh_compiler() -> Iterator[None]:
 # --- opcheck ----------------------------------------------------------------------------------------------------------
 
 
-def operator_samples() -> dict[str, tuple[Any, ...]]:
-    samples: dict[str, tuple[Any, ...]] = {}
+def operator_samples() -> dict[str, Arguments]:
+    """One kind on every grid; several kinds of everything; the edges."""
+    samples: dict[str, Arguments] = {}
     gen = generator(0)
+
+    def calls(seg: Tensor | None, *kinds: tuple[Problem, str], name: str, layers: int = 1) -> None:
+        """``kinds``: whose labels and transition, and what else: (m)atrix, class (w)eight, (p)ixel weight, (s)cale."""
+        assert seg is not None
+        dtype = torch.float64 if seg.dtype == torch.float64 else torch.float32
+        absent = torch.empty(0, dtype=dtype)
+        call = Arguments(
+            seg_logits=seg,
+            labels=[of.labels.unsqueeze(1).repeat_interleave(layers, 1) for of, _ in kinds],
+            cm_logits=[absent if "m" not in parts else leaf(of.cm) for of, parts in kinds],  # type: ignore[misc]
+            transition=[absent if of.transition is None else leaf(of.transition) for of, _ in kinds],  # type: ignore[misc]
+            class_weight=[torch.rand(3, generator=gen).to(dtype) if "w" in parts else absent for _, parts in kinds],
+            pixel_weight=[
+                torch.rand(2, layers, 4, 9, generator=gen).to(dtype) if "p" in parts else absent for _, parts in kinds
+            ],
+            scale=[torch.tensor(0.5, dtype=dtype) if "s" in parts else absent for _, parts in kinds],
+            weight=[1.0 + kind for kind in range(len(kinds))],
+            trace_weight=[0.1] * len(kinds),
+            ignore_index=255,
+            per_pixel=False,
+            wanted=0,
+        )
+        samples[name] = call
+        samples[f"{name}-map"] = call._replace(per_pixel=True, scale=[absent] * len(kinds), weight=[1.0] * len(kinds))
+        samples[f"{name}-wanted"] = call._replace(wanted=operator._needed(call))
+
     for name, grid in GRIDS.items():
         for stream in ("positive", "random"):
             problem = make_problem(3, (4, 9), grid, cm_batch=1 if name == "strided" else None, stream=stream)
-            seg, cm, transition = leaf(problem.seg), leaf(problem.cm), leaf(problem.transition)
-            weights = torch.rand(3, generator=gen), torch.rand(2, 4, 9, generator=gen)
-            base = (seg, cm, problem.labels, transition)
-            samples[f"{name}-{stream}"] = (*base, None, None, None, 1.0, 0.1, 255, False, 0)
-            samples[f"{name}-{stream}-map"] = (*base, *weights, None, 1.0, 0.0, 255, True, 0)
-            samples[f"{name}-{stream}-scale"] = (*base, None, None, torch.tensor(0.5), 2.0, 0.1, 255, False, 0)
-            wanted = 3 if transition is None else 7
-            samples[f"{name}-{stream}-wanted"] = (*base, None, None, None, 1.0, 0.1, 255, False, wanted)
-    problem = make_problem(3, (4, 9), stream="random").to(torch.float64)
-    samples["float64"] = (
-        leaf(problem.seg), leaf(problem.cm), problem.labels.long(), leaf(problem.transition),
-        None, None, None, 1.0, 0.1, 255, False, 0,
-    )  # fmt: skip
-    problem = make_problem(3, (4, 9)).to(torch.bfloat16)
-    samples["bfloat16"] = (leaf(problem.seg), leaf(problem.cm), problem.labels, *(None,) * 4, 1.0, 0.1, 255, False, 0)
-    problem = make_problem(2, (2, 3, 4), (1, 2, 2))
-    samples["rank-3"] = (leaf(problem.seg), leaf(problem.cm), problem.labels, *(None,) * 4, 1.0, 0.1, 255, False, 3)
+            calls(leaf(problem.seg), (problem, "mwps" if stream == "random" else "m"), name=f"{name}-{stream}")
+    positive, random = make_problem(3, (4, 9), (2, 3)), make_problem(3, (4, 9), cm_batch=1, stream="random", seed=1)
+    coarse = make_problem(3, (4, 9), seg_grid=(2, 5))
+    calls(leaf(positive.seg), (positive, "m"), (random, "ms"), (positive, "w"), (random, "p"), name="kinds")
+    calls(leaf(coarse.seg), (positive, "m"), (random, "mp"), (positive, ""), name="kinds-layers-coarse", layers=3)
+    calls(leaf(positive.seg), (positive, ""), name="trusted")
+    calls(leaf(positive.seg, False), (random, "m"), name="constant-logits")
+    wide = make_problem(3, (4, 9), stream="random").to(torch.float64)
+    calls(leaf(wide.seg), (dataclasses.replace(wide, labels=wide.labels.long()), "mwp"), name="float64")
+    for dtype in (torch.bfloat16, torch.float16):
+        half = make_problem(3, (4, 9)).to(dtype)
+        calls(leaf(half.seg), (half, "m"), (positive, ""), name=str(dtype))
+    volume = make_problem(2, (2, 3, 4), (1, 2, 2))
+    calls(leaf(volume.seg), (volume, "m"), name="rank-3")
     return samples
 
 
@@ -67,32 +104,38 @@ def test_the_operators_have_the_schemas_that_every_namespace_shares() -> None:
         assert str(compiled) == str(expected)
 
 
-def on_device(sample: tuple[Any, ...]) -> tuple[Any, ...]:
+def on_device(sample: Arguments) -> Arguments:
     """Tensors where the test wants them; leaves stay leaves."""
-    return tuple(leaf(put(t), t.requires_grad) if isinstance(t, Tensor) else t for t in sample)
+    return torch.utils._pytree.tree_map_only(Tensor, lambda t: leaf(put(t), t.requires_grad), sample)
 
 
 @pytest.mark.fused
 @pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
-def test_opcheck_annotation_nll(backend: str, sample: tuple[Any, ...]) -> None:
-    overload = operators_of(backend).annotation_nll.default
-    sample = on_device(sample)
+def test_opcheck_annotation_objective(backend: str, sample: Arguments) -> None:
+    overload = operators_of(backend).annotation_objective.default
     checks = ["test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"]
-    if sample[-1]:
-        # With gradients among the outputs AOT would ask for second derivatives, which this operator refuses by design.
-        checks.remove("test_aot_dispatch_dynamic")
-    result = torch.library.opcheck(overload, sample, test_utils=checks)
+    result = torch.library.opcheck(overload, tuple(on_device(sample)), test_utils=checks)
     assert set(result.values()) == {"SUCCESS"}, result
 
 
 @pytest.mark.fused
-@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
+def test_opcheck_objective_posterior(backend: str, sample: Arguments) -> None:
+    """Of the very drawings of the objective."""
+    arguments = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, (*on_device(sample)[:4], 255))
+    result = torch.library.opcheck(operators_of(backend).objective_posterior.default, arguments)
+    assert set(result.values()) == {"SUCCESS"}, result
+
+
+@pytest.mark.fused
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_opcheck_annotation_posterior(backend: str, dtype: torch.dtype, grid: tuple[int, int] | None) -> None:
-    problem = make_problem(3, (4, 9), grid, stream="random").to(dtype)
-    sample = (problem.seg, problem.cm, problem.labels, problem.transition, 255)
-    overload = operators_of(backend).annotation_posterior.default
-    result = torch.library.opcheck(overload, sample)
+@pytest.mark.parametrize("classes", [3, 300])
+@pytest.mark.parametrize(("grid", "size"), [((4, 9), [4, 9]), ((2, 5), [4, 9]), ((3,), [7]), ((1, 2, 3), [2, 2, 4])])
+def test_opcheck_label_map(
+    backend: str, dtype: torch.dtype, classes: int, grid: tuple[int, ...], size: list[int]
+) -> None:
+    logits = put(torch.randn(2, classes, *grid, generator=generator(0)).to(dtype))
+    result = torch.library.opcheck(operators_of(backend).label_map.default, (logits, size))
     assert set(result.values()) == {"SUCCESS"}, result
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import coarse_kernels as ck
 from coarse_kernels import functional
+from coarse_kernels.backends.operator import Arguments
 from tests.helpers import (
     SCHEDULES,
     Problem,
@@ -60,17 +61,17 @@ def gradients(*tensors: Tensor | None) -> list[Tensor]:
 
 @contextlib.contextmanager
 def calls_of_the_operator(monkeypatch: pytest.MonkeyPatch, backend: str) -> Iterator[list[int]]:
-    """``wanted`` of each call of the backend's operator `annotation_nll`."""
+    """``wanted`` of each call of the backend's operator `annotation_objective`."""
     seen: list[int] = []
     operators = operators_of(backend)
-    operator = operators.annotation_nll
+    operator = operators.annotation_objective
 
     def spy(*args: Any) -> Any:
-        seen.append(args[-1])
+        seen.append(Arguments(*args).wanted)
         return operator(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(operators, "annotation_nll", spy)
+        patch.setattr(operators, "annotation_objective", spy)
         yield seen
 
 
@@ -333,24 +334,6 @@ def test_gradient_accumulation_over_batches(backend: str, schedule: str) -> None
     assert total == pytest.approx(whole.loss.item(), rel=1e-6)
     for name, grad in zip(("seg", "cm", "transition"), gradients(seg, cm, transition), strict=True):
         assert gradient_error(grad, whole.gradients[name]) < 1e-6
-
-
-@COMPILED
-@SCHEDULE
-def test_double_backward_names_the_reference(backend: str, schedule: str) -> None:
-    problem = make_problem(3, (4, 5), stream="random")
-    for use in (lambda loss: loss, lambda loss: loss**2):
-        seg, cm, transition = leaves(problem)
-        with ck.use_schedule(schedule):
-            loss = use(ck.annotation_nll(seg, cm, problem.labels, transition, backend=backend).loss)
-            first = torch.autograd.grad(loss, [seg, cm], create_graph=True)
-            with pytest.raises(RuntimeError, match='backend="reference"'):
-                sum((g**2).sum() for g in first).backward()  # type: ignore[union-attr]
-    seg, cm, transition = leaves(problem)
-    loss = ck.annotation_nll(seg, cm, problem.labels, transition, backend="reference").loss
-    first = torch.autograd.grad(loss, [seg, cm], create_graph=True)
-    sum((g**2).sum() for g in first).backward()  # type: ignore[union-attr]
-    assert all(grad.isfinite().all() and grad.abs().sum() > 0 for grad in gradients(seg, cm))
 
 
 @COMPILED

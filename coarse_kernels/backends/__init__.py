@@ -35,6 +35,9 @@ class Backend(Protocol):
     def unsupported(self, problem: Problem) -> str | None:
         """Why it cannot serve these arguments, or None."""
 
+    def unsupported_tensor(self, tensor: Tensor) -> str | None:
+        """Why it cannot serve this tensor in `label_map`, or None."""
+
     def labelled_weight(self, problem: Problem, drawings: Drawings) -> Tensor:
         """Summed weight of the labels, 0-d; the (B, K, *S) weights themselves for reduction "none"."""
 
@@ -97,8 +100,8 @@ def select(problem: Problem, name: str | None) -> Backend:
 
 
 def select_for(tensor: Tensor, name: str | None) -> Backend:
-    """The same where any backend of the tensor's device will do."""
-    return _first(name, tensor.device.type, lambda backend: None)
+    """The same where there are no drawings."""
+    return _first(name, tensor.device.type, lambda backend: backend.unsupported_tensor(tensor))
 
 
 def _first(name: str | None, kind: str, unsupported: Callable[[Backend], str | None]) -> Backend:
@@ -122,7 +125,7 @@ def _first(name: str | None, kind: str, unsupported: Callable[[Backend], str | N
 
 
 def _lookup(name: str) -> Backend:
-    if name not in _REGISTRY:
+    if not isinstance(name, str) or name not in _REGISTRY:
         raise ValueError(f"backend: expected one of {tuple(_REGISTRY)}, got {name!r}")
     return _REGISTRY[name]
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import native, schedule
+from .. import native, schedule, wrapped
 from ..problem import Drawings, Problem, compute_dtype
 from .reference import Terms, label_weights
 
@@ -29,6 +29,7 @@ _SECOND_DERIVATIVE = (
     "coarse_kernels: the fused operator has no second derivatives; "
     'use backend="reference", which computes them with plain PyTorch'
 )
+_ONLY_REFERENCE = 'the fused operators do not know {}; use backend="reference", which is plain PyTorch'
 
 
 class Arguments(NamedTuple):
@@ -120,7 +121,11 @@ class FusedBackend:
     def unsupported(self, problem: Problem) -> str | None:
         if len(problem.drawings) > MAX_KINDS:
             return f"it serves up to {MAX_KINDS} kinds of drawings, got {len(problem.drawings)}"
-        return None
+        fields = (t for d in problem.drawings for t in (d.cm_logits, d.transition))
+        return _untransformed((problem.seg_logits, *fields))
+
+    def unsupported_tensor(self, tensor: Tensor) -> str | None:
+        return _untransformed((tensor,))
 
     def nll_sums(self, problem: Problem, scales: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Terms, ...]]:
         out = self._run(problem, scales, per_pixel=False)
@@ -156,9 +161,15 @@ class FusedBackend:
         call = _arguments(problem, scales)._replace(per_pixel=per_pixel)
         needed = _needed(call)
         if needed and not torch.compiler.is_compiling():  # second derivatives of compiled code are AOTAutograd's to refuse
-            one_pass = schedule.current() == "one_pass" and not per_pixel
+            half = any(t.dtype == torch.float16 and t.requires_grad for _, t in _differentiable(call))
+            one_pass = schedule.current() == "one_pass" and not per_pixel and not half
             call = call._replace(wanted=needed if one_pass else 0, anchor=_anchor(call))
         return Outputs(*self._operators().annotation_objective(*call))
+
+
+def _untransformed(tensors: Sequence[Tensor | None]) -> str | None:
+    transform = wrapped.transformed(tensors)
+    return None if transform is None else _ONLY_REFERENCE.format(transform)
 
 
 def _terms(out: Outputs) -> Iterator[Terms]:
@@ -318,10 +329,10 @@ def _anchor(call: Arguments) -> Tensor:
 
 
 class _FirstDerivative(torch.autograd.Function):
-    """The identity, with a clear error behind it. ``anchor`` makes the result part of a graph."""
+    """The identity, with a clear error behind it on the way to all that the gradient is a function ``of``."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, *of: Tensor | None) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
@@ -363,7 +374,10 @@ def _backward(
     for kind in range(kinds):
         needed += cm_bit(kind) * bool(wants.cm_logits[kind]) + transition_bit(kind) * bool(wants.transition[kind])
     if not needed or (grad_loss is None and all(grad is None for grad in grad_losses)):
-        return _inputs_like(kinds, None, [None] * kinds, [None] * kinds)
+        return _inputs_like(ctx, None, [None] * kinds, [None] * kinds)
+    incoming = (grad_loss, *grad_losses)
+    if wrapped.has_tangent(incoming):
+        raise RuntimeError(f"coarse_kernels: {_ONLY_REFERENCE.format('forward-mode derivatives of a gradient')}")
     saved = list(ctx.saved_tensors)
     anchor = saved.pop() if ctx.has_anchor else None
     formed = [saved.pop(0) for _ in range(1 + 2 * kinds)] if ctx.call.wanted else []
@@ -378,38 +392,52 @@ def _backward(
     else:
         grads = _recomputed(operators, ctx, saved, grad_loss, grad_losses, needed)
     if anchor is not None and torch.is_grad_enabled():  # create_graph=True: somebody may want to go on from here
-        grads = tuple(_FirstDerivative.apply(grad, anchor) for grad in grads)
+        grads = tuple(_FirstDerivative.apply(grad, anchor, *incoming) for grad in grads)
     seg = grads[0] if needed & SEG else None
     cm = [grads[1 + k] if needed & cm_bit(k) else None for k in range(kinds)]
     transition = [grads[1 + kinds + k] if needed & transition_bit(k) else None for k in range(kinds)]
-    return _inputs_like(kinds, seg, cm, transition)
+    return _inputs_like(ctx, seg, cm, transition)
 
 
 def _inputs_like(
-    kinds: int, seg: Tensor | None, cm: list[Tensor | None], transition: list[Tensor | None]
+    ctx: Any, seg: Tensor | None, cm: list[Tensor | None], transition: list[Tensor | None]
 ) -> tuple[Any, ...]:
-    """Gradients in the structure of `Arguments`."""
-    none: Any = [None] * kinds
+    """Gradients in the structure of the inputs, `Arguments`: without the anchor where it has been left out, as the graphs of
+    torch.compile do with an argument that has its default.
+    """
+    none: Any = [None] * ctx.kinds
     lists: dict[str, Any] = {name: list(none) for name in _TENSOR_LISTS}
     lists |= {"cm_logits": cm, "transition": transition}
-    return tuple(Arguments(seg_logits=seg, **lists, **dict.fromkeys(Arguments._fields[7:])))  # type: ignore[arg-type]
+    grads = Arguments(seg_logits=seg, **lists, **dict.fromkeys(Arguments._fields[7:]))  # type: ignore[arg-type]
+    return tuple(grads)[: len(ctx.needs_input_grad)]
 
 
 def _handed_out(operators: Any, saved: tuple[Tensor, ...], grad_loss: Tensor) -> tuple[Tensor, ...]:
-    """The gradients saved in forward, times ``grad_loss``. They are given away, or scaled in place, only where nobody can ask
-    for them again: under retain_graph a second backward would find them changed (by whoever owns them by then,
-    ``param.grad`` first of all).
+    """The gradients saved in forward, times ``grad_loss`` in the compute dtype: in the storage dtype the factor itself may be
+    inf. They are given away, or scaled in place, only where nobody can ask for them again: under retain_graph a second
+    backward would find them changed (by whoever owns them by then, ``param.grad`` first of all).
     """
-    if not _graph_is_kept():
-        if grad_loss.device.type == "cpu":
-            if grad_loss.detach().item() == 1.0:
-                return saved
-        elif hasattr(operators, "scale_"):
-            # The value is not known here without waiting for the device. A kernel looks, and mostly finds 1.
-            for grad in saved:
-                operators.scale_(grad, grad_loss.to(compute_dtype(grad.dtype)))
+    kept = _graph_is_kept()
+    if not wrapped.readable(grad_loss):  # symbolic, or one of a batch of factors
+        return tuple(_times(grad, grad_loss) for grad in saved)
+    if grad_loss.device.type == "cpu":
+        factor = grad_loss.item()
+        if factor == 1.0 and not kept:
             return saved
-    return tuple(grad * grad_loss.to(grad.dtype) if grad.numel() else grad for grad in saved)
+        # a Python number is multiplied with in float32 whatever the gradient is stored in
+        return tuple(grad * factor for grad in saved)
+    if hasattr(operators, "scale_"):
+        # The value is not known here without waiting for the device. A kernel looks, and mostly finds 1.
+        saved = tuple(grad.clone() for grad in saved) if kept else saved
+        for grad in saved:
+            operators.scale_(grad, grad_loss.detach().to(compute_dtype(grad.dtype)))
+        return saved
+    return tuple(_times(grad, grad_loss) for grad in saved)
+
+
+def _times(grad: Tensor, factor: Tensor) -> Tensor:
+    dtype = compute_dtype(grad.dtype)
+    return (grad.to(dtype) * factor.to(dtype)).to(grad.dtype) if grad.numel() else grad
 
 
 def _graph_is_kept() -> bool:
@@ -427,6 +455,8 @@ def _recomputed(
     wanted: int,
 ) -> tuple[Tensor, ...]:
     kinds = ctx.kinds
+    if any(wrapped.of_transform(g) for g in (grad_loss, *grad_losses) if g is not None):
+        raise RuntimeError(f"coarse_kernels: {_ONLY_REFERENCE.format('batches of gradients')}")
     lists = {name: saved[1 + kinds * n : 1 + kinds * (n + 1)] for n, name in enumerate(_TENSOR_LISTS)}
     call: Arguments = ctx.call._replace(seg_logits=saved[0], **lists, wanted=wanted, per_pixel=False)
     if ctx.call.per_pixel:

@@ -62,8 +62,11 @@ class _Pixels:
         if drawings.cm_logits is None:  # A = I: q[j] = T[j, y]
             self.trace = torch.zeros_like(log_p[:, 0])
             if reported is None:
-                reported = F.one_hot(labels, classes).movedim(-1, 1).to(dtype)
-            self.log_q = reported.detach().log()
+                # not F.one_hot, which looks at the values of its labels: vmap knows no such thing
+                one_of = torch.arange(classes, device=labels.device).view(classes, *[1] * len(size))
+                reported = (labels.unsqueeze(1) == one_of).to(dtype)
+            with torch.no_grad():
+                self.log_q = _log(reported)
             self.nll = -_log_weighted_sum(reported, log_p, 1)
             return
         cm = interpolate(drawings.cm_logits.to(dtype).flatten(1, 2), size).unflatten(1, (classes, classes))
@@ -93,6 +96,11 @@ def _possible(log_joint: Tensor) -> Tensor:
     return ((log_joint > -math.inf) | log_joint.isnan()).any(1, keepdim=True)
 
 
+def _log(weight: Tensor) -> Tensor:
+    """-inf with zero derivative where the weight is 0."""
+    return torch.where(weight == 0, -math.inf, torch.where(weight == 0, 1.0, weight).log())
+
+
 def _log_weighted_sum(weight: Tensor, log_x: Tensor, dim: int) -> Tensor:
     """log sum weight * exp(log_x) over ``dim``; -inf, with zero gradient, where no weight is positive.
 
@@ -115,6 +123,9 @@ class ReferenceBackend:
         return None
 
     def unsupported(self, problem: Problem) -> str | None:
+        return None
+
+    def unsupported_tensor(self, tensor: Tensor) -> str | None:
         return None
 
     def labelled_weight(self, problem: Problem, drawings: Drawings) -> Tensor:

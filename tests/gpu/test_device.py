@@ -13,7 +13,6 @@ from torch import Tensor
 
 import coarse_kernels as ck
 from coarse_kernels import backends as registry
-from coarse_kernels.checks import Stream
 from tests.gpu.device import CUDA, backends, needs_cuda, needs_memory, require
 from tests.helpers import (
     SCHEDULES,
@@ -74,7 +73,7 @@ def test_a_fused_backend_serves_this_device() -> None:
 def test_the_first_fused_backend_is_chosen(free_choice: None, monkeypatch: pytest.MonkeyPatch) -> None:
     entered: list[str] = []
     for name in ck.available_backends(DEVICE):
-        monkeypatch.setattr(registry._REGISTRY[name], "nll_sum", _entering(entered, name))
+        monkeypatch.setattr(registry._REGISTRY[name], "nll_sums", _entering(entered, name))
     problem = make_problem(3, (4, 5))
     ck.annotation_nll(problem.seg, problem.cm, problem.labels)
     assert entered == [ck.available_backends(DEVICE)[0]]
@@ -82,7 +81,7 @@ def test_the_first_fused_backend_is_chosen(free_choice: None, monkeypatch: pytes
 
 
 def _entering(entered: list[str], name: str) -> Callable[..., Any]:
-    inner = registry._REGISTRY[name].nll_sum
+    inner = registry._REGISTRY[name].nll_sums
 
     def call(*args: Any) -> Any:
         entered.append(name)
@@ -94,7 +93,7 @@ def _entering(entered: list[str], name: str) -> Callable[..., Any]:
 def test_an_automatic_choice_falls_back_and_says_so_once(
     free_choice: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(stream: Stream) -> str:
+    def refuse(problem: Any) -> str:
         return "not today"
 
     for name in backends():
@@ -203,6 +202,7 @@ def test_gradcheck_in_float64(backend: str, schedule: str, grid: tuple[int, int]
     problem = make_problem(3, (4, 6), grid, batch=1, stream="random", scale=1.0).to(torch.float64)
 
     def use(seg: Tensor, cm: Tensor, transition: Tensor) -> Tensor:
+        transition = transition / transition.sum(1, keepdim=True)  # finite differences keep rows that sum to 1
         return ck.annotation_nll(
             seg, cm, problem.labels, transition, trace_weight=0.1, reduction=reduction, backend=backend
         ).loss

@@ -1,0 +1,67 @@
+"""Tensors that are more than their values: subclasses, traces, and those of PyTorch's function transforms."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
+
+_functorch = torch._C._functorch
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """A subclass that only adds to a tensor (torchvision's ``Mask``, MONAI's ``MetaTensor``) without what it adds: the same
+    values, differentiable. One with operators of its own (``__torch_dispatch__``: fake, distributed, ...) as it is.
+    """
+    if type(tensor) in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling() or _has_own_operators(tensor):
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():  # or the result would be made a subclass again
+        return tensor.as_subclass(Tensor)
+
+
+def _has_own_operators(tensor: Tensor) -> bool:
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether it has values that can be looked at now: it belongs to no trace and to no transform."""
+    return not (
+        torch.compiler.is_compiling()
+        or tensor.device.type == "meta"
+        or _has_own_operators(tensor)
+        or of_transform(tensor)
+        or torch._is_functional_tensor(tensor)
+    )
+
+
+def of_transform(tensor: Tensor) -> bool:
+    """Of torch.func, or of the older vmap that autograd's ``is_grads_batched`` uses."""
+    return _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+
+
+def unseen() -> contextlib.AbstractContextManager[object]:
+    """Where values are looked at: no mode (of a trace, say, which would make them symbols) sees it."""
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else contextlib.nullcontext()
+
+
+def transformed(tensors: Iterable[Tensor | None]) -> str | None:
+    """The transform that a fused operator would not be seen by, or None. Traced by torch.compile, which guards on it."""
+    if _functorch.get_dynamic_layer_stack_depth() > 0:
+        return "torch.func (vmap, grad, jvp, ...)"
+    if has_tangent(tensors):
+        return "forward-mode derivatives"
+    return None
+
+
+def has_tangent(tensors: Iterable[Tensor | None]) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return torch.compiler.is_compiling() or any(  # a trace does not show which
+        forward_ad.unpack_dual(t).tangent is not None
+        for t in tensors
+        if isinstance(t, Tensor) and t.is_floating_point()
+    )
