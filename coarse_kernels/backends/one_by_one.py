@@ -50,8 +50,11 @@ def _objective(operators: Any, *args: Any) -> tuple[Any, ...]:
     dtype = torch.float64 if wide else torch.float32
     coarse = call.seg_logits.shape[2:] != size
     seg = interpolate(call.seg_logits.to(dtype), size) if coarse else call.seg_logits
-    absent = seg.new_empty(0, dtype=dtype)
-    total = absent if call.per_pixel else seg.new_zeros((), dtype=dtype)
+
+    def absent() -> Tensor:  # a new one each time: outputs of an operator do not share memory
+        return seg.new_empty(0, dtype=dtype)
+
+    total = absent() if call.per_pixel else seg.new_zeros((), dtype=dtype)
     grad_seg: Tensor | None = None
     losses, nlls, traces, grads_cm, grads_transition = [], [], [], [], []
     for kind, labels in enumerate(call.labels):
@@ -96,7 +99,7 @@ def _objective(operators: Any, *args: Any) -> tuple[Any, ...]:
             losses.append(nll + call.trace_weight[kind] * trace)
             nlls.append(nll)
             traces.append(trace)
-        grad_cm = grad_transition = absent
+        grad_cm, grad_transition = absent(), absent()
         if wanted & cm_bit(0):
             grad_cm = _sum([out.grad_cm for out in layers], cm) if layers else zeros(cm)
         if wanted & transition_bit(0):
@@ -108,7 +111,7 @@ def _objective(operators: Any, *args: Any) -> tuple[Any, ...]:
             for out in layers:
                 grad_seg = out.grad_seg if grad_seg is None else grad_seg + out.grad_seg
     if not call.wanted & SEG:
-        grad_seg = absent
+        grad_seg = absent()
     else:
         grad_seg = torch.zeros_like(seg) if grad_seg is None else grad_seg
         grad_seg = _coarsened(grad_seg, call.seg_logits.shape).to(call.seg_logits.dtype) if coarse else grad_seg
