@@ -16,7 +16,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 import coarse_kernels as ck
-from coarse_kernels.backends import operator
+from coarse_kernels.backends import autograd, operator
 from tests.helpers import (
     SCHEDULES,
     device,
@@ -486,7 +486,7 @@ def test_a_factor_without_a_value_is_multiplied_in_float32() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         grad = torch.randn(400, generator=generator(0)).to(dtype) / 2**16
         for factor in (1.0 + 2.0**-6 + 2.0**-10, 2.0**17):
-            assert torch.equal(operator._times(grad, torch.tensor(factor)), (grad.float() * factor).to(dtype))
+            assert torch.equal(autograd._times(grad, torch.tensor(factor)), (grad.float() * factor).to(dtype))
 
 
 @FUSED

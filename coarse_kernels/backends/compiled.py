@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import native
-from . import one_by_one, operator
+from . import autograd, one_by_one, operator
 
 NAMESPACE = "coarse_kernels"
 
@@ -15,7 +15,8 @@ def _find_bad_label_fake(labels: torch.Tensor, num_classes: int, ignore_index: i
 
 
 def _define() -> torch.library.Library:
-    library = operator.define(NAMESPACE, single=True)
+    library = operator.declare(NAMESPACE, single=True)
+    autograd.register(NAMESPACE, library)
     one_by_one.implement(library, NAMESPACE, ("CUDA",))  # csrc/cpu has these for the CPU
     library.define("find_bad_label(Tensor labels, int num_classes, int ignore_index) -> Tensor")
     torch.library.register_fake(f"{NAMESPACE}::find_bad_label", _find_bad_label_fake, lib=library)

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from . import compiled
-from .operator import FusedBackend
+from .fused import FusedBackend
 
 BACKEND = FusedBackend("cpu", ("cpu",), compiled.NAMESPACE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .. import native
 from ..problem import Problem
 from . import compiled
-from .operator import FusedBackend
+from .fused import FusedBackend
 
 MAX_CLASSES = 256  # columns of a pixel have to fit in shared memory
 

@@ -45,7 +45,8 @@ from typing import Any
 import torch
 
 from ...problem import Problem
-from .. import one_by_one, operator
+from .. import autograd, one_by_one, operator
+from ..fused import FusedBackend
 from .table import MAX_CLASSES
 
 NAMESPACE = "coarse_kernels_triton"
@@ -71,7 +72,7 @@ def _missing() -> str | None:
 _MISSING = _missing()
 
 
-class TritonBackend(operator.FusedBackend):
+class TritonBackend(FusedBackend):
     def unavailable(self) -> str | None:
         return _MISSING
 
@@ -90,7 +91,8 @@ def _on_first_call(name: str) -> Callable[..., Any]:
 
 
 def _define() -> torch.library.Library:
-    library = operator.define(NAMESPACE, single=True)
+    library = operator.declare(NAMESPACE, single=True)
+    autograd.register(NAMESPACE, library)
     keys = ("CUDA", "XPU", *(("CPU",) if INTERPRETED else ()))
     for name in ("annotation_nll", "annotation_posterior", "labelled_weight", "scale_"):
         for key in keys:

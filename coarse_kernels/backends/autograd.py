@@ -1,0 +1,282 @@
+"""How the gradients of `annotation_objective` reach autograd. One operator serves all uses:
+
+    forward without gradient      wanted = 0
+    one_pass                      forward: wanted = what autograd will ask for; backward hands it out
+    recompute                     forward: wanted = 0; backward: the operator again, grad_output folded into scale
+
+In eager mode through `_Objective`, a function of the tensors that are differentiated. Under torch.compile through the autograd of
+the operator itself (`register`), which PyTorch generates: it takes lists of tensors apart and together again at every call, which
+costs 0.3 ms.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import wrapped
+from ..problem import compute_dtype
+from .operator import ONLY_REFERENCE, SEG, Arguments, Outputs, cm_bit, differentiable, present, transition_bit
+
+_SECOND_DERIVATIVE = (
+    "coarse_kernels: the fused operator has no second derivatives; "
+    'use backend="reference", which computes them with plain PyTorch'
+)
+_TENSOR_LISTS = ("labels", "cm_logits", "transition", "class_weight", "pixel_weight", "scale")
+
+Gradients = dict[int, Tensor]  # by bit of ``wanted``
+
+
+def run(operators: Any, call: Arguments, needed: dict[int, Tensor]) -> Outputs:
+    """The operator in eager mode, differentiable in ``needed``; `Outputs` without gradients."""
+    if needed:
+        kinds = len(call.labels)
+        out = _Objective.apply(operators, call, tuple(needed), anchor(needed), *needed.values())
+        terms = [list(out[1 + kinds * n : 1 + kinds * (n + 1)]) for n in range(3)]
+        return Outputs(out[0], *terms, grad_seg=call.seg_logits, grad_cm=[], grad_transition=[])
+    with torch._C._AutoDispatchBelowAutograd():
+        return Outputs(*operators.annotation_objective(*call))
+
+
+class _Objective(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, operators: Any, call: Arguments, bits: tuple[int, ...], anchor: Tensor, *needed: Tensor
+    ) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out = Outputs(*operators.annotation_objective(*call))
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*out.nll, *out.trace)
+        ctx.operators, ctx.bits = operators, bits
+        _save(ctx, call, out, anchor)
+        return (out.loss, *out.losses, *out.nll, *out.trace)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+        bits = ctx.bits
+        asked = [bit for bit, wants in zip(bits, ctx.needs_input_grad[4:], strict=True) if wants]
+        grads = _gradients(ctx.operators, ctx, asked, grad_loss, list(others[: ctx.state.kinds]))
+        return (None, None, None, None, *(grads.get(bit) for bit in bits))
+
+
+# --- second derivatives: a clear error ----------------------------------------------------------------------------------
+
+
+class _Anchor(torch.autograd.Function):
+    """No elements, but the graph of every input."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.count = len(inputs)
+        return inputs[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        return (None,) * ctx.count
+
+
+def anchor(needed: dict[int, Tensor]) -> Tensor:
+    """What makes a gradient depend on the inputs that it is a function of, without keeping their memory: one_pass saves no
+    logits. Autograd then finds the way from a gradient back to them, and on it `_FirstDerivative`, which says that there is
+    none; a node on no such way would be left out in silence.
+    """
+    return _Anchor.apply(*needed.values())
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """The identity, with a clear error behind it on the way to all that the gradient is a function ``of``."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *of: Tensor | None) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(_SECOND_DERIVATIVE)
+
+
+# --- what is saved, and the gradients from it ---------------------------------------------------------------------------
+
+
+class _State(NamedTuple):
+    call: Arguments  # without its tensors
+    kinds: int
+    formed: tuple[int, ...]  # bits of the gradients that were formed in forward, saved first
+    has_inputs: bool  # then the tensors of the call
+    has_anchor: bool  # and last the anchor
+
+
+def _save(ctx: Any, call: Arguments, out: Outputs, anchor: Tensor | None) -> None:
+    kinds = len(call.labels)
+    saved: list[Tensor] = []
+    formed = [bit for bit, _ in differentiable(call) if call.wanted & bit]
+    saved += [_of(bit, out) for bit in formed]
+    # Gradients of the parts' own losses are not to be had from that of their sum. A single kind's is its total's, unless it
+    # counts for nothing.
+    has_inputs = not call.wanted or kinds > 1 or call.weight[0] == 0
+    if has_inputs:
+        saved.append(call.seg_logits)
+        for name in _TENSOR_LISTS:
+            saved += getattr(call, name)
+    if anchor is not None:
+        saved.append(anchor)
+    bare = call._replace(seg_logits=None, anchor=None, **dict.fromkeys(_TENSOR_LISTS))
+    ctx.state = _State(bare, kinds, tuple(formed), has_inputs, anchor is not None)
+    ctx.save_for_backward(*saved)
+
+
+def _of(bit: int, out: Outputs) -> Tensor:
+    if bit == SEG:
+        return out.grad_seg
+    kind, transition = divmod(bit.bit_length() - 2, 2)
+    return (out.grad_transition if transition else out.grad_cm)[kind]
+
+
+def _gradients(
+    operators: Any, ctx: Any, asked: list[int], grad_loss: Tensor | None, grad_losses: list[Tensor | None]
+) -> Gradients:
+    """Those that are ``asked`` for, of grad_loss * loss + sum grad_losses * losses."""
+    state: _State = ctx.state
+    incoming = (grad_loss, *grad_losses)
+    if not asked or all(grad is None for grad in incoming):
+        return {}
+    if wrapped.has_tangent(incoming):
+        raise RuntimeError(f"coarse_kernels: {ONLY_REFERENCE.format('forward-mode derivatives of a gradient')}")
+    saved = list(ctx.saved_tensors)
+    anchor = saved.pop() if state.has_anchor else None
+    formed, inputs = saved[: len(state.formed)], saved[len(state.formed) :]
+    own_losses = any(grad is not None for grad in grad_losses)
+    if formed and not state.has_inputs and own_losses:
+        # the one kind: its loss is the total over its weight
+        own = grad_losses[0] / state.call.weight[0]  # type: ignore[operator]
+        grad_loss, own_losses = own if grad_loss is None else grad_loss + own, False
+    if formed and not own_losses:
+        assert grad_loss is not None
+        grads = dict(zip(state.formed, _handed_out(operators, tuple(formed), grad_loss), strict=True))
+    else:
+        grads = _recomputed(operators, state, inputs, grad_loss, grad_losses, asked)
+    if anchor is not None and torch.is_grad_enabled():  # create_graph=True: somebody may want to go on from here
+        return {bit: _FirstDerivative.apply(grads[bit], anchor, *incoming) for bit in asked}
+    return {bit: grads[bit] for bit in asked}
+
+
+def _handed_out(operators: Any, saved: tuple[Tensor, ...], grad_loss: Tensor) -> tuple[Tensor, ...]:
+    """The gradients saved in forward, times ``grad_loss`` in the compute dtype: in the storage dtype the factor itself may be
+    inf. They are given away, or scaled in place, only where nobody can ask for them again: under retain_graph a second
+    backward would find them changed (by whoever owns them by then, ``param.grad`` first of all).
+    """
+    kept = _graph_is_kept()
+    if not wrapped.readable(grad_loss):  # symbolic, or one of a batch of factors
+        return tuple(_times(grad, grad_loss) for grad in saved)
+    if grad_loss.device.type == "cpu":
+        factor = grad_loss.item()
+        if factor == 1.0 and not kept:
+            return saved
+        # a Python number is multiplied with in float32 whatever the gradient is stored in
+        return tuple(grad * factor for grad in saved)
+    if hasattr(operators, "scale_"):
+        # The value is not known here without waiting for the device. A kernel looks, and mostly finds 1.
+        saved = tuple(grad.clone() for grad in saved) if kept else saved
+        for grad in saved:
+            operators.scale_(grad, grad_loss.detach().to(compute_dtype(grad.dtype)))
+        return saved
+    return tuple(_times(grad, grad_loss) for grad in saved)
+
+
+def _times(grad: Tensor, factor: Tensor) -> Tensor:
+    dtype = compute_dtype(grad.dtype)
+    return (grad.to(dtype) * factor.to(dtype)).to(grad.dtype)
+
+
+def _graph_is_kept() -> bool:
+    # A private function of autograd, the one that torch.compile uses for the same question. Without it: assume so.
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else bool(ask())
+
+
+def _recomputed(
+    operators: Any,
+    state: _State,
+    inputs: list[Tensor],
+    grad_loss: Tensor | None,
+    grad_losses: list[Tensor | None],
+    asked: list[int],
+) -> Gradients:
+    kinds = state.kinds
+    if any(wrapped.of_transform(g) for g in (grad_loss, *grad_losses) if g is not None):
+        raise RuntimeError(f"coarse_kernels: {ONLY_REFERENCE.format('batches of gradients')}")
+    lists = {name: inputs[1 + kinds * n : 1 + kinds * (n + 1)] for n, name in enumerate(_TENSOR_LISTS)}
+    call: Arguments = state.call._replace(seg_logits=inputs[0], **lists, wanted=sum(asked), per_pixel=False)
+    if state.call.per_pixel:
+        # losses are the maps w (nll + ...): their gradient is that of the sum with weights w * grad
+        factors = [
+            torch.zeros(labels.shape, dtype=_dtype_of(call), device=labels.device) if grad is None else grad.contiguous()
+            for labels, grad in zip(call.labels, grad_losses, strict=True)
+        ]
+        weights = [
+            pixel_weight * factor if present(pixel_weight) else factor
+            for pixel_weight, factor in zip(call.pixel_weight, factors, strict=True)
+        ]
+        call = call._replace(pixel_weight=weights, weight=[1.0] * kinds)
+    else:
+        weight = list(call.weight)
+        scales = []
+        for kind, (scale, own) in enumerate(zip(call.scale, grad_losses, strict=True)):
+            factor = grad_loss
+            if own is not None:
+                factor = own if grad_loss is None else grad_loss * weight[kind] + own
+                weight[kind] = 1.0
+            if factor is None:
+                factor = torch.zeros((), dtype=_dtype_of(call), device=call.seg_logits.device)
+            scales.append(scale * factor if present(scale) else factor)
+        call = call._replace(scale=scales, weight=weight)
+    if torch.compiler.is_compiling():
+        out = Outputs(*operators.annotation_objective(*call))
+    else:
+        with torch.no_grad():
+            out = run(operators, call, {})
+    return {bit: _of(bit, out) for bit in asked}
+
+
+def _dtype_of(call: Arguments) -> torch.dtype:
+    wide = any(t.dtype == torch.float64 for t in (call.seg_logits, *call.cm_logits))
+    return torch.float64 if wide else torch.float32
+
+
+# --- the operator's own autograd, for torch.compile ---------------------------------------------------------------------
+
+
+def register(namespace: str, library: torch.library.Library) -> None:
+    backward = functools.partial(_backward, getattr(torch.ops, namespace))
+    torch.library.register_autograd(
+        f"{namespace}::annotation_objective", backward, setup_context=_setup_context, lib=library
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    call, out = Arguments(*inputs), Outputs(*output)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*out.nll, *out.trace, out.grad_seg, *out.grad_cm, *out.grad_transition)
+    _save(ctx, call, out, call.anchor)
+
+
+def _backward(
+    operators: Any, ctx: Any, grad_loss: Tensor | None, grad_losses: list[Tensor | None], *others: Any
+) -> tuple[Any, ...]:
+    kinds = ctx.state.kinds
+    wants = Arguments(*ctx.needs_input_grad)
+    asked = [SEG] if wants.seg_logits else []
+    for kind in range(kinds):
+        asked += [cm_bit(kind)] if wants.cm_logits[kind] else []
+        asked += [transition_bit(kind)] if wants.transition[kind] else []
+    grads = _gradients(operators, ctx, asked, grad_loss, grad_losses)
+    lists: dict[str, Any] = {name: [None] * kinds for name in _TENSOR_LISTS}
+    lists["cm_logits"] = [grads.get(cm_bit(kind)) for kind in range(kinds)]
+    lists["transition"] = [grads.get(transition_bit(kind)) for kind in range(kinds)]
+    inputs = Arguments(seg_logits=grads.get(SEG), **lists, **dict.fromkeys(Arguments._fields[7:]))  # type: ignore[arg-type]
+    # without the anchor where it has been left out, as the graphs of torch.compile do with an argument that has its default
+    return tuple(inputs)[: len(ctx.needs_input_grad)]
