@@ -66,6 +66,7 @@ struct LabelRun {
   R* valid;        // 1 or 0
   R* weight;       // class_weight[label] * pixel_weight, 0 where ignored
   bool any_valid, all_valid;
+  int32_t common;  // the label of all that have one: drawings are coherent. -1: there are several
 
   void take(Arena& arena, int64_t n) {
     label = arena.take<int32_t>(n);
@@ -106,6 +107,15 @@ struct LabelRun {
     any_valid = any_valid || count > 0;
     all_valid = all_valid && count == n;
     return bad;
+  }
+
+  // `common`, of n positions.
+  void find_common(int64_t n) {
+    int32_t most = 0;
+    for (int64_t k = 0; k < n; ++k) most = label[k] > most ? label[k] : most;
+    int64_t others = 0;
+    for (int64_t k = 0; k < n; ++k) others += (label[k] != most) & (valid[k] != R(0));
+    common = others == 0 ? most : -1;
   }
 };
 

@@ -296,17 +296,16 @@ class PixelGrid {
   // q of column j in another layer, from the exponentials that `pipeline` has left.
   void further_layer(int j, int64_t layer, const Tile& t) {
     const R* const reported = t.reported + layer * layer_stride();
+    const int32_t* const label = labels_[layer].label;
+    R* const to = q(layer) + j * tile_;
+    if (one_hot()) {
+      for (int64_t k = 0; k < t.padded; ++k) to[k] = column(label[k], j)[k] * inv_z_[j * tile_ + k];
+      return;
+    }
     for (int64_t k = 0; k < t.padded; k += N) {
       V sum = broadcast<V>(R(0));
-      for (int i = 0; i < classes(); ++i) {
-        const V e = load(column(i, j) + k);
-        if (one_hot()) {
-          sum += select(load(reported + k) == broadcast<V>(static_cast<R>(i)), e, broadcast<V>(R(0)));
-        } else {
-          sum += e * load(reported + i * tile_ + k);
-        }
-      }
-      store(q(layer) + j * tile_ + k, sum * load(inv_z_ + j * tile_ + k));
+      for (int i = 0; i < classes(); ++i) sum += load(column(i, j) + k) * load(reported + i * tile_ + k);
+      store(to + k, sum * load(inv_z_ + j * tile_ + k));
     }
   }
 

@@ -17,6 +17,10 @@
 // (GradientRows). Going down a chunk of the image, the lower row of a cell becomes the upper one of the next.
 //
 // Several layers of labels share the matrix, and so the exponentials: each adds its q, its posterior, and its coefficients.
+//
+// Drawings are coherent: a segment has few labels in each layer, mostly one. Of one, T[i, y] is one number for each i
+// (`Reports::one_row`). Of positive drawings T[i, y] is 0 but where i is one of the few (`Reports::few_labels`): q and the second
+// coefficient of the gradient cost nothing for the other i, and two of three multiply-adds of a pixel and class pair are left.
 #pragma once
 
 #include "class_field.h"
@@ -29,6 +33,9 @@ template <class R>
 constexpr R kMaxSpan = sizeof(R) == 4 ? R(20) : R(200);
 template <class R>
 constexpr R kSmallestGeometricEvidence = sizeof(R) == 4 ? R(1e-12) : R(1e-100);
+
+// What is known of T[i, y] in a segment.
+enum class Reports { mixed, one_row, few_labels };
 
 template <class R>
 class StridedGrid {
@@ -59,6 +66,8 @@ class StridedGrid {
     keep_ = arena.take<V>(c * rows);
     diag_ = arena.take<V>(c * rows);
     scatter_ = arena.take<V>(2 * N);
+    few_ = arena.take<int32_t>(layers * c);
+    few_count_ = arena.take<int>(layers);
     slow_.take(arena, c);
   }
 
@@ -123,26 +132,22 @@ class StridedGrid {
       return;
     }
     const Slope<R>& slope = g_->slopes[slab.segment];
+    reports_ = kind_->transition == nullptr ? Reports::few_labels : Reports::one_row;
     for (int64_t l = 0; l < kind_->layers; ++l) {
-      report_run(kind_->transition, c, layers[l].label, static_cast<int64_t>(slab.rows) * N,
-                 reinterpret_cast<R*>(reported(l)), static_cast<int64_t>(kMaxRows) * N);
+      const bool coherent = kind_->transition == nullptr ? few_labels(slab, l) : layers[l].common >= 0;
+      if (!coherent) reports_ = Reports::mixed;
     }
-    bool direct;
-    switch (slab.rows) {
-      case 1: direct = !columns<1>(slope); break;
-      case 2: direct = !columns<2>(slope); break;
-      case 4: direct = !columns<4>(slope); break;
-      default: direct = !columns<8>(slope); break;
+    if (reports_ == Reports::mixed) {
+      for (int64_t l = 0; l < kind_->layers; ++l) {
+        report_run(kind_->transition, c, layers[l].label, static_cast<int64_t>(slab.rows) * N,
+                   reinterpret_cast<R*>(reported(l)), static_cast<int64_t>(kMaxRows) * N);
+      }
     }
+    const bool direct = !with_rows(slab.rows, [&](auto rows) { return columns<rows.value>(slope); });
     if (direct || !finish_segment(slab)) {
       log_space(slab, slope);
     } else if (want_cm_) {
-      switch (slab.rows) {
-        case 1: gradients<1>(slope); break;
-        case 2: gradients<2>(slope); break;
-        case 4: gradients<4>(slope); break;
-        default: gradients<8>(slope); break;
-      }
+      with_rows(slab.rows, [&](auto rows) { return gradients<rows.value>(slope); });
     }
     terms_.leave(*kind_, task);
     touched_ = true;
@@ -155,6 +160,50 @@ class StridedGrid {
   V* reported(int64_t layer) const { return reported_ + layer * classes() * kMaxRows; }
   V* q(int64_t layer) const { return q_ + layer * classes() * kMaxRows; }
   V* drop(int64_t layer) const { return drop_ + layer * classes() * kMaxRows; }
+  R report(int64_t layer, int i) const {  // Reports::one_row
+    return kind_->transition[static_cast<int64_t>(i) * classes() + layers_[layer].common];
+  }
+
+  // The labels of a layer, and for each 1 where it is, in the place of `reported`. False where there are too many to be worth it.
+  bool few_labels(const Slab& slab, int64_t layer) {
+    const LabelRun<R>& labels = layers_[layer];
+    const int64_t n = static_cast<int64_t>(slab.rows) * N;
+    int32_t* const found = few_ + layer * classes();
+    int count = 0;
+    if (labels.common >= 0) {
+      found[count++] = labels.common;
+    } else {
+      const int most = classes() / 3;
+      for (int64_t k = 0; k < n; ++k) {
+        if (labels.valid[k] == R(0)) continue;
+        int at = 0;
+        while (at < count && found[at] != labels.label[k]) ++at;
+        if (at < count) continue;
+        if (count == most) return false;
+        found[count++] = labels.label[k];
+      }
+    }
+    few_count_[layer] = count;
+    for (int at = 0; at < count; ++at) {
+      R* const is = reinterpret_cast<R*>(reported(layer) + at * kMaxRows);
+      for (int64_t k = 0; k < n; ++k) is[k] = labels.label[k] == found[at] ? labels.valid[k] : R(0);
+    }
+    return true;
+  }
+
+  template <int kRows>
+  struct Rows {
+    static constexpr int value = kRows;
+  };
+  template <class F>
+  static COARSE_HD bool with_rows(int rows, const F& f) {
+    switch (rows) {
+      case 1: return f(Rows<1>{});
+      case 2: return f(Rows<2>{});
+      case 4: return f(Rows<4>{});
+      default: return f(Rows<8>{});
+    }
+  }
   V valid(int64_t layer, int r) const { return load(layers_[layer].valid + r * N); }
   V weight(int64_t layer, int r) const { return load(layers_[layer].weight + r * N); }
 
@@ -236,6 +285,15 @@ class StridedGrid {
   // Z, q and A[j,j] of every column and row. False where the logits change too much for geometric sequences.
   template <int kRows>
   bool columns(const Slope<R>& slope) {
+    switch (reports_) {
+      case Reports::mixed: return columns<kRows, Reports::mixed>(slope);
+      case Reports::one_row: return columns<kRows, Reports::one_row>(slope);
+      default: return columns<kRows, Reports::few_labels>(slope);
+    }
+  }
+
+  template <int kRows, Reports kReports>
+  bool columns(const Slope<R>& slope) {
     const int c = classes();
     const V zero = broadcast<V>(R(0)), limit = broadcast<V>(kMaxSpan<R>);
     const V lambda = broadcast<V>(slope.lambda0), step = broadcast<V>(slope.step);
@@ -252,36 +310,66 @@ class StridedGrid {
         first_[ij] = first;
         ratio_[ij] = slope_y;
       }
-      V z[kRows], q0[kRows], diagonal[kRows];
-      for (int r = 0; r < kRows; ++r) z[r] = q0[r] = diagonal[r] = zero;
+      V z[kRows], q0[kRows];
+      for (int r = 0; r < kRows; ++r) z[r] = q0[r] = zero;
       for (int i = 0; i < c; ++i) {
         const int64_t ij = static_cast<int64_t>(i) * c + j;
         V e = exp_v(first_[ij] - top);
         const V g = kRows > 1 ? exp_v(ratio_[ij]) : zero;
         first_[ij] = e;
         ratio_[ij] = g;
+        const V row = kReports == Reports::one_row ? broadcast<V>(report(0, i)) : zero;
         for (int r = 0; r < kRows; ++r) {
           z[r] += e;
-          q0[r] += e * reported_[i * kMaxRows + r];
-          if (i == j) diagonal[r] = e;
+          if constexpr (kReports == Reports::mixed) q0[r] += e * reported_[i * kMaxRows + r];
+          if constexpr (kReports == Reports::one_row) q0[r] += e * row;
           e *= g;
         }
       }
-      for (int r = 0; r < kRows; ++r) {
-        const int at = j * kMaxRows + r;
-        inv_z_[at] = R(1) / z[r];
-        q_[at] = q0[r] * inv_z_[at];
-        ajj_[at] = diagonal[r] * inv_z_[at];
-      }
-      for (int64_t l = 1; l < kind_->layers; l += 2) {
-        l + 1 < kind_->layers ? more_layers<kRows, 2>(j, l) : more_layers<kRows, 1>(j, l);
+      for (int r = 0; r < kRows; ++r) inv_z_[j * kMaxRows + r] = R(1) / z[r];
+      entry<kRows>(j, j, ajj_ + j * kMaxRows);
+      if constexpr (kReports == Reports::few_labels) {
+        for (int64_t l = 0; l < kind_->layers; ++l) at_labels<kRows>(j, l);
+      } else {
+        for (int r = 0; r < kRows; ++r) q_[j * kMaxRows + r] = q0[r] * inv_z_[j * kMaxRows + r];
+        for (int64_t l = 1; l < kind_->layers; l += 2) {
+          l + 1 < kind_->layers ? more_layers<kRows, 2, kReports>(j, l) : more_layers<kRows, 1, kReports>(j, l);
+        }
       }
     }
     return !any(steep);
   }
 
+  // q of column j where a layer has few labels.
+  template <int kRows>
+  void at_labels(int j, int64_t layer) {
+    V* const to = q(layer) + j * kMaxRows;
+    for (int r = 0; r < kRows; ++r) to[r] = broadcast<V>(R(0));
+    for (int n = 0; n < few_count_[layer]; ++n) {
+      const int64_t ij = static_cast<int64_t>(few_[layer * classes() + n]) * classes() + j;
+      const V* const is = reported(layer) + n * kMaxRows;
+      V e = first_[ij];
+      for (int r = 0; r < kRows; ++r) {
+        to[r] += e * is[r];
+        e *= ratio_[ij];
+      }
+    }
+    for (int r = 0; r < kRows; ++r) to[r] *= inv_z_[j * kMaxRows + r];
+  }
+
+  // A[i,j] of every row.
+  template <int kRows>
+  void entry(int i, int j, V* to) {
+    const int64_t ij = static_cast<int64_t>(i) * classes() + j;
+    V e = first_[ij];
+    for (int r = 0; r < kRows; ++r) {
+      to[r] = e * inv_z_[j * kMaxRows + r];
+      e *= ratio_[ij];
+    }
+  }
+
   // q of the same column in kLayers further layers.
-  template <int kRows, int kLayers>
+  template <int kRows, int kLayers, Reports kReports>
   void more_layers(int j, int64_t layer) {
     const int c = classes();
     V sum[kLayers][kRows];
@@ -294,8 +382,16 @@ class StridedGrid {
       const int64_t ij = static_cast<int64_t>(i) * c + j;
       V e = first_[ij];
       const V g = ratio_[ij];
+      V row[kLayers];
+      for (int l = 0; l < kLayers; ++l) row[l] = broadcast<V>(kReports == Reports::one_row ? report(layer + l, i) : R(0));
       for (int r = 0; r < kRows; ++r) {
-        for (int l = 0; l < kLayers; ++l) sum[l][r] += e * rows[l][i * kMaxRows + r];
+        for (int l = 0; l < kLayers; ++l) {
+          if constexpr (kReports == Reports::one_row) {
+            sum[l][r] += e * row[l];
+          } else {
+            sum[l][r] += e * rows[l][i * kMaxRows + r];
+          }
+        }
         e *= g;
       }
     }
@@ -314,7 +410,7 @@ class StridedGrid {
       for (int64_t l = 0; l < kind_->layers; ++l)
         for (int j = 0; j < c; ++j)
           for (int r = 0; r < slab.rows; ++r)
-            if (any(!(q(l)[j * kMaxRows + r] >= smallest))) return false;
+            if (any((valid(l, r) != zero) & ~(q(l)[j * kMaxRows + r] >= smallest))) return false;
       for (int64_t l = 0; l < kind_->layers; ++l)
         for (int j = 0; j < c; ++j)
           for (int r = 0; r < slab.rows; ++r)
@@ -324,7 +420,7 @@ class StridedGrid {
     const auto evidence = [&](int64_t l, int r) {
       V d = zero;
       for (int j = 0; j < c; ++j) d += field_->p[j * pitch + r] * q(l)[j * kMaxRows + r];
-      return d;
+      return select(valid(l, r) != zero, d, one);
     };
     for (int64_t l = 0; l < kind_->layers; ++l) {
       for (int r = 0; r < slab.rows; ++r) {
@@ -372,11 +468,21 @@ class StridedGrid {
 
   // Sums over the rows of the gradient at the upper and the lower grid row, lane by lane.
   template <int kRows>
-  void gradients(const Slope<R>& slope) {
-    kind_->layers == 1 ? gradient<kRows, true>(slope) : gradient<kRows, false>(slope);
+  bool gradients(const Slope<R>& slope) {
+    const bool one_layer = kind_->layers == 1;
+    switch (reports_) {
+      case Reports::mixed:
+        one_layer ? gradient<kRows, Reports::mixed, true>(slope) : gradient<kRows, Reports::mixed, false>(slope);
+        break;
+      case Reports::one_row:
+        one_layer ? gradient<kRows, Reports::one_row, true>(slope) : gradient<kRows, Reports::one_row, false>(slope);
+        break;
+      default: gradient<kRows, Reports::few_labels, false>(slope);
+    }
+    return true;
   }
 
-  template <int kRows, bool kOneLayer>
+  template <int kRows, Reports kReports, bool kOneLayer>
   void gradient(const Slope<R>& slope) {
     const int c = classes();
     const V zero = broadcast<V>(R(0));
@@ -389,13 +495,18 @@ class StridedGrid {
       for (int i = 0; i < c; ++i) {
         const int64_t ij = static_cast<int64_t>(i) * c + j;
         const V g = ratio_[ij];
+        const V row = kReports == Reports::one_row ? broadcast<V>(report(0, i)) : zero;
         V value = zero, derivative = zero;  // of the polynomial sum_r v[r] g^r
         for (int r = kRows - 1; r >= 0; --r) {
           derivative = derivative * g + value;
-          V v = keep[r] - drop0[r] * reported_[i * kMaxRows + r];
-          if constexpr (!kOneLayer) {
-            for (int64_t l = 1; l < kind_->layers; ++l)
-              v -= drop(l)[j * kMaxRows + r] * reported(l)[i * kMaxRows + r];
+          V v = keep[r];
+          if constexpr (kReports == Reports::mixed) v -= drop0[r] * reported_[i * kMaxRows + r];
+          if constexpr (kReports == Reports::one_row) v -= drop0[r] * row;
+          if constexpr (!kOneLayer && kReports != Reports::few_labels) {
+            for (int64_t l = 1; l < kind_->layers; ++l) {
+              const V t = kReports == Reports::one_row ? broadcast<V>(report(l, i)) : reported(l)[i * kMaxRows + r];
+              v -= drop(l)[j * kMaxRows + r] * t;
+            }
           }
           value = value * g + v;
         }
@@ -407,6 +518,22 @@ class StridedGrid {
           }
         }
         add_sums(ij, slope, sum, sum_rows);
+      }
+      if constexpr (kReports == Reports::few_labels) {
+        for (int64_t l = 0; l < kind_->layers; ++l) {
+          for (int n = 0; n < few_count_[l]; ++n) {
+            const int64_t ij = static_cast<int64_t>(few_[l * c + n]) * c + j;
+            const V* const is = reported(l) + n * kMaxRows;
+            V e = first_[ij], sum = zero, sum_rows = zero;
+            for (int r = 0; r < kRows; ++r) {
+              const V v = e * (drop(l)[j * kMaxRows + r] * is[r]);
+              sum -= v;
+              sum_rows -= static_cast<R>(r) * v;
+              e *= ratio_[ij];
+            }
+            add_sums(ij, slope, sum, sum_rows);
+          }
+        }
       }
     }
   }
@@ -491,6 +618,9 @@ class StridedGrid {
   const LabelRun<R>* layers_ = nullptr;
   ClassField<R>* field_ = nullptr;
   Terms<R> terms_;
+  Reports reports_ = Reports::mixed;
+  int32_t* few_;    // (layers, C) labels of each layer, and how many
+  int* few_count_;  // (layers)
   V evidence_[kMaxRows];
   V *first_, *ratio_;                      // (C * C) e0 and g
   V *reported_, *q_, *drop_;               // (layers, C, kMaxRows)

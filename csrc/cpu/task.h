@@ -27,7 +27,7 @@ class Kind {
     int32_t* label = arena.take<int32_t>(kind_->layers * slots_);
     R* valid = arena.take<R>(kind_->layers * slots_);
     R* weight = arena.take<R>(kind_->layers * slots_);
-    labels_ = {label, valid, weight, false, false};
+    labels_ = {label, valid, weight, false, false, -1};
     switch (form_) {
       case Form::trusted: trusted_.init(problem, *kind_, arena); break;
       case Form::strided: strided_.init(problem, plan, index, arena); break;
@@ -40,7 +40,7 @@ class Kind {
   // With the workspace in place.
   void begin() {
     for (int64_t l = 0; l < kind_->layers; ++l) {
-      layers_[l] = {labels_.label + l * slots_, labels_.valid + l * slots_, labels_.weight + l * slots_, false, false};
+      layers_[l] = {labels_.label + l * slots_, labels_.valid + l * slots_, labels_.weight + l * slots_, false, false, -1};
       memset(layers_[l].label, 0, sizeof(int32_t) * static_cast<size_t>(slots_));
       memset(layers_[l].valid, 0, sizeof(R) * static_cast<size_t>(slots_));
       memset(layers_[l].weight, 0, sizeof(R) * static_cast<size_t>(slots_));
@@ -81,6 +81,7 @@ class Kind {
         const int64_t row = (slab.z * problem_->height + slab.y0 + r) * problem_->width;
         bad = layers_[l].read(*problem_, *kind_, map + row + slab.x0, slab.x1 - slab.x0, lanes, r * lanes) || bad;
       }
+      if (form_ == Form::strided || form_ == Form::trusted) layers_[l].find_common(slab.rows * lanes);
     }
     return bad;
   }

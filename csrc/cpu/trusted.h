@@ -66,7 +66,7 @@ class Trusted {
     const V zero = broadcast<V>(R(0)), inf = broadcast<V>(std::numeric_limits<R>::infinity());
     const int32_t* const label = labels.label + v * N;
     const V valid = load(labels.valid + v * N), weight = load(labels.weight + v * N);
-    const int32_t y = common_label(label, labels.valid + v * N);
+    const int32_t y = labels.common >= 0 ? labels.common : common_label(label, labels.valid + v * N);
     if (problem_->posterior != nullptr) {
       for (int j = 0; j < c; ++j) {
         V other = zero;
@@ -119,7 +119,7 @@ class Trusted {
     const V zero = broadcast<V>(R(0)), one = broadcast<V>(R(1)), inf = broadcast<V>(std::numeric_limits<R>::infinity());
     const int32_t* const label = labels.label + v * N;
     const V valid = load(labels.valid + v * N), weight = load(labels.weight + v * N);
-    look_up(label, common_label(label, labels.valid + v * N));
+    look_up(label, labels.common >= 0 ? labels.common : common_label(label, labels.valid + v * N));
     if (problem_->posterior != nullptr) {
       for (int j = 0; j < c; ++j) field.joint[j * pitch + v] += select(valid != zero, log_of(reported_[j]), zero);
       return;
