@@ -77,20 +77,29 @@ struct LabelRun {
   // Pixels [at, at + n) of the flattened label maps; lanes up to `padded` count as ignored. Written from position `to` on.
   inline bool read(const Problem<R>& problem, const Drawings<R>& kind, int64_t at, int64_t n, int64_t padded,
                    int64_t to) {
-    bool bad = false;
-    int64_t count = 0;
-    for (int64_t k = 0; k < n; ++k) {
-      const int64_t y = kind.label_type == LabelType::u8 ? static_cast<const uint8_t*>(kind.labels)[at + k]
-                                                         : static_cast<const int64_t*>(kind.labels)[at + k];
-      bool ok = y != problem.ignore_index;
-      if (ok && (y < 0 || y >= problem.classes)) {
-        bad = true;
-        ok = false;
+    int64_t count = 0, bad = 0;
+    int32_t* const to_label = label + to;
+    R *const to_valid = valid + to, *const to_weight = weight + to;
+    // In locals and without a branch, for the compiler to make vectors of it.
+    const auto scan = [&](const auto* y, auto ignore, auto classes) {
+      int32_t counted = 0, wrong = 0;
+      for (int64_t k = 0; k < n; ++k) {
+        const decltype(ignore) own = y[k];
+        const bool used = own != ignore, fits = (own >= 0) & (own < classes), ok = used & fits;
+        counted += ok;
+        wrong += used & !fits;
+        to_label[k] = ok ? static_cast<int32_t>(own) : 0;
+        to_valid[k] = to_weight[k] = ok ? R(1) : R(0);
       }
-      count += ok;
-      label[to + k] = ok ? static_cast<int32_t>(y) : 0;
-      valid[to + k] = ok ? R(1) : R(0);
-      weight[to + k] = valid[to + k];
+      count = counted;
+      bad = wrong;
+    };
+    if (kind.label_type == LabelType::u8) {
+      const int64_t ignore = problem.ignore_index;
+      scan(static_cast<const uint8_t*>(kind.labels) + at, ignore < 0 || ignore > 255 ? int32_t{-1} : static_cast<int32_t>(ignore),
+           problem.classes);
+    } else {
+      scan(static_cast<const int64_t*>(kind.labels) + at, problem.ignore_index, static_cast<int64_t>(problem.classes));
     }
     for (int64_t k = n; k < padded; ++k) {
       label[to + k] = 0;
@@ -106,7 +115,7 @@ struct LabelRun {
     }
     any_valid = any_valid || count > 0;
     all_valid = all_valid && count == n;
-    return bad;
+    return bad != 0;
   }
 
   // `common`, of n positions.

@@ -166,7 +166,7 @@ class PixelGrid {
       one_hot() ? pipeline<true>(j, tile, leaving) : pipeline<false>(j, tile, leaving);
       for (int64_t l = 1; l < kind_->layers; ++l) further_layer(j, l, tile);
     }
-    finish_tile(tile);
+    one_layer() ? finish_tile<true>(tile) : finish_tile<false>(tile);
     return tile;
   }
 
@@ -309,9 +309,10 @@ class PixelGrid {
     }
   }
 
+  template <bool kOneLayer>
   void finish_tile(const Tile& t) {
     const int c = classes();
-    const int64_t tile = tile_, pitch = pitch_, layers = kind_->layers;
+    const int64_t tile = tile_, pitch = pitch_, layers = kOneLayer ? 1 : kind_->layers;
     const V zero = broadcast<V>(R(0)), one = broadcast<V>(R(1)), smallest = broadcast<V>(kSmallestEvidence<R>);
     const R gradient_scale = kind_->gradient_scale, trace_weight = kind_->trace_weight;
     const R *const p0 = p(0), *const q0 = q_, *const inv_z = inv_z_, *const ajj = ajj_;
@@ -324,10 +325,12 @@ class PixelGrid {
         continue;
       }
       bool small = false;
+      V first_evidence = zero;
       for (int64_t l = 0; l < layers; ++l) {
         V d = zero;
         for (int j = 0; j < c; ++j) d += load(p0 + j * pitch + k) * load(q0 + (l * c + j) * tile + k);
-        evidence_[l] = d;
+        if constexpr (kOneLayer) first_evidence = d;
+        if constexpr (!kOneLayer) evidence_[l] = d;
         small = small || any(!(d >= smallest));
       }
       if (small) {
@@ -337,7 +340,7 @@ class PixelGrid {
       V trace = zero;
       for (int j = 0; j < c; ++j) trace += load(ajj + j * tile + k);
       for (int64_t l = 0; l < layers; ++l) {
-        const V d = evidence_[l], inv_d = one / d, weight = load(labels_[l].weight + k);
+        const V d = kOneLayer ? first_evidence : evidence_[l], inv_d = one / d, weight = load(labels_[l].weight + k);
         const V scaled = weight * gradient_scale, scaled_trace = scaled * trace_weight;
         if (kind_->transition_gradient != nullptr) add_transition_gradient(l, k, scaled * inv_d);
         for (int j = 0; j < c; ++j) {
