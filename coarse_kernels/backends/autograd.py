@@ -34,7 +34,7 @@ def run(operators: Any, call: Arguments, needed: dict[int, Tensor]) -> Outputs:
     """The operator in eager mode, differentiable in ``needed``; `Outputs` without gradients."""
     if needed:
         kinds = len(call.labels)
-        out = _Objective.apply(operators, call, tuple(needed), anchor(needed), *needed.values())
+        out = _Objective.apply(operators, call, tuple(needed), *needed.values())
         terms = [list(out[1 + kinds * n : 1 + kinds * (n + 1)]) for n in range(3)]
         return Outputs(out[0], *terms, grad_seg=call.seg_logits, grad_cm=[], grad_transition=[])
     with torch._C._AutoDispatchBelowAutograd():
@@ -44,47 +44,31 @@ def run(operators: Any, call: Arguments, needed: dict[int, Tensor]) -> Outputs:
 class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, operators: Any, call: Arguments, bits: tuple[int, ...], anchor: Tensor, *needed: Tensor
+        ctx: Any, operators: Any, call: Arguments, bits: tuple[int, ...], *needed: Tensor
     ) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             out = Outputs(*operators.annotation_objective(*call))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*out.nll, *out.trace)
         ctx.operators, ctx.bits = operators, bits
+        anchor = out.loss.new_empty(0)
         _save(ctx, call, out, anchor)
-        return (out.loss, *out.losses, *out.nll, *out.trace)
+        return (out.loss, *out.losses, *out.nll, *out.trace, anchor)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
         bits = ctx.bits
-        asked = [bit for bit, wants in zip(bits, ctx.needs_input_grad[4:], strict=True) if wants]
+        asked = [bit for bit, wants in zip(bits, ctx.needs_input_grad[3:], strict=True) if wants]
         grads = _gradients(ctx.operators, ctx, asked, grad_loss, list(others[: ctx.state.kinds]))
-        return (None, None, None, None, *(grads.get(bit) for bit in bits))
+        return (None, None, None, *(grads.get(bit) for bit in bits))
 
 
 # --- second derivatives: a clear error ----------------------------------------------------------------------------------
 
 
-class _Anchor(torch.autograd.Function):
-    """No elements, but the graph of every input."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.count = len(inputs)
-        return inputs[0].new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
-        return (None,) * ctx.count
-
-
-def anchor(needed: dict[int, Tensor]) -> Tensor:
-    """What makes a gradient depend on the inputs that it is a function of, without keeping their memory: one_pass saves no
-    logits. Autograd then finds the way from a gradient back to them, and on it `_FirstDerivative`, which says that there is
-    none; a node on no such way would be left out in silence.
-    """
-    return _Anchor.apply(*needed.values())
+# What makes a gradient depend on the inputs that it is a function of is one more output of `_Objective`, without elements, which
+# backward gets back with its graph: an ``anchor``, for one_pass saves no logits. Autograd then finds the way from a gradient to the
+# inputs, and on it `_FirstDerivative`, which says that there is none; a node on no such way would be left out in silence.
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -124,7 +108,7 @@ def _save(ctx: Any, call: Arguments, out: Outputs, anchor: Tensor | None) -> Non
             saved += getattr(call, name)
     if anchor is not None:
         saved.append(anchor)
-    bare = call._replace(seg_logits=None, anchor=None, **dict.fromkeys(_TENSOR_LISTS))
+    bare = call._replace(seg_logits=None, **dict.fromkeys(_TENSOR_LISTS))
     ctx.state = _State(bare, kinds, tuple(formed), has_inputs, anchor is not None)
     ctx.save_for_backward(*saved)
 
@@ -261,7 +245,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     call, out = Arguments(*inputs), Outputs(*output)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*out.nll, *out.trace, out.grad_seg, *out.grad_cm, *out.grad_transition)
-    _save(ctx, call, out, call.anchor)
+    _save(ctx, call, out, None)
 
 
 def _backward(
@@ -274,9 +258,9 @@ def _backward(
         asked += [cm_bit(kind)] if wants.cm_logits[kind] else []
         asked += [transition_bit(kind)] if wants.transition[kind] else []
     grads = _gradients(operators, ctx, asked, grad_loss, grad_losses)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the operator itself, called in eager mode
+        grads = {bit: _FirstDerivative.apply(grad, torch.zeros((), requires_grad=True)) for bit, grad in grads.items()}
     lists: dict[str, Any] = {name: [None] * kinds for name in _TENSOR_LISTS}
     lists["cm_logits"] = [grads.get(cm_bit(kind)) for kind in range(kinds)]
     lists["transition"] = [grads.get(transition_bit(kind)) for kind in range(kinds)]
-    inputs = Arguments(seg_logits=grads.get(SEG), **lists, **dict.fromkeys(Arguments._fields[7:]))  # type: ignore[arg-type]
-    # without the anchor where it has been left out, as the graphs of torch.compile do with an argument that has its default
-    return tuple(inputs)[: len(ctx.needs_input_grad)]
+    return tuple(Arguments(seg_logits=grads.get(SEG), **lists, **dict.fromkeys(Arguments._fields[7:])))  # type: ignore[arg-type]

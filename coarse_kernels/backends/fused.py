@@ -80,8 +80,7 @@ def _untransformed(tensors: Sequence[Tensor | None]) -> str | None:
 
 
 def _terms(out: Outputs) -> Iterator[Terms]:
-    for loss, nll, trace in zip(out.losses, out.nll, out.trace, strict=True):
-        yield loss, nll.detach(), trace.detach()
+    yield from zip(out.losses, out.nll, out.trace, strict=True)
 
 
 def _arguments(problem: Problem, scales: Sequence[Tensor | None]) -> Arguments:

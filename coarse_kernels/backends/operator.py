@@ -24,7 +24,6 @@ class Arguments(NamedTuple):
 
     scale: what the kind's sums are multiplied with, one number on the device. weight: of the kind in ``loss``.
     per_pixel: ``losses``, ``nll`` and ``trace`` are maps shaped like the labels, scale and weight are 1, ``loss`` is absent.
-    anchor: makes gradients part of the graph of what is differentiated (`autograd.anchor`); not read.
     """
 
     seg_logits: Tensor  # (B, C, *s)
@@ -39,7 +38,6 @@ class Arguments(NamedTuple):
     ignore_index: int
     per_pixel: bool
     wanted: int
-    anchor: Tensor | None = None
 
 
 class Outputs(NamedTuple):
@@ -75,7 +73,7 @@ MAX_KINDS = 30
 SCHEMAS = (
     "annotation_objective(Tensor seg_logits, Tensor[] labels, Tensor[] cm_logits, Tensor[] transition, "
     "Tensor[] class_weight, Tensor[] pixel_weight, Tensor[] scale, float[] weight, float[] trace_weight, "
-    "int ignore_index, bool per_pixel, int wanted, Tensor? anchor=None) -> (Tensor loss, Tensor[] losses, Tensor[] nll, "
+    "int ignore_index, bool per_pixel, int wanted) -> (Tensor loss, Tensor[] losses, Tensor[] nll, "
     "Tensor[] trace, Tensor grad_seg, Tensor[] grad_cm, Tensor[] grad_transition)",
     "objective_posterior(Tensor seg_logits, Tensor[] labels, Tensor[] cm_logits, Tensor[] transition, int ignore_index) "
     "-> Tensor",

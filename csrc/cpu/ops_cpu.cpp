@@ -88,8 +88,7 @@ Outputs objective(Inputs in, const std::vector<double>& weight, const std::vecto
 
 Outputs annotation_objective(Tensor seg_logits, Tensors labels, Tensors cm_logits, Tensors transition,
                              Tensors class_weight, Tensors pixel_weight, Tensors scale, std::vector<double> weight,
-                             std::vector<double> trace_weight, int64_t ignore_index, bool per_pixel, int64_t wanted,
-                             OptionalTensor /*anchor*/) {
+                             std::vector<double> trace_weight, int64_t ignore_index, bool per_pixel, int64_t wanted) {
   Inputs in{seg_logits, labels, cm_logits, transition, class_weight, pixel_weight, scale};
   return in.wide() ? objective<double>(std::move(in), weight, trace_weight, ignore_index, per_pixel, wanted)
                    : objective<float>(std::move(in), weight, trace_weight, ignore_index, per_pixel, wanted);
