@@ -51,7 +51,9 @@ def check_problem(
     """
     num_classes(seg_logits)
     if isinstance(drawings, Drawings) or not isinstance(drawings, Sequence) or len(drawings) == 0:
-        got = type(drawings).__name__ if isinstance(drawings, Drawings) or not isinstance(drawings, Sequence) else "none"
+        got = (
+            type(drawings).__name__ if isinstance(drawings, Drawings) or not isinstance(drawings, Sequence) else "none"
+        )
         raise TypeError(f"drawings: expected a sequence of at least one Drawings, got {got}")
     for k, each in enumerate(drawings):
         if not isinstance(each, Drawings):
@@ -83,6 +85,10 @@ def check_problem(
     )
 
 
+def _plain(part: Any) -> Any:
+    return wrapped.plain(part) if isinstance(part, Tensor) else part
+
+
 def _check_drawings(
     seg_logits: Tensor,
     given: Drawings,
@@ -94,17 +100,9 @@ def _check_drawings(
 ) -> Drawings:
     classes = seg_logits.shape[1]
     batch, rank = seg_logits.shape[0], seg_logits.dim() - 2
-    labels, cm_logits, transition, class_weight, pixel_weight, normalizer = (
-        wrapped.plain(part) if isinstance(part, Tensor) else part
-        for part in (
-            given.labels,
-            given.cm_logits,
-            given.transition,
-            given.class_weight,
-            given.pixel_weight,
-            given.normalizer,
-        )
-    )
+    labels, cm_logits, transition = _plain(given.labels), _plain(given.cm_logits), _plain(given.transition)
+    class_weight, pixel_weight = _plain(given.class_weight), _plain(given.pixel_weight)
+    normalizer = _plain(given.normalizer)
     labels_name, cm_name = name("labels"), name("cm_logits")
 
     _check_tensor(labels_name, labels)
@@ -179,9 +177,7 @@ def check_objective(
         ("negative", negative_cm, negative_labels),
     ):
         if cm is not None and labels is None:
-            raise ValueError(
-                f"{kind}_cm: got confusion matrices but {kind}_labels is None; expected both or neither"
-            )
+            raise ValueError(f"{kind}_cm: got confusion matrices but {kind}_labels is None; expected both or neither")
     if transition is not None and negative_labels is None:
         raise ValueError("transition: belongs to the negative drawings, expected None where negative_labels is None")
     check_weight("negative_weight", negative_weight)
@@ -331,9 +327,7 @@ def _may_read(tensor: Tensor | None) -> bool:
     return tensor.device.type == "cpu" or os.environ.get("COARSE_KERNELS_DEBUG") == "1"
 
 
-def _check_values(
-    seg_logits: Tensor, drawings: Drawings, ignore_index: int, name: Names, complementary: bool
-) -> None:
+def _check_values(seg_logits: Tensor, drawings: Drawings, ignore_index: int, name: Names, complementary: bool) -> None:
     if torch.compiler.is_compiling():
         return
     labels, normalizer = drawings.labels, drawings.normalizer

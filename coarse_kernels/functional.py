@@ -16,9 +16,9 @@ normalised.
 
 Data flows one way: `checks` validates the arguments once, `backends` chooses who computes, the backend computes.
 
-Shape letters: ``B`` batch, ``C`` classes, ``K`` layers, ``*S`` pixel grid (1, 2 or 3 axes, defined by the labels), ``*G`` grid of
-the confusion matrices and ``*s`` grid of the class logits: same number of axes, any size from 1 to S, interpolated linearly
-(`torch.nn.functional.interpolate(align_corners=False)`) where they are coarser.
+Shape letters: ``B`` batch, ``C`` classes, ``K`` layers, ``*S`` pixel grid (1, 2 or 3 axes, defined by the labels), ``*G``
+grid of the confusion matrices and ``*s`` grid of the class logits: same number of axes, any size from 1 to S, interpolated
+linearly (`torch.nn.functional.interpolate(align_corners=False)`) where they are coarser.
 """
 
 from __future__ import annotations
@@ -271,12 +271,12 @@ def annotation_posterior(
     """
     if not isinstance(cm_logits, (Drawings, Sequence)) or isinstance(cm_logits, str):
         drawings: Sequence[Drawings] = [Drawings(labels, cm_logits, transition)]  # type: ignore[arg-type]
-        problem = checks.check_problem(
-            seg_logits, drawings, ignore_index=ignore_index, names=[str], layers=[False]
-        )
+        problem = checks.check_problem(seg_logits, drawings, ignore_index=ignore_index, names=[str], layers=[False])
     else:
         if labels is not None or transition is not None:
-            raise TypeError("labels, transition: are parts of the drawings where a sequence of them is given, expected None")
+            raise TypeError(
+                "labels, transition: are parts of the drawings where a sequence of them is given, expected None"
+            )
         problem = checks.check_problem(seg_logits, cm_logits, ignore_index=ignore_index)
     with torch.no_grad():
         return backends.select(problem, backend).posterior(problem)

@@ -1,4 +1,4 @@
-"""What is to be computed: an image's class logits and the kinds of drawings on it. Frozen, without a check: `checks` has been here.
+"""What is to be computed: an image's class logits and the kinds of drawings on it. Frozen, and without a check of their own.
 
 Shape letters: ``B`` batch, ``C`` classes, ``K`` layers, ``*S`` pixel grid (1, 2 or 3 axes, defined by the labels), ``*G`` grid
 of a confusion-matrix field and ``*s`` grid of the class logits: as many axes, any size from 1 to S.
@@ -22,8 +22,8 @@ class Drawings:
             class; their means, weights and counts are taken over all of them together.
         cm_logits: (B or 1, C, C, *G) or (B or 1, C*C, *G) logits of ``p(observed | true)``; first index observed, second true.
             None is a trusted kind, A = I: cross-entropy, or complementary-label learning with a transition.
-        transition: (C, C), entry [i, y] the probability that class i is reported as label y; None: identity (positive drawings).
-            Rows sum to 1.
+        transition: (C, C), entry [i, y] the probability that class i is reported as label y; rows sum to 1. None: identity
+            (positive drawings).
         weight: of this kind in the objective.
         trace_weight: of ``tr(A)`` in this kind's loss.
         class_weight: (C,) weight of a pixel by its label; a constant.

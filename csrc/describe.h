@@ -13,8 +13,8 @@ using coarse::Drawings;
 using coarse::Field;
 using coarse::Problem;
 
-// The leading arguments of the operators (operator.py, `Arguments`): lists have an element for each kind of drawings. Kept alive,
-// and made contiguous where they are not.
+// The leading arguments of the operators (operator.py, `Arguments`): lists have an element for each kind of drawings.
+// Kept alive, and made contiguous where they are not.
 struct Inputs {
   Tensor seg_logits;
   std::vector<Tensor> labels, cm_logits, transition, class_weight, pixel_weight, scale;
@@ -56,7 +56,8 @@ template <class R>
 Problem<R> describe(Inputs& in, int64_t ignore_index, std::vector<Drawings<R>>& kinds) {
   const size_t count = in.kinds();
   STD_TORCH_CHECK(count >= 1 && count <= coarse::kMaxKinds, "labels: expected 1 to ", coarse::kMaxKinds, " kinds");
-  STD_TORCH_CHECK(in.cm_logits.size() == count && in.transition.size() == count, "one element for each kind of drawings");
+  STD_TORCH_CHECK(in.cm_logits.size() == count && in.transition.size() == count,
+                  "one element for each kind of drawings");
   in.seg_logits = torch::stable::contiguous(in.seg_logits);
   const int64_t rank = in.seg_logits.dim() - 2;
   STD_TORCH_CHECK(rank >= 1 && rank <= 3, "seg_logits: expected 1 to 3 spatial axes");
@@ -66,7 +67,8 @@ Problem<R> describe(Inputs& in, int64_t ignore_index, std::vector<Drawings<R>>& 
   problem.ignore_index = ignore_index;
   problem.seg = field_of(in.seg_logits, 2, "seg_logits");
   const auto fits = [](const Field& field, const int64_t* size, const char* name) {
-    STD_TORCH_CHECK((field.storage == coarse::Storage::f64) == (sizeof(R) == 8), name, ": float64 goes with float64 only");
+    STD_TORCH_CHECK((field.storage == coarse::Storage::f64) == (sizeof(R) == 8), name,
+                    ": float64 goes with float64 only");
     for (int axis = 0; axis < 3; ++axis) {
       STD_TORCH_CHECK(field.grid[axis] <= size[axis] && (field.grid[axis] > 0 || size[axis] == 0), name,
                       ": its grid does not fit");
@@ -77,7 +79,8 @@ Problem<R> describe(Inputs& in, int64_t ignore_index, std::vector<Drawings<R>>& 
     Tensor& labels = in.labels[k];
     labels = torch::stable::contiguous(labels);
     STD_TORCH_CHECK(labels.dim() == rank + 2 && labels.size(0) == problem.batch, "labels: expected (B, K, *S)");
-    const int64_t size[3] = {rank > 2 ? labels.size(rank - 1) : 1, rank > 1 ? labels.size(rank) : 1, labels.size(rank + 1)};
+    const int64_t size[3] = {rank > 2 ? labels.size(rank - 1) : 1, rank > 1 ? labels.size(rank) : 1,
+                             labels.size(rank + 1)};
     if (k == 0) {
       problem.depth = size[0];
       problem.height = size[1];

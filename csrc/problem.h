@@ -11,8 +11,8 @@ namespace coarse {
 // Kinds of drawings in one call; operator.py refuses more.
 constexpr int kMaxKinds = 30;
 
-// Values on a grid of their own: (images, planes, D, H, W); lower ranks have D = 1, or D = H = 1. Contiguous but for the
-// first axis. Where the grid is coarser than the pixels they are interpolated linearly.
+// Values on a grid of their own: (images, planes, D, H, W); lower ranks have D = 1, or D = H = 1. Contiguous but for
+// the first axis. Where the grid is coarser than the pixels they are interpolated linearly.
 struct Field {
   const void* data = nullptr;  // null: absent
   void* gradient = nullptr;    // contiguous; null: not wanted
@@ -54,8 +54,8 @@ struct Problem {
   Field seg;  // class logits, C planes
   const Drawings<R>* kinds = nullptr;
   int kind_count = 0;
-  void* posterior = nullptr;           // (B, C, D, H, W) in the storage of `seg`; instead of loss and gradients
-  void* label_map = nullptr;           // (B, D, H, W), uint8 or int64: the most probable class; instead of all else
+  void* posterior = nullptr;  // (B, C, D, H, W) in the storage of `seg`; instead of loss and gradients
+  void* label_map = nullptr;  // (B, D, H, W), uint8 or int64: the most probable class; instead of all else
   LabelType label_map_type = LabelType::u8;
   unsigned char* bad_label = nullptr;  // (tasks): set where a label is out of range
 

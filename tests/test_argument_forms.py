@@ -19,7 +19,16 @@ F64 = torch.float64
 @EVERY
 @pytest.mark.parametrize(
     "normalizer",
-    [3.0, 3, np.float32(3), np.float64(3), np.int64(3), torch.tensor(3), torch.tensor(3.0), torch.tensor(3.0).bfloat16()],
+    [
+        3.0,
+        3,
+        np.float32(3),
+        np.float64(3),
+        np.int64(3),
+        torch.tensor(3),
+        torch.tensor(3.0),
+        torch.tensor(3.0).bfloat16(),
+    ],
     ids=lambda n: f"{type(n).__name__}-{getattr(n, 'dtype', '')}",
 )
 def test_normalizer(backend: str, normalizer: Any) -> None:
@@ -79,7 +88,9 @@ def test_a_matrix_flat_or_square_in_every_function(backend: str) -> None:
     for cm in (problem.cm, flat):
         cm = leaf(cm)
         assert cm is not None
-        out = ck.annotation_objective(problem.seg, [ck.Drawings(problem.labels, cm, problem.transition)], backend=backend)
+        out = ck.annotation_objective(
+            problem.seg, [ck.Drawings(problem.labels, cm, problem.transition)], backend=backend
+        )
         out.loss.backward()
         assert cm.grad is not None
         grads.append(cm.grad.reshape(flat.shape))
@@ -121,7 +132,7 @@ def test_an_ignore_index_that_bytes_do_not_hold_ignores_no_weight(backend: str) 
     """-100 is 156 in eight bits: the bad weight of a label 156 would be overlooked."""
     seg, labels = put(torch.zeros(1, 160, 2)), put(torch.tensor([[156, 3]], dtype=torch.uint8))
     weight = put(torch.tensor([[-1.0, 1.0]]))
-    with pytest.raises(ValueError, match="pixel_weight: expected finite numbers >= 0 .*got -1.0"):
+    with pytest.raises(ValueError, match=r"pixel_weight: expected finite numbers >= 0 .*got -1\.0"):
         ck.annotation_nll(seg, None, labels, ignore_index=-100, pixel_weight=weight, backend=backend)
 
 

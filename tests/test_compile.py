@@ -70,7 +70,9 @@ def operator_samples() -> dict[str, Arguments]:
         )
         samples[name] = call
         samples[f"{name}-map"] = call._replace(per_pixel=True, scale=[absent] * len(kinds), weight=[1.0] * len(kinds))
-        samples[f"{name}-wanted"] = call._replace(wanted=sum(bit for bit, t in operator.differentiable(call) if t.requires_grad))
+        samples[f"{name}-wanted"] = call._replace(
+            wanted=sum(bit for bit, t in operator.differentiable(call) if t.requires_grad)
+        )
 
     for name, grid in GRIDS.items():
         for stream in ("positive", "random"):

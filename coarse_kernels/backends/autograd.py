@@ -4,9 +4,9 @@
     one_pass                      forward: wanted = what autograd will ask for; backward hands it out
     recompute                     forward: wanted = 0; backward: the operator again, grad_output folded into scale
 
-In eager mode through `_Objective`, a function of the tensors that are differentiated. Under torch.compile through the autograd of
-the operator itself (`register`), which PyTorch generates: it takes lists of tensors apart and together again at every call, which
-costs 0.3 ms.
+In eager mode through `_Objective`, a function of the tensors that are differentiated. Under torch.compile through the
+autograd of the operator itself (`register`), which PyTorch generates: it takes lists of tensors apart and together again at
+every call, which costs 0.3 ms.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def run(operators: Any, call: Arguments, needed: dict[int, Tensor]) -> Outputs:
     if needed:
         kinds = len(call.labels)
         out = _Objective.apply(operators, call, tuple(needed), *needed.values())
-        terms = [list(out[1 + kinds * n : 1 + kinds * (n + 1)]) for n in range(3)]
-        return Outputs(out[0], *terms, grad_seg=call.seg_logits, grad_cm=[], grad_transition=[])
+        losses, nll, trace = (list(out[1 + kinds * n : 1 + kinds * (n + 1)]) for n in range(3))
+        return Outputs(out[0], losses, nll, trace, grad_seg=call.seg_logits, grad_cm=[], grad_transition=[])
     with torch._C._AutoDispatchBelowAutograd():
         return Outputs(*operators.annotation_objective(*call))
 
@@ -66,9 +66,10 @@ class _Objective(torch.autograd.Function):
 # --- second derivatives: a clear error ----------------------------------------------------------------------------------
 
 
-# What makes a gradient depend on the inputs that it is a function of is one more output of `_Objective`, without elements, which
-# backward gets back with its graph: an ``anchor``, for one_pass saves no logits. Autograd then finds the way from a gradient to the
-# inputs, and on it `_FirstDerivative`, which says that there is none; a node on no such way would be left out in silence.
+# What makes a gradient depend on the inputs that it is a function of is one more output of `_Objective`, without elements,
+# which backward gets back with its graph: an ``anchor``, for one_pass saves no logits. Autograd then finds the way from a
+# gradient to the inputs, and on it `_FirstDerivative`, which says that there is none; a node on no such way would be left
+# out in silence.
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -108,7 +109,8 @@ def _save(ctx: Any, call: Arguments, out: Outputs, anchor: Tensor | None) -> Non
             saved += getattr(call, name)
     if anchor is not None:
         saved.append(anchor)
-    bare = call._replace(seg_logits=None, **dict.fromkeys(_TENSOR_LISTS))
+    absent: dict[str, Any] = dict.fromkeys(("seg_logits", *_TENSOR_LISTS))
+    bare = call._replace(**absent)
     ctx.state = _State(bare, kinds, tuple(formed), has_inputs, anchor is not None)
     ctx.save_for_backward(*saved)
 
@@ -136,7 +138,8 @@ def _gradients(
     own_losses = any(grad is not None for grad in grad_losses)
     if formed and not state.has_inputs and own_losses:
         # the one kind: its loss is the total over its weight
-        own = grad_losses[0] / state.call.weight[0]  # type: ignore[operator]
+        assert grad_losses[0] is not None
+        own = grad_losses[0] / state.call.weight[0]
         grad_loss, own_losses = own if grad_loss is None else grad_loss + own, False
     if formed and not own_losses:
         assert grad_loss is not None
@@ -193,12 +196,14 @@ def _recomputed(
     kinds = state.kinds
     if any(wrapped.of_transform(g) for g in (grad_loss, *grad_losses) if g is not None):
         raise RuntimeError(f"coarse_kernels: {ONLY_REFERENCE.format('batches of gradients')}")
-    lists = {name: inputs[1 + kinds * n : 1 + kinds * (n + 1)] for n, name in enumerate(_TENSOR_LISTS)}
-    call: Arguments = state.call._replace(seg_logits=inputs[0], **lists, wanted=sum(asked), per_pixel=False)
+    lists: dict[str, Any] = {name: inputs[1 + kinds * n : 1 + kinds * (n + 1)] for n, name in enumerate(_TENSOR_LISTS)}
+    call = state.call._replace(seg_logits=inputs[0], **lists, wanted=sum(asked), per_pixel=False)
     if state.call.per_pixel:
         # losses are the maps w (nll + ...): their gradient is that of the sum with weights w * grad
         factors = [
-            torch.zeros(labels.shape, dtype=_dtype_of(call), device=labels.device) if grad is None else grad.contiguous()
+            torch.zeros(labels.shape, dtype=_dtype_of(call), device=labels.device)
+            if grad is None
+            else grad.contiguous()
             for labels, grad in zip(call.labels, grad_losses, strict=True)
         ]
         weights = [

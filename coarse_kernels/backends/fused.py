@@ -49,12 +49,8 @@ class FusedBackend:
         if problem.reduction == "none":
             return label_weights(problem, drawings)
         dtype = problem.compute_dtype
-        weights = (
-            None if w is None else w.detach().to(dtype) for w in (drawings.class_weight, drawings.pixel_weight)
-        )
-        weight = self._operators().labelled_weight(
-            drawings.labels, *weights, problem.num_classes, problem.ignore_index
-        )
+        weights = (None if w is None else w.detach().to(dtype) for w in (drawings.class_weight, drawings.pixel_weight))
+        weight = self._operators().labelled_weight(drawings.labels, *weights, problem.num_classes, problem.ignore_index)
         return weight.to(dtype)
 
     def label_map(self, seg_logits: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-
 ONLY_REFERENCE = 'the fused operators do not know {}; use backend="reference", which is plain PyTorch'
 
 
@@ -192,14 +191,14 @@ def _single_posterior_fake(
 def declare(namespace: str, *, single: bool) -> torch.library.Library:
     """The operators of a namespace: schemas and fake kernels. They live as long as what is returned. ``single``: with
     those that take one kind of drawings at a time."""
-    library = torch.library.Library(namespace, "DEF")  # noqa: TOR901
+    library = torch.library.Library(namespace, "DEF")
     fakes: dict[str, Any] = {
         "annotation_objective": _objective_fake,
         "objective_posterior": _posterior_fake,
         "labelled_weight": _labelled_weight_fake,
         "label_map": _label_map_fake,
     }
-    schemas = SCHEMAS
+    schemas: tuple[str, ...] = SCHEMAS
     if single:
         schemas = (*schemas, *SINGLE_SCHEMAS, SCALE)
         fakes |= {"annotation_nll": _nll_fake, "annotation_posterior": _single_posterior_fake}

@@ -4,8 +4,8 @@
 //   kinds    each adds its share: mass += w, own[j] -= w r[j]          (w the pixel's weight, r the kind's posterior)
 //   write    mass p[j] + own[j] = sum over kinds of w (p[j] - r[j]); to the pixel, or summed onto the grid
 //
-// Nothing here has the size of C planes of pixels. The posterior of several kinds is p[j] prod q[j], normalised: each kind adds
-// log q[j] to joint[j] = log p[j].
+// Nothing here has the size of C planes of pixels. The posterior of several kinds is p[j] prod q[j], normalised: each
+// kind adds log q[j] to joint[j] = log p[j].
 #pragma once
 
 #include "common.h"
@@ -21,10 +21,10 @@ class ClassField {
   static constexpr int N = kLanes<R>;
 
  public:
-  V* s;     // logits, less their maximum
-  V* p;     // of the true class
-  V* own;   // gradient, but for mass * p
-  V* joint; // with a posterior: log p + the sum of log q
+  V* s;      // logits, less their maximum
+  V* p;      // of the true class
+  V* own;    // gradient, but for mass * p
+  V* joint;  // with a posterior: log p + the sum of log q
   V* mass;
   V* log_sum;  // log sum_j exp(s[j]); for trusted kinds and posteriors
   R* drawn;    // 1 where some layer of some kind has a label
@@ -42,7 +42,8 @@ class ClassField {
     log_sum = arena.take<V>(n);
     drawn = arena.take<R>(n * N);
     want_log_sum_ = problem.posterior != nullptr;
-    for (int k = 0; k < problem.kind_count; ++k) want_log_sum_ = want_log_sum_ || problem.kinds[k].field.data == nullptr;
+    for (int k = 0; k < problem.kind_count; ++k)
+      want_log_sum_ = want_log_sum_ || problem.kinds[k].field.data == nullptr;
     lines_ = arena.take<V>(plan.seg.rows);
     scattered_ = arena.take<V>(plan.seg.rows);
     weights_ = arena.take<V>(2 * N);

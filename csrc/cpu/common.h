@@ -27,8 +27,8 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// The pixels that are worked on together: vectors of neighbouring pixels of a row, `per_row` of each of `rows` rows. Vector v
-// is number v % per_row of row v / per_row. What belongs to it lies in memory as V x[plane * pitch + v].
+// The pixels that are worked on together: vectors of neighbouring pixels of a row, `per_row` of each of `rows` rows.
+// Vector v is number v % per_row of row v / per_row. What belongs to it lies in memory as V x[plane * pitch + v].
 struct Slab {
   int64_t image, z, y0, x0, x1;  // rows from y0 on, columns [x0, x1)
   int rows, per_row;
@@ -74,7 +74,8 @@ struct LabelRun {
     weight = arena.take<R>(n);
   }
 
-  // Pixels [at, at + n) of the flattened label maps; lanes up to `padded` count as ignored. Written from position `to` on.
+  // Pixels [at, at + n) of the flattened label maps; lanes up to `padded` count as ignored. Written from position `to`
+  // on.
   inline bool read(const Problem<R>& problem, const Drawings<R>& kind, int64_t at, int64_t n, int64_t padded,
                    int64_t to) {
     int64_t count = 0, bad = 0;
@@ -96,8 +97,8 @@ struct LabelRun {
     };
     if (kind.label_type == LabelType::u8) {
       const int64_t ignore = problem.ignore_index;
-      scan(static_cast<const uint8_t*>(kind.labels) + at, ignore < 0 || ignore > 255 ? int32_t{-1} : static_cast<int32_t>(ignore),
-           problem.classes);
+      scan(static_cast<const uint8_t*>(kind.labels) + at,
+           ignore < 0 || ignore > 255 ? int32_t{-1} : static_cast<int32_t>(ignore), problem.classes);
     } else {
       scan(static_cast<const int64_t*>(kind.labels) + at, problem.ignore_index, static_cast<int64_t>(problem.classes));
     }
@@ -163,7 +164,8 @@ inline void zero_maps(const Problem<R>& problem, const Drawings<R>& kind, const 
   if (kind.nll_map == nullptr) return;
   const int64_t map = (slab.image * kind.layers + layer) * problem.pixels();
   for_each_vector(problem, slab, [&](const Place& place) {
-    for (int64_t k = 0; k < place.lanes; ++k) kind.nll_map[map + place.at + k] = kind.trace_map[map + place.at + k] = R(0);
+    for (int64_t k = 0; k < place.lanes; ++k)
+      kind.nll_map[map + place.at + k] = kind.trace_map[map + place.at + k] = R(0);
   });
 }
 

@@ -1,6 +1,6 @@
-// The gradient of a field on its grid: a sum over pixels, of which a task holds the few rows of the grid that it is working
-// on. Rows leave when the task is past them; see FieldPlan for where they go. So sums are in an order that the plan fixes, and
-// no pixel's share is ever stored.
+// The gradient of a field on its grid: a sum over pixels, of which a task holds the few rows of the grid that it is
+// working on. Rows leave when the task is past them; see FieldPlan for where they go. So sums are in an order that the
+// plan fixes, and no pixel's share is ever stored.
 #pragma once
 
 #include "common.h"
@@ -65,8 +65,8 @@ class GradientRows {
   void add(int64_t g, int64_t unit, int64_t slice, int64_t offset, R weight) {
     const bool head = unit >= head_first_ && unit < head_end_;
     const int64_t w = plan_->x.grid;
-    R* to = head ? heads_ + (unit - head_first_) * planes_ * plan_->unit + offset
-                 : sum_ + (slice * plan_->y.grid + g) * w;
+    R* to =
+        head ? heads_ + (unit - head_first_) * planes_ * plan_->unit + offset : sum_ + (slice * plan_->y.grid + g) * w;
     const int64_t stride = head ? plan_->unit : points_;
     const R* from = at(g);
     for (int64_t plane = 0; plane < planes_; ++plane, to += stride, from += pitch_) {

@@ -43,19 +43,21 @@ struct Chunk {
   int32_t begin, end;
 };
 
-// A field on its grid, and where the sums over pixels go that are its gradient. A unit of the grid is a row, of a volume a
-// slice. Chunks that run at the same time share the units at their seams: what a chunk has for the `head` units that an
-// earlier one reads too goes to `heads`, and is added afterwards in the order of the chunks; everything else has one writer.
+// A field on its grid, and where the sums over pixels go that are its gradient. A unit of the grid is a row, of a
+// volume a slice. Chunks that run at the same time share the units at their seams: what a chunk has for the `head`
+// units that an earlier one reads too goes to `heads`, and is added afterwards in the order of the chunks; everything
+// else has one writer.
 template <class R>
 struct FieldPlan {
-  bool volume = false;    // units are slices
-  bool on_pixels = true;  // a point for each pixel: nothing is interpolated, and gradients are written where they belong
+  bool volume = false;  // units are slices
+  bool on_pixels =
+      true;  // a point for each pixel: nothing is interpolated, and gradients are written where they belong
   Axis<R> z, y, x;
   const Slope<R>* slopes = nullptr;  // of each segment
   int rows = 0;                      // of the grid that a band reads, at most
-  R* sum = nullptr;                  // (images, planes, points), or (groups, planes, points) of one field for all images
-  bool zeroed = false;               // `sum` and `heads` arrive as zeros, and every unit may be added to more than once
-  R* heads = nullptr;                // (images or groups, chunks, head_slots, planes, unit)
+  R* sum = nullptr;     // (images, planes, points), or (groups, planes, points) of one field for all images
+  bool zeroed = false;  // `sum` and `heads` arrive as zeros, and every unit may be added to more than once
+  R* heads = nullptr;   // (images or groups, chunks, head_slots, planes, unit)
   int64_t head_slots = 0, unit = 0;
   const int32_t *head_first = nullptr, *head_count = nullptr;  // (chunks)
 };
@@ -67,8 +69,8 @@ struct Plan {
   const Band* bands = nullptr;
   const Chunk* chunks = nullptr;
   int64_t chunk_count = 0;
-  int64_t groups = 1;   // of images, each its own tasks
-  int per_row = 1;      // vectors of a row that are worked on together
+  int64_t groups = 1;      // of images, each its own tasks
+  int per_row = 1;         // vectors of a row that are worked on together
   int vectors = kMaxRows;  // at most, of a slab: rows * per_row
 
   int64_t tasks() const { return chunk_count * groups; }

@@ -1,5 +1,5 @@
-// The operators of `torch.ops.coarse_kernels` on CPU tensors, on the LibTorch stable ABI: tensors in, a plan of tasks, tensors
-// out. The schemas are in operator.py, the mathematics in coarse_math.h.
+// The operators of `torch.ops.coarse_kernels` on CPU tensors, on the LibTorch stable ABI: tensors in, a plan of tasks,
+// tensors out. The schemas are in operator.py, the mathematics in coarse_math.h.
 #include <Python.h>
 
 #include <torch/csrc/stable/library.h>
@@ -75,8 +75,8 @@ Outputs objective(Inputs in, const std::vector<double>& weight, const std::vecto
       *loss = static_cast<R>(scaled(factor, sum));
       total += scaled(factor * weight[k], sum);
     }
-    transition_gradients.push_back(want_transition[k] ? new_tensor(like, {problem.classes, problem.classes}, dtype_of<R>())
-                                                      : absent());
+    transition_gradients.push_back(
+        want_transition[k] ? new_tensor(like, {problem.classes, problem.classes}, dtype_of<R>()) : absent());
     R* const out = static_cast<R*>(transition_gradients[k].data_ptr());
     for (size_t n = 0; n < totals[k].transition_gradient.size(); ++n)
       out[n] = static_cast<R>(totals[k].transition_gradient[n]);
@@ -115,7 +115,8 @@ Tensor objective_posterior(Tensor seg_logits, Tensors labels, Tensors cm_logits,
 template <class R>
 Tensor most_probable(Tensor seg_logits, const std::vector<int64_t>& size) {
   const int64_t rank = seg_logits.dim() - 2;
-  STD_TORCH_CHECK(rank >= 1 && rank <= 3 && static_cast<int64_t>(size.size()) == rank, "size: one number for each axis");
+  STD_TORCH_CHECK(rank >= 1 && rank <= 3 && static_cast<int64_t>(size.size()) == rank,
+                  "size: one number for each axis");
   seg_logits = torch::stable::contiguous(seg_logits);
   Problem<R> problem;
   problem.batch = seg_logits.size(0);

@@ -11,7 +11,8 @@
 // the slots that they go to, and fetches the logits of column j + 1. In separate loops reading, computing and writing
 // wait for one another, which takes 1.3 times as long (C = 19).
 //
-// Several layers of labels share the matrix, and so the exponentials: each adds its q, its posterior, and its coefficients.
+// Several layers of labels share the matrix, and so the exponentials: each adds its q, its posterior, and its
+// coefficients.
 #pragma once
 
 #include "class_field.h"
@@ -71,7 +72,8 @@ class PixelGrid {
     gradient_storage_ = accumulate_ ? (sizeof(R) == 4 ? Storage::f32 : Storage::f64) : kind_->field.storage;
     constexpr Storage own = sizeof(R) == 4 ? Storage::f32 : Storage::f64;
     own_gradient_ = gradient_storage_ == own;
-    aligned_planes_ = reinterpret_cast<uintptr_t>(gradient_) % sizeof(V) == 0 && problem_->pixels() % (kUnroll * N) == 0;
+    aligned_planes_ =
+        reinterpret_cast<uintptr_t>(gradient_) % sizeof(V) == 0 && problem_->pixels() % (kUnroll * N) == 0;
     pending_ = Tile{};
     which_ = 0;
   }
@@ -411,8 +413,7 @@ class PixelGrid {
       const V scaled = weight * kind_->gradient_scale, scaled_trace = scaled * kind_->trace_weight;
       fetch(t, k);
       const auto terms = slow_.run(c, kind_->transition, labels_[l].label + k, scaled, scaled_trace, want_reported);
-      if (want_reported)
-        slow_.add_reported(c, labels_[l].label + k, kind_->transition_gradient + task_ * c * c);
+      if (want_reported) slow_.add_reported(c, labels_[l].label + k, kind_->transition_gradient + task_ * c * c);
       const V live = select(terms.nll == inf, zero, scaled);
       for (int j = 0; j < c; ++j)
         *of_class_field(class_field_->own, j, k) -= select(live == zero, zero, live * slow_.r[j]);
@@ -575,8 +576,8 @@ class PixelGrid {
   R *field_, *reported_[2], *q_, *inv_z_, *ajj_, *keep_, *drop_, *diag_, *row_, *staged_;
   V *evidence_, *summed_;
   Terms<R> terms_;
-  V* top_;                // per vector of pixels: the column's maximum
-  LabelRun<R>* labels_;   // of each layer, from the tile's first pixel on
+  V* top_;               // per vector of pixels: the column's maximum
+  LabelRun<R>* labels_;  // of each layer, from the tile's first pixel on
   LogSpace<R> slow_;
 };
 

@@ -1,5 +1,5 @@
-// How a problem is cut into tasks: which pixels read which grid points, and who writes what. Of sizes alone, so that results do
-// not depend on the number of threads.
+// How a problem is cut into tasks: which pixels read which grid points, and who writes what. Of sizes alone, so that
+// results do not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -15,10 +15,10 @@
 namespace coarse {
 namespace {
 
-constexpr int kRowsPerBand = 32;          // a cell higher than this is cut
-constexpr int64_t kMaxChunks = 32;        // of an image: seams that are added up, and threads that it keeps busy
-constexpr int64_t kRowsPerChunk = 16;     // at least
-constexpr int64_t kPixelsPerChunk = 4096; // where nothing is interpolated
+constexpr int kRowsPerBand = 32;           // a cell higher than this is cut
+constexpr int64_t kMaxChunks = 32;         // of an image: seams that are added up, and threads that it keeps busy
+constexpr int64_t kRowsPerChunk = 16;      // at least
+constexpr int64_t kPixelsPerChunk = 4096;  // where nothing is interpolated
 constexpr int64_t kCopyBytes = int64_t{16} << 20;  // of a gradient that all images share: groups of them have their own
 constexpr int64_t kHeadBytes = int64_t{64} << 20;  // of the seams of a volume
 
@@ -28,8 +28,8 @@ class Planned {
  public:
   Plan<R> plan;
 
-  // `problem` has its fields in place (their gradients may be any pointer that is not null). Where nothing is interpolated its
-  // images become one row of pixels.
+  // `problem` has its fields in place (their gradients may be any pointer that is not null). Where nothing is
+  // interpolated its images become one row of pixels.
   explicit Planned(Problem<R>& problem) {
     const int64_t size[3] = {problem.depth, problem.height, problem.width};
     axes_.resize(static_cast<size_t>(problem.kind_count) + 1);
@@ -47,8 +47,8 @@ class Planned {
       problem.width = problem.pixels();
       problem.height = problem.depth = 1;
       // as many vectors as a tile of the pixel grid has, while the class field's share of the cache is small
-      plan.per_row = plan.vectors = static_cast<int>(
-          std::clamp<int64_t>((int64_t{96} << 10) / (problem.classes * lanes * static_cast<int64_t>(sizeof(R))), 4, 16));
+      plan.per_row = plan.vectors = static_cast<int>(std::clamp<int64_t>(
+          (int64_t{96} << 10) / (problem.classes * lanes * static_cast<int64_t>(sizeof(R))), 4, 16));
     } else {
       plan.per_row = strided_.empty() && any_pixels ? kMaxRows : 1;
       plan.vectors = kMaxRows;
@@ -56,7 +56,8 @@ class Planned {
     cut_bands(problem);
     if (flat) {
       for (int64_t x = 0; x < problem.width; x += kPixelsPerChunk)
-        chunks_.push_back({0, 1, x, std::min(x + kPixelsPerChunk, problem.width), 0, static_cast<int32_t>(bands_.size())});
+        chunks_.push_back(
+            {0, 1, x, std::min(x + kPixelsPerChunk, problem.width), 0, static_cast<int32_t>(bands_.size())});
     } else {
       cut_chunks(problem);
     }
@@ -81,9 +82,7 @@ class Planned {
     std::vector<int32_t> first, count;
   };
 
-  static int64_t kernels_lanes() {
-    return sizeof(R) == 4 ? kernels().simd_bytes / 4 : 2;
-  }
+  static int64_t kernels_lanes() { return sizeof(R) == 4 ? kernels().simd_bytes / 4 : 2; }
 
   static Axis<R> describe_axis(int64_t grid, int64_t pixels, std::vector<int32_t>& points, std::vector<R>& lambdas) {
     points.resize(pixels);
@@ -123,7 +122,8 @@ class Planned {
     }
     if (!plan.seg.on_pixels) {
       for (const Band& band : bands_)
-        plan.seg.rows = std::max(plan.seg.rows, static_cast<int>(plan.seg.y.next(band.y1 - 1) - plan.seg.y.i0[band.y0]) + 1);
+        plan.seg.rows =
+            std::max(plan.seg.rows, static_cast<int>(plan.seg.y.next(band.y1 - 1) - plan.seg.y.i0[band.y0]) + 1);
     }
     for (int k : strided_) plan.kinds[k].rows = plan.kinds[k].y.interpolated ? 2 : 1;
   }
@@ -166,7 +166,8 @@ class Planned {
     field.slopes = slopes.data();
   }
 
-  // Chunks: runs of bands; of a volume runs of slices. They begin where the largest field's cells do, so that a seam is one row.
+  // Chunks: runs of bands; of a volume runs of slices. They begin where the largest field's cells do, so that a seam is
+  // one row.
   void cut_chunks(const Problem<R>& problem) {
     const auto bands = static_cast<int32_t>(bands_.size());
     if (problem.depth > 1) {
@@ -222,15 +223,17 @@ class Planned {
     field.zeroed = volume;
   }
 
-  // Every image is a group of its own, but where images share a field whose gradient is wanted: each group has a copy of that.
+  // Every image is a group of its own, but where images share a field whose gradient is wanted: each group has a copy
+  // of that.
   int64_t groups(const Problem<R>& problem) const {
     int64_t groups = problem.batch;
     for (int k = 0; k < problem.kind_count; ++k) {
       const Field& field = problem.kinds[k].field;
       if (field.gradient == nullptr || field.images != 1 || problem.batch <= 1) continue;
-      const int64_t bytes = static_cast<int64_t>(problem.classes) * problem.classes * field.points() *
-                            static_cast<int64_t>(sizeof(R));
-      const int64_t copies = plan.kinds[k].on_pixels ? 1 : std::clamp<int64_t>(kCopyBytes / std::max<int64_t>(bytes, 1), 1, 16);
+      const int64_t bytes =
+          static_cast<int64_t>(problem.classes) * problem.classes * field.points() * static_cast<int64_t>(sizeof(R));
+      const int64_t copies =
+          plan.kinds[k].on_pixels ? 1 : std::clamp<int64_t>(kCopyBytes / std::max<int64_t>(bytes, 1), 1, 16);
       groups = std::min(groups, copies);
     }
     return std::max<int64_t>(groups, 1);

@@ -119,11 +119,13 @@ class Run {
                 static_cast<size_t>(field.images * planes * field.points() * coarse::bytes_of(field.storage)));
   }
 
-  void book(coarse::FieldPlan<R>& field, const Field& tensor, int64_t planes, const coarse::Plan<R>& plan, bool shared) {
+  void book(coarse::FieldPlan<R>& field, const Field& tensor, int64_t planes, const coarse::Plan<R>& plan,
+            bool shared) {
     if (tensor.gradient == nullptr || (field.on_pixels && !shared)) return;
     const int64_t n = planes * tensor.points(), owners = shared ? plan.groups : tensor.images;
     constexpr coarse::Storage own = sizeof(R) == 4 ? coarse::Storage::f32 : coarse::Storage::f64;
-    Booking booking{&field, &tensor, planes, owners, like_, std::nullopt, tensor.storage != own || (shared && owners > 1)};
+    Booking booking{
+        &field, &tensor, planes, owners, like_, std::nullopt, tensor.storage != own || (shared && owners > 1)};
     if (booking.converted) {
       booking.sum = new_tensor(like_, {owners, n}, dtype_of<R>());
       field.sum = static_cast<R*>(booking.sum.data_ptr());
@@ -151,7 +153,8 @@ class Run {
         const int64_t owner = k / planes, plane = k % planes;
         R* const to = field.sum + owner * n + plane * points;
         for (int64_t chunk = 0; booking.heads.has_value() && chunk < plan.chunk_count; ++chunk) {
-          const R* const from = field.heads + (owner * plan.chunk_count + chunk) * field.head_slots * planes * field.unit;
+          const R* const from =
+              field.heads + (owner * plan.chunk_count + chunk) * field.head_slots * planes * field.unit;
           for (int64_t slot = 0; slot < field.head_count[chunk]; ++slot) {
             R* const row = to + (field.head_first[chunk] + slot) * field.unit;
             const R* const seam = from + (slot * planes + plane) * field.unit;

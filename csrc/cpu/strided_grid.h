@@ -12,15 +12,17 @@
 // Where the logits change by more than kMaxSpan over a segment, terms could underflow that matter; there, and where D
 // is small, pixels are taken one row at a time in log space.
 //
-// A band is a row of grid cells (or a part of it). Its two rows of logits are copied to float rows first (`grid_`), which also
-// takes care of the storage type and of the depth interpolation of volumes; its gradients are summed in two such rows
-// (GradientRows). Going down a chunk of the image, the lower row of a cell becomes the upper one of the next.
+// A band is a row of grid cells (or a part of it). Its two rows of logits are copied to float rows first (`grid_`),
+// which also takes care of the storage type and of the depth interpolation of volumes; its gradients are summed in two
+// such rows (GradientRows). Going down a chunk of the image, the lower row of a cell becomes the upper one of the next.
 //
-// Several layers of labels share the matrix, and so the exponentials: each adds its q, its posterior, and its coefficients.
+// Several layers of labels share the matrix, and so the exponentials: each adds its q, its posterior, and its
+// coefficients.
 //
 // Drawings are coherent: a segment has few labels in each layer, mostly one. Of one, T[i, y] is one number for each i
-// (`Reports::one_row`). Of positive drawings T[i, y] is 0 but where i is one of the few (`Reports::few_labels`): q and the second
-// coefficient of the gradient cost nothing for the other i, and two of three multiply-adds of a pixel and class pair are left.
+// (`Reports::one_row`). Of positive drawings T[i, y] is 0 but where i is one of the few (`Reports::few_labels`): q and
+// the second coefficient of the gradient cost nothing for the other i, and two of three multiply-adds of a pixel and
+// class pair are left.
 #pragma once
 
 #include "class_field.h"
@@ -164,7 +166,8 @@ class StridedGrid {
     return kind_->transition[static_cast<int64_t>(i) * classes() + layers_[layer].common];
   }
 
-  // The labels of a layer, and for each 1 where it is, in the place of `reported`. False where there are too many to be worth it.
+  // The labels of a layer, and for each 1 where it is, in the place of `reported`. False where there are too many to be
+  // worth it.
   bool few_labels(const Slab& slab, int64_t layer) {
     const LabelRun<R>& labels = layers_[layer];
     const int64_t n = static_cast<int64_t>(slab.rows) * N;
@@ -383,7 +386,8 @@ class StridedGrid {
       V e = first_[ij];
       const V g = ratio_[ij];
       V row[kLayers];
-      for (int l = 0; l < kLayers; ++l) row[l] = broadcast<V>(kReports == Reports::one_row ? report(layer + l, i) : R(0));
+      for (int l = 0; l < kLayers; ++l)
+        row[l] = broadcast<V>(kReports == Reports::one_row ? report(layer + l, i) : R(0));
       for (int r = 0; r < kRows; ++r) {
         for (int l = 0; l < kLayers; ++l) {
           if constexpr (kReports == Reports::one_row) {
@@ -399,8 +403,8 @@ class StridedGrid {
       for (int r = 0; r < kRows; ++r) q(layer + l)[j * kMaxRows + r] = sum[l][r] * inv_z_[j * kMaxRows + r];
   }
 
-  // Loss, posterior and gradient coefficients of every row and layer; false, and nothing added, where probabilities are too
-  // small.
+  // Loss, posterior and gradient coefficients of every row and layer; false, and nothing added, where probabilities are
+  // too small.
   bool finish_segment(const Slab& slab) {
     const int c = classes(), pitch = slab.pitch;
     const V zero = broadcast<V>(R(0)), one = broadcast<V>(R(1));
@@ -580,14 +584,14 @@ class StridedGrid {
           slow_.a[ij] = select(valid(l, r) != zero, x, zero);
         }
         const V scaled = weight(l, r) * kind_->gradient_scale, scaled_trace = scaled * kind_->trace_weight;
-        const auto terms = slow_.run(c, kind_->transition, layers_[l].label + r * N, scaled, scaled_trace, want_reported);
+        const auto terms =
+            slow_.run(c, kind_->transition, layers_[l].label + r * N, scaled, scaled_trace, want_reported);
         if (problem_->posterior != nullptr) {
           for (int j = 0; j < c; ++j)
             field_->joint[j * pitch + r] += select(valid(l, r) != zero, slow_.columns[j].log_q, zero);
           continue;
         }
-        if (want_reported)
-          slow_.add_reported(c, layers_[l].label + r * N, kind_->transition_gradient + task_ * c * c);
+        if (want_reported) slow_.add_reported(c, layers_[l].label + r * N, kind_->transition_gradient + task_ * c * c);
         add(slab, l, r, terms.nll, terms.trace);
         const V impossible = broadcast<V>(std::numeric_limits<R>::infinity());
         const V live = select(terms.nll == impossible, zero, scaled);
@@ -622,9 +626,9 @@ class StridedGrid {
   int32_t* few_;    // (layers, C) labels of each layer, and how many
   int* few_count_;  // (layers)
   V evidence_[kMaxRows];
-  V *first_, *ratio_;                      // (C * C) e0 and g
-  V *reported_, *q_, *drop_;               // (layers, C, kMaxRows)
-  V *inv_z_, *ajj_, *keep_, *diag_;        // (C, kMaxRows)
+  V *first_, *ratio_;                // (C * C) e0 and g
+  V *reported_, *q_, *drop_;         // (layers, C, kMaxRows)
+  V *inv_z_, *ajj_, *keep_, *diag_;  // (C, kMaxRows)
   LogSpace<R> slow_;
 };
 

@@ -1,5 +1,5 @@
-// One task of a problem: its chunk of every image of its group, slab by slab. The class logits of a slab are read once, each
-// kind of drawings adds its loss and its share of their gradient, and that is written once.
+// One task of a problem: its chunk of every image of its group, slab by slab. The class logits of a slab are read once,
+// each kind of drawings adds its loss and its share of their gradient, and that is written once.
 #pragma once
 
 #include "class_field.h"
@@ -17,10 +17,10 @@ class Kind {
     problem_ = &problem;
     kind_ = &problem.kinds[index];
     const bool matrices = kind_->field.data != nullptr;
-    form_ = !matrices                           ? Form::trusted
-            : !plan.kinds[index].on_pixels      ? Form::strided
-            : problem.classes == 2              ? Form::two_classes
-                                                : Form::pixels;
+    form_ = !matrices                      ? Form::trusted
+            : !plan.kinds[index].on_pixels ? Form::strided
+            : problem.classes == 2         ? Form::two_classes
+                                           : Form::pixels;
     layers_ = arena.take<LabelRun<R>>(kind_->layers);
     // two vectors more: tiles of the pixel grid are padded
     slots_ = static_cast<int64_t>(plan.vectors + 2) * kLanes<R>;
@@ -40,7 +40,8 @@ class Kind {
   // With the workspace in place.
   void begin() {
     for (int64_t l = 0; l < kind_->layers; ++l) {
-      layers_[l] = {labels_.label + l * slots_, labels_.valid + l * slots_, labels_.weight + l * slots_, false, false, -1};
+      layers_[l] = {
+          labels_.label + l * slots_, labels_.valid + l * slots_, labels_.weight + l * slots_, false, false, -1};
       memset(layers_[l].label, 0, sizeof(int32_t) * static_cast<size_t>(slots_));
       memset(layers_[l].valid, 0, sizeof(R) * static_cast<size_t>(slots_));
       memset(layers_[l].weight, 0, sizeof(R) * static_cast<size_t>(slots_));

@@ -156,7 +156,8 @@ class Trusted {
     if (kind_->transition_gradient != nullptr) {
       double* const sum = kind_->transition_gradient + task * c * c;
       for (int i = 0; i < c; ++i) {
-        const V share = small ? exp_wide(field.s[i * pitch + v] - field.log_sum[v] - log_d) : field.p[i * pitch + v] / d;
+        const V share =
+            small ? exp_wide(field.s[i * pitch + v] - field.log_sum[v] - log_d) : field.p[i * pitch + v] / d;
         const V each = select(live == zero, zero, live * share);
         for (int k = 0; k < N; ++k) sum[i * c + label[k]] -= static_cast<double>(each[k]);
       }
