@@ -9,9 +9,10 @@ from .functional import (
     annotation_objective,
     annotation_posterior,
     coarse_label_loss,
+    explain,
     label_map,
 )
-from .modules import AnnotationNLL, CoarseLabelCriterion, TransitionMatrix
+from .modules import AnnotationNLL, AnnotationObjective, CoarseLabelCriterion, TransitionMatrix
 from .problem import Drawings
 from .schedule import use_schedule
 from .transition import estimate_transition, uniform_transition
@@ -20,6 +21,7 @@ from .version import __version__
 __all__ = [
     "AnnotationLoss",
     "AnnotationNLL",
+    "AnnotationObjective",
     "CoarseLabelCriterion",
     "CoarseLabelLoss",
     "Drawings",
@@ -32,6 +34,7 @@ __all__ = [
     "available_backends",
     "coarse_label_loss",
     "estimate_transition",
+    "explain",
     "label_map",
     "uniform_transition",
     "use_backend",

@@ -10,6 +10,8 @@ import sys
 import torch
 
 from . import backends, native, schedule
+from .functional import explain
+from .problem import Drawings
 from .version import __version__
 
 VARIABLES = ("COARSE_KERNELS_BACKEND", "COARSE_KERNELS_SCHEDULE", "COARSE_KERNELS_ISA", "COARSE_KERNELS_DEBUG")
@@ -37,6 +39,11 @@ def report() -> str:
         lines += ["", f"{device}: {backends.available_backends(device)[0]!r} is chosen"]
         for name, reason in backends.explain(device).items():
             lines.append(f"  {name:<10} {'can run' if reason is None else 'cannot: ' + reason}")
+    seg, cm = torch.zeros(1, 19, 64, 128), torch.zeros(1, 19, 19, 32, 64)
+    labels = torch.zeros(1, 256, 512, dtype=torch.uint8)
+    drawings = [Drawings(labels, cm), Drawings(labels)]
+    lines += ["", "19 classes, 256x512: class logits at stride 4, a field at stride 8 and a trusted kind on the CPU:"]
+    lines += [f"  {line}" for line in explain(seg, drawings).splitlines()]
     lines += ["", f"schedule: {schedule.current()}"]
     lines += [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
     return "\n".join(lines)

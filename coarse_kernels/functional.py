@@ -303,6 +303,21 @@ def label_map(seg_logits: Tensor, size: Sequence[int], *, backend: str | None = 
         return backends.select_for(seg_logits, backend).label_map(seg_logits, size)
 
 
+def explain(
+    seg_logits: Tensor, drawings: Sequence[Drawings], *, ignore_index: int = 255, backend: str | None = None
+) -> str:
+    """Which backend and which kernels `annotation_objective` takes for these arguments, and why not others: some lines.
+
+    Nothing is computed. Arguments as there.
+    """
+    problem = checks.check_problem(seg_logits, drawings, ignore_index=ignore_index)
+    chosen = backends.select(problem, backend)
+    lines = [f"backend {chosen.name}"]
+    lines += [f"  drawings[{k}]: {kernel}" for k, kernel in enumerate(chosen.kernels(problem))]
+    lines += [f"not {name}: {reason}" for name, reason in backends.refusals(problem).items()]
+    return "\n".join(lines)
+
+
 def _evaluate(problem: Problem, backend: str | None) -> Objective:
     """Run a checked problem."""
     chosen = backends.select(problem, backend)

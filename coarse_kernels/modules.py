@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import checks, wrapped
-from .functional import AnnotationLoss, CoarseLabelLoss, annotation_nll, coarse_label_loss
-from .problem import compute_dtype
+from .functional import (
+    AnnotationLoss,
+    CoarseLabelLoss,
+    Objective,
+    annotation_nll,
+    annotation_objective,
+    coarse_label_loss,
+)
+from .problem import Drawings, compute_dtype
 from .transition import estimate_transition, uniform_transition
+
+
+class AnnotationObjective(nn.Module):
+    """`annotation_objective` with its settings fixed; what belongs to a kind of drawings comes with its `Drawings`.
+
+    Shape: ``forward(seg_logits (B, C, *s), drawings)`` -> `Objective`.
+    """
+
+    def __init__(self, *, ignore_index: int = 255, reduction: str = "mean", backend: str | None = None):
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.backend = backend
+
+    def forward(self, seg_logits: Tensor, drawings: Sequence[Drawings]) -> Objective:
+        return annotation_objective(
+            seg_logits, drawings, ignore_index=self.ignore_index, reduction=self.reduction, backend=self.backend
+        )
+
+    def extra_repr(self) -> str:
+        return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}"
 
 
 class AnnotationNLL(nn.Module):

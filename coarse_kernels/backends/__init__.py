@@ -38,6 +38,9 @@ class Backend(Protocol):
     def unsupported_tensor(self, tensor: Tensor) -> str | None:
         """Why it cannot serve this tensor in `label_map`, or None."""
 
+    def kernels(self, problem: Problem) -> list[str]:
+        """In words, which kernel each kind of drawings gets, and why not a faster one."""
+
     def labelled_weight(self, problem: Problem, drawings: Drawings) -> Tensor:
         """Summed weight of the labels, 0-d; the (B, K, *S) weights themselves for reduction "none"."""
 
@@ -122,6 +125,15 @@ def _first(name: str | None, kind: str, unsupported: Callable[[Backend], str | N
             return backend
         _log_fallback(backend.name, kind, reason)
     raise RuntimeError(f"no backend can run on {kind}: {explain(kind)}")
+
+
+def refusals(problem: Problem) -> dict[str, str]:
+    """For every backend, why it cannot serve these arguments; without those that can."""
+    reasons = {
+        name: _reason(backend, problem.device.type) or backend.unsupported(problem)
+        for name, backend in _REGISTRY.items()
+    }
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def _lookup(name: str) -> Backend:

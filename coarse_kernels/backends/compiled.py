@@ -14,10 +14,18 @@ def _find_bad_label_fake(labels: torch.Tensor, num_classes: int, ignore_index: i
     return labels.new_empty((2,), dtype=torch.int64)
 
 
+def _kernels_of_fake(
+    seg_logits: torch.Tensor, labels: list[torch.Tensor], cm_logits: list[torch.Tensor]
+) -> torch.Tensor:
+    return seg_logits.new_empty((len(labels), 4), dtype=torch.int64)
+
+
 def _define() -> torch.library.Library:
     library = operator.declare(NAMESPACE, single=True)
     autograd.register(NAMESPACE, library)
     one_by_one.implement(library, NAMESPACE, ("CUDA",))  # csrc/cpu has these for the CPU
+    library.define("kernels_of(Tensor seg_logits, Tensor[] labels, Tensor[] cm_logits) -> Tensor")
+    torch.library.register_fake(f"{NAMESPACE}::kernels_of", _kernels_of_fake, lib=library)
     library.define("find_bad_label(Tensor labels, int num_classes, int ignore_index) -> Tensor")
     torch.library.register_fake(f"{NAMESPACE}::find_bad_label", _find_bad_label_fake, lib=library)
     return library

@@ -33,6 +33,18 @@ class FusedBackend:
     def unsupported_tensor(self, tensor: Tensor) -> str | None:
         return _untransformed((tensor,))
 
+    def kernels(self, problem: Problem) -> list[str]:
+        """Which kernel each kind of drawings gets, and why not a faster one."""
+        seg = "the class logits on the pixel grid"
+        if problem.seg_logits.shape[2:] != problem.size:
+            seg = "the class logits interpolated to the pixel grid ahead of it"
+        return [
+            "plain PyTorch at pixel resolution: this backend has no kernel for trusted drawings"
+            if d.cm_logits is None
+            else f"the fused kernel of one kind of drawings, a layer at a time, {seg}"
+            for d in problem.drawings
+        ]
+
     def nll_sums(self, problem: Problem, scales: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Terms, ...]]:
         out = self._run(problem, scales, per_pixel=False)
         return out.loss, tuple(_terms(out))
@@ -41,7 +53,7 @@ class FusedBackend:
         return tuple(_terms(self._run(problem, [None] * len(problem.drawings), per_pixel=True)))
 
     def posterior(self, problem: Problem) -> Tensor:
-        call = _arguments(problem, [None] * len(problem.drawings))
+        call = self._call(problem)
         posterior = self._operators().objective_posterior(*call[:4], problem.ignore_index)
         return posterior.to(problem.seg_logits.dtype)
 
@@ -55,6 +67,9 @@ class FusedBackend:
 
     def label_map(self, seg_logits: Tensor, size: tuple[int, ...]) -> Tensor:
         return self._operators().label_map(seg_logits, size)
+
+    def _call(self, problem: Problem) -> Arguments:
+        return _arguments(problem, [None] * len(problem.drawings))
 
     def _operators(self) -> Any:
         return getattr(torch.ops, self.namespace)

@@ -128,6 +128,9 @@ class ReferenceBackend:
     def unsupported_tensor(self, tensor: Tensor) -> str | None:
         return None
 
+    def kernels(self, problem: Problem) -> list[str]:
+        return ["plain PyTorch at pixel resolution"] * len(problem.drawings)
+
     def labelled_weight(self, problem: Problem, drawings: Drawings) -> Tensor:
         weight = label_weights(problem, drawings)
         if problem.reduction == "none":

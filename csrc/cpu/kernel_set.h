@@ -76,6 +76,21 @@ struct Plan {
   int64_t tasks() const { return chunk_count * groups; }
 };
 
+// The kernels of a kind of drawings, in the order in which they are asked.
+enum class Form : int {
+  trusted,      // no matrices
+  strided,      // matrices on a grid coarser than the pixels
+  two_classes,  // a matrix for each pixel, C = 2
+  pixels        // a matrix for each pixel
+};
+
+template <class R>
+Form form_of(const Problem<R>& problem, const Plan<R>& plan, int kind) {
+  if (problem.kinds[kind].field.data == nullptr) return Form::trusted;
+  if (!plan.kinds[kind].on_pixels) return Form::strided;
+  return problem.classes == 2 ? Form::two_classes : Form::pixels;
+}
+
 struct LabelScan {
   double weight;  // sum of the weights of the labelled pixels
   bool bad;       // a label out of range was met:

@@ -141,6 +141,31 @@ Tensor most_probable(Tensor seg_logits, const std::vector<int64_t>& size) {
   return result;
 }
 
+// int64 (kinds, 4): which kernel each kind of drawings gets (Form), vectors of a row and of a slab that are worked on together,
+// tasks. What `coarse_kernels.explain` puts into words.
+template <class R>
+Tensor chosen_kernels(Inputs in) {
+  std::vector<Drawings<R>> kinds;
+  Problem<R> problem = describe<R>(in, 255, kinds);
+  STD_TORCH_CHECK(problem.batch > 0 && problem.pixels() > 0, "labels: expected at least one pixel");
+  const coarse::Planned<R> planned(problem);
+  const auto count = static_cast<int64_t>(kinds.size());
+  Tensor result = new_tensor(in.seg_logits, {count, 4}, ScalarType::Long);
+  int64_t* out = static_cast<int64_t*>(result.data_ptr());
+  for (int k = 0; k < problem.kind_count; ++k) {
+    *out++ = static_cast<int64_t>(coarse::form_of(problem, planned.plan, k));
+    *out++ = planned.plan.per_row;
+    *out++ = planned.plan.vectors;
+    *out++ = planned.plan.tasks();
+  }
+  return result;
+}
+
+Tensor kernels_of(Tensor seg_logits, Tensors labels, Tensors cm_logits) {
+  Inputs in{seg_logits, labels, cm_logits, Tensors(labels.size(), new_tensor(seg_logits, {0}, ScalarType::Float)), {}, {}, {}};
+  return in.wide() ? chosen_kernels<double>(std::move(in)) : chosen_kernels<float>(std::move(in));
+}
+
 Tensor label_map(Tensor seg_logits, std::vector<int64_t> size) {
   const bool wide = seg_logits.scalar_type() == ScalarType::Double;
   return wide ? most_probable<double>(seg_logits, size) : most_probable<float>(seg_logits, size);
@@ -202,6 +227,7 @@ STABLE_TORCH_LIBRARY_IMPL(coarse_kernels, CPU, m) {
   m.impl("annotation_objective", TORCH_BOX(&annotation_objective));
   m.impl("objective_posterior", TORCH_BOX(&objective_posterior));
   m.impl("label_map", TORCH_BOX(&label_map));
+  m.impl("kernels_of", TORCH_BOX(&kernels_of));
   m.impl("labelled_weight", TORCH_BOX(&labelled_weight));
   m.impl("find_bad_label", TORCH_BOX(&find_bad_label));
 }

@@ -16,11 +16,7 @@ class Kind {
   void init(const Problem<R>& problem, const Plan<R>& plan, int index, Arena& arena) {
     problem_ = &problem;
     kind_ = &problem.kinds[index];
-    const bool matrices = kind_->field.data != nullptr;
-    form_ = !matrices                      ? Form::trusted
-            : !plan.kinds[index].on_pixels ? Form::strided
-            : problem.classes == 2         ? Form::two_classes
-                                           : Form::pixels;
+    form_ = form_of(problem, plan, index);
     layers_ = arena.take<LabelRun<R>>(kind_->layers);
     // two vectors more: tiles of the pixel grid are padded
     slots_ = static_cast<int64_t>(plan.vectors + 2) * kLanes<R>;
@@ -100,8 +96,6 @@ class Kind {
   }
 
  private:
-  enum class Form { trusted, strided, two_classes, pixels };
-
   const Problem<R>* problem_ = nullptr;
   const Drawings<R>* kind_ = nullptr;
   Form form_ = Form::trusted;
