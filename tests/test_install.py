@@ -34,7 +34,7 @@ class Spy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.entered: list[str] = []
         for name, backend in backends._REGISTRY.items():
-            monkeypatch.setattr(backend, "nll_sum", self.watched(name, backend.nll_sum))
+            monkeypatch.setattr(backend, "nll_sums", self.watched(name, backend.nll_sums))
 
     def watched(self, name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
