@@ -16,7 +16,8 @@ def _find_bad_label_fake(labels: torch.Tensor, num_classes: int, ignore_index: i
 
 def _define() -> torch.library.Library:
     library = operator.define(NAMESPACE, single=True)
-    one_by_one.implement(library, NAMESPACE, ("CUDA",))  # csrc/cpu has these for the CPU
+    # csrc/cpu has these for the CPU
+    one_by_one.implement(library, NAMESPACE, ("CUDA",), own=("trusted", "label_map"))
     library.define("find_bad_label(Tensor labels, int num_classes, int ignore_index) -> Tensor")
     torch.library.register_fake(f"{NAMESPACE}::find_bad_label", _find_bad_label_fake, lib=library)
     return library

@@ -32,7 +32,7 @@ def register() -> None:
     try:
         torch.ops.load_library(str(build.library()))
         backend.library = operator.define(NAMESPACE, single=True)
-        one_by_one.implement(backend.library, NAMESPACE, ("CPU",))
+        one_by_one.implement(backend.library, NAMESPACE, ("CPU",), own=("trusted", "label_map"))
     except (RuntimeError, OSError) as error:
         backend.error = f"{type(error).__name__}: {error}"
     reference = backends._REGISTRY.pop("reference")
