@@ -45,6 +45,10 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 using cuda::kHeldLayers;
 
+// Of a multiprocessor: as many as leave each thread the registers that it needs.
+template <class R, bool kOneLayer>
+constexpr int kBlocks = sizeof(R) == 8 ? 1 : kOneLayer ? 3 : 2;
+
 // --- class logits of a pixel -----------------------------------------------------------------------------------------
 
 template <class R>
@@ -198,11 +202,12 @@ struct Held {  // a label of the pixel, while its layer is at work
 
 // kHeld layers at a time; where there are no more than that, they are kept for the second loop.
 template <Storage kStorage, class R, bool kCoarse, int kHeld>
-__global__ void __launch_bounds__(kThreads) trusted_pixels(const __grid_constant__ Trusted<R> t) {
+__global__ void __launch_bounds__(kThreads, kBlocks<R, kHeld == 1>) trusted_pixels(const __grid_constant__ Trusted<R> t) {
   const R inf = std::numeric_limits<R>::infinity();
   const int64_t pixels = t.pixels(), per_image = (pixels + kThreads - 1) / kThreads, all = t.batch * pixels;
   const int classes = t.classes;
   const bool all_held = t.layers <= kHeld;
+  constexpr int kUnroll = kCoarse ? 1 : 2;  // taps are loads enough to wait for
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   double terms[kHeld];
 #pragma unroll
@@ -245,7 +250,7 @@ __global__ void __launch_bounds__(kThreads) trusted_pixels(const __grid_constant
       if (any) {
         drawn = true;
         total = {};
-#pragma unroll 2
+#pragma unroll kUnroll
         for (int j = 0; j < classes; ++j) {
           const R x = logits(j);
           total.add(x, R(1));
@@ -306,7 +311,7 @@ __global__ void __launch_bounds__(kThreads) trusted_pixels(const __grid_constant
     if constexpr (!kCoarse) {
       if (t.gradient == nullptr) continue;
       auto* to = static_cast<typename StorageOf<kStorage>::Type*>(t.gradient) + image * classes * pixels + pixel;
-#pragma unroll 2
+#pragma unroll kUnroll
       for (int j = 0; j < classes; ++j, to += pixels) {
         R gradient = 0;
         if (drawn) {
@@ -371,7 +376,7 @@ __device__ __forceinline__ R lambda_in(int pixel, int cell, int in, int out, R s
 }
 
 template <Storage kStorage, class R, bool kOneLayer>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<R, kOneLayer>)
     trusted_gather(const __grid_constant__ Trusted<R> t, const __grid_constant__ Cells c) {
   using T = typename StorageOf<kStorage>::Type;
   R* const corners = reinterpret_cast<R*>(dynamic_shared());  // [corner][cell][slot]
@@ -493,7 +498,7 @@ __global__ void __launch_bounds__(kThreads)
 // A block takes 32 pixels at a time, a lane each; its warps share the classes. Each sum over the pixels of a block
 // belongs to one warp, which adds the labels that its lanes hold one after the other: the order is fixed.
 template <Storage kStorage, class R>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<R, false>)
     trusted_transition(const __grid_constant__ Trusted<R> t, int of_kind, int64_t first_layer, double* slices) {
   const TrustedKind<R>& kind = t.kinds[of_kind];
   const int classes = t.classes, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -528,7 +533,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // The first of equals, and NaN before all, as torch.argmax has it.
 template <Storage kStorage, class R, bool kCoarse>
-__global__ void __launch_bounds__(kThreads) trusted_labels(const __grid_constant__ Trusted<R> t) {
+__global__ void __launch_bounds__(kThreads, sizeof(R) == 8 ? 2 : 4) trusted_labels(const __grid_constant__ Trusted<R> t) {
   const int64_t pixels = t.pixels(), per_image = (pixels + kThreads - 1) / kThreads;
   for (int64_t tile = blockIdx.x; tile < per_image * t.batch; tile += gridDim.x) {
     const int64_t image = tile / per_image, own = (tile - image * per_image) * kThreads + threadIdx.x;
