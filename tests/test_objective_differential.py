@@ -319,9 +319,7 @@ def test_weights(backend: str, stream: str, reduction: str, seg_grid: tuple[int,
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kinds", [(POSITIVE,), (Kind("random", 2), Kind(grid=(2, 3)))], ids=["alone", "beside"])
 @pytest.mark.fused
-def test_dtypes(
-    backend: str, kinds: tuple[Kind, ...], dtype: torch.dtype, seg_grid: tuple[int, int] | None
-) -> None:
+def test_dtypes(backend: str, kinds: tuple[Kind, ...], dtype: torch.dtype, seg_grid: tuple[int, int] | None) -> None:
     objective = make(5, (10, 21), kinds, seg_grid).to(dtype)
     # float16 gradients need loss scaling, as documented: without it they fall among its subnormals
     check(objective, backend, grad_output=1024.0 if dtype == torch.float16 else None)
@@ -337,7 +335,14 @@ def test_large_logits(backend: str, stream: str, scale: float) -> None:
 
 # By a logit of -inf on the pixel grid and at one point (between points F.interpolate makes NaN of it, as 0 * -inf), and by a
 # transition on any.
-IMPOSSIBLE = [("positive", None), ("uniform", None), ("fixed", None), ("uniform", (1, 1)), ("partial", (4, 7)), ("partial", None)]
+IMPOSSIBLE = [
+    ("positive", None),
+    ("uniform", None),
+    ("fixed", None),
+    ("uniform", (1, 1)),
+    ("partial", (4, 7)),
+    ("partial", None),
+]
 
 
 @pytest.mark.parametrize(("stream", "seg_grid"), IMPOSSIBLE, ids=str)
@@ -445,7 +450,9 @@ def test_the_same_result_every_time(backend: str, seg_grid: tuple[int, int] | No
 @pytest.mark.parametrize("seg_grid", [None, (3, 7)], ids=["pixel", "strided"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "kinds", [(Kind("uniform", 3),), (POSITIVE, Kind("random", 2), Kind("uniform", grid=(2, 3)))], ids=["layers", "kinds"]
+    "kinds",
+    [(Kind("uniform", 3),), (POSITIVE, Kind("random", 2), Kind("uniform", grid=(2, 3)))],
+    ids=["layers", "kinds"],
 )
 @pytest.mark.fused
 def test_posterior_of_several(
@@ -471,7 +478,9 @@ GRIDS = (
 @pytest.mark.parametrize("classes", [2, 5, 19, 300])
 @pytest.mark.parametrize(("grid", "size"), GRIDS, ids=str)
 @pytest.mark.fused
-def test_label_map(backend: str, grid: tuple[int, ...], size: tuple[int, ...], classes: int, dtype: torch.dtype) -> None:
+def test_label_map(
+    backend: str, grid: tuple[int, ...], size: tuple[int, ...], classes: int, dtype: torch.dtype
+) -> None:
     logits = torch.randn(2, classes, *grid, generator=generator(classes)).to(dtype)
     ours = ck.label_map(put(logits), size, backend=backend).cpu()
     truth = ck.label_map(logits.double(), size, backend="reference")

@@ -31,9 +31,7 @@ class _Single(NamedTuple):
     grad_transition: Tensor
 
 
-def implement(
-    library: torch.library.Library, namespace: str, keys: Sequence[str], *, own: Sequence[str] = ()
-) -> None:
+def implement(library: torch.library.Library, namespace: str, keys: Sequence[str], *, own: Sequence[str] = ()) -> None:
     """Implement `annotation_objective`, `objective_posterior` and `label_map` by the operators of one kind at a time. ``own``:
     which of `trusted` and `label_map` the device has kernels for.
     """
