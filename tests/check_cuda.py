@@ -87,7 +87,7 @@ def readable(mangled: str) -> str:
     if trusted:
         words = {"trusted_gather": ("any layers", "one layer")}.get(name, ("pixel grid", "coarser grid"))
         said = [words[int(trusted[2])]] if trusted[2] else []
-        said += [f"{trusted[3]} layers"] if trusted[3] else []
+        said += [f"{trusted[3]} {'classes' if name == 'trusted_gather' else 'layers'}"] if trusted[3] else []
         return f"{name}<{', '.join([STORAGE[trusted[1]], *said])}>"
     other = re.match(r"I(?:Li(\d+)E|([fd]))E", arguments)
     return f"{name}<{other[1] or other[2]}>" if other else name

@@ -92,7 +92,7 @@ def test_every_kernel_compiles_and_no_fast_path_spills(tmp_path: Path, capsys: p
         "pixel_general",
         "gather_kernel",
         "trusted_pixels<f32, pixel grid, 1 layers>",
-        "trusted_gather<bf16, one layer>",
+        "trusted_gather<bf16, one layer, 4 classes>",
         "trusted_labels<f16, coarser grid>",
     ):
         assert name in text

@@ -228,6 +228,8 @@ SHAPES = (
     Shape("a row of points", 3, (21, 17), (POSITIVE, UNIFORM), (1, 5)),
     Shape("more points than a tile has, either way", 2, (40, 44), (POSITIVE,), (19, 21)),
     Shape("one row, more points than a tile has", 2, (1, 700), (POSITIVE, UNIFORM), (1, 300)),
+    Shape("one column, more points than a tile has", 2, (700, 1), (POSITIVE, UNIFORM), (300, 1)),
+    Shape("large cells, more of them than a tile has", 2, (50, 1700), (POSITIVE,), (1, 40), 1),
     Shape("tall cells", 2, (1100, 3), (POSITIVE,), (3, 2), 1),
     Shape("one pixel", 3, (1, 1), (POSITIVE, UNIFORM)),
     # ranks

@@ -1,4 +1,5 @@
-// What the operators on CUDA tensors share: errors, the device and its stream, the namespace that they are registered in.
+// What the operators on CUDA tensors share: errors, the device and its stream, the namespace that they are registered
+// in.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

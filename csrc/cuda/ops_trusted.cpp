@@ -73,7 +73,8 @@ TrustedOutput trusted_nll(Inputs in, const std::vector<double>& weight, int64_t 
     (per_pixel ? kind.nll_map : sums.nll[k]) = static_cast<R*>(nll[k].data_ptr());
     kind.scale = constant<R>(in.scale[k], 1, "scale");
     kind.weight = weight[k];
-    STD_TORCH_CHECK(!per_pixel || (kind.scale == nullptr && weight[k] == 1.0), "scale, weight: a map of pixels has none");
+    STD_TORCH_CHECK(!per_pixel || (kind.scale == nullptr && weight[k] == 1.0),
+                    "scale, weight: a map of pixels has none");
     const bool want = kind.transition != nullptr && (wanted & transition_bit(static_cast<int64_t>(k))) != 0;
     learned = learned || want;
     any_transition = any_transition || kind.transition != nullptr;
@@ -131,7 +132,8 @@ TrustedOutput trusted_nll(Inputs in, const std::vector<double>& weight, int64_t 
 TrustedOutput trusted(Tensor seg_logits, Tensors labels, Tensors transition, Tensors class_weight, Tensors pixel_weight,
                       Tensors scale, std::vector<double> weight, int64_t ignore_index, bool per_pixel, int64_t wanted) {
   Inputs in{seg_logits, labels, {}, transition, class_weight, pixel_weight, scale};
-  for (size_t k = 0; k < labels.size(); ++k) in.cm_logits.push_back(new_tensor(seg_logits, {0}, seg_logits.scalar_type()));
+  for (size_t k = 0; k < labels.size(); ++k)
+    in.cm_logits.push_back(new_tensor(seg_logits, {0}, seg_logits.scalar_type()));
   return in.wide() ? trusted_nll<double>(std::move(in), weight, ignore_index, per_pixel, wanted)
                    : trusted_nll<float>(std::move(in), weight, ignore_index, per_pixel, wanted);
 }
@@ -139,7 +141,8 @@ TrustedOutput trusted(Tensor seg_logits, Tensors labels, Tensors transition, Ten
 template <class R>
 Tensor most_probable(Tensor seg_logits, const std::vector<int64_t>& size) {
   const int64_t rank = seg_logits.dim() - 2;
-  STD_TORCH_CHECK(rank >= 1 && rank <= 3 && static_cast<int64_t>(size.size()) == rank, "size: one number for each axis");
+  STD_TORCH_CHECK(rank >= 1 && rank <= 3 && static_cast<int64_t>(size.size()) == rank,
+                  "size: one number for each axis");
   seg_logits = torch::stable::contiguous(seg_logits);
   Problem<R> problem;
   problem.batch = seg_logits.size(0);

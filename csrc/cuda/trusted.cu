@@ -27,13 +27,13 @@
 // thread: no atomics, and the same order in every run.
 //
 //   bytes       8 a pixel and 4 a label (8 where T is not I), written once, and read once for each chunk of classes
-//               (from cache for each class); the labels' own, twice
-//   operations  forward about 20 a class and pixel, gathering about 20, times 1.14 for the cells that two tiles share
+//               (from cache for every four classes); the labels' own, twice
+//   operations  forward about 30 a class and pixel, gathering about 16, times 1.14 for the cells that two tiles share
 //               (twice that in volumes, where a slice of cells lies between two planes of grid points)
 //
-// Estimate for C = 19, one layer, T = I, stride 4, 1024 x 2048: 40 M classes and pixels, 1.7 G operations, 0.06 ms of
-// an H200's lanes; 29 bytes a pixel, 61 MB, 0.013 ms. On the pixel grid in float: 1.6 G operations and 320 MB (480 MB
-// where the second reading misses the cache), 0.07 to 0.1 ms. Not measured.
+// Estimate for C = 19, one layer, T = I, stride 4, 1024 x 2048: 40 M classes and pixels, 1.9 G operations, 0.07 ms of
+// an H200's lanes; 26 bytes a pixel, 55 MB, 0.011 ms. On the pixel grid in float: 1.2 G operations, 0.04 ms, and 320 MB
+// (480 MB where the second reading misses the cache), 0.07 to 0.1 ms. Not measured.
 #include "device.h"
 #include "launch.h"
 #include "trusted.h"
@@ -94,7 +94,7 @@ struct Logits {
   __device__ __forceinline__ R operator()(int j) const {
     const T* const of = data + j * plane;
     if constexpr (!kCoarse) {
-      return decode<kStorage, R>(*of);
+      return decode<kStorage, R>(read_only(of));
     } else {
       const R front = flat(of);
       return z.same ? front : z(front, flat(of + slice));
@@ -103,7 +103,7 @@ struct Logits {
 
  private:
   __device__ __forceinline__ R flat(const T* of) const {
-    const auto load = [&](int k) { return decode<kStorage, R>(of[at[k]]); };
+    const auto load = [&](int k) { return decode<kStorage, R>(read_only(of + at[k])); };
     return y(x(load(0), load(1)), x(load(2), load(3)));
   }
 };
@@ -150,31 +150,34 @@ __device__ __forceinline__ R explained(const R* column, int classes, int label, 
   return reports > R(0) ? share * (reports * exp_v(x - top)) : R(0);
 }
 
-// The same from what trusted_pixels has left.
-template <class R>
-__device__ __forceinline__ R explained_by(const Trusted<R>& t, const TrustedKind<R>& kind, int64_t at, int64_t label_at,
-                                          int j, R x) {
+// The same from what trusted_pixels has left, subtracted from the values of classes j, j + 1, ...
+template <class R, int N>
+__device__ __forceinline__ void take_explained(const Trusted<R>& t, const TrustedKind<R>& kind, int64_t at,
+                                               int64_t label_at, int j, const R (&s)[N], R (&value)[N]) {
   const R share = t.share[at];
-  if (share == R(0)) return R(0);
+  if (share == R(0)) return;
   const int label = label_of(t, kind, label_at);
-  if (kind.transition == nullptr) return j == label ? share : R(0);
-  return explained(kind.transition + label, t.classes, label, share, t.layer_top[at], j, x);
+  const R* const column = kind.transition != nullptr ? kind.transition + label : nullptr;
+  const R top = column != nullptr ? t.layer_top[at] : R(0);
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const int of = j + n < t.classes ? j + n : t.classes - 1;
+    value[n] -= explained(column, t.classes, label, share, top, of, s[n]);
+  }
 }
 
 // Of all labels of a pixel.
-template <class R>
-__device__ __forceinline__ R explained_by_all(const Trusted<R>& t, int64_t image, int pixel, int j, R x) {
+template <class R, int N>
+__device__ __forceinline__ void take_all_explained(const Trusted<R>& t, int64_t image, int pixel, int j,
+                                                   const R (&s)[N], R (&value)[N]) {
   const int64_t all = t.batch * t.pixels();
   int64_t at = image * t.pixels() + pixel;
-  R sum = 0;
   for (int k = 0; k < t.kind_count; ++k) {
     const TrustedKind<R>& kind = t.kinds[k];
     int64_t label_at = image * kind.layers * t.pixels() + pixel;
-    for (int64_t layer = 0; layer < kind.layers; ++layer, at += all, label_at += t.pixels()) {
-      sum += explained_by(t, kind, at, label_at, j, x);
-    }
+    for (int64_t layer = 0; layer < kind.layers; ++layer, at += all, label_at += t.pixels())
+      take_explained(t, kind, at, label_at, j, s, value);
   }
-  return sum;
 }
 
 // --- forward ---------------------------------------------------------------------------------------------------------
@@ -202,12 +205,13 @@ struct Held {  // a label of the pixel, while its layer is at work
 
 // kHeld layers at a time; where there are no more than that, they are kept for the second loop.
 template <Storage kStorage, class R, bool kCoarse, int kHeld>
-__global__ void __launch_bounds__(kThreads, kBlocks<R, kHeld == 1>) trusted_pixels(const __grid_constant__ Trusted<R> t) {
+__global__ void __launch_bounds__(kThreads, kBlocks<R, kHeld == 1>)
+    trusted_pixels(const __grid_constant__ Trusted<R> t) {
   const R inf = std::numeric_limits<R>::infinity();
   const int64_t pixels = t.pixels(), per_image = (pixels + kThreads - 1) / kThreads, all = t.batch * pixels;
   const int classes = t.classes;
   const bool all_held = t.layers <= kHeld;
-  constexpr int kUnroll = kCoarse ? 1 : 2;  // taps are loads enough to wait for
+  constexpr int kUnroll = kCoarse ? 1 : 4;  // taps are loads enough to wait for
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   double terms[kHeld];
 #pragma unroll
@@ -277,8 +281,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<R, kHeld == 1>) trusted_pixe
         R term = 0;
         if (label.label >= 0) {
           const bool impossible = label.report.sum == R(0) && total.sum == total.sum;
-          const R nll = impossible ? inf : (total.top - label.report.top) + (log_v(total.sum) - log_v(label.report.sum));
-          term = label.weight == R(0) ? R(0) : label.weight * nll;
+          const R nll = (total.top - label.report.top) + (log_v(total.sum) - log_v(label.report.sum));
+          term = label.weight == R(0) ? R(0) : label.weight * (impossible ? inf : nll);
           const double factor = (kind.scale != nullptr ? static_cast<double>(*kind.scale) : 1.0) * kind.weight;
           const R live = impossible ? R(0) : label.weight * static_cast<R>(factor);
           held[h].share = live == R(0) ? R(0) : live / label.report.sum;
@@ -325,7 +329,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<R, kHeld == 1>) trusted_pixe
                 gradient -= explained(label.column, classes, label.label, label.share, label.report.top, j, x);
             }
           } else {
-            gradient -= explained_by_all(t, image, pixel, j, x);
+            const R at_j[1] = {x};
+            R left[1] = {gradient};
+            take_all_explained(t, image, pixel, j, at_j, left);
+            gradient = left[0];
           }
         }
         *to = encode<kStorage>(gradient);
@@ -348,8 +355,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<R, kHeld == 1>) trusted_pixe
 // --- gradient on a coarser grid --------------------------------------------------------------------------------------
 
 // How the grid is cut into tiles of points, of one plane along z each, and who works on a cell: `across` times `down`
-// threads. Cell c of an axis has the pixels that read points c and c + 1. A tile's points need their own cells and those
-// before them.
+// threads. Cell c of an axis has the pixels that read points c and c + 1. A tile's points need their own cells and
+// those before them.
 struct Cells {
   int height, width;  // cells of a tile
   int rows, columns;  // points of a tile
@@ -358,7 +365,7 @@ struct Cells {
   int chunks, chunk;        // of classes
 };
 
-constexpr int kTileCells = 256;
+constexpr int kTileSums = 256;  // cells times slots of a tile
 
 // First pixel of cell `cell` of an axis; the cell of the last point ends with the axis.
 template <class R>
@@ -375,21 +382,22 @@ __device__ __forceinline__ R lambda_in(int pixel, int cell, int in, int out, R s
   return lambda < R(0) ? R(0) : lambda > R(1) ? R(1) : lambda;
 }
 
-template <Storage kStorage, class R, bool kOneLayer>
-__global__ void __launch_bounds__(kThreads, kBlocks<R, kOneLayer>)
+// kTogether classes at a time: what a pixel has is read once for all of them.
+template <Storage kStorage, class R, bool kOneLayer, int kTogether>
+__global__ void __launch_bounds__(kThreads, sizeof(R) == 8 ? 1 : 2)
     trusted_gather(const __grid_constant__ Trusted<R> t, const __grid_constant__ Cells c) {
   using T = typename StorageOf<kStorage>::Type;
-  R* const corners = reinterpret_cast<R*>(dynamic_shared());  // [corner][cell][slot]
-  int* const begin_y = reinterpret_cast<int*>(corners + 4 * c.height * c.width * c.slots);  // first pixel of each cell
+  const int sums_step = c.height * c.width * c.slots;
+  R* const shared = reinterpret_cast<R*>(dynamic_shared());                        // [class][corner][cell][slot]
+  int* const begin_y = reinterpret_cast<int*>(shared + 4 * kTogether * sums_step);  // first pixel of each cell
   int* const begin_x = begin_y + c.height + 1;
   const int depth = t.size[0], height = t.size[1], width = t.size[2];
   const int grid_z = t.grid[0], grid_y = t.grid[1], grid_x = t.grid[2];
-  const int64_t pixels = t.pixels(), points = t.points();
+  const int64_t pixels = t.pixels(), points = t.points(), area = static_cast<int64_t>(grid_y) * grid_x;
   const R scale_z = static_cast<R>(grid_z) / static_cast<R>(depth);
   const R scale_y = static_cast<R>(grid_y) / static_cast<R>(height);
   const R scale_x = static_cast<R>(grid_x) / static_cast<R>(width);
   const int lanes = c.across * c.down, at_once = kThreads / lanes, lane = threadIdx.x % lanes;
-  const int corner_step = c.height * c.width * c.slots;
   const int64_t tiles = static_cast<int64_t>(c.tiles_y) * c.tiles_x, units = tiles * c.chunks * grid_z * t.batch;
 
   for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
@@ -399,8 +407,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<R, kOneLayer>)
     const int64_t image = above / c.chunks / grid_z;
     const int y0 = tile_y * c.rows, x0 = tile_x * c.columns;  // first point
     const int first_y = y0 > 0 ? y0 - 1 : 0, first_x = x0 > 0 ? x0 - 1 : 0;
-    const int last_y = y0 + c.rows < grid_y ? y0 + c.rows : grid_y, last_x = x0 + c.columns < grid_x ? x0 + c.columns : grid_x;
-    const int cells_y = last_y - first_y, cells_x = last_x - first_x;
+    const int last_y = y0 + c.rows < grid_y ? y0 + c.rows : grid_y;
+    const int last_x = x0 + c.columns < grid_x ? x0 + c.columns : grid_x;
+    const int cells_y = last_y - first_y, cells_x = last_x - first_x, cells = cells_y * cells_x;
     for (int k = threadIdx.x; k <= cells_y; k += kThreads) begin_y[k] = cell_begin<R>(first_y + k, grid_y, height);
     for (int k = threadIdx.x; k <= cells_x; k += kThreads) begin_x[k] = cell_begin<R>(first_x + k, grid_x, width);
     const int begin_z = cell_begin<R>(gz - 1, grid_z, depth), end_z = cell_begin<R>(gz + 1, grid_z, depth);
@@ -409,84 +418,114 @@ __global__ void __launch_bounds__(kThreads, kBlocks<R, kOneLayer>)
 
     const int first_class = chunk * c.chunk;
     const int last_class = first_class + c.chunk < t.classes ? first_class + c.chunk : t.classes;
-    for (int j = first_class; j < last_class; ++j) {
-      const T* const plane = static_cast<const T*>(t.seg_logits) + (image * t.classes + j) * points;
-      for (int first_cell = 0; first_cell < cells_y * cells_x; first_cell += at_once) {
+    for (int j = first_class; j < last_class; j += kTogether) {
+      const T* const planes = static_cast<const T*>(t.seg_logits) + (image * t.classes + j) * points;
+      for (int first_cell = 0; first_cell < cells; first_cell += at_once) {
         const int cell = first_cell + threadIdx.x / lanes;
-        R sums[4] = {0, 0, 0, 0};
-        if (cell < cells_y * cells_x) {
+        R sums[kTogether][4] = {};
+        if (cell < cells) {
           const int own_y = cell / cells_x, own_x = cell - own_y * cells_x;
           const int cy = first_y + own_y, cx = first_x + own_x;
           const bool two_y = cy + 1 < grid_y, two_x = cx + 1 < grid_x;
           const int row_end = begin_y[own_y + 1], column_end = begin_x[own_x + 1];
-          const T* const at = plane + static_cast<int64_t>(cy) * grid_x + cx;
           for (int z = begin_z; z < end_z; ++z) {
             const int cz = z < middle_z ? gz - 1 : gz;
             const bool two_z = cz + 1 < grid_z;
-            const R lambda_z = lambda_in(z, cz, grid_z, depth, scale_z), of_z = cz == gz ? R(1) - lambda_z : lambda_z;
+            const R lambda_z = lambda_in(z, cz, grid_z, depth, scale_z);
+            const R of_z = cz == gz ? R(1) - lambda_z : lambda_z;
             if (of_z == R(0)) continue;
-            const int64_t area = static_cast<int64_t>(grid_y) * grid_x;
-            const auto corner = [&](int64_t offset) {
-              const R front = decode<kStorage, R>(at[cz * area + offset]);
-              return two_z ? Between<R>{lambda_z, false}(front, decode<kStorage, R>(at[(cz + 1) * area + offset])) : front;
-            };
-            const R a00 = corner(0), a01 = two_x ? corner(1) : a00, a10 = two_y ? corner(grid_x) : a00;
-            const R a11 = two_y && two_x ? corner(grid_x + 1) : two_y ? a10 : a01;
+            R corners[kTogether][4];
+#pragma unroll
+            for (int n = 0; n < kTogether; ++n) {
+              // beyond the last class: the last one's again, for nobody
+              const int of = j + n < last_class ? n : last_class - 1 - j;
+              const T* const at = planes + of * points + cz * area + static_cast<int64_t>(cy) * grid_x + cx;
+              const auto corner = [&](int64_t offset) {
+                const R front = decode<kStorage, R>(read_only(at + offset));
+                if (!two_z) return front;
+                return Between<R>{lambda_z, false}(front, decode<kStorage, R>(read_only(at + area + offset)));
+              };
+              corners[n][0] = corner(0);
+              corners[n][1] = two_x ? corner(1) : corners[n][0];
+              corners[n][2] = two_y ? corner(grid_x) : corners[n][0];
+              corners[n][3] = two_y && two_x ? corner(grid_x + 1) : corners[n][two_y ? 2 : 1];
+            }
             for (int y = begin_y[own_y] + lane / c.across; y < row_end; y += c.down) {
               const R lambda_y = lambda_in(y, cy, grid_y, height, scale_y);
               const Between<R> along_y{lambda_y, !two_y};
-              const R left = along_y(a00, a10), right = along_y(a01, a11);
               const int row = (z * height + y) * width;
-              R near = 0, far = 0;  // what goes to the points on the left, on the right
+              R left[kTogether], right[kTogether];
+              R near[kTogether] = {}, far[kTogether] = {};  // what goes to the points on the left, on the right
+#pragma unroll
+              for (int n = 0; n < kTogether; ++n) {
+                left[n] = along_y(corners[n][0], corners[n][2]);
+                right[n] = along_y(corners[n][1], corners[n][3]);
+              }
               for (int x = begin_x[own_x] + lane % c.across; x < column_end; x += c.across) {
                 const R lambda_x = lambda_in(x, cx, grid_x, width, scale_x);
-                const R s = Between<R>{lambda_x, !two_x}(left, right);
-                const int pixel = row + x;
-                const int64_t at_pixel = image * pixels + pixel;
-                const R factor = t.factor[at_pixel];
-                R value = factor == R(0) ? R(0) : factor * exp_v(s - t.top[at_pixel]);
-                if constexpr (kOneLayer) {
-                  value -= explained_by(t, t.kinds[0], at_pixel, at_pixel, j, s);
-                } else {
-                  value -= explained_by_all(t, image, pixel, j, s);
+                const int64_t at_pixel = image * pixels + row + x;
+                const R factor = read_only(t.factor + at_pixel), top = read_only(t.top + at_pixel);
+                R s[kTogether], value[kTogether];
+#pragma unroll
+                for (int n = 0; n < kTogether; ++n) {
+                  s[n] = Between<R>{lambda_x, !two_x}(left[n], right[n]);
+                  value[n] = factor == R(0) ? R(0) : factor * exp_v(s[n] - top);
                 }
-                near += (R(1) - lambda_x) * value;
-                far += lambda_x * value;
+                if constexpr (kOneLayer) {
+                  take_explained(t, t.kinds[0], at_pixel, at_pixel, j, s, value);
+                } else {
+                  take_all_explained(t, image, row + x, j, s, value);
+                }
+#pragma unroll
+                for (int n = 0; n < kTogether; ++n) {
+                  near[n] += (R(1) - lambda_x) * value[n];
+                  far[n] += lambda_x * value[n];
+                }
               }
               const R upper = of_z * (R(1) - lambda_y), lower = of_z * lambda_y;
-              sums[0] += upper * near;
-              sums[1] += upper * far;
-              sums[2] += lower * near;
-              sums[3] += lower * far;
+#pragma unroll
+              for (int n = 0; n < kTogether; ++n) {
+                sums[n][0] += upper * near[n];
+                sums[n][1] += upper * far[n];
+                sums[n][2] += lower * near[n];
+                sums[n][3] += lower * far[n];
+              }
             }
           }
         }
         const int together = lanes < kWarp ? lanes : kWarp;
-        for (int step = together / 2; step > 0; step /= 2) {
 #pragma unroll
-          for (int k = 0; k < 4; ++k) sums[k] += __shfl_xor_sync(kAllLanes, sums[k], step);
-        }
-        if (cell < cells_y * cells_x && threadIdx.x % together == 0) {
+        for (int n = 0; n < kTogether; ++n) {
+          for (int step = together / 2; step > 0; step /= 2) {
 #pragma unroll
-          for (int k = 0; k < 4; ++k) corners[k * corner_step + cell * c.slots + lane / kWarp] = sums[k];
+            for (int k = 0; k < 4; ++k) sums[n][k] += __shfl_xor_sync(kAllLanes, sums[n][k], step);
+          }
+          if (cell < cells && threadIdx.x % together == 0) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+              shared[(4 * n + k) * sums_step + cell * c.slots + lane / kWarp] = sums[n][k];
+          }
         }
       }
       __syncthreads();
-      const int own_rows = last_y - y0, own_columns = last_x - x0;
-      for (int k = threadIdx.x; k < own_rows * own_columns; k += kThreads) {
-        const int y = y0 + k / own_columns, x = x0 + k % own_columns;
+      const int own_columns = last_x - x0, own_points = (last_y - y0) * own_columns;
+      const int classes = last_class - j < kTogether ? last_class - j : kTogether;
+      for (int k = threadIdx.x; k < own_points * classes; k += kThreads) {
+        const int n = k / own_points, point = k - n * own_points;
+        const int y = y0 + point / own_columns, x = x0 + point % own_columns;
         R sum = 0;
         const auto add = [&](int corner, int cy, int cx) {
           if (cy < first_y || cx < first_x) return;
           const int cell = (cy - first_y) * cells_x + cx - first_x;
-          for (int slot = 0; slot < c.slots; ++slot) sum += corners[corner * corner_step + cell * c.slots + slot];
+          const R* const from = shared + (4 * n + corner) * sums_step + cell * c.slots;
+          for (int slot = 0; slot < c.slots; ++slot) sum += from[slot];
         };
         add(0, y, x);
         add(1, y, x - 1);
         add(2, y - 1, x);
         add(3, y - 1, x - 1);
-        static_cast<T*>(t.gradient)[(image * t.classes + j) * points + (static_cast<int64_t>(gz) * grid_y + y) * grid_x + x] =
-            encode<kStorage>(sum);
+        const int64_t to = (image * t.classes + j + n) * points + gz * area + static_cast<int64_t>(y) * grid_x + x;
+        static_cast<T*>(t.gradient)[to] = encode<kStorage>(sum);
       }
       __syncthreads();
     }
@@ -533,7 +572,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<R, false>)
 
 // The first of equals, and NaN before all, as torch.argmax has it.
 template <Storage kStorage, class R, bool kCoarse>
-__global__ void __launch_bounds__(kThreads, sizeof(R) == 8 ? 2 : 4) trusted_labels(const __grid_constant__ Trusted<R> t) {
+__global__ void __launch_bounds__(kThreads, sizeof(R) == 8 ? 2 : 4)
+    trusted_labels(const __grid_constant__ Trusted<R> t) {
   const int64_t pixels = t.pixels(), per_image = (pixels + kThreads - 1) / kThreads;
   for (int64_t tile = blockIdx.x; tile < per_image * t.batch; tile += gridDim.x) {
     const int64_t image = tile / per_image, own = (tile - image * per_image) * kThreads + threadIdx.x;
@@ -594,17 +634,19 @@ template <class R>
 Cells cells_of(const Trusted<R>& t) {
   Cells c{};
   const auto covered = [](int n, int by) { return (n + by - 1) / by; };
-  c.height = t.grid[1] < 16 ? t.grid[1] : 16;
-  c.width = t.grid[2] < kTileCells / c.height ? t.grid[2] : kTileCells / c.height;
-  c.rows = c.height == t.grid[1] ? c.height : c.height - 1;
-  c.columns = c.width == t.grid[2] ? c.width : c.width - 1;
-  c.tiles_y = covered(t.grid[1], c.rows);
-  c.tiles_x = covered(t.grid[2], c.columns);
   const int64_t wide = covered(t.size[2], t.grid[2]), high = covered(t.size[1], t.grid[1]);
   const int lanes = power_of_two_from(wide * high / 16, kThreads);
   c.across = power_of_two_from(wide, lanes);
   c.down = lanes / c.across;
   c.slots = lanes <= kWarp ? 1 : lanes / kWarp;
+  const int cells = kTileSums / c.slots, side = c.slots == 1 ? 16 : c.slots == 2 ? 11 : c.slots == 4 ? 8 : 5;
+  const int high_most = t.grid[2] < side ? cells / t.grid[2] : side;
+  c.height = t.grid[1] < high_most ? t.grid[1] : high_most;
+  c.width = t.grid[2] < cells / c.height ? t.grid[2] : cells / c.height;
+  c.rows = c.height == t.grid[1] ? c.height : c.height - 1;
+  c.columns = c.width == t.grid[2] ? c.width : c.width - 1;
+  c.tiles_y = covered(t.grid[1], c.rows);
+  c.tiles_x = covered(t.grid[2], c.columns);
   c.chunks = c.chunk = 1;
   return c;
 }
@@ -631,17 +673,20 @@ Error trusted_gather(const Trusted<R>& t, void* stream) {
   return with_storage<R>(t.storage, [&](auto stored) {
     constexpr Storage kStorage = decltype(stored)::value;
     Cells c = cells_of(t);
-    const size_t bytes = sizeof(R) * 4 * c.height * c.width * c.slots + sizeof(int) * (c.height + c.width + 2);
-    const auto go = [&](auto kernel) {
+    const auto go = [&](auto kernel, int together) {
+      const size_t sums = sizeof(R) * 4 * together * c.height * c.width * c.slots;
+      const size_t bytes = sums + sizeof(int) * (c.height + c.width + 2);
       // A tile keeps to itself as many classes as leave every multiprocessor busy.
       const int64_t tiles = static_cast<int64_t>(c.tiles_y) * c.tiles_x * t.grid[0] * t.batch;
       const int64_t resident = resident_blocks(kernel, kThreads, bytes), chunks = 2 * resident / tiles + 1;
-      c.chunk = static_cast<int>((t.classes + chunks - 1) / chunks);
+      c.chunk = static_cast<int>(((t.classes + chunks - 1) / chunks + together - 1) / together * together);
       c.chunks = (t.classes + c.chunk - 1) / c.chunk;
       return launch(kernel, at_most(tiles * c.chunks, resident), kThreads, bytes, stream, t, c);
     };
     const bool one = t.kind_count == 1 && t.layers == 1;
-    return one ? go(coarse::trusted_gather<kStorage, R, true>) : go(coarse::trusted_gather<kStorage, R, false>);
+    if (!one) return go(coarse::trusted_gather<kStorage, R, false, 2>, 2);
+    return t.classes > 2 ? go(coarse::trusted_gather<kStorage, R, true, 4>, 4)
+                         : go(coarse::trusted_gather<kStorage, R, true, 2>, 2);
   });
 }
 
