@@ -448,7 +448,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(R) == 8 ? 1 : 2)
               corners[n][0] = corner(0);
               corners[n][1] = two_x ? corner(1) : corners[n][0];
               corners[n][2] = two_y ? corner(grid_x) : corners[n][0];
-              corners[n][3] = two_y && two_x ? corner(grid_x + 1) : corners[n][two_y ? 2 : 1];
+              corners[n][3] = two_y && two_x ? corner(grid_x + 1) : two_y ? corners[n][2] : corners[n][1];
             }
             for (int y = begin_y[own_y] + lane / c.across; y < row_end; y += c.down) {
               const R lambda_y = lambda_in(y, cy, grid_y, height, scale_y);
