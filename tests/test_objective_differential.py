@@ -34,8 +34,8 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 @dataclass(frozen=True)
 class Kind:
-    """``grid``: of its matrices; "trusted": it has none. ``stream``: positive (T = I), uniform, random (learned), fixed (random,
-    not learned), partial (nothing is ever reported as label 0)."""
+    """``grid``: of its matrices; "trusted": it has none. ``stream``: positive (T = I), uniform, random (learned), fixed
+    (random, not learned), partial (nothing is ever reported as label 0)."""
 
     stream: str = "positive"
     layers: int = 1
@@ -246,7 +246,7 @@ SHAPES = (
     Shape("one matrix, and trusted", 3, (9, 17), (Kind("random", grid=(1, 1)), LEARNED)),
     Shape("one matrix for all images, and trusted", 3, (9, 17), (Kind(grid=(1, 1), cm_batch=1), POSITIVE), batch=3),
     Shape("a field for all images, and trusted", 3, (12, 18), (POSITIVE, Kind(grid=(3, 5), cm_batch=1)), (3, 6), 3),
-    Shape("two fields on different grids, and trusted", 4, (12, 18), (Kind(grid=(3, 5)), Kind("uniform", grid=(2, 9)), POSITIVE)),
+    Shape("two fields on two grids, and trusted", 4, (12, 18), (Kind(grid=(3, 5)), Kind("uniform", grid=(2, 9)), POSITIVE)),
     Shape(
         "all of that on coarser class logits",
         4,

@@ -70,7 +70,11 @@ def main(argv: Sequence[str]) -> int:
                 bound = 2e-6 if dtype == torch.float32 else 1e-2
                 error = max(gradient_error(g, exact.gradients[name]) for name, g in ours.gradients.items())
                 runs += 1
-                if loss_error(ours.losses["loss"], exact.losses["loss"]) > 1e-6 or error > bound or labels.max() >= classes:
+                if (
+                    loss_error(ours.losses["loss"], exact.losses["loss"]) > 1e-6
+                    or error > bound
+                    or labels.max() >= classes
+                ):
                     wrong.append(f"{backend}, trusted, C={classes} {size} on {grid}, {dtype}: {error:.2g}")
     print(f"{runs} runs on {device}, {len(wrong)} wrong", *wrong, sep="\n")
     return 2 if wrong or not runs else 0
