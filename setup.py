@@ -38,7 +38,7 @@ CXX_FLAGS = [
     "-Wno-psabi",  # vectors never cross the boundary of a translation unit
     "-Wno-maybe-uninitialized",  # GCC 12 on its own AVX-512 intrinsics
 ]
-# Kernels know nothing of torch; their host functions are called by ops_cuda.cpp.
+# Kernels know nothing of torch; their host functions are called by ops_*.cpp.
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]
 ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 # 2.11: the oldest torch whose stable ABI has what the operators call. STABLE_ONLY keeps every other header out.
@@ -119,7 +119,7 @@ def cuda_extensions() -> list:
     return [
         cpp_extension.CUDAExtension(
             "coarse_kernels._cuda",
-            ["csrc/cuda/ops_cuda.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))],
+            sorted(str(path) for end in ("cpp", "cu") for path in Path("csrc/cuda").glob(f"*.{end}")),
             extra_compile_args={"cxx": [*CXX_FLAGS, *STABLE_ABI, "-DUSE_CUDA"], "nvcc": NVCC_FLAGS},
             py_limited_api=True,
         )

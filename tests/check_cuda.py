@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc" / "cuda"
 ARCHITECTURES = ("80", "90", "100")
-FAST = ("pixel_fast", "strided_fast")  # a spill there fails the check
+FAST = ("pixel_fast", "strided_fast", "trusted_")  # a spill there fails the check
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]  # as setup.py
 STORAGE = {"0": "f32", "1": "f64", "2": "bf16", "3": "f16"}
 
@@ -83,6 +83,12 @@ def readable(mangled: str) -> str:
     if fast:
         kind = "one-hot" if fast[4] == "1" else "any T"
         return f"{name}<{fast[1]}, {STORAGE[fast[2]]}, {fast[3]} a thread, {kind}>"
+    trusted = re.match(r"ILNS_7StorageE(\d)E[fd](?:Lb([01])E)?(?:Li(\d)E)?E", arguments)
+    if trusted:
+        words = {"trusted_gather": ("any layers", "one layer")}.get(name, ("pixel grid", "coarser grid"))
+        said = [words[int(trusted[2])]] if trusted[2] else []
+        said += [f"{trusted[3]} {'classes' if name == 'trusted_gather' else 'layers'}"] if trusted[3] else []
+        return f"{name}<{', '.join([STORAGE[trusted[1]], *said])}>"
     other = re.match(r"I(?:Li(\d+)E|([fd]))E", arguments)
     return f"{name}<{other[1] or other[2]}>" if other else name
 
@@ -100,7 +106,7 @@ def _nested_name(mangled: str) -> tuple[list[str], str]:
 
 
 def compile_glue() -> str:
-    """ops_cuda.cpp with the host compiler; without a CUDA torch this is what can be known of it."""
+    """The host code with the host compiler; without a CUDA torch this is what can be known of it."""
     from torch.utils import cpp_extension
 
     includes = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
@@ -109,10 +115,12 @@ def compile_glue() -> str:
     command = [compiler, "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", *abi]
     # torch's own headers are not ours to warn about
     command += [f"-isystem{path}" for path in includes]
-    done = subprocess.run([*command, str(CUDA / "ops_cuda.cpp")], capture_output=True, text=True, check=False)
-    if done.returncode != 0 or "warning" in done.stderr:
-        raise RuntimeError(f"ops_cuda.cpp:\n{done.stderr[-3000:]}")
-    return f"ops_cuda.cpp compiles ({compiler})"
+    glue = sorted(CUDA.glob("*.cpp"))
+    for source in glue:
+        done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
+        if done.returncode != 0 or "warning" in done.stderr:
+            raise RuntimeError(f"{source.name}:\n{done.stderr[-3000:]}")
+    return f"{', '.join(source.name for source in glue)} compiles ({compiler})"
 
 
 def table(kernels: list[Kernel]) -> str:

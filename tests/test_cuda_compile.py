@@ -91,6 +91,9 @@ def test_every_kernel_compiles_and_no_fast_path_spills(tmp_path: Path, capsys: p
         "strided_fast<20>",
         "pixel_general",
         "gather_kernel",
+        "trusted_pixels<f32, pixel grid, 1 layers>",
+        "trusted_gather<bf16, one layer, 4 classes>",
+        "trusted_labels<f16, coarser grid>",
     ):
         assert name in text
-    assert "ops_cuda.cpp compiles" in text
+    assert "ops_cuda.cpp, ops_trusted.cpp compiles" in text

@@ -5,14 +5,17 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import shutil
+from typing import Any
 
 import pytest
 import torch
 
 from coarse_kernels import backends
+from coarse_kernels.backends import one_by_one
 from tests import cuda_emulation
 from tests.cuda_emulation import build
 from tests.helpers import check, make_problem, run_python
+from tests.test_objective_differential import Kind, evaluate, make
 
 REASON = backends.explain("cpu").get(cuda_emulation.NAME, "left out by COARSE_TEST_EMULATION=0")
 pytestmark = pytest.mark.skipif(REASON is not None and shutil.which("c++") is None, reason=str(REASON))
@@ -49,13 +52,38 @@ for problem in cases:
         print(digest.hexdigest()[:16])
 """
 
+# Trusted kinds: labels in registers and in memory, the transition, each class grid, cells of one thread, a few, and several
+# warps, tiles that share cells, volumes; label maps.
+ORDER_TRUSTED = """
+import hashlib, torch
+import coarse_kernels as ck
+from tests import cuda_emulation
+cuda_emulation.register()
+from tests.test_objective_differential import Kind, evaluate, make
+one, learned, many = (Kind(),), (Kind(), Kind("random", 2)), (Kind("uniform", 3), Kind(layers=2))
+cases = [
+    (5, (9, 31), one, None), (5, (9, 31), learned, None), (3, (9, 31), many, None), (5, (20, 27), one, (5, 7)),
+    (3, (20, 27), learned, (5, 7)), (3, (20, 27), many, (1, 1)), (2, (100, 150), one, (2, 3)), (2, (40, 44), one, (19, 21)),
+    (3, (5, 9, 18), learned, (2, 3, 5)), (19, (16, 33), one, (4, 9)),
+]
+for classes, size, kinds, grid in cases:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        objective = make(classes, size, kinds, grid).to(dtype)
+        result = evaluate(objective, "cuda-emulated", None, "one_pass", None)
+        tensors = [*result.losses.values(), *result.gradients.values()]
+        tensors.append(ck.label_map(objective.seg, size, backend="cuda-emulated"))
+        digest = hashlib.sha256(b"".join(t.double().numpy().tobytes() for t in tensors))
+        print(digest.hexdigest()[:16])
+"""
 
-def test_the_order_of_threads_changes_no_bit() -> None:
+
+@pytest.mark.parametrize(("code", "results"), [(ORDER, 36), (ORDER_TRUSTED, 30)], ids=["matrix", "trusted"])
+def test_the_order_of_threads_changes_no_bit(code: str, results: int) -> None:
     """A race shows as a result that depends on which thread came first."""
-    forward = run_python(ORDER)
-    reverse = run_python(ORDER, COARSE_EMULATION_ORDER="reverse")
+    forward = run_python(code)
+    reverse = run_python(code, COARSE_EMULATION_ORDER="reverse")
     assert forward.returncode == 0, forward.stderr
-    assert len(forward.stdout.split()) == 36
+    assert len(forward.stdout.split()) == results
     assert reverse.stdout == forward.stdout, reverse.stderr
 
 
@@ -80,6 +108,79 @@ def test_a_label_out_of_range_is_no_label_and_no_address(bad: int, classes: int,
     for got, expected in zip(*results, strict=True):
         assert torch.equal(got, expected)
     assert results[0][0].isfinite()
+
+
+def trusted_call(seg_grid: tuple[int, int] | None, layers: int, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """Of the operator `trusted`: T = I with weights, and a learned transition."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    kinds = (Kind(layers=layers, class_weight=True, pixel_weight=True), Kind("random", layers))
+    objective = make(3, (9, 21), kinds, seg_grid, label_dtype=torch.int64).to(dtype)
+    absent = torch.empty(0, dtype=wide)
+
+    def each(name: str) -> list[torch.Tensor]:
+        return [absent if kind[name] is None else kind[name].to(wide) for kind in objective.kinds]
+
+    labels = [kind["labels"] for kind in objective.kinds]
+    lists = (
+        labels,
+        each("transition"),
+        each("class_weight"),
+        each("pixel_weight"),
+        [torch.tensor(0.5, dtype=wide), absent],
+    )
+    return objective.seg, *lists, [1.0, 0.7], 255, False, 1 | 4 << 2
+
+
+@pytest.mark.parametrize("layers", [1, 3], ids=["registers", "memory"])
+@pytest.mark.parametrize("seg_grid", [None, (3, 5)], ids=["pixel", "strided"])
+@pytest.mark.parametrize("bad", [-1, 3, 77, 2**40, -(2**62)])
+def test_a_trusted_label_out_of_range_is_no_label_and_no_address(
+    bad: int, seg_grid: tuple[int, int] | None, layers: int
+) -> None:
+    seg, labels, *others = trusted_call(seg_grid, layers)
+    for each in labels:
+        each.view(-1)[::7] = bad
+    right = [torch.where(each == bad, 255, each) for each in labels]
+    run = operators().trusted  # type: ignore[attr-defined]
+    results = [torch.utils._pytree.tree_leaves(run(seg, which, *others)) for which in (labels, right)]
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+    assert results[0][0].isfinite()
+    per_pixel = [[torch.empty(0)] * 2, [1.0, 1.0], 255, True, 0]
+    maps = [run(seg, which, *others[:3], *per_pixel)[1] for which in (labels, right)]
+    for got, expected, wrong in zip(*maps, labels, strict=True):
+        assert torch.equal(got, expected)
+        assert not got[wrong == bad].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("seg_grid", [None, (3, 5)], ids=["pixel", "strided"])
+def test_opcheck_trusted(seg_grid: tuple[int, int] | None, dtype: torch.dtype) -> None:
+    overload = operators().trusted.default  # type: ignore[attr-defined]
+    call = trusted_call(seg_grid, 2, dtype)
+    absent = torch.empty(0, dtype=call[2][1].dtype)
+    for sample in (call, (*call[:-1], 0), (*call[:5], [absent] * 2, [1.0, 1.0], 255, True, 0)):
+        result = torch.library.opcheck(overload, sample, test_utils=["test_schema", "test_faketensor"])
+        assert set(result.values()) == {"SUCCESS"}, result
+
+
+def test_of_trusted_kinds_alone_nothing_is_interpolated_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interpolate(*args: Any) -> None:
+        raise AssertionError("class logits on the grid of the image")
+
+    monkeypatch.setattr(one_by_one, "interpolate", interpolate)
+    evaluate(make(3, (9, 21), (Kind(), Kind("random", 2)), (3, 5)), cuda_emulation.NAME, None, "one_pass", None)
+    with pytest.raises(AssertionError, match="the grid of the image"):
+        evaluate(make(3, (9, 21), (Kind(), Kind(grid=(2, 3))), (3, 5)), cuda_emulation.NAME, None, "one_pass", None)
+
+
+def test_the_gradient_of_kinds_without_layers_is_zero() -> None:
+    for seg_grid in (None, (3, 5)):
+        seg, labels, *others = trusted_call(seg_grid, 1)
+        others[2] = [others[2][0][:, :0], others[2][1]]
+        out = operators().trusted(seg, [each[:, :0] for each in labels], *others)  # type: ignore[attr-defined]
+        assert not any(t.any() for t in torch.utils._pytree.tree_leaves(out))
+        assert out[2].shape == seg.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

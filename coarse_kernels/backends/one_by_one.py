@@ -1,5 +1,6 @@
 """`annotation_objective` where the kernels take one kind of drawings with a matrix at a time, and class logits on the pixel
-grid: CUDA and Triton. The kinds and their layers go one after the other, trusted ones in plain PyTorch.
+grid: CUDA and Triton. Such kinds and their layers go one after the other; trusted ones go all at once, with the class logits
+as they are, where there is a kernel for them (the operator `trusted`), else in plain PyTorch.
 
 Below autograd: nothing here records a graph.
 """
@@ -30,34 +31,52 @@ class _Single(NamedTuple):
     grad_transition: Tensor
 
 
-def implement(library: torch.library.Library, namespace: str, keys: Sequence[str]) -> None:
-    """Implement `annotation_objective`, `objective_posterior` and `label_map` by the operators of one kind at a time."""
+def implement(library: torch.library.Library, namespace: str, keys: Sequence[str], *, own: Sequence[str] = ()) -> None:
+    """Implement `annotation_objective`, `objective_posterior` and `label_map` by the operators of one kind at a time. ``own``:
+    which of `trusted` and `label_map` the device has kernels for.
+    """
     operators = getattr(torch.ops, namespace)
     for key in keys:
-        library.impl("annotation_objective", functools.partial(_objective, operators), key)
+        library.impl("annotation_objective", functools.partial(_objective, operators, "trusted" in own), key)
         library.impl("objective_posterior", functools.partial(_posterior, operators), key)
-        library.impl("label_map", _label_map, key)
+        if "label_map" not in own:
+            library.impl("label_map", _label_map, key)
 
 
 def _present(t: Tensor) -> Tensor | None:
     return t if present(t) else None
 
 
-def _objective(operators: Any, *args: Any) -> tuple[Any, ...]:
+def _objective(operators: Any, fused: bool, *args: Any) -> tuple[Any, ...]:
     call = Arguments(*args)
     size = call.labels[0].shape[2:]
     wide = any(t.dtype == torch.float64 for t in (call.seg_logits, *call.cm_logits))
     dtype = torch.float64 if wide else torch.float32
     coarse = call.seg_logits.shape[2:] != size
-    seg = interpolate(call.seg_logits.to(dtype), size) if coarse else call.seg_logits
+    at_once = [kind for kind, cm in enumerate(call.cm_logits) if fused and not present(cm)]
+    others = len(at_once) < len(call.labels)
+    own = call.seg_logits  # on their own grid; one rounding to their dtype where several gradients are added
+    if wide or (coarse and others):
+        own = own.to(dtype)
+    seg = interpolate(own, size) if coarse and others else own
 
     def absent() -> Tensor:  # a new one each time: outputs of an operator do not share memory
         return seg.new_empty(0, dtype=dtype)
 
     total = absent() if call.per_pixel else seg.new_zeros((), dtype=dtype)
-    grad_seg: Tensor | None = None
+    grad_seg: Tensor | None = None  # on the pixel grid
+    trusted = _all_trusted(operators, call, own, at_once) if at_once else None
     losses, nlls, traces, grads_cm, grads_transition = [], [], [], [], []
     for kind, labels in enumerate(call.labels):
+        if kind in at_once:
+            assert trusted is not None
+            nll = trusted.nll[at_once.index(kind)]
+            losses.append(nll.clone())
+            nlls.append(nll)
+            traces.append(torch.zeros_like(nll))
+            grads_cm.append(absent())
+            grads_transition.append(trusted.grad_transition[at_once.index(kind)])
+            continue
         wanted = SEG * bool(call.wanted & SEG)
         wanted |= cm_bit(0) * bool(call.wanted & cm_bit(kind))
         wanted |= transition_bit(0) * bool(call.wanted & transition_bit(kind))
@@ -110,12 +129,52 @@ def _objective(operators: Any, *args: Any) -> tuple[Any, ...]:
         if wanted & SEG:
             for out in layers:
                 grad_seg = out.grad_seg if grad_seg is None else grad_seg + out.grad_seg
+    if trusted is not None and not call.per_pixel:
+        total = total + trusted.loss if others else trusted.loss
     if not call.wanted & SEG:
         grad_seg = absent()
     else:
-        grad_seg = torch.zeros_like(seg) if grad_seg is None else grad_seg
-        grad_seg = _coarsened(grad_seg, call.seg_logits.shape).to(call.seg_logits.dtype) if coarse else grad_seg
+        if grad_seg is not None and coarse:
+            grad_seg = _coarsened(grad_seg, own.shape)
+        if trusted is not None:
+            grad_seg = trusted.grad_seg if grad_seg is None else grad_seg + trusted.grad_seg
+        if grad_seg is None:  # kinds without layers
+            grad_seg = torch.zeros_like(own, memory_format=torch.contiguous_format)
+        grad_seg = grad_seg.to(call.seg_logits.dtype)
     return tuple(Outputs(total, losses, nlls, traces, grad_seg, grads_cm, grads_transition))
+
+
+class _Trusted(NamedTuple):
+    """What the operator `trusted` returns; lists have an element for each kind without a matrix."""
+
+    loss: Tensor
+    nll: list[Tensor]
+    grad_seg: Tensor
+    grad_transition: list[Tensor]
+
+
+def _all_trusted(operators: Any, call: Arguments, seg: Tensor, kinds: list[int]) -> _Trusted:
+    wanted = SEG * bool(call.wanted & SEG)
+    for place, kind in enumerate(kinds):
+        wanted |= transition_bit(place) * bool(call.wanted & transition_bit(kind))
+
+    def of(each: list[Any]) -> list[Any]:
+        return [each[kind] for kind in kinds]
+
+    return _Trusted(
+        *operators.trusted(
+            seg,
+            of(call.labels),
+            of(call.transition),
+            of(call.class_weight),
+            of(call.pixel_weight),
+            of(call.scale),
+            [1.0] * len(kinds) if call.per_pixel else of(call.weight),
+            call.ignore_index,
+            call.per_pixel,
+            wanted,
+        )
+    )
 
 
 def _sum(grads: list[Tensor], like: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..problem import compute_dtype
+
 ONLY_REFERENCE = 'the fused operators do not know {}; use backend="reference", which is plain PyTorch'
 
 
@@ -87,6 +89,10 @@ SINGLE_SCHEMAS = (
     "int wanted) -> (Tensor loss, Tensor nll, Tensor trace, Tensor grad_seg, Tensor grad_cm, Tensor grad_transition)",
     "annotation_posterior(Tensor seg_logits, Tensor cm_logits, Tensor labels, Tensor? transition, int ignore_index) "
     "-> Tensor",
+    # All kinds without a matrix, as in `Arguments`; class logits on a grid of their own.
+    "trusted(Tensor seg_logits, Tensor[] labels, Tensor[] transition, Tensor[] class_weight, Tensor[] pixel_weight, "
+    "Tensor[] scale, float[] weight, int ignore_index, bool per_pixel, int wanted) -> (Tensor loss, Tensor[] nll, "
+    "Tensor grad_seg, Tensor[] grad_transition)",
 )
 # And where gradients of 3 GB are formed on a device that the host must not wait for (`_handed_out`):
 SCALE = "scale_(Tensor(a!) gradient, Tensor factor) -> ()"
@@ -185,6 +191,31 @@ def _single_posterior_fake(
     return seg_logits.new_empty(seg_logits.shape)
 
 
+def _trusted_fake(
+    seg_logits: Tensor,
+    labels: list[Tensor],
+    transition: list[Tensor],
+    class_weight: list[Tensor],
+    pixel_weight: list[Tensor],
+    scale: list[Tensor],
+    weight: list[float],
+    ignore_index: int,
+    per_pixel: bool,
+    wanted: int,
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    dtype = compute_dtype(seg_logits.dtype)
+
+    def gradient(of: Tensor, bit: int) -> Tensor:
+        return of.new_empty(of.shape) if present(of) and wanted & bit else seg_logits.new_empty((0,), dtype=dtype)
+
+    return (
+        seg_logits.new_empty((0,) if per_pixel else (), dtype=dtype),
+        [y.new_empty(y.shape if per_pixel else (), dtype=dtype) for y in labels],
+        gradient(seg_logits, SEG),
+        [gradient(t, transition_bit(k)) for k, t in enumerate(transition)],
+    )
+
+
 # --- registration -------------------------------------------------------------------------------------------------------
 
 
@@ -201,7 +232,11 @@ def declare(namespace: str, *, single: bool) -> torch.library.Library:
     schemas: tuple[str, ...] = SCHEMAS
     if single:
         schemas = (*schemas, *SINGLE_SCHEMAS, SCALE)
-        fakes |= {"annotation_nll": _nll_fake, "annotation_posterior": _single_posterior_fake}
+        fakes |= {
+            "annotation_nll": _nll_fake,
+            "annotation_posterior": _single_posterior_fake,
+            "trusted": _trusted_fake,
+        }
     for schema in schemas:
         library.define(schema)
     for name, fake in fakes.items():

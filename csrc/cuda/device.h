@@ -143,6 +143,16 @@ __device__ __forceinline__ typename StorageOf<kStorage>::Type encode(R x) {
   }
 }
 
+// What no thread of the launch writes: the compiler may move the load across stores.
+template <class T>
+__device__ __forceinline__ T read_only(const T* p) {
+#if defined(__CUDA_ARCH__)
+  return __ldg(p);
+#else
+  return *p;
+#endif
+}
+
 // Where the storage is known at run time only: a branch that every thread takes alike.
 template <class R>
 __device__ __forceinline__ R load_as(const void* p, Storage storage, int64_t at) {

@@ -1,6 +1,7 @@
 // What is left to do around the kernels: sums of sums in fixed order, weights, conversions.
 #include "device.h"
 #include "launch.h"
+#include "trusted.h"
 
 namespace coarse {
 namespace {
@@ -34,6 +35,21 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(Stream<R> s, R* loss, 
   *nll = scaled(factor, sum_nll);
   *trace = scaled(factor, sum_trace);
   *loss = scaled(loss_factor, sum_nll + static_cast<double>(s.trace_weight) * sum_trace);
+}
+
+template <class R>
+__global__ void __launch_bounds__(kThreads)
+    finish_trusted_kernel(const __grid_constant__ Trusted<R> t, const __grid_constant__ cuda::TrustedSums<R> out) {
+  const auto scaled = [](double weight, double sum) { return weight == 0 ? 0.0 : weight * sum; };  // as above
+  double total = 0;
+  for (int k = 0; k < t.kind_count; ++k) {
+    const double* const rows = t.sums + k * cuda::kSumRows;
+    const double sum = block_sum(cuda::kSumRows, [&](int64_t row) { return rows[row]; });
+    const double factor = t.kinds[k].scale != nullptr ? static_cast<double>(*t.kinds[k].scale) : 1.0;
+    if (threadIdx.x == 0) *out.nll[k] = static_cast<R>(scaled(factor, sum));
+    total += scaled(factor * t.kinds[k].weight, sum);
+  }
+  if (threadIdx.x == 0) *out.loss = static_cast<R>(total);
 }
 
 constexpr int kSmallBlock = 256;
@@ -106,6 +122,11 @@ Error finish(const Stream<R>& s, R* loss, R* nll, R* trace, void* stream) {
 }
 
 template <class R>
+Error finish_trusted(const Trusted<R>& t, const TrustedSums<R>& sums, void* stream) {
+  return launch(finish_trusted_kernel<R>, 1, kThreads, kBlockSumBytes, stream, t, sums);
+}
+
+template <class R>
 Error finish_transition(const Stream<R>& s, int64_t slices, R* gradient, void* stream) {
   const int64_t n = static_cast<int64_t>(s.classes) * s.classes;
   return launch(finish_transition_kernel<R>, blocks_for(n), kSmallBlock, 0, stream,
@@ -149,6 +170,8 @@ Error fill_zero(void* p, int64_t bytes, void* stream) {
 
 template Error finish(const Stream<float>&, float*, float*, float*, void*);
 template Error finish(const Stream<double>&, double*, double*, double*, void*);
+template Error finish_trusted(const Trusted<float>&, const TrustedSums<float>&, void*);
+template Error finish_trusted(const Trusted<double>&, const TrustedSums<double>&, void*);
 template Error finish_transition(const Stream<float>&, int64_t, float*, void*);
 template Error finish_transition(const Stream<double>&, int64_t, double*, void*);
 template Error sum_copies(const float*, int64_t, int64_t, void*, Storage, void*);

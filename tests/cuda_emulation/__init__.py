@@ -33,7 +33,7 @@ def register() -> None:
         torch.ops.load_library(str(build.library()))
         backend.library = operator.declare(NAMESPACE, single=True)
         autograd.register(NAMESPACE, backend.library)
-        one_by_one.implement(backend.library, NAMESPACE, ("CPU",))
+        one_by_one.implement(backend.library, NAMESPACE, ("CPU",), own=("trusted", "label_map"))
     except (RuntimeError, OSError) as error:
         backend.error = f"{type(error).__name__}: {error}"
     reference = backends._REGISTRY.pop("reference")

@@ -17,7 +17,7 @@ from torch.utils import cpp_extension
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 CLASSES = (2, 3, 5, 11, 19, 20)  # that get fast kernels here: the others take the general way
-SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+SOURCES = sorted(path for end in ("cu", "cpp") for path in (CSRC / "cuda").glob(f"*.{end}"))
 
 
 def library() -> Path:
@@ -51,7 +51,7 @@ def library() -> Path:
         return made
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, [*SOURCES, CSRC / "cuda" / "ops_cuda.cpp"]))
+        objects = list(pool.map(compile_one, SOURCES))
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     run(
         [compiler, "-shared", *map(str, objects), *libraries, "-ltorch_cpu", "-ltorch", "-o", str(work / "emulated.so")]

@@ -14,7 +14,9 @@ from collections.abc import Sequence
 import torch
 
 import coarse_kernels as ck
-from tests.helpers import SCHEDULES, evaluate, gradient_error, loss_error, make_problem, oracle, use_device
+from tests import test_objective_differential as objectives
+from tests.helpers import SCHEDULES, evaluate, gradient_error, loss_error, make_problem, oracle, put, use_device
+from tests.test_objective_differential import Kind
 
 # classes, image, grid, images in the field
 PROBLEMS = (
@@ -26,6 +28,17 @@ PROBLEMS = (
     (19, (21, 43), (3, 6), 1),
     (5, (19, 17), (1, 1), 1),
     (3, (4, 5, 9), (2, 2, 3), 2),
+)
+
+# classes, image, grid of the class logits, trusted kinds: labels in registers and in memory, a learned transition, cells of
+# one thread, of several warps, of tiles that share some
+OBJECTIVES = (
+    (19, (7, 37), None, (Kind(),)),
+    (3, (7, 37), None, (Kind("uniform", 3), Kind("random", 2))),
+    (19, (21, 43), (5, 11), (Kind(),)),
+    (2, (41, 43), (19, 21), (Kind("uniform"),)),
+    (3, (95, 151), (2, 3), (Kind("random", 2), Kind())),
+    (3, (4, 5, 9), (2, 2, 3), (Kind(), Kind("uniform", 4))),
 )
 
 
@@ -48,6 +61,21 @@ def main(argv: Sequence[str]) -> int:
                     runs += 1
                     if loss_error(found.loss, truth.loss) > 1e-6 or error > bound or not posterior.isfinite().all():
                         wrong.append(f"{backend} {schedule} C={classes} {size} on {grid}, {dtype}: {error:.2g}")
+        for classes, size, grid, kinds in OBJECTIVES:
+            for dtype in (torch.float32, torch.bfloat16):
+                objective = objectives.make(classes, size, kinds, grid).to(dtype)
+                exact = objectives.evaluate(objective, "reference", torch.float64, "one_pass", None)
+                ours = objectives.evaluate(objective, backend, None, "one_pass", None)
+                labels = ck.label_map(put(objective.seg), size, backend=backend)
+                bound = 2e-6 if dtype == torch.float32 else 1e-2
+                error = max(gradient_error(g, exact.gradients[name]) for name, g in ours.gradients.items())
+                runs += 1
+                if (
+                    loss_error(ours.losses["loss"], exact.losses["loss"]) > 1e-6
+                    or error > bound
+                    or labels.max() >= classes
+                ):
+                    wrong.append(f"{backend}, trusted, C={classes} {size} on {grid}, {dtype}: {error:.2g}")
     print(f"{runs} runs on {device}, {len(wrong)} wrong", *wrong, sep="\n")
     return 2 if wrong or not runs else 0
 
