@@ -1,5 +1,6 @@
 """`annotation_objective` where the kernels take one kind of drawings with a matrix at a time, and class logits on the pixel
-grid: CUDA and Triton. The kinds and their layers go one after the other, trusted ones in plain PyTorch.
+grid: CUDA and Triton. These kinds and their layers go one after the other; trusted ones all together through the operator
+`trusted`, which reads class logits on their own grid, or in plain PyTorch where the namespace has none.
 
 Below autograd: nothing here records a graph.
 """
@@ -7,7 +8,7 @@ Below autograd: nothing here records a graph.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,13 +31,17 @@ class _Single(NamedTuple):
     grad_transition: Tensor
 
 
-def implement(library: torch.library.Library, namespace: str, keys: Sequence[str]) -> None:
-    """Implement `annotation_objective`, `objective_posterior` and `label_map` by the operators of one kind at a time."""
+def implement(
+    library: torch.library.Library, namespace: str, keys: Sequence[str], label_map: Callable[..., Any] | None = None
+) -> None:
+    """Implement `annotation_objective`, `objective_posterior` and `label_map` by the operators of one kind at a time.
+    ``label_map``: a kernel of it, if there is one.
+    """
     operators = getattr(torch.ops, namespace)
     for key in keys:
         library.impl("annotation_objective", functools.partial(_objective, operators), key)
         library.impl("objective_posterior", functools.partial(_posterior, operators), key)
-        library.impl("label_map", _label_map, key)
+        library.impl("label_map", label_map or _label_map, key)
 
 
 def _present(t: Tensor) -> Tensor | None:
@@ -48,7 +53,8 @@ def _objective(operators: Any, *args: Any) -> tuple[Any, ...]:
     size = call.labels[0].shape[2:]
     wide = any(t.dtype == torch.float64 for t in (call.seg_logits, *call.cm_logits))
     dtype = torch.float64 if wide else torch.float32
-    coarse = call.seg_logits.shape[2:] != size
+    together = [k for k, cm in enumerate(call.cm_logits) if not present(cm)] if hasattr(operators, "trusted") else []
+    coarse = call.seg_logits.shape[2:] != size and len(together) < len(call.labels)
     seg = interpolate(call.seg_logits.to(dtype), size) if coarse else call.seg_logits
 
     def absent() -> Tensor:  # a new one each time: outputs of an operator do not share memory
@@ -57,7 +63,20 @@ def _objective(operators: Any, *args: Any) -> tuple[Any, ...]:
     total = absent() if call.per_pixel else seg.new_zeros((), dtype=dtype)
     grad_seg: Tensor | None = None
     losses, nlls, traces, grads_cm, grads_transition = [], [], [], [], []
+    fused = iter(())
+    if together:
+        loss, terms, fused_seg, grads = _together(operators, call, together)
+        total = total if call.per_pixel else loss
+        fused = iter(zip(terms, grads, strict=True))
     for kind, labels in enumerate(call.labels):
+        if kind in together:
+            nll, grad_transition = next(fused)
+            losses.append(nll.clone())
+            nlls.append(nll)
+            traces.append(torch.zeros_like(nll))
+            grads_cm.append(absent())
+            grads_transition.append(grad_transition)
+            continue
         wanted = SEG * bool(call.wanted & SEG)
         wanted |= cm_bit(0) * bool(call.wanted & cm_bit(kind))
         wanted |= transition_bit(0) * bool(call.wanted & transition_bit(kind))
@@ -113,9 +132,24 @@ def _objective(operators: Any, *args: Any) -> tuple[Any, ...]:
     if not call.wanted & SEG:
         grad_seg = absent()
     else:
-        grad_seg = torch.zeros_like(seg) if grad_seg is None else grad_seg
-        grad_seg = _coarsened(grad_seg, call.seg_logits.shape).to(call.seg_logits.dtype) if coarse else grad_seg
+        if coarse and grad_seg is not None:
+            grad_seg = _coarsened(grad_seg, call.seg_logits.shape)
+        if together:
+            grad_seg = fused_seg if grad_seg is None else grad_seg + fused_seg
+        grad_seg = torch.zeros_like(call.seg_logits) if grad_seg is None else grad_seg.to(call.seg_logits.dtype)
     return tuple(Outputs(total, losses, nlls, traces, grad_seg, grads_cm, grads_transition))
+
+
+def _together(operators: Any, call: Arguments, kinds: list[int]) -> tuple[Any, ...]:
+    """`trusted` for these kinds."""
+    lists = (call.labels, call.transition, call.class_weight, call.pixel_weight, call.scale)
+    weight = [1.0 if call.per_pixel else call.weight[k] for k in kinds]
+    wanted = call.wanted & SEG
+    for own, kind in enumerate(kinds):
+        wanted |= transition_bit(own) * bool(call.wanted & transition_bit(kind))
+    return operators.trusted(
+        call.seg_logits, *([of[k] for k in kinds] for of in lists), weight, call.ignore_index, call.per_pixel, wanted
+    )
 
 
 def _sum(grads: list[Tensor], like: Tensor) -> Tensor:

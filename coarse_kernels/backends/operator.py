@@ -104,6 +104,10 @@ SINGLE_SCHEMAS = (
     "int wanted) -> (Tensor loss, Tensor nll, Tensor trace, Tensor grad_seg, Tensor grad_cm, Tensor grad_transition)",
     "annotation_posterior(Tensor seg_logits, Tensor cm_logits, Tensor labels, Tensor? transition, int ignore_index) "
     "-> Tensor",
+    # All kinds without a matrix: bits of ``wanted`` count these alone.
+    "trusted(Tensor seg_logits, Tensor[] labels, Tensor[] transition, Tensor[] class_weight, Tensor[] pixel_weight, "
+    "Tensor[] scale, float[] weight, int ignore_index, bool per_pixel, int wanted) "
+    "-> (Tensor loss, Tensor[] nll, Tensor grad_seg, Tensor[] grad_transition)",
 )
 # And where gradients of 3 GB are formed on a device that the host must not wait for (`_handed_out`):
 SCALE = "scale_(Tensor(a!) gradient, Tensor factor) -> ()"
@@ -294,6 +298,31 @@ def _nll_fake(
         gradient(seg_logits, SEG),
         gradient(cm_logits, cm_bit(0)),
         gradient(transition, transition_bit(0)),
+    )
+
+
+def _trusted_fake(
+    seg_logits: Tensor,
+    labels: list[Tensor],
+    transition: list[Tensor],
+    class_weight: list[Tensor],
+    pixel_weight: list[Tensor],
+    scale: list[Tensor],
+    weight: Sequence[float],
+    ignore_index: int,
+    per_pixel: bool,
+    wanted: int,
+) -> tuple[Any, ...]:
+    dtype = compute_dtype(seg_logits.dtype)
+
+    def gradient(of: Tensor, bit: int) -> Tensor:
+        return of.new_empty(of.shape if wanted & bit and present(of) else (0,), dtype=of.dtype if wanted & bit else dtype)
+
+    return (
+        seg_logits.new_empty((0,) if per_pixel else (), dtype=dtype),
+        [y.new_empty(y.shape if per_pixel else (), dtype=dtype) for y in labels],
+        gradient(seg_logits, SEG),
+        [gradient(t, transition_bit(k)) for k, t in enumerate(transition)],
     )
 
 
@@ -506,7 +535,11 @@ def define(namespace: str, *, single: bool) -> torch.library.Library:
     schemas = SCHEMAS
     if single:
         schemas = (*schemas, *SINGLE_SCHEMAS, SCALE)
-        fakes |= {"annotation_nll": _nll_fake, "annotation_posterior": _single_posterior_fake}
+        fakes |= {
+            "annotation_nll": _nll_fake,
+            "annotation_posterior": _single_posterior_fake,
+            "trusted": _trusted_fake,
+        }
     for schema in schemas:
         library.define(schema)
     for name, fake in fakes.items():

@@ -81,10 +81,10 @@ class TritonBackend(operator.FusedBackend):
         return super().unsupported(problem)
 
 
-def _on_first_call(name: str) -> Callable[..., Any]:
+def _on_first_call(name: str, module: str = "launch") -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         # imports Triton
-        return getattr(importlib.import_module(f"{__name__}.launch"), name)(*args)
+        return getattr(importlib.import_module(f"{__name__}.{module}"), name)(*args)
 
     return run
 
@@ -95,7 +95,9 @@ def _define() -> torch.library.Library:
     for name in ("annotation_nll", "annotation_posterior", "labelled_weight", "scale_"):
         for key in keys:
             library.impl(name, _on_first_call(name), key)
-    one_by_one.implement(library, NAMESPACE, keys)
+    for key in keys:
+        library.impl("trusted", _on_first_call("trusted", "trusted"), key)
+    one_by_one.implement(library, NAMESPACE, keys, label_map=_on_first_call("label_map", "trusted"))
     return library
 
 
