@@ -33,8 +33,9 @@ class _Logits:
         if self.field.pixels >= 2**31:
             raise ValueError(f"labels: expected fewer than 2**31 pixels an image, got {self.field.pixels}")
         self.interpreted = self.device.type == "cpu"
-        # Offsets within an image: below this they fit in 32 bits.
-        extent = table.power_of_two(self.classes) * max(self.field.pixels, self.field.points)
+        # Offsets within an image, and where a cell begins (times 2 grid), fit in 32 bits: cheaper addresses.
+        longest = max(axis.size for axis in self.field.axes)
+        extent = max(table.power_of_two(self.classes) * max(self.field.pixels, self.field.points), 4 * longest**2)
         self.types = {"WIDE": extent >= launch.WIDE_FROM, "R": triton_dtype(self.dtype)}
         self.shape = {**self.field.modes, **self.types}
 

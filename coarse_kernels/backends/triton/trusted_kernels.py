@@ -310,7 +310,17 @@ def trusted_pixel_kernel(
 
 
 @triton.jit
-def pixels_of_cell(cell, grid, size, MODE: tl.constexpr):
+def first_pixel_of(point, grid, size, WIDE: tl.constexpr):
+    """`first_pixel`. A division in 64 bits is a call, for which registers are saved."""
+    if WIDE:
+        return first_pixel(point, grid, size)
+    else:
+        first = ((2 * point + 1) * size + grid - 1) // (2 * grid)
+        return tl.where(point == 0, 0, tl.where(point >= grid, size, first))
+
+
+@triton.jit
+def pixels_of_cell(cell, grid, size, MODE: tl.constexpr, WIDE: tl.constexpr):
     """(first pixel, number of pixels) of an axis of the cell that begins at a grid point; none of one before point 0."""
     begin = cell * 0
     length = begin + size
@@ -319,8 +329,8 @@ def pixels_of_cell(cell, grid, size, MODE: tl.constexpr):
         length = cell * 0 + 1
     if MODE == LINEAR:
         start = tl.maximum(cell, 0)
-        begin = first_pixel(start, grid, size)
-        length = tl.where(cell < 0, 0, first_pixel(start + 1, grid, size) - begin)
+        begin = first_pixel_of(start, grid, size, WIDE)
+        length = tl.where(cell < 0, 0, first_pixel_of(start + 1, grid, size, WIDE) - begin)
     return begin, length
 
 
@@ -374,9 +384,9 @@ def trusted_grid_kernel(
         w_cell = w_point - w_own
         h_cell = h_point - h_own
         d_cell = d_point - d_own
-        w_begin, w_length = pixels_of_cell(w_cell, grid_w, width, MODE_W)
-        h_begin, h_length = pixels_of_cell(h_cell, grid_h, height, MODE_H)
-        d_begin, d_length = pixels_of_cell(d_cell, grid_d, depth, MODE_D)
+        w_begin, w_length = pixels_of_cell(w_cell, grid_w, width, MODE_W, WIDE)
+        h_begin, h_length = pixels_of_cell(h_cell, grid_h, height, MODE_H, WIDE)
+        d_begin, d_length = pixels_of_cell(d_cell, grid_d, depth, MODE_D, WIDE)
         box = tl.where(exists, d_length * h_length * w_length, 0)
         w_length = tl.maximum(w_length, 1)  # divisors
         h_length = tl.maximum(h_length, 1)
