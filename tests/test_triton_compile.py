@@ -265,7 +265,9 @@ def test_the_training_kernels_compile_without_spills(tmp_path: object) -> None:
         on_pixels = case["kernel"] == "pixel" and case["corners"] == 1 and case.get("dtype", "fp32") == "fp32"
         # ptxas keeps two classes' grid kernel to 56 registers on sm_80: 16 bytes, outside of the loop over pixels
         few = (case["kernel"], case["classes"], case["arch"]) == ("trusted_grid", 2, 80)
-        without = (case["classes"] != 19 and not few) or (on_pixels and case["arch"] != 100 and not case.get("transition"))
+        without = (case["classes"] != 19 and not few) or (
+            on_pixels and case["arch"] != 100 and not case.get("transition")
+        )
         allowed = 0 if without else FULL
         assert row["stack"] <= allowed, row  # type: ignore[operator]
         assert row["registers"] <= 255, row  # type: ignore[operator]

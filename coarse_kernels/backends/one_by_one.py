@@ -8,7 +8,7 @@ Below autograd: nothing here records a graph.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +63,8 @@ def _objective(operators: Any, *args: Any) -> tuple[Any, ...]:
     total = absent() if call.per_pixel else seg.new_zeros((), dtype=dtype)
     grad_seg: Tensor | None = None
     losses, nlls, traces, grads_cm, grads_transition = [], [], [], [], []
-    fused = iter(())
+    fused: Iterator[tuple[Tensor, Tensor]] = iter(())
+    fused_seg = absent()
     if together:
         loss, terms, fused_seg, grads = _together(operators, call, together)
         total = total if call.per_pixel else loss

@@ -316,7 +316,9 @@ def _trusted_fake(
     dtype = compute_dtype(seg_logits.dtype)
 
     def gradient(of: Tensor, bit: int) -> Tensor:
-        return of.new_empty(of.shape if wanted & bit and present(of) else (0,), dtype=of.dtype if wanted & bit else dtype)
+        if not wanted & bit or not present(of):
+            return seg_logits.new_empty((0,), dtype=dtype)
+        return of.new_empty(of.shape)
 
     return (
         seg_logits.new_empty((0,) if per_pixel else (), dtype=dtype),

@@ -17,7 +17,7 @@ from .launch import OPTIONS, Field, on_device, triton_dtype, two_floats
 BUSY = 1024
 
 
-def _absent(t: Tensor) -> Tensor | None:
+def _given(t: Tensor) -> Tensor | None:
     return t.contiguous() if present(t) else None
 
 
@@ -67,9 +67,9 @@ class _Call(_Logits):
                     raise TypeError(f"{name}: expected {self.dtype}, got {tensor.dtype}")
         self.labels = tuple(t.contiguous() for t in labels)
         self.layers = tuple(t.shape[1] for t in labels)
-        self.transition = tuple(_absent(t.detach()) for t in transition)
-        self.weights = tuple(map(_absent, class_weight)), tuple(map(_absent, pixel_weight))
-        self.scale = tuple(map(_absent, scale))
+        self.transition = tuple(_given(t.detach()) for t in transition)
+        self.weights = tuple(map(_given, class_weight)), tuple(map(_given, pixel_weight))
+        self.scale = tuple(map(_given, scale))
         self.factors = tuple(zip(*(two_floats(w) for w in weight), strict=True))
         self.ignore_index = ignore_index
         self.empty = self.batch * self.field.pixels == 0
@@ -188,13 +188,13 @@ def trusted(
     elif want_seg and call.empty:
         grad_seg.zero_()
     grads = []
-    for k in kinds:
-        if not learnt[k]:
+    for k, terms in enumerate(mixed):
+        if not learnt[k] or terms is None:
             grads.append(call.new(0))
         elif call.empty or call.layers[k] == 0:
             grads.append(torch.zeros(transition[k].shape, dtype=call.dtype, device=call.device))
         else:
-            grads.append(call.transition_gradient(k, mixed[k]))
+            grads.append(call.transition_gradient(k, terms))
     if maps is not None:
         return call.new(0), list(maps), grad_seg, grads
     assert sums is not None

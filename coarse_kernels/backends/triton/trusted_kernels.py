@@ -1,11 +1,11 @@
-"""Kernels of trusted drawings, A = I, and of label maps: class logits on a grid of their own, interpolated where they are read.
+"""Kernels of trusted drawings, A = I, and of label maps: class logits on their own grid, interpolated where they are read.
 
-Equations: csrc/cpu/trusted.h; schedule and traffic: the package's docstring. Tiles are (CB, N): classes, and pixels as lanes; the
-classes of a pixel lie in one thread's registers, as in `kernels`. Kinds of drawings come in tuples, an element for each, None
-where a part is absent: one kernel serves all kinds and layers, and forms p once.
+Equations: csrc/cpu/trusted.h; schedule and traffic: the package's docstring. Tiles are (CB, N): classes, and pixels as lanes;
+the classes of a pixel lie in one thread's registers, as in `kernels`. Kinds of drawings come in tuples, an element for each,
+None where a part is absent: one kernel serves all kinds and layers, and forms p once.
 
-Between the kernels a pixel leaves ``evidence``, the largest logit and sum exp(s - largest), and for each layer of a kind with a
-transition ``mixed``, the largest logit that T allows and sum T exp(s - largest): pairs rather than their logarithms, because
+Between the kernels a pixel leaves ``evidence``, the largest logit and sum exp(s - largest), and for each layer of a kind with
+a transition ``mixed``, the largest logit that T allows and sum T exp(s - largest): pairs rather than their logarithms, because
 exp(s - log_sum) loses two digits at a logit scale of 100. Logits that no label needs are not read: they count as 0.
 """
 
@@ -54,7 +54,9 @@ def load_scores(
 
 
 @triton.jit
-def drawn_on(labels, layers, b, px, inside, pixels, ignore_index, KINDS: tl.constexpr, C: tl.constexpr, R: tl.constexpr):
+def drawn_on(
+    labels, layers, b, px, inside, pixels, ignore_index, KINDS: tl.constexpr, C: tl.constexpr, R: tl.constexpr
+):
     """Where some layer of some kind has a label."""
     drawn = inside & (px < 0)
     for kind in tl.static_range(KINDS):
@@ -84,7 +86,7 @@ def finite(top):
     return tl.where(top == float("-inf"), 0.0, top)
 
 
-# --- every pixel: sums, maps, evidence, and the gradient of logits on the pixel grid --------------------------------------------
+# --- every pixel: sums, maps, evidence, and the gradient of logits on the pixel grid ------------------------------------
 
 SIZES = ["ignore_index", "batch", "depth", "height", "width", "grid_d", "grid_h", "grid_w"]
 
@@ -229,7 +231,7 @@ def trusted_finish_kernel(
     tl.store(loss, loss_sum.to(R))
 
 
-# --- gradient of the class logits, from the evidence ----------------------------------------------------------------------------
+# --- gradient of the class logits, from the evidence --------------------------------------------------------------------
 
 
 @triton.jit
@@ -433,7 +435,7 @@ def trusted_grid_kernel(
     tl.store(at, summed.to(grad.dtype.element_ty), mask=(j < C) & (out < points))
 
 
-# --- gradient of a transition ---------------------------------------------------------------------------------------------------
+# --- gradient of a transition -------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=[*SIZES, "layers", "shares"])
@@ -485,7 +487,7 @@ def trusted_transition_kernel(
     tl.store(partials + at_entry, total, mask=rows < C)
 
 
-# --- the most probable class ----------------------------------------------------------------------------------------------------
+# --- the most probable class --------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["depth", "height", "width", "grid_d", "grid_h", "grid_w"])
