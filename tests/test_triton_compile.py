@@ -298,11 +298,15 @@ def compile_only(self, *args, grid, warmup, **kwargs):
     seen.append((self.__name__, id(run(self, *args, grid=grid, warmup=True, **kwargs))))
 
 JITFunction.run = compile_only
-from coarse_kernels.backends.triton import launch, table
-pixel, cell = table.pixel_tile, table.cell_tile
+from coarse_kernels.backends.triton import launch, table, trusted
+pixel, cell, of_classes, of_points = table.pixel_tile, table.cell_tile, table.class_tile, table.class_grid_tile
+table.class_tile = lambda *a: of_classes(*a[:-1], False)
+table.class_grid_tile = lambda *a: of_points(*a[:-1], False)
 table.pixel_tile = lambda *a: pixel(*a[:-1], False)
 table.cell_tile = lambda *a: cell(*a[:-1], False)
+"""
 
+LAUNCHES = """
 def step(size, grid, fields, batch=2, classes=3, dtype=torch.float32, wanted=7):
     seen.clear()
     seg, cm = torch.randn(batch, classes, *size).to(dtype), torch.randn(fields, classes, classes, *grid).to(dtype)
@@ -323,11 +327,42 @@ print(sorted(names))
 print(step((16, 32), (2, 4), 2) == step((15, 31), (3, 5), 3, batch=3) == step((15, 31), (2, 2), 1, batch=1))
 """
 
+TRUSTED = """
+def step(size, grid, batch=2, classes=3, dtype=torch.float32, layers=2):
+    seen.clear()
+    seg, absent = torch.randn(batch, classes, *grid).to(dtype), torch.empty(0)
+    labels = torch.zeros(batch, layers, *size, dtype=torch.uint8)
+    kinds = (
+        [labels, labels.long()], [absent, torch.ones(classes, classes)], [torch.ones(classes), absent],
+        [absent, torch.ones(labels.shape)], [torch.tensor(1.0), absent], [0.1, 1.0], 255,
+    )
+    trusted.trusted(seg, *kinds, False, 17)
+    trusted.trusted(seg, *kinds, True, 0)
+    trusted.label_map(seg, size)
+    return list(dict.fromkeys(seen))
+
+names = set()
+for size, grid, classes in (((8, 16), (8, 16), 3), ((8, 16), (8, 16), 33), ((8, 16), (2, 4), 3), ((8, 16), (1, 1), 3)):
+    names |= {name for name, _ in step(size, grid, classes=classes)}
+print(sorted(names))
+print(step((16, 32), (4, 8)) == step((20, 36), (5, 9), batch=1))
+print(step((16, 32), (16, 32)) == step((15, 31), (15, 31), batch=3))
+"""
+
 
 def test_launches_bind_their_arguments_and_sizes_do_not_recompile(tmp_path: object) -> None:
-    done = run_python(LAUNCH, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    done = run_python(LAUNCH + LAUNCHES, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr[-4000:]
     names, same = done.stdout.splitlines()[-2:]
     kernels = ("cell", "finish", "labelled_weight", "pixel", "transition")
     assert names == str([f"{name}_kernel" for name in kernels])
     assert same == "True"
+
+
+def test_launches_for_trusted_kinds_do_the_same(tmp_path: object) -> None:
+    done = run_python(LAUNCH + TRUSTED, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr[-4000:]
+    names, *same = done.stdout.splitlines()[-3:]
+    kernels = ("trusted", "trusted_finish", "trusted_grid", "trusted_pixel", "trusted_transition")
+    assert names == str(["label_map_kernel", *sorted(f"{name}_kernel" for name in kernels)])
+    assert same == ["True", "True"]
