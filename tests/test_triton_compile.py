@@ -344,6 +344,7 @@ def step(size, grid, batch=2, classes=3, dtype=torch.float32, layers=2):
 names = set()
 for size, grid, classes in (((8, 16), (8, 16), 3), ((8, 16), (8, 16), 33), ((8, 16), (2, 4), 3), ((8, 16), (1, 1), 3)):
     names |= {name for name, _ in step(size, grid, classes=classes)}
+step((8, 16), (2, 4), layers=1)  # a constant then
 print(sorted(names))
 print(step((16, 32), (4, 8)) == step((20, 36), (5, 9), batch=1))
 print(step((16, 32), (16, 32)) == step((15, 31), (15, 31), batch=3))

@@ -213,6 +213,7 @@ def test_a_saved_gradient_is_scaled_where_it_lies(dtype: torch.dtype) -> None:
 # --- trusted kinds: an operator of their own, class logits on their own grid --------------------------------------------------
 
 Kinds = tuple[ck.Drawings, ...]
+EVERYTHING = operator.SEG | operator.transition_bit(0) | operator.transition_bit(1)  # of two kinds
 
 
 def drawn(
@@ -430,12 +431,23 @@ def call_of(seg: torch.Tensor, kinds: Kinds, wanted: int) -> Any:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("wanted", [0, EVERYTHING])
+@pytest.mark.parametrize("per_pixel", [False, True])
+def test_opcheck_of_trusted(per_pixel: bool, wanted: int) -> None:
+    size, grid = PLACES["stride_4"]
+    kinds, absent = drawn(3, size, "positive", "random"), torch.empty(0)
+    arguments = (
+        logits(3, grid).bfloat16(), [k.labels for k in kinds], [absent, kinds[1].transition], [absent] * 2, [absent] * 2,
+        [absent] * 2, [1.0, 0.5], 255, per_pixel, wanted,
+    )  # fmt: skip
+    torch.library.opcheck(
+        torch.ops.coarse_kernels_triton.trusted.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
 def same(first: Any, second: Any) -> bool:
     flat = [[out[0], *out[1], out[2], *out[3]] for out in (first, second)]
     return all(torch.equal(a, b) for a, b in zip(*flat, strict=True))
-
-
-EVERYTHING = operator.SEG | operator.transition_bit(0) | operator.transition_bit(1)
 
 
 @pytest.mark.parametrize("place", ["pixels", "stride_4", "one_point"])
