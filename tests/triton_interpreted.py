@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import hypothesis
@@ -11,8 +13,20 @@ import pytest
 import torch
 
 import coarse_kernels as ck
-from coarse_kernels.backends.triton import launch, table
-from tests.helpers import SCHEDULES, check, evaluate, generator, make_problem
+from coarse_kernels.backends import one_by_one, operator
+from coarse_kernels.backends.triton import launch, table, trusted
+from tests.helpers import (
+    GRADIENT_FLOOR,
+    LOSS_FLOOR,
+    SCHEDULES,
+    check,
+    evaluate,
+    generator,
+    gradient_error,
+    loss_error,
+    make_problem,
+    random_transition,
+)
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -194,3 +208,390 @@ def test_a_saved_gradient_is_scaled_where_it_lies(dtype: torch.dtype) -> None:
     torch.ops.coarse_kernels_triton.scale_(same, torch.ones_like(factor))
     assert torch.equal(scaled, gradient * 0.5)
     assert torch.equal(same, gradient)
+
+
+# --- trusted kinds: an operator of their own, class logits on their own grid --------------------------------------------------
+
+Kinds = tuple[ck.Drawings, ...]
+EVERYTHING = operator.SEG | operator.transition_bit(0) | operator.transition_bit(1)  # of two kinds
+
+
+def drawn(
+    classes: int,
+    size: tuple[int, ...],
+    *kinds: str,
+    layers: Sequence[int] = (1,),
+    batch: int = 2,
+    ignored: str = "some",
+    weighted: bool = False,
+    label_dtype: torch.dtype = torch.uint8,
+    seed: int = 0,
+) -> Kinds:
+    """Trusted drawings: "positive", "uniform" or "random" ones, with as many layers as ``layers`` says in turn."""
+    gen, found = generator(seed), []
+    for n, kind in enumerate(kinds):
+        shape = (batch, layers[n % len(layers)], *size)
+        labels = torch.randint(0, classes, shape, generator=gen)
+        if ignored != "none":
+            labels[torch.rand(shape, generator=gen) < (0.4 if ignored == "some" else 2.0)] = 255
+            labels.view(*shape[:2], -1)[..., : labels[0, 0].numel() // 4] = 255
+        options: dict[str, Any] = {"weight": 0.5 + n} if len(kinds) > 1 else {}
+        if weighted:
+            options["class_weight"] = torch.rand(classes, generator=gen) + 0.1
+            options["pixel_weight"] = torch.rand(shape, generator=gen).masked_fill(labels == 255, math.nan)
+            options["pixel_weight"][torch.rand(shape, generator=gen) < 0.2] = 0.0
+        transition = {"uniform": ck.uniform_transition, "random": lambda c: random_transition(c, gen)}.get(kind)
+        found.append(
+            ck.Drawings(labels.to(label_dtype), None, None if transition is None else transition(classes), **options)
+        )
+    return tuple(found)
+
+
+def of_dtype(kinds: Kinds, dtype: torch.dtype) -> Kinds:
+    def cast(t: Any) -> Any:
+        return t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+
+    return tuple(
+        dataclasses.replace(k, **{f.name: cast(getattr(k, f.name)) for f in dataclasses.fields(k)}) for k in kinds
+    )
+
+
+def objective(
+    seg: torch.Tensor, kinds: Kinds, backend: str, schedule: str = "one_pass", *, learn: bool = True, **options: Any
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Losses (total, then loss and nll of each part) and gradients (class logits, then each transition)."""
+    seg = seg.detach().clone().requires_grad_()
+    kinds = tuple(
+        k if k.transition is None else dataclasses.replace(k, transition=k.transition.clone().requires_grad_(learn))
+        for k in kinds
+    )
+    with ck.use_schedule(schedule):
+        out = ck.annotation_objective(seg, kinds, backend=backend, **options)
+        (
+            out.loss * torch.linspace(0.5, 1.5, max(1, out.loss.numel())).view(out.loss.shape).to(out.loss)
+        ).sum().backward()
+    losses = [out.loss.detach(), *(t.detach() for part in out.parts for t in (part.loss, part.nll, part.trace))]
+    return losses, [t.grad for t in (seg, *(k.transition for k in kinds)) if t is not None and t.grad is not None]
+
+
+def hold(
+    seg: torch.Tensor, kinds: Kinds, schedule: str = "one_pass", floor: float | None = None, **options: Any
+) -> Any:
+    """Against the reference in float64, with the error of the reference in the same dtype as the measure."""
+    dtype, real = seg.dtype, torch.float64 if seg.dtype == torch.float64 else torch.float32
+    truth = objective(seg.double(), of_dtype(kinds, torch.float64), "reference", **options)
+    plain = objective(seg, of_dtype(kinds, real), "reference", **options)
+    ours = objective(seg, of_dtype(kinds, real), BACKEND, schedule, **options)
+    for got, want, usual in zip(ours[0], truth[0], plain[0], strict=True):
+        assert got.dtype == real
+        bound = 2 * loss_error(usual, want) + (floor or LOSS_FLOOR[dtype])
+        assert loss_error(got, want) <= bound, (got, want, usual)
+    for got, want, usual in zip(ours[1], truth[1], plain[1], strict=True):
+        assert got.dtype == usual.dtype
+        bound = 3 * gradient_error(usual, want) + (floor or GRADIENT_FLOOR[got.dtype])
+        assert gradient_error(got, want) <= bound, (gradient_error(got, want), bound)
+    return ours
+
+
+def logits(classes: int, grid: tuple[int, ...], batch: int = 2, scale: float = 3.0, seed: int = 1) -> torch.Tensor:
+    return scale * torch.randn(batch, classes, *grid, generator=generator(seed))
+
+
+PLACES = {
+    "pixels": ((7, 10), (7, 10)),
+    "stride_4": ((8, 12), (2, 3)),
+    "odd": ((9, 13), (4, 5)),
+    "minus_1": ((5, 6), (4, 5)),
+    "one_point": ((6, 9), (1, 1)),
+    "equal_height": ((5, 12), (5, 4)),
+    "one_row": ((5, 12), (1, 4)),
+    "line": ((41,), (41,)),
+    "line_strided": ((41,), (7,)),
+    "volume": ((3, 4, 5), (3, 4, 5)),
+    "volume_strided": ((4, 5, 6), (2, 5, 3)),
+    "volume_all": ((4, 4, 6), (2, 3, 2)),
+    "one_pixel": ((1, 1), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", ["positive", "uniform", "random"])
+def test_a_trusted_kind(kind: str, place: str) -> None:
+    size, grid = PLACES[place]
+    hold(logits(5, grid), drawn(5, size, kind, layers=[2 if place == "odd" else 1]))
+
+
+@pytest.mark.parametrize(
+    ("classes", "reduction"), [(2, "mean"), (2, "sum"), (5, "mean"), (5, "sum"), (19, "mean"), (33, "sum")]
+)
+@pytest.mark.parametrize("place", ["pixels", "odd", "one_point"])
+def test_trusted_kinds_together(classes: int, reduction: str, place: str) -> None:
+    """33: more than a thread holds."""
+    size, grid = PLACES[place]
+    kinds = drawn(classes, size, "positive", "random", "uniform", layers=[1, 2, 3], weighted=reduction == "sum")
+    hold(logits(classes, grid), kinds, reduction=reduction, learn=classes < 33 or place == "pixels")
+
+
+@pytest.mark.parametrize("place", ["pixels", "odd"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_maps_of_trusted_kinds(schedule: str, place: str) -> None:
+    size, grid = PLACES[place]
+    hold(
+        logits(5, grid), drawn(5, size, "positive", "random", layers=[1, 2], weighted=True), schedule, reduction="none"
+    )
+
+
+@pytest.mark.parametrize("place", ["pixels", "stride_4", "one_point"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_dtypes_of_trusted_kinds(dtype: torch.dtype, place: str) -> None:
+    size, grid = PLACES[place]
+    hold(logits(5, grid).to(dtype), drawn(5, size, "positive", "random", label_dtype=torch.int64))
+
+
+@pytest.mark.parametrize("place", ["pixels", "odd"])
+@pytest.mark.parametrize("scale", [0.0, 100.0, 1e4])
+@pytest.mark.parametrize("classes", [5, 33])
+def test_logit_scale_of_trusted_kinds(classes: int, scale: float, place: str) -> None:
+    size, grid = PLACES[place]
+    kinds = drawn(classes, size, "positive", "random", "uniform")
+    # not learnt: 1 / D leaves float32's range. Interpolated logits of 1e4 are good to 1e-3.
+    floor = 1e-3 if place == "odd" and scale == 1e4 else 5e-6
+    hold(logits(classes, grid, scale=scale), kinds, floor=floor, learn=False)
+
+
+@pytest.mark.parametrize("place", ["pixels", "odd"])
+def test_nothing_labelled_by_trusted_kinds(place: str) -> None:
+    size, grid = PLACES[place]
+    seg = torch.full_like(logits(5, grid), math.nan)
+    losses, gradients = objective(seg, drawn(5, size, "positive", "random", ignored="all"), BACKEND)
+    assert all(torch.equal(t, torch.zeros_like(t)) for t in (*losses, *gradients))
+
+
+@pytest.mark.parametrize("classes", [5, 33])
+def test_nan_where_no_trusted_layer_has_a_label(classes: int) -> None:
+    """On the pixel grid, where it is the pixel's own; and two layers leave different pixels alone."""
+    size = (6, 8)
+    kinds = drawn(classes, size, "positive", "random", layers=[2, 1])
+    known = torch.cat([k.labels != 255 for k in kinds], 1).any(1, keepdim=True)
+    seg = logits(classes, size)
+    clean = hold(torch.where(known, seg, 0.0), kinds)
+    for ours, expected in zip(objective(torch.where(known, seg, math.nan), kinds, BACKEND), clean, strict=True):
+        for got, want in zip(ours, expected, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("classes", [5, 33])
+@pytest.mark.parametrize("grid", [(4, 6), (2, 6), (1, 1)])
+def test_labels_that_no_class_explains(grid: tuple[int, int], classes: int) -> None:
+    """nll = inf and no gradient; where their weight is 0 they count for nothing."""
+    size = (4, 6)
+    kinds = drawn(classes, size, "positive", "random", ignored="none", layers=[2, 1])
+    seg = logits(classes, grid)
+    if grid != (2, 6):  # 0 * inf
+        seg[:, 1] = -math.inf
+    transition = kinds[1].transition
+    assert transition is not None
+    transition[:, 2] = 0.0  # nobody reports 2
+    transition /= transition.sum(1, keepdim=True)
+    losses, gradients = objective(seg, kinds, BACKEND)
+    assert losses[0] == math.inf
+    expected = objective(seg, kinds, "reference")
+    for got, want in zip(gradients, expected[1], strict=True):
+        assert got.isfinite().all()
+        assert gradient_error(got, want) < 1e-5
+    weight = torch.ones(classes)
+    weight[1:3] = 0.0
+    some = tuple(dataclasses.replace(k, class_weight=weight) for k in kinds)
+    assert hold(seg, some)[0][0].isfinite()
+    hold(seg, kinds, reduction="none")
+
+
+@pytest.mark.parametrize("place", ["pixels", "odd"])
+def test_a_nan_at_a_label_is_seen(place: str) -> None:
+    size, grid = PLACES[place]
+    kinds = drawn(5, size, "positive", "random", ignored="none")
+    seg = logits(5, grid)
+    seg[0, 3, 1, 1] = math.nan
+    losses, gradients = objective(seg, kinds, BACKEND)
+    assert losses[0].isnan()
+    assert gradients[0][0].isnan().any()
+    assert gradients[1].isnan().any()
+    assert gradients[0][1].isfinite().all()  # the other image
+
+
+def call_of(seg: torch.Tensor, kinds: Kinds, wanted: int) -> Any:
+    absent = seg.new_empty(0)
+
+    def each(name: str) -> list[torch.Tensor]:
+        return [absent if getattr(k, name) is None else getattr(k, name) for k in kinds]
+
+    return torch.ops.coarse_kernels_triton.trusted(
+        seg, each("labels"), each("transition"), each("class_weight"), each("pixel_weight"), [absent] * len(kinds),
+        [k.weight for k in kinds], 255, False, wanted,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("wanted", [0, EVERYTHING])
+@pytest.mark.parametrize("per_pixel", [False, True])
+def test_opcheck_of_trusted(per_pixel: bool, wanted: int) -> None:
+    size, grid = PLACES["stride_4"]
+    kinds, absent = drawn(3, size, "positive", "random"), torch.empty(0)
+    arguments = (
+        logits(3, grid).bfloat16(), [k.labels for k in kinds], [absent, kinds[1].transition], [absent] * 2, [absent] * 2,
+        [absent] * 2, [1.0, 0.5], 255, per_pixel, wanted,
+    )  # fmt: skip
+    torch.library.opcheck(
+        torch.ops.coarse_kernels_triton.trusted.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def same(first: Any, second: Any) -> bool:
+    flat = [[out[0], *out[1], out[2], *out[3]] for out in (first, second)]
+    return all(torch.equal(a, b) for a, b in zip(*flat, strict=True))
+
+
+@pytest.mark.parametrize("place", ["pixels", "stride_4", "one_point"])
+def test_two_runs_of_trusted_kinds_agree_bit_for_bit(place: str) -> None:
+    size, grid = PLACES[place]
+    seg, kinds = logits(5, grid), drawn(5, size, "positive", "random", layers=[1, 2])
+    assert same(call_of(seg, kinds, EVERYTHING), call_of(seg, kinds, EVERYTHING))
+
+
+@pytest.mark.parametrize(
+    ("classes", "place"), [(5, "pixels"), (5, "odd"), (5, "volume_strided"), (33, "pixels"), (33, "one_row")]
+)
+def test_trusted_kinds_with_offsets_in_64_bits(monkeypatch: pytest.MonkeyPatch, classes: int, place: str) -> None:
+    size, grid = PLACES[place]
+    seg, kinds = logits(classes, grid), drawn(classes, size, "positive", "random", layers=[1, 2])
+    narrow, labels = call_of(seg, kinds, EVERYTHING), ck.label_map(seg, size, backend=BACKEND)
+    monkeypatch.setattr(launch, "WIDE_FROM", 0)
+    assert same(narrow, call_of(seg, kinds, EVERYTHING))
+    assert torch.equal(labels, ck.label_map(seg, size, backend=BACKEND))
+
+
+def test_strange_labels_of_trusted_kinds_are_none() -> None:
+    size, grid = PLACES["odd"]
+    seg = logits(5, grid)
+    kinds = drawn(5, size, "positive", "random", label_dtype=torch.int64)
+    strange = tuple(dataclasses.replace(k, labels=k.labels.clone()) for k in kinds)
+    for n, kind in enumerate(strange):
+        draw = torch.rand(kind.labels.shape, generator=generator(n))
+        kind.labels[(kind.labels == 255) & (draw < 0.5)] = 2**40 + 1
+        kind.labels[(kind.labels == 255) & (draw < 0.7)] = -1
+    assert same(call_of(seg, kinds, EVERYTHING), call_of(seg, strange, EVERYTHING))
+
+
+@pytest.mark.parametrize(
+    "wanted", [0, operator.SEG, operator.transition_bit(0), operator.transition_bit(1), EVERYTHING]
+)
+def test_only_what_is_wanted_of_trusted_kinds(wanted: int) -> None:
+    size, grid = PLACES["stride_4"]
+    seg, kinds = logits(3, grid), drawn(3, size, "random", "random")
+    loss, nll, grad_seg, grads = call_of(seg, kinds, wanted)
+    whole = call_of(seg, kinds, EVERYTHING)
+    assert torch.equal(loss, whole[0])
+    assert len(nll) == 2
+    assert torch.equal(grad_seg, whole[2]) if wanted & 1 else grad_seg.shape == (0,)
+    for k in (0, 1):
+        assert torch.equal(grads[k], whole[3][k]) if wanted & operator.transition_bit(k) else grads[k].shape == (0,)
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 4, 6), (2, 0, 4, 6), (2, 1, 0, 6)], ids=["images", "layers", "pixels"])
+def test_trusted_kinds_of_nothing(shape: tuple[int, ...]) -> None:
+    seg = torch.randn(shape[0], 3, *shape[2:]).requires_grad_()
+    labels = torch.zeros(shape, dtype=torch.uint8)
+    transition = random_transition(3, generator()).requires_grad_()
+    out = ck.annotation_objective(seg, [ck.Drawings(labels), ck.Drawings(labels, None, transition)], backend=BACKEND)
+    out.loss.backward()
+    assert out.loss == 0
+    assert torch.equal(seg.grad, torch.zeros_like(seg))
+    assert not transition.grad.any()
+
+
+@pytest.mark.parametrize("busy", [1, 7, 64])
+def test_any_number_of_shares(monkeypatch: pytest.MonkeyPatch, busy: int) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED_BUSY", busy)
+    grid_tile = table.class_grid_tile
+    monkeypatch.setattr(table, "class_grid_tile", lambda *a: grid_tile(*a)._replace(pixels=8))
+    hold(logits(3, (1, 2)), drawn(3, (11, 13), "positive", "random"))
+
+
+@pytest.mark.parametrize(
+    ("classes", "size", "grid"),
+    [
+        (2, (3, 180), (3, 180)),  # 540 pixels: two blocks of 512
+        (5, (3, 50), (3, 50)),
+        (19, (2, 70), (2, 70)),
+        (33, (2, 70), (2, 70)),
+        (3, (8, 8), (2, 2)),
+        (33, (5, 6), (2, 2)),
+        (5, (9, 17), (3, 17)),  # more than one block of points
+        (3, (2, 4, 6), (2, 2, 3)),
+        (3, (5, 70), (1, 1)),
+    ],
+)
+def test_the_tiles_of_a_device_for_trusted_kinds(
+    monkeypatch: pytest.MonkeyPatch, classes: int, size: tuple[int, ...], grid: tuple[int, ...]
+) -> None:
+    tile, grid_tile = table.class_tile, table.class_grid_tile
+    monkeypatch.setattr(table, "class_tile", lambda *a: tile(*a[:-1], False))
+    monkeypatch.setattr(table, "class_grid_tile", lambda *a: grid_tile(*a[:-1], False))
+    monkeypatch.setattr(trusted, "BUSY", 4)
+    seg = logits(classes, grid, batch=1)
+    hold(seg, drawn(classes, size, "positive", "random", layers=[1, 2], batch=1), reduction="sum")
+    labels = ck.label_map(seg, size, backend=BACKEND)
+    assert torch.equal(labels, ck.label_map(seg, size, backend="reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grid", [(6, 8), (3, 2)])
+def test_trusted_kinds_beside_one_with_a_matrix(grid: tuple[int, int], dtype: torch.dtype) -> None:
+    """In any order; the bits of ``wanted`` are those of their own places."""
+    trusted_kinds = drawn(3, (6, 8), "random", "positive", layers=[1, 2])
+    cm = torch.randn(2, 3, 3, 2, 2, generator=generator(5)).to(dtype)
+    other = drawn(3, (6, 8), "uniform", seed=9)[0]
+    kinds = (trusted_kinds[0], dataclasses.replace(other, cm_logits=cm, trace_weight=0.1), trusted_kinds[1])
+    hold(logits(3, grid).to(dtype), kinds, floor=None if dtype == torch.float32 else 2e-2)
+
+
+def test_nothing_is_interpolated_ahead_of_trusted_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("interpolated")
+
+    size, grid = PLACES["stride_4"]
+    monkeypatch.setattr(one_by_one, "interpolate", refuse)
+    monkeypatch.setattr(one_by_one, "_trusted", refuse)
+    objective(logits(3, grid), drawn(3, size, "positive", "uniform"), BACKEND)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("classes", [2, 19, 33])
+def test_label_map(classes: int, place: str) -> None:
+    size, grid = PLACES[place]
+    seg = logits(classes, grid)
+    expected = ck.label_map(seg, size, backend="reference")
+    ours = ck.label_map(seg, size, backend=BACKEND)
+    assert ours.dtype == expected.dtype == torch.uint8
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("classes", [3, 40])
+@pytest.mark.parametrize("grid", [(8, 12), (2, 3), (1, 1)])
+def test_ties_and_nan_in_a_label_map(grid: tuple[int, int], classes: int, dtype: torch.dtype) -> None:
+    """Small integers at a stride of 4 are interpolated exactly, so that equals are equal."""
+    seg = torch.randint(-1, 2, (3, classes, *grid), generator=generator(3)).to(dtype)
+    seg[1][torch.rand(seg[1].shape, generator=generator(4)) < 0.05] = math.nan
+    if grid != (2, 3):  # 0 * inf
+        seg[2][torch.rand(seg[2].shape, generator=generator(5)) < 0.5] = -math.inf
+        seg[2, :, 0, 0] = -math.inf
+    ours = ck.label_map(seg, (8, 12), backend=BACKEND)
+    assert torch.equal(ours, ck.label_map(seg, (8, 12), backend="reference"))
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(256, torch.uint8), (257, torch.int64)])
+def test_the_type_of_a_label_map(classes: int, dtype: torch.dtype) -> None:
+    seg = logits(classes, (2, 2))
+    ours = ck.label_map(seg, (3, 4), backend=BACKEND)
+    assert ours.dtype == dtype
+    assert torch.equal(ours, ck.label_map(seg, (3, 4), backend="reference"))

@@ -185,12 +185,6 @@ def _nll_fake(
     )
 
 
-def _single_posterior_fake(
-    seg_logits: Tensor, cm_logits: Tensor, labels: Tensor, transition: Tensor | None, ignore_index: int
-) -> Tensor:
-    return seg_logits.new_empty(seg_logits.shape)
-
-
 def _trusted_fake(
     seg_logits: Tensor,
     labels: list[Tensor],
@@ -198,15 +192,17 @@ def _trusted_fake(
     class_weight: list[Tensor],
     pixel_weight: list[Tensor],
     scale: list[Tensor],
-    weight: list[float],
+    weight: Sequence[float],
     ignore_index: int,
     per_pixel: bool,
     wanted: int,
-) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+) -> tuple[Any, ...]:
     dtype = compute_dtype(seg_logits.dtype)
 
     def gradient(of: Tensor, bit: int) -> Tensor:
-        return of.new_empty(of.shape) if present(of) and wanted & bit else seg_logits.new_empty((0,), dtype=dtype)
+        if not wanted & bit or not present(of):
+            return seg_logits.new_empty((0,), dtype=dtype)
+        return of.new_empty(of.shape)
 
     return (
         seg_logits.new_empty((0,) if per_pixel else (), dtype=dtype),
@@ -214,6 +210,12 @@ def _trusted_fake(
         gradient(seg_logits, SEG),
         [gradient(t, transition_bit(k)) for k, t in enumerate(transition)],
     )
+
+
+def _single_posterior_fake(
+    seg_logits: Tensor, cm_logits: Tensor, labels: Tensor, transition: Tensor | None, ignore_index: int
+) -> Tensor:
+    return seg_logits.new_empty(seg_logits.shape)
 
 
 # --- registration -------------------------------------------------------------------------------------------------------

@@ -25,6 +25,27 @@ Memory beyond inputs and outputs, for a field on its own grid whose gradient is 
 entries of a point together, and its gradient in float32. For one on the pixel grid: none, or the gradient in float32
 where images share a field in 16 bits.
 
+Trusted drawings (A = I: cross-entropy after upsampling, complementary labels) have kernels of their own in
+`trusted_kernels`: all kinds and layers of a call in one go, class logits on their own grid of P points for S pixels,
+interpolated where they are read. K layers in all, M of them with a transition; bytes a pixel with float32 storage:
+
+    P = S, C <= 32   `trusted_kernel`: 4 C read where there is a label, 4 C written, and K labels of one byte or eight.
+                     C exponentials, and as many again for each of the M layers.
+    P = S, C > 32    Logits come 32 at a time, 2 + M times: for their sums, for the sums with each T, and once more for
+                     the gradient, `trusted_pixel_kernel`. 4 C (2 + M) read, 4 C written; 8 + 8 M of evidence written,
+                     and read for every 32 classes.
+    P < S            `trusted_kernel` reads 2^rank corners a class and pixel, from the caches: 4 C P / S bytes of memory,
+                     and 8 + 8 M of evidence written. `trusted_grid_kernel` gathers the gradient: a lane or several for a
+                     grid point, with the corners' logits in registers while the pixels of the 2^rank cells around it go
+                     by. It reads labels and evidence 2^rank times, mostly from the caches, and writes 4 C P / S. Each
+                     pixel's p is formed once for each corner: 2^rank C (1 + M) exponentials. A point is written by one
+                     program; a few large cells are cut into shares (up to 64 MiB of them), which are added afterwards.
+    dL/dT            `trusted_transition_kernel`, from the evidence: p / D = exp(s - shift) / sum. Only when asked for.
+    label_map        `label_map_kernel`: 4 C P / S read and 1 written (8 above 256 classes).
+
+No tensor of C planes of pixels exists where the grid is coarser; without gradients there is no evidence either. This is
+counted, not measured.
+
 Copies are made of logits that are not contiguous (an expanded batch of one field is none), of labels and of weights.
 
 Where it does not help: a field at nearly the image's size (G = S - 1) has a pixel or two a cell, and the kernel is busy
@@ -82,10 +103,10 @@ class TritonBackend(FusedBackend):
         return super().unsupported(problem)
 
 
-def _on_first_call(name: str) -> Callable[..., Any]:
+def _on_first_call(name: str, module: str = "launch") -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         # imports Triton
-        return getattr(importlib.import_module(f"{__name__}.launch"), name)(*args)
+        return getattr(importlib.import_module(f"{__name__}.{module}"), name)(*args)
 
     return run
 
@@ -97,7 +118,11 @@ def _define() -> torch.library.Library:
     for name in ("annotation_nll", "annotation_posterior", "labelled_weight", "scale_"):
         for key in keys:
             library.impl(name, _on_first_call(name), key)
-    one_by_one.implement(library, NAMESPACE, keys)
+    own = ("trusted", "label_map")
+    for name in own:
+        for key in keys:
+            library.impl(name, _on_first_call(name, "trusted"), key)
+    one_by_one.implement(library, NAMESPACE, keys, own=own)
     return library
 
 

@@ -41,14 +41,14 @@ class Axis(NamedTuple):
 
 
 class Field:
-    """Where the confusion matrices live: three axes, as the pixels have them."""
+    """Where the confusion matrices, or the class logits, live: three axes, as the pixels have them."""
 
-    def __init__(self, size: torch.Size, grid: torch.Size):
+    def __init__(self, size: torch.Size, grid: torch.Size, name: str = "cm_logits"):
         sizes, points = (1,) * (3 - len(size)) + tuple(size), (1,) * (3 - len(grid)) + tuple(grid)
         self.axes = tuple(Axis(s, g) for s, g in zip(sizes, points, strict=True))
         if any(axis.points > axis.size or (axis.points < 1 <= axis.size) for axis in self.axes):
             raise ValueError(
-                f"cm_logits: expected a grid of 1 point to the image's {tuple(size)} on each axis, got {tuple(grid)}"
+                f"{name}: expected a grid of 1 point to the image's {tuple(size)} on each axis, got {tuple(grid)}"
             )
         self.pixels = sizes[0] * sizes[1] * sizes[2]
         self.points = points[0] * points[1] * points[2]

@@ -73,3 +73,43 @@ def cell_tile(classes: int, corners: int, pixels: int, interpreted: bool) -> Cel
         return CellTile(padded, columns, 1, 4)  # the warps share corners: 16 * C registers are too many for a lane
     # One warp, and no reduction between warps. 32 / CP pixels at a time where the columns do not fill it.
     return CellTile(padded, columns, 32 // padded, 1)
+
+
+class GridTile(NamedTuple):
+    classes: int  # CB
+    points: int  # POINTS
+    pixels: int  # PIX: lanes of a point
+    warps: int
+
+
+# Classes of a pixel whose logits a thread of `trusted_kernel` holds; more come as many at a time.
+_AT_ONCE = 32
+
+
+def class_tile(classes: int, pixels: int, interpreted: bool) -> PixelTile:
+    """For the class logits of images of ``pixels`` pixels: a pixel is a lane, and its classes are in the lane's registers."""
+    padded = power_of_two(classes)
+    columns = min(padded, _AT_ONCE)
+    block = 128 * max(1, 8 // columns)
+    if interpreted:
+        block = max(16, min(4096, power_of_two(max(1, pixels)), _INTERPRETED // columns))
+    return PixelTile(padded, columns, block, 4)
+
+
+def class_grid_tile(classes: int, corners: int, cell: int, width: int, points: int, interpreted: bool) -> GridTile:
+    """For class logits on a grid of ``points``, with cells of ``cell`` pixels, ``width`` of them in a row.
+
+    A thread holds (corners + 3) logits or sums for each class: 133 at C = 19 and four corners.
+    """
+    padded = power_of_two(classes)
+    most = 8 if corners == 8 else 32 if classes <= 24 else 16
+    columns = min(padded, most)
+    if interpreted:
+        pixels = min(256, power_of_two(2 * cell))
+        at_once = min(power_of_two(points), max(1, _INTERPRETED // (columns * corners * pixels)))
+        return GridTile(columns, at_once, pixels, 4)
+    lanes = 128
+    # Neighbouring lanes read neighbouring pixels of a row; and where there are few points, all lanes have work.
+    row = 1 << (min(width, lanes).bit_length() - 1)
+    pixels = max(row, lanes // min(lanes, power_of_two(points)))
+    return GridTile(columns, lanes // pixels, pixels, 4)
