@@ -39,7 +39,7 @@ class FusedBackend:
         if problem.seg_logits.shape[2:] != problem.size:
             seg = "the class logits interpolated to the pixel grid ahead of it"
         return [
-            "plain PyTorch at pixel resolution: this backend has no kernel for trusted drawings"
+            "trusted: one kernel for all such kinds, class logits read from their own grid"
             if d.cm_logits is None
             else f"the fused kernel of one kind of drawings, a layer at a time, {seg}"
             for d in problem.drawings

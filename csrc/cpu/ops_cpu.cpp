@@ -141,8 +141,8 @@ Tensor most_probable(Tensor seg_logits, const std::vector<int64_t>& size) {
   return result;
 }
 
-// int64 (kinds, 4): which kernel each kind of drawings gets (Form), vectors of a row and of a slab that are worked on together,
-// tasks. What `coarse_kernels.explain` puts into words.
+// int64 (kinds, 4): which kernel each kind of drawings gets (Form), vectors of a row and of a slab that are worked on
+// together, tasks. What `coarse_kernels.explain` puts into words.
 template <class R>
 Tensor chosen_kernels(Inputs in) {
   std::vector<Drawings<R>> kinds;
@@ -162,7 +162,8 @@ Tensor chosen_kernels(Inputs in) {
 }
 
 Tensor kernels_of(Tensor seg_logits, Tensors labels, Tensors cm_logits) {
-  Inputs in{seg_logits, labels, cm_logits, Tensors(labels.size(), new_tensor(seg_logits, {0}, ScalarType::Float)), {}, {}, {}};
+  Inputs in{seg_logits, labels, cm_logits, Tensors(labels.size(), new_tensor(seg_logits, {0}, ScalarType::Float)),
+            {},         {},     {}};
   return in.wide() ? chosen_kernels<double>(std::move(in)) : chosen_kernels<float>(std::move(in));
 }
 

@@ -47,7 +47,9 @@ using cuda::kHeldLayers;
 
 // Of a multiprocessor: as many as leave each thread the registers that it needs.
 template <class R, bool kOneLayer>
-constexpr int kBlocks = sizeof(R) == 8 ? 1 : kOneLayer ? 3 : 2;
+constexpr int kBlocks = sizeof(R) == 8 ? 1
+                        : kOneLayer    ? 3
+                                       : 2;
 
 // --- class logits of a pixel -----------------------------------------------------------------------------------------
 
@@ -196,8 +198,8 @@ struct OnlineSum {
 };
 
 template <class R>
-struct Held {  // a label of the pixel, while its layer is at work
-  int label;  // -1: none
+struct Held {       // a label of the pixel, while its layer is at work
+  int label;        // -1: none
   R weight, share;  // `share` as Trusted::share
   const R* column;  // T[.,y]; null where T = I
   OnlineSum<R> report;
@@ -388,7 +390,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(R) == 8 ? 1 : 2)
     trusted_gather(const __grid_constant__ Trusted<R> t, const __grid_constant__ Cells c) {
   using T = typename StorageOf<kStorage>::Type;
   const int sums_step = c.height * c.width * c.slots;
-  R* const shared = reinterpret_cast<R*>(dynamic_shared());                        // [class][corner][cell][slot]
+  R* const shared = reinterpret_cast<R*>(dynamic_shared());                         // [class][corner][cell][slot]
   int* const begin_y = reinterpret_cast<int*>(shared + 4 * kTogether * sums_step);  // first pixel of each cell
   int* const begin_x = begin_y + c.height + 1;
   const int depth = t.size[0], height = t.size[1], width = t.size[2];
@@ -502,8 +504,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(R) == 8 ? 1 : 2)
           }
           if (cell < cells && threadIdx.x % together == 0) {
 #pragma unroll
-            for (int k = 0; k < 4; ++k)
-              shared[(4 * n + k) * sums_step + cell * c.slots + lane / kWarp] = sums[n][k];
+            for (int k = 0; k < 4; ++k) shared[(4 * n + k) * sums_step + cell * c.slots + lane / kWarp] = sums[n][k];
           }
         }
       }

@@ -41,7 +41,7 @@ struct Trusted {
   // layer_top is the largest logit that T[.,y] lets through, not written where T = I.
   R* share = nullptr;
   R* layer_top = nullptr;
-  double* sums = nullptr;  // (kinds, kSumRows): sum w nll, zeros on arrival, a row for a warp
+  double* sums = nullptr;     // (kinds, kSumRows): sum w nll, zeros on arrival, a row for a warp
   void* label_map = nullptr;  // (B, D, H, W), uint8 up to 256 classes, else int64
 
   COARSE_HD int64_t pixels() const { return static_cast<int64_t>(size[0]) * size[1] * size[2]; }
