@@ -573,16 +573,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks<R, false>)
 
 // The first of equals, and NaN before all, as torch.argmax has it.
 template <Storage kStorage, class R, bool kCoarse>
-__global__ void __launch_bounds__(kThreads, sizeof(R) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kThreads, sizeof(R) == 8 ? 1 : 4)
     trusted_labels(const __grid_constant__ Trusted<R> t) {
   const int64_t pixels = t.pixels(), per_image = (pixels + kThreads - 1) / kThreads;
   for (int64_t tile = blockIdx.x; tile < per_image * t.batch; tile += gridDim.x) {
     const int64_t image = tile / per_image, own = (tile - image * per_image) * kThreads + threadIdx.x;
     if (own >= pixels) continue;
     const Logits<kStorage, R, kCoarse> logits(t, image, static_cast<int>(own));
+    constexpr int kUnroll = kCoarse ? 1 : 4;  // as above
     R best = logits(0);
     int label = 0;
-#pragma unroll 4
+#pragma unroll kUnroll
     for (int j = 1; j < t.classes; ++j) {
       const R x = logits(j);
       const bool better = x > best || (x != x && best == best);

@@ -128,6 +128,8 @@ def test_cross_entropy_after_upsampling_forms_no_logits_at_the_pixels(backend: s
 def test_class_logits_of_more_than_two_to_the_31_elements(backend: str) -> None:
     """Offsets are 64 bits wide: the last image's loss and gradient are those of the image alone."""
     needs_memory(40.0)
+    if backend != "cuda":
+        pytest.skip("what the compiled kernels promise")
     classes, size = 150, (2048, 2048)
     seg = torch.zeros(4, classes, *size, dtype=torch.bfloat16, device=DEVICE)  # 2.5e9
     seg[-1].normal_()
@@ -143,5 +145,6 @@ def test_class_logits_of_more_than_two_to_the_31_elements(backend: str) -> None:
         if image.start == 0:
             assert not own.grad[:-1].any()
         del own, loss
-    for many, alone in zip(*results, strict=True):
-        assert torch.equal(many, alone)
+    (loss, *many), (own_loss, *alone) = results
+    assert loss_error(loss, own_loss) < 1e-6  # the images before it share the blocks, and so the order of the sum
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(many, alone, strict=True))
