@@ -216,6 +216,8 @@ def check_classes(classes: Any) -> int:
 def check_ignore_index(ignore_index: Any) -> int:
     if not isinstance(ignore_index, numbers.Integral) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+    if not -(2**63) <= int(ignore_index) < 2**63:
+        raise ValueError(f"ignore_index: expected a number that int64 holds, got {ignore_index}")
     return int(ignore_index)
 
 
@@ -312,6 +314,9 @@ def _check_normalizer(name: str, normalizer: Any, reduction: str) -> None:
     _check_number(name, normalizer)
     if normalizer <= 0:
         raise ValueError(f"{name}: expected a number > 0, got {normalizer}")
+    least = torch.finfo(torch.float32).tiny
+    if normalizer < least:
+        raise ValueError(f"{name}: expected a number >= {least}, whose reciprocal float32 holds, got {normalizer}")
 
 
 # --- checks that read values --------------------------------------------------------------------------------------------

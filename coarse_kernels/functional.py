@@ -329,6 +329,8 @@ def _evaluate(problem: Problem, backend: str | None) -> Objective:
         for drawings, layered, of_kind, count in zip(problem.drawings, problem.layered, maps, counts, strict=True):
             loss, nll, trace = of_kind
             own = loss if drawings.weight == 1.0 else loss * drawings.weight
+            if drawings.weight == 0:  # counts for nothing, even where the loss is inf
+                own = torch.where(loss.isinf(), 0.0, loss) * 0.0
             summed = own.sum(1) if layered else own.squeeze(1)
             total = summed if total is None else total + summed
             parts.append(AnnotationLoss(*(t if layered else t.squeeze(1) for t in (loss, nll, trace, count))))

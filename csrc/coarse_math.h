@@ -333,7 +333,8 @@ COARSE_HD V column_gradient_log_space(const ColumnTerms<V>& column, V x, const R
   const V hij = reported_term(reported, x, column.label_top) * column.inv_q;
   V gradient = live * (posterior * (aij - hij)) - live_trace * ajj * aij;
   if (diagonal) gradient += live_trace * ajj;
-  return select(live + live_trace == zero, zero, gradient);  // else 0 * NaN
+  // 0 where neither counts, or 0 * NaN would be NaN. Each for itself: a trace weight of -1 makes their sum 0.
+  return select((live == zero) & (live_trace == zero), zero, gradient);
 }
 
 template <class V>

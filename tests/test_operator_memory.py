@@ -93,3 +93,43 @@ def test_strided_no_grad_forward_costs_nothing() -> None:
 def test_one_matrix_for_the_image_costs_the_class_gradient() -> None:
     found = measure((512, 1024), (1, 1), True)
     assert found["peak"] <= found["seg"] + 2 * SLACK, found
+
+
+OBJECTIVE = """
+import gc, json, torch, coarse_kernels as ck
+from pathlib import Path
+
+def status(name):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return 1024 * int(line.split()[1])
+
+torch.set_num_threads(2)
+def inputs(h, w):
+    seg = torch.randn(1, 19, h // 4, w // 4).requires_grad_()
+    cm = torch.randn(1, 19, 19, h // 16, w // 16).requires_grad_()
+    return seg, cm, *(torch.randint(0, 19, (1, k, h, w), dtype=torch.uint8) for k in (1, 2))
+
+def step(seg, cm, positive, negative):
+    kinds = [ck.Drawings(positive, cm), ck.Drawings(negative, transition=ck.uniform_transition(19))]
+    ck.annotation_objective(seg, kinds).loss.backward()
+    ck.label_map(seg, positive.shape[2:])
+
+step(*inputs(64, 64))
+given = inputs(512, 1024)
+gc.collect()
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+step(*given)
+print(json.dumps({"peak": status("VmHWM") - before, "gradients": given[0].nbytes + given[1].nbytes}))
+"""
+
+
+def test_class_logits_never_exist_at_full_resolution() -> None:
+    """40 MB they would be, and as much their gradient."""
+    done = run_python(OBJECTIVE, **LIVE)
+    if "PermissionError" in done.stderr:
+        pytest.skip("the kernel does not let us reset the high-water mark")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["peak"] <= found["gradients"] + 2 * SLACK, found

@@ -100,13 +100,13 @@ def _save(ctx: Any, call: Arguments, out: Outputs, anchor: Tensor | None) -> Non
     saved: list[Tensor] = []
     formed = [bit for bit, _ in differentiable(call) if call.wanted & bit]
     saved += [_of(bit, out) for bit in formed]
-    # Gradients of the parts' own losses are not to be had from that of their sum. A single kind's is its total's, unless it
-    # counts for nothing.
-    has_inputs = not call.wanted or kinds > 1 or call.weight[0] == 0
+    # Gradients of the parts' own losses are not to be had from that of their sum. A single kind's is its total's over its
+    # weight, if that leaves the gradient in the range of float32.
+    has_inputs = not call.wanted or kinds > 1 or not 1e-20 < call.weight[0] < 1e20
     if has_inputs:
         saved.append(call.seg_logits)
-        for name in _TENSOR_LISTS:
-            saved += getattr(call, name)
+        for name in _TENSOR_LISTS:  # a label made in inference mode is no less a label
+            saved += [t.clone() if t.is_inference() else t for t in getattr(call, name)]
     if anchor is not None:
         saved.append(anchor)
     absent: dict[str, Any] = dict.fromkeys(("seg_logits", *_TENSOR_LISTS))

@@ -1,0 +1,214 @@
+"""What `annotation_objective` owes beyond the numbers of random drawings: coherent drawings, seams, parts, odd weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import coarse_kernels as ck
+from coarse_kernels import Drawings
+from tests.helpers import (
+    SCHEDULES,
+    generator,
+    gradient_error,
+    leaf,
+    loss_error,
+    put,
+    random_transition,
+)
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+EVERY = pytest.mark.every
+FUSED = pytest.mark.fused
+
+
+def blobs(size: tuple[int, ...], layers: int, classes: int, seed: int) -> Tensor:
+    """(2, layers, *size) labels in patches of about 20 pixels, a few pixels and the first patch not drawn: as people draw."""
+    gen = generator(seed)
+    patches = torch.randint(0, classes, (2 * layers, 1, *(max(1, s // 20) for s in size)), generator=gen).float()
+    labels = torch.nn.functional.interpolate(patches, size=size, mode="nearest").reshape(2, layers, *size).long()
+    labels[torch.rand(labels.shape, generator=gen) < 0.05] = 255
+    labels[..., : size[-1] // 5] = 255
+    return labels
+
+
+def evaluate(seg: Tensor, kinds: list[Drawings], backend: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Loss, and the gradients of the class logits and of every matrix and transition."""
+    own = leaf(seg.to(dtype))
+    assert own is not None
+    leaves, drawings = [own], []
+    for kind in kinds:
+        cm = None if kind.cm_logits is None else leaf(kind.cm_logits.to(dtype))
+        transition = None if kind.transition is None else leaf(kind.transition.to(dtype))
+        leaves += [t for t in (cm, transition) if t is not None]
+        drawings.append(dataclasses.replace(kind, cm_logits=cm, transition=transition))
+    loss = ck.annotation_objective(own, drawings, backend=backend).loss
+    return loss.detach(), list(torch.autograd.grad(loss, leaves))
+
+
+def check(seg: Tensor, kinds: list[Drawings], backend: str) -> None:
+    """At most 2x (loss) and 3x (gradients) the error of plain PyTorch in float32, and a floor, as in tests/helpers.py."""
+    loss, grads = evaluate(seg, kinds, backend, torch.float32)
+    plain_loss, plain = evaluate(seg, kinds, "reference", torch.float32)
+    truth, expected = evaluate(seg, kinds, "reference", torch.float64)
+    assert loss_error(loss, truth) <= 2 * loss_error(plain_loss, truth) + 5e-7
+    for ours, usual, theirs in zip(grads, plain, expected, strict=True):
+        assert gradient_error(ours, theirs) <= 3 * gradient_error(usual, theirs) + 1e-6
+
+
+@FUSED
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("stream", ["positive", "random"])
+@pytest.mark.parametrize("classes", [3, 19])
+@pytest.mark.parametrize(
+    "grid", [(8, 11), (33, 41), (1, 1), (66, 88)], ids=["strided", "stride-2", "one-point", "pixel"]
+)
+def test_drawings_in_patches(backend: str, grid: tuple[int, int], classes: int, stream: str, layers: int) -> None:
+    """Most segments have one label, or few: kernels know these cases, and random labels never meet them."""
+    if backend != "cpu" and (classes == 19 or layers != 2):
+        pytest.skip("what is special to patches is csrc/cpu/strided_grid.h's; elsewhere a selection will do")
+    size, gen = (66, 88), generator(classes)
+    if classes == 19 and grid == size:
+        size = grid = (22, 88)
+    seg = 2 * torch.randn(2, classes, size[0] // 4, size[1] // 4, generator=gen)
+    cm = 2 * torch.randn(2, classes, classes, *grid, generator=gen)
+    transition = None if stream == "positive" else put(random_transition(classes, gen))
+    kinds = [
+        Drawings(put(blobs(size, layers, classes, 1)), put(cm), transition, trace_weight=0.1),
+        Drawings(put(blobs(size, 2, classes, 2)), transition=put(ck.uniform_transition(classes)), weight=0.3),
+        Drawings(put(blobs(size, 1, classes, 3))),
+    ]
+    check(put(seg), kinds, backend)
+
+
+@FUSED
+@pytest.mark.parametrize("size", [(17, 9), (33, 20), (100, 7), (257, 5), (40, 3, 6)], ids=str)
+def test_rows_of_a_grid_between_two_tasks_get_the_gradient_of_both(backend: str, size: tuple[int, ...]) -> None:
+    """Heights around 16 and 32 rows, where an image is cut; grids whose cells are smaller, larger and as large as a part."""
+    if backend != "cpu" and size[0] > 40:
+        pytest.skip("seams of tasks are csrc/cpu/plan.h's; elsewhere a selection will do")
+    gen = generator(len(size))
+    for rows in (2, size[0] // 3, size[0] - 1):
+        grid = (rows, *(max(1, s // 2) for s in size[1:]))
+        seg = torch.randn(2, 3, *grid, generator=gen)
+        shared = torch.randn(1, 3, 3, *grid, generator=gen)
+        labels = torch.randint(0, 3, (2, *size), generator=gen)
+        kinds = [Drawings(put(labels), put(shared)), Drawings(put(labels), put(torch.randn(2, 3, 3, *grid)))]
+        check(put(seg), kinds, backend)
+
+
+def test_the_number_of_threads_changes_no_bit_of_an_objective() -> None:
+    gen = generator(0)
+    seg = torch.randn(2, 5, 24, 20, generator=gen)
+    cm, other = torch.randn(1, 5, 5, 12, 10, generator=gen), torch.randn(2, 5, 5, 7, 9, generator=gen)
+    kinds = [
+        Drawings(blobs((96, 80), 2, 5, 1), cm),
+        Drawings(blobs((96, 80), 1, 5, 2), other, random_transition(5, gen)),
+        Drawings(blobs((96, 80), 1, 5, 3)),
+    ]
+    if "cpu" not in ck.available_backends():
+        pytest.skip("not built")
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(evaluate(seg, kinds, "cpu", torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    for loss, grads in found[1:]:
+        assert torch.equal(loss, found[0][0])
+        for ours, first in zip(grads, found[0][1], strict=True):
+            assert torch.equal(ours, first)
+
+
+@EVERY
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("weight", [0.0, 1e-44, 0.3, 1e30])
+def test_the_loss_of_a_part_has_its_own_gradient_whatever_the_weight_of_its_kind(
+    backend: str, schedule: str, weight: float
+) -> None:
+    gen = generator(0)
+    seg, labels = torch.randn(1, 3, 4, 5, generator=gen), torch.randint(0, 3, (1, 4, 5), generator=gen)
+    kinds = [Drawings(put(labels), weight=weight), Drawings(put(labels.flip(1)), put(torch.randn(1, 3, 3, 2, 2)))]
+    for drawings in (kinds[:1], kinds):
+        found = []
+        for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+            own = leaf(put(seg).to(dtype))
+            with ck.use_schedule(schedule):
+                ck.annotation_objective(own, drawings, backend=name).parts[0].loss.backward()
+            found.append(own.grad)
+        assert gradient_error(*found) < 2e-6
+
+
+@FUSED
+@pytest.mark.parametrize("grid", [(4, 16), (2, 3)], ids=["pixel", "strided"])
+def test_a_trace_weight_of_minus_one_keeps_the_gradient_of_large_logits(backend: str, grid: tuple[int, int]) -> None:
+    """In log space the weights of likelihood and trace cancelled, and with them went the whole gradient of the matrix."""
+    gen = generator(0)
+    seg, cm = 60 * torch.randn(1, 3, 4, 16, generator=gen), 60 * torch.randn(1, 3, 3, *grid, generator=gen)
+    kinds = [Drawings(put(torch.randint(0, 3, (1, 4, 16), generator=gen)), put(cm), trace_weight=-1.0)]
+    _, ours = evaluate(put(seg), kinds, backend, torch.float32)
+    _, truth = evaluate(put(seg), kinds, "reference", torch.float64)
+    assert gradient_error(ours[1], truth[1]) < 1e-4
+
+
+@EVERY
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_kind_of_weight_zero_leaves_the_total_finite_beside_an_impossible_label(backend: str, reduction: str) -> None:
+    impossible = put(torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+    labels = put(torch.zeros(1, 1, 4, dtype=torch.long))
+    kinds = [Drawings(labels, None, impossible, weight=0.0), Drawings(labels)]
+    out = ck.annotation_objective(put(torch.zeros(1, 2, 1, 4)), kinds, reduction=reduction, backend=backend)
+    assert out.loss.sum().item() == pytest.approx(4 * 0.6931472, rel=1e-6)
+    assert out.parts[0].loss.isinf().all()
+
+
+@EVERY
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_labels_that_were_made_in_inference_mode_train(backend: str, schedule: str) -> None:
+    with torch.inference_mode():
+        labels = put(torch.randint(0, 3, (1, 4, 5)))
+    seg = put(torch.randn(1, 3, 4, 5)).requires_grad_()
+    with ck.use_schedule(schedule):
+        ck.annotation_objective(seg, [Drawings(labels), Drawings(labels, weight=0.5)], backend=backend).loss.backward()
+    assert seg.grad is not None
+
+
+def test_numbers_that_no_kernel_could_hold_are_refused_by_name() -> None:
+    seg, labels = torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2, dtype=torch.uint8)
+    for options, name in (({"normalizer": 1e-39}, "normalizer"), ({"ignore_index": 2**63}, "ignore_index")):
+        arguments: dict[str, Any] = options
+        with pytest.raises(ValueError, match=name):
+            ck.annotation_nll(seg, None, labels, **arguments)
+
+
+@EVERY
+def test_the_module_is_the_function(backend: str) -> None:
+    gen = generator(0)
+    seg, labels = put(torch.randn(1, 3, 4, 5, generator=gen)), put(torch.randint(0, 3, (1, 4, 5), generator=gen))
+    kinds = [Drawings(labels, put(torch.randn(1, 3, 3, 2, 2, generator=gen))), Drawings(labels, weight=0.5)]
+    module = ck.AnnotationObjective(reduction="sum", backend=backend)
+    assert torch.equal(
+        module(seg, kinds).loss, ck.annotation_objective(seg, kinds, reduction="sum", backend=backend).loss
+    )
+    assert "reduction='sum'" in repr(module)
+
+
+def test_explain_says_who_computes_what_and_why_not_others() -> None:
+    labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    seg, cm = torch.zeros(1, 3, 2, 2), torch.zeros(1, 3, 3, 4, 4)
+    text = ck.explain(seg, [Drawings(labels, cm), Drawings(labels)])
+    assert "drawings[0]" in text
+    assert "drawings[1]" in text
+    assert "not cuda: it serves cuda tensors, got cpu" in text
+    if "cpu" in ck.available_backends():
+        assert text.startswith("backend cpu")
+        assert "strided" in text
+        assert "trusted" in text
+    assert "plain PyTorch" in ck.explain(seg, [Drawings(labels)], backend="reference")
+    assert "no pixel" in ck.explain(seg[:0], [Drawings(labels[:0])]) or "cpu" not in ck.available_backends()
