@@ -104,9 +104,10 @@ def _save(ctx: Any, call: Arguments, out: Outputs, anchor: Tensor | None) -> Non
     # weight, if that leaves the gradient in the range of float32.
     has_inputs = not call.wanted or kinds > 1 or not 1e-20 < call.weight[0] < 1e20
     if has_inputs:
-        saved.append(call.seg_logits)
-        for name in _TENSOR_LISTS:  # a label made in inference mode is no less a label
-            saved += [t.clone() if t.is_inference() else t for t in getattr(call, name)]
+        inputs = [call.seg_logits]
+        for name in _TENSOR_LISTS:
+            inputs += getattr(call, name)
+        saved += [t.clone() if t.is_inference() else t for t in inputs]  # a label made in inference mode is one, too
     if anchor is not None:
         saved.append(anchor)
     absent: dict[str, Any] = dict.fromkeys(("seg_logits", *_TENSOR_LISTS))

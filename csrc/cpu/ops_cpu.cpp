@@ -186,7 +186,7 @@ double weigh(const Tensor& labels, OptionalTensor class_weight, OptionalTensor p
   double sum = 0;
   for (int64_t k = 0; k < labels.numel(); ++k) {
     const int64_t y = byte ? static_cast<const uint8_t*>(data)[k] : static_cast<const int64_t*>(data)[k];
-    if (y == ignore_index || y < 0 || y >= classes) continue;  // annotation_nll complains of the others
+    if (y == ignore_index || y < 0 || y >= classes) continue;  // annotation_objective complains of the others
     // in R, as the kernels weigh it
     const R weight = (by_class != nullptr ? by_class[y] : R(1)) * (by_pixel != nullptr ? by_pixel[k] : R(1));
     sum += static_cast<double>(weight);
