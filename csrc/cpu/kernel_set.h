@@ -1,4 +1,5 @@
-// What the glue (ops_cpu.cpp, run.h) and the CPU kernels agree on: how a problem is cut into tasks, and a table of kernels.
+// What the glue (ops_cpu.cpp, run.h) and the CPU kernels agree on: how a problem is cut into tasks, and a table of
+// kernels.
 #pragma once
 
 #include <cstddef>
