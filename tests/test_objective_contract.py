@@ -212,3 +212,10 @@ def test_explain_says_who_computes_what_and_why_not_others() -> None:
         assert "trusted" in text
     assert "plain PyTorch" in ck.explain(seg, [Drawings(labels)], backend="reference")
     assert "no pixel" in ck.explain(seg[:0], [Drawings(labels[:0])]) or "cpu" not in ck.available_backends()
+
+
+@pytest.mark.skipif("cpu" not in ck.available_backends(), reason="not built")
+def test_class_logits_without_a_class_do_not_end_the_process() -> None:
+    """The operator itself, which the door does not guard: it divided by their number."""
+    with pytest.raises(RuntimeError, match="at least one class"):
+        torch.ops.coarse_kernels.label_map(torch.empty(1, 0, 4, 4), [4, 4])

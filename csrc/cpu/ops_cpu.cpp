@@ -114,22 +114,7 @@ Tensor objective_posterior(Tensor seg_logits, Tensors labels, Tensors cm_logits,
 
 template <class R>
 Tensor most_probable(Tensor seg_logits, const std::vector<int64_t>& size) {
-  const int64_t rank = seg_logits.dim() - 2;
-  STD_TORCH_CHECK(rank >= 1 && rank <= 3 && static_cast<int64_t>(size.size()) == rank,
-                  "size: one number for each axis");
-  seg_logits = torch::stable::contiguous(seg_logits);
-  Problem<R> problem;
-  problem.batch = seg_logits.size(0);
-  problem.classes = static_cast<int>(seg_logits.size(1));
-  problem.seg = field_of(seg_logits, 2, "seg_logits");
-  problem.width = size[rank - 1];
-  if (rank > 1) problem.height = size[rank - 2];
-  if (rank > 2) problem.depth = size[rank - 3];
-  const int64_t pixels[3] = {problem.depth, problem.height, problem.width};
-  for (int axis = 0; axis < 3; ++axis) {
-    STD_TORCH_CHECK(problem.seg.grid[axis] <= pixels[axis] && (problem.seg.grid[axis] > 0 || pixels[axis] == 0),
-                    "seg_logits: its grid does not fit");
-  }
+  Problem<R> problem = describe_logits<R>(seg_logits, size);
   std::vector<int64_t> shape{problem.batch};
   shape.insert(shape.end(), size.begin(), size.end());
   const bool byte = problem.classes <= 256;
