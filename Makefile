@@ -8,7 +8,7 @@
 #   make test-gpu    the operator's tests on a GPU, and what only a GPU can get wrong (tests/gpu/README.md)
 #   make bench-gpu   speed table of the GPU kernels, about eight minutes; fails where there is no GPU
 #   make bench-objective  several kinds of drawings in one objective on a CPU: memory and time; about seven minutes
-#   make highres     a 1024x2048 training step on a CPU beside the published formulation: memory and time; five minutes
+#   make highres     a 1024x2048 training step on a CPU beside the published formulation: memory and time; seven minutes
 #   make lint        ruff, mypy, clang-format        make format: apply them
 #
 # TORCH overrides the torch that a new .venv gets, PYTHON the interpreter it is made from.
