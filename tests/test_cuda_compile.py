@@ -96,4 +96,4 @@ def test_every_kernel_compiles_and_no_fast_path_spills(tmp_path: Path, capsys: p
         "trusted_labels<f16, coarser grid>",
     ):
         assert name in text
-    assert "ops_cuda.cpp, ops_trusted.cpp compiles" in text
+    assert "ops_cuda.cpp compiles" in text

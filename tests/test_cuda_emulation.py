@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import re
 import shutil
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from coarse_kernels import backends
-from coarse_kernels.backends import one_by_one
+from coarse_kernels.backends.operator import Arguments, differentiable, present
 from tests import cuda_emulation
 from tests.cuda_emulation import build
 from tests.helpers import check, make_problem, run_python
@@ -52,9 +53,10 @@ for problem in cases:
         print(digest.hexdigest()[:16])
 """
 
-# Trusted kinds: labels in registers and in memory, the transition, each class grid, cells of one thread, a few, and several
-# warps, tiles that share cells, volumes; label maps.
-ORDER_TRUSTED = """
+# Several kinds. Trusted: labels in registers and in memory, the transition, each class grid, cells of one thread, a few, and several
+# warps, tiles that share cells, volumes; label maps. With matrices, beside class logits on each grid: cells, steep ones, pixels,
+# pieces; posteriors.
+ORDER_KINDS = """
 import hashlib, torch
 import coarse_kernels as ck
 from tests import cuda_emulation
@@ -65,6 +67,10 @@ cases = [
     (5, (9, 31), one, None), (5, (9, 31), learned, None), (3, (9, 31), many, None), (5, (20, 27), one, (5, 7)),
     (3, (20, 27), learned, (5, 7)), (3, (20, 27), many, (1, 1)), (2, (100, 150), one, (2, 3)), (2, (40, 44), one, (19, 21)),
     (3, (5, 9, 18), learned, (2, 3, 5)), (19, (16, 33), one, (4, 9)),
+    (5, (20, 70), (Kind(grid=(5, 9)), Kind("fixed", 2, grid=(2, 1), cm_batch=1), Kind()), (10, 18)),
+    (3, (40, 30), (Kind(grid=(2, 1)), Kind("uniform", 2, grid=None)), (1, 1)),
+    (3, (9, 31), (Kind("random", 2, grid=(4, 30)), Kind(layers=2, grid=None)), (9, 15)),
+    (3, (4, 6, 7), (Kind(grid=(2, 3, 7)), Kind("random")), (2, 2, 2)),
 ]
 for classes, size, kinds, grid in cases:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
@@ -72,12 +78,14 @@ for classes, size, kinds, grid in cases:
         result = evaluate(objective, "cuda-emulated", None, "one_pass", None)
         tensors = [*result.losses.values(), *result.gradients.values()]
         tensors.append(ck.label_map(objective.seg, size, backend="cuda-emulated"))
+        seg, drawings, _ = objective.drawings(None)
+        tensors.append(ck.annotation_posterior(seg.detach(), drawings, backend="cuda-emulated").detach())
         digest = hashlib.sha256(b"".join(t.double().numpy().tobytes() for t in tensors))
         print(digest.hexdigest()[:16])
 """
 
 
-@pytest.mark.parametrize(("code", "results"), [(ORDER, 36), (ORDER_TRUSTED, 30)], ids=["matrix", "trusted"])
+@pytest.mark.parametrize(("code", "results"), [(ORDER, 36), (ORDER_KINDS, 42)], ids=["matrix", "kinds"])
 def test_the_order_of_threads_changes_no_bit(code: str, results: int) -> None:
     """A race shows as a result that depends on which thread came first."""
     forward = run_python(code)
@@ -87,100 +95,118 @@ def test_the_order_of_threads_changes_no_bit(code: str, results: int) -> None:
     assert reverse.stdout == forward.stdout, reverse.stderr
 
 
-@pytest.mark.parametrize("grid", [None, (3, 5)], ids=["pixel", "strided"])
-@pytest.mark.parametrize("classes", [3, 4])  # a fast kernel, the general one
-@pytest.mark.parametrize("bad", [-1, 77, 2**40, -(2**62)])
-def test_a_label_out_of_range_is_no_label_and_no_address(bad: int, classes: int, grid: tuple[int, int] | None) -> None:
-    """On CUDA nobody looks at labels first, for that would wait for the device."""
-    problem = make_problem(classes, (9, 21), grid, stream="random", label_dtype=torch.int64)
-    weights = torch.rand(classes) + 0.5, torch.rand(problem.labels.shape) + 0.5
-    wrong = problem.labels.clone()
-    wrong.view(-1)[::7] = bad
-    right = torch.where(wrong == bad, 255, wrong)
-    results = []
-    for labels in (wrong, right):
-        run = operators().annotation_nll  # type: ignore[attr-defined]
-        args = problem.seg, problem.cm, labels, problem.transition, *weights, None, 1.0, 0.3, 255, False, 7
-        out = run(*args)
-        count = operators().labelled_weight(labels, *weights, classes, 255)  # type: ignore[attr-defined]
-        posterior = operators().annotation_posterior(problem.seg, problem.cm, labels, problem.transition, 255)  # type: ignore[attr-defined]
-        results.append((*out, count, posterior))
-    for got, expected in zip(*results, strict=True):
-        assert torch.equal(got, expected)
-    assert results[0][0].isfinite()
-
-
-def trusted_call(seg_grid: tuple[int, int] | None, layers: int, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
-    """Of the operator `trusted`: T = I with weights, and a learned transition."""
+def call_of(
+    kinds: tuple[Kind, ...], seg_grid: tuple[int, int] | None, dtype: torch.dtype = torch.float32, classes: int = 3
+) -> Arguments:
+    """Of the operator, as it is called under everything that looks at labels first; every gradient is wanted."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    kinds = (Kind(layers=layers, class_weight=True, pixel_weight=True), Kind("random", layers))
-    objective = make(3, (9, 21), kinds, seg_grid, label_dtype=torch.int64).to(dtype)
+    objective = make(classes, (9, 21), kinds, seg_grid, label_dtype=torch.int64).to(dtype)
     absent = torch.empty(0, dtype=wide)
 
     def each(name: str) -> list[torch.Tensor]:
         return [absent if kind[name] is None else kind[name].to(wide) for kind in objective.kinds]
 
-    labels = [kind["labels"] for kind in objective.kinds]
-    lists = (
-        labels,
-        each("transition"),
-        each("class_weight"),
-        each("pixel_weight"),
-        [torch.tensor(0.5, dtype=wide), absent],
-    )
-    return objective.seg, *lists, [1.0, 0.7], 255, False, 1 | 4 << 2
+    fields = [absent if kind["cm"] is None else kind["cm"] for kind in objective.kinds]
+    scale = [torch.tensor(0.5, dtype=wide), *[absent] * (len(kinds) - 1)]
+    call = Arguments(
+        objective.seg, [kind["labels"] for kind in objective.kinds], fields, each("transition"), each("class_weight"),
+        each("pixel_weight"), scale, [1.0, *[0.7] * (len(kinds) - 1)], [0.3 * present(field) for field in fields],
+        255, False, 0,
+    )  # fmt: skip
+    return call._replace(wanted=sum(bit for bit, _ in differentiable(call)))
 
 
-@pytest.mark.parametrize("layers", [1, 3], ids=["registers", "memory"])
+def run(call: Arguments) -> list[torch.Tensor]:
+    return torch.utils._pytree.tree_leaves(operators().annotation_objective(*call))  # type: ignore[attr-defined]
+
+
+def weighted(*others: Kind, **what: Any) -> tuple[Kind, ...]:
+    return (Kind(class_weight=True, pixel_weight=True, **what), *others)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("seg_grid", [None, (3, 5)], ids=["pixel", "strided"])
-@pytest.mark.parametrize("bad", [-1, 3, 77, 2**40, -(2**62)])
-def test_a_trusted_label_out_of_range_is_no_label_and_no_address(
-    bad: int, seg_grid: tuple[int, int] | None, layers: int
+@pytest.mark.parametrize(
+    ("classes", "kinds"),
+    [
+        (3, lambda layers: weighted(Kind("random", layers), layers=layers)),
+        (3, lambda layers: weighted(Kind("uniform", layers, grid=(9, 21)), layers=layers, grid=(3, 5))),
+        (4, lambda layers: weighted(Kind("random", layers, grid=(3, 5)), layers=layers, grid=(9, 21))),
+    ],
+    ids=["trusted", "fast", "general"],
+)
+@pytest.mark.parametrize("bad", [-1, 77, 2**40, -(2**62)])
+def test_a_label_out_of_range_is_no_label_and_no_address(
+    bad: int, classes: int, kinds: Any, seg_grid: tuple[int, int] | None, layers: int
 ) -> None:
-    seg, labels, *others = trusted_call(seg_grid, layers)
-    for each in labels:
+    """On CUDA nobody looks at labels first, for that would wait for the device."""
+    call = call_of(kinds(layers), seg_grid, classes=classes)
+    for each in call.labels:
         each.view(-1)[::7] = bad
-    right = [torch.where(each == bad, 255, each) for each in labels]
-    run = operators().trusted  # type: ignore[attr-defined]
-    results = [torch.utils._pytree.tree_leaves(run(seg, which, *others)) for which in (labels, right)]
-    for got, expected in zip(*results, strict=True):
-        assert torch.equal(got, expected)
-    assert results[0][0].isfinite()
-    per_pixel = [[torch.empty(0)] * 2, [1.0, 1.0], 255, True, 0]
-    maps = [run(seg, which, *others[:3], *per_pixel)[1] for which in (labels, right)]
-    for got, expected, wrong in zip(*maps, labels, strict=True):
-        assert torch.equal(got, expected)
-        assert not got[wrong == bad].any()
+    right = call._replace(labels=[torch.where(each == bad, 255, each) for each in call.labels])
+    maps = [c._replace(scale=[torch.empty(0)] * 2, weight=[1.0, 1.0], per_pixel=True, wanted=0) for c in (call, right)]
+    for pair in ((call, right), maps):
+        for got, expected in zip(*map(run, pair), strict=True):
+            assert torch.equal(got, expected)
+    assert run(call)[0].isfinite()
+    for got, labels in zip(operators().annotation_objective(*maps[0])[1], call.labels, strict=True):  # type: ignore[attr-defined]
+        assert not got[labels == bad].any()
+    posterior = operators().objective_posterior  # type: ignore[attr-defined]
+    assert torch.equal(*(posterior(*c[:4], 255) for c in (call, right)))
+    single = [[t[:1] for t in c[1:4]] for c in (call, right)]  # of one layer with a matrix: the kernels of the loss
+    single = [[[labels[0][:, :1].contiguous()], *rest] for labels, *rest in single]
+    assert torch.equal(*(posterior(call.seg_logits, *lists, 255) for lists in single))
+    count = operators().labelled_weight  # type: ignore[attr-defined]
+    weights = call.class_weight[0], call.pixel_weight[0]
+    assert torch.equal(*(count(c.labels[0], *weights, classes, 255) for c in (call, right)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("seg_grid", [None, (3, 5)], ids=["pixel", "strided"])
-def test_opcheck_trusted(seg_grid: tuple[int, int] | None, dtype: torch.dtype) -> None:
-    overload = operators().trusted.default  # type: ignore[attr-defined]
-    call = trusted_call(seg_grid, 2, dtype)
-    absent = torch.empty(0, dtype=call[2][1].dtype)
-    for sample in (call, (*call[:-1], 0), (*call[:5], [absent] * 2, [1.0, 1.0], 255, True, 0)):
-        result = torch.library.opcheck(overload, sample, test_utils=["test_schema", "test_faketensor"])
+def test_opcheck_several_kinds(seg_grid: tuple[int, int] | None, dtype: torch.dtype) -> None:
+    overload = operators().annotation_objective.default  # type: ignore[attr-defined]
+    kinds = weighted(Kind("random", 2), Kind("uniform", grid=(3, 5)), Kind("random", 2, grid=(9, 21)), layers=2)
+    call = call_of(kinds, seg_grid, dtype)
+    absent = [torch.empty(0, dtype=call.scale[0].dtype)] * 4
+    maps = call._replace(scale=absent, weight=[1.0] * 4, per_pixel=True, wanted=0)
+    for sample in (call, call._replace(wanted=0), maps):
+        result = torch.library.opcheck(overload, tuple(sample), test_utils=["test_schema", "test_faketensor"])
         assert set(result.values()) == {"SUCCESS"}, result
 
 
-def test_of_trusted_kinds_alone_nothing_is_interpolated_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interpolate(*args: Any) -> None:
-        raise AssertionError("class logits on the grid of the image")
+@pytest.mark.parametrize(
+    ("classes", "kinds"),
+    [
+        (19, (Kind("uniform", 2, grid=(8, 16)), Kind(grid=(4, 4)), Kind())),  # fused on a grid of cells
+        (22, (Kind(grid=(8, 16)), Kind())),  # piece by piece
+    ],
+    ids=["cells", "pieces"],
+)
+def test_class_logits_on_their_own_grid_never_take_the_size_of_the_image(classes: int, kinds: tuple[Kind, ...]) -> None:
+    size = (64, 128)
+    objective = make(classes, size, kinds, (16, 32), batch=1)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        evaluate(objective, cuda_emulation.NAME, None, "one_pass", None)
+    taken = [event.self_cpu_memory_usage for event in profile.events() if event.name.startswith("aten::empty")]
+    assert len(taken) > 5
+    floats = max(taken) // 4
+    assert 4 * cuda_sum_rows() <= floats < 0.75 * classes * size[0] * size[1], floats
 
-    monkeypatch.setattr(one_by_one, "interpolate", interpolate)
-    evaluate(make(3, (9, 21), (Kind(), Kind("random", 2)), (3, 5)), cuda_emulation.NAME, None, "one_pass", None)
-    with pytest.raises(AssertionError, match="the grid of the image"):
-        evaluate(make(3, (9, 21), (Kind(), Kind(grid=(2, 3))), (3, 5)), cuda_emulation.NAME, None, "one_pass", None)
+
+def cuda_sum_rows() -> int:
+    """What every kind has for sums, and more than anything else of so small an image."""
+    found = re.search(r"kSumRows = (\d+)", (build.CSRC / "cuda" / "launch.h").read_text())
+    assert found is not None
+    return int(found[1])
 
 
 def test_the_gradient_of_kinds_without_layers_is_zero() -> None:
     for seg_grid in (None, (3, 5)):
-        seg, labels, *others = trusted_call(seg_grid, 1)
-        others[2] = [others[2][0][:, :0], others[2][1]]
-        out = operators().trusted(seg, [each[:, :0] for each in labels], *others)  # type: ignore[attr-defined]
-        assert not any(t.any() for t in torch.utils._pytree.tree_leaves(out))
-        assert out[2].shape == seg.shape
+        for dtype in (torch.float32, torch.bfloat16):
+            call = call_of((Kind("random"), Kind(grid=(3, 5)), Kind("random", grid=(9, 21))), seg_grid, dtype)
+            out = run(call._replace(labels=[each[:, :0] for each in call.labels]))
+            assert not any(t.any() for t in out)
+            assert sorted(t.shape for t in out if t.dim() > 1) == sorted(t.shape for _, t in differentiable(call))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import native
-from . import autograd, one_by_one, operator
+from . import autograd, operator
 
 NAMESPACE = "coarse_kernels"
 
@@ -21,10 +21,8 @@ def _kernels_of_fake(
 
 
 def _define() -> torch.library.Library:
-    library = operator.declare(NAMESPACE, single=True)
+    library = operator.declare(NAMESPACE)
     autograd.register(NAMESPACE, library)
-    # csrc/cpu has these for the CPU
-    one_by_one.implement(library, NAMESPACE, ("CUDA",), own=("trusted", "label_map"))
     library.define("kernels_of(Tensor seg_logits, Tensor[] labels, Tensor[] cm_logits) -> Tensor")
     torch.library.register_fake(f"{NAMESPACE}::kernels_of", _kernels_of_fake, lib=library)
     library.define("find_bad_label(Tensor labels, int num_classes, int ignore_index) -> Tensor")

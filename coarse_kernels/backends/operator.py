@@ -221,7 +221,7 @@ def _single_posterior_fake(
 # --- registration -------------------------------------------------------------------------------------------------------
 
 
-def declare(namespace: str, *, single: bool) -> torch.library.Library:
+def declare(namespace: str, *, single: bool = False) -> torch.library.Library:
     """The operators of a namespace: schemas and fake kernels. They live as long as what is returned. ``single``: with
     those that take one kind of drawings at a time."""
     library = torch.library.Library(namespace, "DEF")
@@ -231,9 +231,9 @@ def declare(namespace: str, *, single: bool) -> torch.library.Library:
         "labelled_weight": _labelled_weight_fake,
         "label_map": _label_map_fake,
     }
-    schemas: tuple[str, ...] = SCHEMAS
+    schemas: tuple[str, ...] = (*SCHEMAS, SCALE)
     if single:
-        schemas = (*schemas, *SINGLE_SCHEMAS, SCALE)
+        schemas = (*schemas, *SINGLE_SCHEMAS)
         fakes |= {
             "annotation_nll": _nll_fake,
             "annotation_posterior": _single_posterior_fake,

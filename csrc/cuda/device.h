@@ -4,7 +4,7 @@
 
 #include "../coarse_math.h"
 #include "../half.h"
-#include "single.h"
+#include "layer.h"
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
@@ -179,26 +179,37 @@ __device__ __forceinline__ void store_as(void* p, Storage storage, int64_t at, R
 
 // --- labels ----------------------------------------------------------------------------------------------------------
 
-// The label of flat pixel `at`, or -1 where there is none: ignored, or out of range, which must not become an address.
+// Where image and pixel are in labels, weights and maps.
 template <class R>
-__device__ __forceinline__ int label_at(const Stream<R>& s, int64_t at) {
-  const int64_t y = s.label_type == LabelType::u8 ? static_cast<const uint8_t*>(s.labels)[at]
-                                                  : static_cast<const int64_t*>(s.labels)[at];
-  return y == s.ignore_index || y < 0 || y >= s.classes ? -1 : static_cast<int>(y);
+__device__ __forceinline__ int64_t map_at(const Layer<R>& s, int64_t image, int64_t pixel) {
+  return image * s.map_stride + pixel;
+}
+
+// The label at `at`, or -1 where there is none: ignored, or out of range, which must not become an address.
+__device__ __forceinline__ int valid_label(const void* labels, LabelType type, int64_t at, int64_t ignore_index,
+                                           int classes) {
+  const int64_t y =
+      type == LabelType::u8 ? static_cast<const uint8_t*>(labels)[at] : static_cast<const int64_t*>(labels)[at];
+  return y == ignore_index || y < 0 || y >= classes ? -1 : static_cast<int>(y);
+}
+
+template <class R>
+__device__ __forceinline__ int label_at(const Layer<R>& s, int64_t at) {
+  return valid_label(s.labels, s.label_type, at, s.ignore_index, s.classes);
 }
 
 // class_weight[label] * pixel_weight of a labelled pixel.
 template <class R>
-__device__ __forceinline__ R weight_at(const Stream<R>& s, int label, int64_t at) {
+__device__ __forceinline__ R weight_at(const Layer<R>& s, int label, int64_t at) {
   R weight = s.class_weight != nullptr ? s.class_weight[label] : R(1);
   if (s.pixel_weight != nullptr) weight *= s.pixel_weight[at];
   return weight;
 }
 
 template <class R>
-__device__ __forceinline__ R gradient_scale(const Stream<R>& s) {
+__device__ __forceinline__ R gradient_scale(const Layer<R>& s) {
   const double factor = s.scale != nullptr ? static_cast<double>(*s.scale) : 1.0;
-  return static_cast<R>(factor * static_cast<double>(s.gradient_scale));
+  return static_cast<R>(factor * static_cast<double>(s.weight));
 }
 
 // The same number, but the compiler does not know: what is made of it is made again, not kept in registers meanwhile.
@@ -207,6 +218,18 @@ __device__ __forceinline__ int again(int x) {
   asm volatile("" : "+r"(x));
 #endif
   return x;
+}
+
+// --- gradients -------------------------------------------------------------------------------------------------------
+
+// What a launch has for an entry of a gradient. Where there is something to add it to, that is in R.
+template <class R>
+__device__ __forceinline__ void put(void* p, Storage storage, bool add, int64_t at, R x) {
+  if (add) {
+    static_cast<R*>(p)[at] += x;
+  } else {
+    store_as(p, storage, at, x);
+  }
 }
 
 // --- sums ------------------------------------------------------------------------------------------------------------
@@ -224,7 +247,7 @@ struct Terms {
 };
 
 template <class R>
-__device__ __forceinline__ void write_maps(const Stream<R>& s, int64_t at, R nll, R trace) {
+__device__ __forceinline__ void write_maps(const Layer<R>& s, int64_t at, R nll, R trace) {
   s.nll_map[at] = nll;
   s.trace_map[at] = trace;
   s.loss_map[at] = nll + s.trace_weight * trace;
@@ -232,7 +255,7 @@ __device__ __forceinline__ void write_maps(const Stream<R>& s, int64_t at, R nll
 
 // One pixel: its maps, and its share of the sums. A weight of 0 counts for nothing, whatever nll is.
 template <class R>
-__device__ __forceinline__ void add_pixel(const Stream<R>& s, int64_t at, R weight, R nll, R trace, Terms& terms) {
+__device__ __forceinline__ void add_pixel(const Layer<R>& s, int64_t at, R weight, R nll, R trace, Terms& terms) {
   nll = weight == R(0) ? R(0) : weight * nll;
   trace = weight == R(0) ? R(0) : weight * trace;
   terms.nll += static_cast<double>(nll);
@@ -242,7 +265,7 @@ __device__ __forceinline__ void add_pixel(const Stream<R>& s, int64_t at, R weig
 
 // Called by whole warps; `row` of s.sums belongs to this warp alone, launch after launch.
 template <class R>
-__device__ __forceinline__ void leave_sums(const Stream<R>& s, int64_t row, const Terms& terms) {
+__device__ __forceinline__ void leave_sums(const Layer<R>& s, int64_t row, const Terms& terms) {
   const double nll = warp_sum(terms.nll), trace = warp_sum(terms.trace);
   if (threadIdx.x % kWarp == 0) {
     s.sums[2 * row] += nll;

@@ -31,7 +31,7 @@ struct LogSpaceResult {
 // gradient of a[i,j], seg_out(j, p, r) the two distributions. scaled, scaled_trace: weights of nll and trace in the
 // loss.
 template <class R, class Seg, class Logit, class Emit, class SegOut>
-__device__ LogSpaceResult<R> log_space(const Stream<R>& s, const ColumnShare<R>& share, int label, R scaled,
+__device__ LogSpaceResult<R> log_space(const Layer<R>& s, const ColumnShare<R>& share, int label, R scaled,
                                        R scaled_trace, bool want_gradient, const Seg& seg, const Logit& logit,
                                        const Emit& emit, const SegOut& seg_out) {
   const R inf = std::numeric_limits<R>::infinity();

@@ -3,7 +3,7 @@
 namespace coarse {
 namespace cuda {
 
-Error pixel_grid_f32(const Stream<float>& s, const PixelRegion& region, void* stream) {
+Error pixel_grid_f32(const Layer<float>& s, const PixelRegion& region, void* stream) {
   return pixel_grid_fast<Storage::f32>(s, region, stream);
 }
 

@@ -18,12 +18,12 @@
 // trace and A[y,j] of a positive drawing, are loaded a second time (from cache) and stored a second time.
 #pragma once
 
-#include "device.h"
+#include "class_logits.h"
 #include "launch.h"
 
 namespace coarse {
 namespace cuda {
-Error pixel_log_space(const Stream<float>& s, const PixelRegion& region, int vector, int64_t words, void* stream);
+Error pixel_log_space(const Layer<float>& s, const PixelRegion& region, int vector, int64_t words, void* stream);
 }
 namespace {
 
@@ -145,7 +145,7 @@ __device__ __forceinline__ bool any_of_block(bool predicate) {
 // Where a thread of a tile works: two numbers, from which addresses are made where they are needed.
 template <int C, int kVector>
 struct Place {
-  int image, offset;  // of the region, and of the pixel in it
+  int image, offset;  // of the region, and of the pixel in that
   bool inside;        // a run is inside as a whole: kVector > 1 only where it divides the span
 
   __device__ __forceinline__ Place(const cuda::PixelRegion& region, unsigned tile) {
@@ -157,11 +157,12 @@ struct Place {
                          ((kGroups<C> == 1 ? 0 : threadIdx.x / kWarp / C) * kWarp + threadIdx.x % kWarp) * kVector);
     inside = static_cast<unsigned>(offset) < span;
   }
-  __device__ __forceinline__ int64_t pixel(const cuda::PixelRegion& region) const {
-    return image * region.image_pixels + offset;
+  // in labels, weights and maps
+  __device__ __forceinline__ int64_t map(const Layer<float>& s, const cuda::PixelRegion& region) const {
+    return map_at(s, region.image + image, region.begin + offset);
   }
-  __device__ __forceinline__ int64_t seg(const cuda::PixelRegion& region, int j) const {
-    return (image * C + j) * region.image_pixels + offset;
+  __device__ __forceinline__ int64_t of_class(const Layer<float>& s, int j) const {
+    return image * s.class_image + j * s.class_plane + offset;
   }
   // Addresses of the next section are made anew: registers are dearer than instructions.
   template <class Shared>
@@ -176,7 +177,7 @@ struct Place {
     inside = offset >= 0;
   }
   // a[0, j], and its gradient
-  __device__ __forceinline__ int64_t cm(const Stream<float>& s, const cuda::PixelRegion& region, int j) const {
+  __device__ __forceinline__ int64_t cm(const Layer<float>& s, const cuda::PixelRegion& region, int j) const {
     return image * s.cm_batch_stride + j * region.plane + offset;
   }
   __device__ __forceinline__ int64_t gradient(const cuda::PixelRegion& region, int j) const {
@@ -186,7 +187,7 @@ struct Place {
 
 // Which of a warp's pixels v are left to log space.
 template <int kVector>
-__device__ __forceinline__ void mark(const Stream<float>& s, unsigned warp_of_pixels, int v, bool small) {
+__device__ __forceinline__ void mark(const Layer<float>& s, unsigned warp_of_pixels, int v, bool small) {
   const unsigned mask = __ballot_sync(kAllLanes, small);
   if (threadIdx.x % kWarp == 0) s.small_mask[static_cast<int64_t>(warp_of_pixels) * kVector + v] = mask;
 }
@@ -199,7 +200,7 @@ __device__ __forceinline__ T* below(T* p, const cuda::PixelRegion& region, int r
 
 template <int C, Storage kStorage, int kVector, bool kOneHot>
 __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
-    pixel_fast(const __grid_constant__ Stream<float> s, const __grid_constant__ cuda::PixelRegion region,
+    pixel_fast(const __grid_constant__ Layer<float> s, const __grid_constant__ cuda::PixelRegion region,
                unsigned tiles) {
   using T = typename StorageOf<kStorage>::Type;
   auto& shared = *reinterpret_cast<FastShared<C, kVector>*>(dynamic_shared());
@@ -218,28 +219,29 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
     bool any_labelled = false, all_labelled = true;
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
-      label[v] = place.inside ? label_at(s, place.pixel(region) + v) : -1;
+      label[v] = place.inside ? label_at(s, place.map(s, region) + v) : -1;
       any_labelled |= label[v] >= 0;
       all_labelled &= label[v] >= 0;
     }
 
     // A tile that nobody drew on: zeros, and nothing read.
-    if (!any_of_block<C>(any_labelled) && s.posterior == nullptr) {
+    if (!any_of_block<C>(any_labelled) && !s.posterior) {
       if (j == 0) {
 #pragma unroll
         for (int v = 0; v < kVector; ++v) mark<kVector>(s, tile * kGroups<C> + group, v, false);
       }
       if (!place.inside) continue;
       const float zeros[kVector] = {};
-      if (s.cm_gradient != nullptr) {
+      if (s.cm_gradient != nullptr && !s.add_cm) {
         T* to = static_cast<T*>(s.cm_gradient) + place.gradient(region, j);
 #pragma unroll
         for (int i = 0; i < C; ++i, to = below(to, region)) store_vector<kStorage, kVector>(to, zeros);
       }
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
-        if (s.seg_gradient != nullptr) store_as(s.seg_gradient, s.seg_storage, place.seg(region, j) + v, 0.0f);
-        if (j == 0 && s.nll_map != nullptr) write_maps(s, place.pixel(region) + v, 0.0f, 0.0f);
+        if (s.class_out != nullptr && !s.add_class)
+          store_as(s.class_out, s.class_storage, place.of_class(s, j) + v, 0.0f);
+        if (j == 0 && s.nll_map != nullptr) write_maps(s, place.map(s, region) + v, 0.0f, 0.0f);
       }
       continue;
     }
@@ -249,6 +251,15 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
     for (int v = 0; v < kVector; ++v) shared.label[v][threadIdx.x] = label[v];
     // --- read; logits of pixels without a label may be anything, and count as 0
     float e[C][kVector], eyj[kVector];
+    const auto read = [&](int v) { return label[v] >= 0 || (place.inside && s.posterior); };
+    if (!s.seg_on_pixels) {  // before registers are full
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) {
+        float x = 0.0f;
+        if (read(v)) x = ClassLogits<float>(s, region.image + place.image, region.begin + place.offset + v)(j);
+        shared.seg[group][slot + v].of[j] = x;
+      }
+    }
     {
       const T* const column = static_cast<const T*>(s.cm_logits) + place.cm(s, region, j);
       const T* from = column;
@@ -263,9 +274,10 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
         const bool labelled = label[v] >= 0;
         shared.diagonal[group][slot + v].of[j] = labelled ? decode<kStorage, float>(below(column, region, j)[v]) : 0.0f;
         if constexpr (kOneHot) eyj[v] = labelled ? decode<kStorage, float>(below(column, region, label[v])[v]) : 0.0f;
-        const bool read = labelled || (place.inside && s.posterior != nullptr);
-        shared.seg[group][slot + v].of[j] =
-            read ? load_as<float>(s.seg_logits, s.seg_storage, place.seg(region, j) + v) : 0.0f;
+        if (!s.seg_on_pixels) continue;
+        const int64_t plane = (region.image + place.image) * C + j;
+        const int64_t at = plane * s.pixels() + region.begin + place.offset + v;
+        shared.seg[group][slot + v].of[j] = read(v) ? load_as<float>(s.seg_logits, s.seg_storage, at) : 0.0f;
       }
     }
     if constexpr (kVector > 1) {
@@ -336,13 +348,14 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
       d *= inv_sum;
       const bool labelled = label[v] >= 0, fast = !labelled || d >= kSmallestEvidence<float>;
       small |= static_cast<unsigned>(!fast) << v;
-      const float weight = labelled ? weight_at(s, label[v], place.pixel(region) + v) : 0.0f;
-      const float scaled = weight * shared.scale;
+      const float weight = labelled ? weight_at(s, label[v], place.map(s, region) + v) : 0.0f;
+      // not those that are left to the next launch, which may add to what this one writes
+      const float scaled = fast ? weight * shared.scale : 0.0f;
       const float inv_d = fast && labelled ? inverse(d) : 0.0f, p = shared.p[group][slot + v].of[j] * inv_sum;
       const float r = shared.pq[group][slot + v].of[j] * inv_sum * inv_d;
       g[v] = column_gradient(p, r, inv_d, shared.inv_z[v][threadIdx.x], shared.diagonal[group][slot + v].of[j], scaled,
                              scaled * s.trace_weight);
-      shared.own[v][threadIdx.x] = s.posterior == nullptr ? scaled * (p - r) : labelled ? r : p;
+      shared.own[v][threadIdx.x] = !s.posterior ? scaled * (p - r) : labelled ? r : p;
       if (j == 0) shared.evidence[group][slot + v] = d;
     }
 
@@ -350,12 +363,24 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
     // --- the gradient; of pixels that are too small only until the next launch
     if (s.cm_gradient != nullptr && place.inside) {
       T* to = static_cast<T*>(s.cm_gradient) + place.gradient(region, j);
+      const bool add = kStorage == Storage::f32 && s.add_cm;  // there is something only in float
+      const auto write = [&](float* values) {
+        if constexpr (kStorage == Storage::f32) {
+          if (add) {
+            float before[kVector];
+            load_vector<kStorage, kVector>(to, before);
+#pragma unroll
+            for (int v = 0; v < kVector; ++v) values[v] += before[v];
+          }
+        }
+        store_vector<kStorage, kVector>(to, values);
+      };
       if constexpr (kOneHot) {
 #pragma unroll
         for (int i = 0; i < C; ++i, to = below(to, region)) {
 #pragma unroll
           for (int v = 0; v < kVector; ++v) e[i][v] *= g[v].keep;
-          store_vector<kStorage, kVector>(to, e[i]);
+          write(e[i]);
         }
       } else {
 #pragma unroll
@@ -364,21 +389,32 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
               [&](int i, float reports) { e[i][v] *= g[v].keep - reports * g[v].drop; });
         }
 #pragma unroll
-        for (int i = 0; i < C; ++i, to = below(to, region)) store_vector<kStorage, kVector>(to, e[i]);
+        for (int i = 0; i < C; ++i, to = below(to, region)) write(e[i]);
       }
       place.again(shared);
       T* const column = static_cast<T*>(s.cm_gradient) + place.gradient(region, j);
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
         if (label[v] < 0) continue;
-        const auto again = [&](int i, float x) { below(column, region, i)[v] = encode<kStorage>(x); };
+        // `more`: than what the loops above have left there
+        const auto again = [&](int i, float all, float more) {
+          T* const at = below(column, region, i) + v;
+          if constexpr (kStorage == Storage::f32) {
+            if (add) {
+              *at += more;
+              return;
+            }
+          }
+          *at = encode<kStorage>(all);
+        };
         const bool diagonal = s.trace_weight != 0.0f;
         const float ejj = shared.diagonal[group][slot + v].of[j] * inverse(shared.inv_z[v][threadIdx.x]);
         if constexpr (kOneHot) {
-          again(label[v], eyj[v] * (g[v].keep - g[v].drop) + (label[v] == j ? g[v].diag : 0.0f));
-          if (diagonal && label[v] != j) again(j, ejj * g[v].keep + g[v].diag);
+          const float diag = label[v] == j ? g[v].diag : 0.0f;
+          again(label[v], eyj[v] * (g[v].keep - g[v].drop) + diag, diag - eyj[v] * g[v].drop);
+          if (diagonal && label[v] != j) again(j, ejj * g[v].keep + g[v].diag, g[v].diag);
         } else if (diagonal) {
-          again(j, ejj * (g[v].keep - shared.transition[label[v]].of[j] * g[v].drop) + g[v].diag);
+          again(j, ejj * (g[v].keep - shared.transition[label[v]].of[j] * g[v].drop) + g[v].diag, g[v].diag);
         }
       }
     }
@@ -392,10 +428,10 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
       const bool left = (small >> v & 1) != 0;
       if (j == 0) mark<kVector>(s, tile * kGroups<C> + group, v, left);
       if (!place.inside || left) continue;
-      void* const out = s.posterior == nullptr ? s.seg_gradient : s.posterior;
-      if (out != nullptr) store_as(out, s.seg_storage, place.seg(region, j) + v, shared.own[v][threadIdx.x]);
+      if (s.class_out != nullptr)
+        put(s.class_out, s.class_storage, s.add_class, place.of_class(s, j) + v, shared.own[v][threadIdx.x]);
       if (j != 0) continue;
-      const int64_t at = place.pixel(region) + v;
+      const int64_t at = place.map(s, region) + v;
       const bool labelled = label[v] >= 0;
       add_pixel(s, at, labelled ? weight_at(s, label[v], at) : 0.0f,
                 labelled ? -log_f32(shared.evidence[group][slot + v]) : 0.0f, shared.trace[group][slot + v],
@@ -407,7 +443,7 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
 
 // Whether runs of kVector pixels start on their own boundaries everywhere, and none is cut at the end.
 template <Storage kStorage>
-bool aligned(const Stream<float>& s, const cuda::PixelRegion& region, int vector) {
+bool aligned(const Layer<float>& s, const cuda::PixelRegion& region, int vector) {
   using T = typename StorageOf<kStorage>::Type;
   const auto whole = [&](int64_t n) { return n % vector == 0; };
   const auto starts = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % (vector * sizeof(T)) == 0; };
@@ -416,7 +452,7 @@ bool aligned(const Stream<float>& s, const cuda::PixelRegion& region, int vector
 }
 
 template <int C, Storage kStorage, int kVector, bool kOneHot>
-cuda::Error launch_fast(const Stream<float>& s, cuda::PixelRegion region, void* stream) {
+cuda::Error launch_fast(const Layer<float>& s, cuda::PixelRegion region, void* stream) {
   region.row_bytes = C * region.plane * static_cast<int64_t>(sizeof(typename StorageOf<kStorage>::Type));
   constexpr int64_t kTile = kGroups<C> * kWarp * kVector;
   constexpr size_t kShared = sizeof(FastShared<C, kVector>);
@@ -432,7 +468,7 @@ cuda::Error launch_fast(const Stream<float>& s, cuda::PixelRegion region, void* 
 }
 
 template <Storage kStorage>
-cuda::Error pixel_grid_fast(const Stream<float>& s, const cuda::PixelRegion& region, void* stream) {
+cuda::Error pixel_grid_fast(const Layer<float>& s, const cuda::PixelRegion& region, void* stream) {
   cuda::Error error = "no fast kernel for this number of classes";
   with_fast_classes(s.classes, [&](auto classes) {
     constexpr int C = decltype(classes)::value, kVector = kWidestVector<C, kStorage>;

@@ -1,5 +1,6 @@
 // CM logits on the pixel grid, the general way: any number of classes, float or double, and the gradient of the
 // transition. A block takes 32 pixels at a time, a lane each; its warps share the columns (log_space.h).
+#include "class_logits.h"
 #include "launch.h"
 #include "log_space.h"
 
@@ -10,7 +11,7 @@ constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
 
 template <class R>
-size_t shared_bytes(const Stream<R>& s, bool transition_gradient) {
+size_t shared_bytes(const Layer<R>& s, bool transition_gradient) {
   const size_t joint = static_cast<size_t>(s.classes) * kWarp, reported = kWarps * kWarps * kWarp;
   return sizeof(R) * (joint + (transition_gradient ? joint + reported : 0));
 }
@@ -18,7 +19,7 @@ size_t shared_bytes(const Stream<R>& s, bool transition_gradient) {
 // dT[i, y] -= weight / D * sum_j A[i,j] p[j], pixel by pixel. Each sum over the pixels of a block belongs to one warp,
 // which adds the labels that its lanes hold one after the other: the order is fixed.
 template <class R, class Seg, class Logit>
-__device__ void add_transition_gradient(const Stream<R>& s, const ColumnShare<R>& share, R* reported, int label, R live,
+__device__ void add_transition_gradient(const Layer<R>& s, const ColumnShare<R>& share, R* reported, int label, R live,
                                         const LogSpaceResult<R>& pixel, const Seg& seg, const Logit& logit) {
   const int classes = s.classes, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   double* const sum = s.transition_gradient + static_cast<int64_t>(blockIdx.x) * classes * classes;
@@ -67,12 +68,12 @@ struct Words {
 
 template <class R>
 __global__ void __launch_bounds__(kThreads)
-    pixel_general(const __grid_constant__ Stream<R> s, const __grid_constant__ cuda::PixelRegion region, Words words) {
+    pixel_general(const __grid_constant__ Layer<R> s, const __grid_constant__ cuda::PixelRegion region, Words words) {
   const int classes = s.classes, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   R* const shared = reinterpret_cast<R*>(dynamic_shared());
   const ColumnShare<R> share{warp, kWarps, shared + lane, kWarp};
   R* const reported = shared + 2 * classes * kWarp;
-  const int64_t pixels = region.image_pixels, span = region.span;
+  const int64_t span = region.span;
   const R scale = gradient_scale(s);
   Terms terms;
 
@@ -82,30 +83,29 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t image = word / words.per_image, own = word % words.per_image;
     const int64_t offset = (own / words.vector * kWarp + lane) * words.vector + own % words.vector;
     const bool inside = offset < span && (mask >> lane & 1) != 0;
-    const int64_t at = image * pixels + offset, seg_at = image * classes * pixels + offset;
+    const int64_t pixel = region.begin + offset, at = map_at(s, region.image + image, pixel);
     const int label = inside ? label_at(s, at) : -1;
     const bool labelled = label >= 0;
     const R weight = labelled ? weight_at(s, label, at) : R(0), scaled = weight * scale;
     const int64_t cm_at = image * s.cm_batch_stride + offset;
     const int64_t gradient_at = image * region.gradient_batch_stride + offset;
+    const int64_t class_at = image * s.class_image + offset;
 
-    const bool read_seg = labelled || (inside && s.posterior != nullptr);
-    const auto seg = [&](int j) {
-      return read_seg ? load_as<R>(s.seg_logits, s.seg_storage, seg_at + j * pixels) : R(0);
-    };
+    const bool read_seg = labelled || (inside && s.posterior);
+    const ClassLogits<R> class_logit(s, region.image + image, read_seg ? pixel : 0);
+    const auto seg = [&](int j) { return read_seg ? class_logit(j) : R(0); };
     const auto logit = [&](int i, int j) {
       const int64_t plane = static_cast<int64_t>(i) * classes + j;
       return labelled ? load_as<R>(s.cm_logits, s.cm_storage, cm_at + plane * region.plane) : R(0);
     };
     const auto emit = [&](int i, int j, R gradient) {
       const int64_t plane = static_cast<int64_t>(i) * classes + j;
-      if (inside) store_as(s.cm_gradient, s.cm_gradient_storage, gradient_at + plane * region.plane, gradient);
+      if (inside) put(s.cm_gradient, s.cm_gradient_storage, s.add_cm, gradient_at + plane * region.plane, gradient);
     };
     const auto seg_out = [&](int j, R p, R r) {
-      if (!inside) return;
-      const R gradient = scaled == R(0) ? R(0) : scaled * (p - r);
-      if (s.seg_gradient != nullptr) store_as(s.seg_gradient, s.seg_storage, seg_at + j * pixels, gradient);
-      if (s.posterior != nullptr) store_as(s.posterior, s.seg_storage, seg_at + j * pixels, labelled ? r : p);
+      if (!inside || s.class_out == nullptr) return;
+      const R gradient = scaled == R(0) ? R(0) : scaled * (p - r), out = s.posterior ? (labelled ? r : p) : gradient;
+      put(s.class_out, s.class_storage, s.add_class, class_at + j * s.class_plane, out);
     };
     const auto result = log_space(s, share, label, scaled, scaled * s.trace_weight, s.cm_gradient != nullptr, seg,
                                   logit, emit, seg_out);
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Blocks with a C x C slice of doubles each: at most 64 MB of them.
 template <class R>
-int64_t blocks_at_once(const Stream<R>& s, bool transition_gradient) {
+int64_t blocks_at_once(const Layer<R>& s, bool transition_gradient) {
   int64_t blocks = resident_blocks(pixel_general<R>, kThreads, shared_bytes(s, transition_gradient));
   blocks = blocks < cuda::kSumRows ? blocks : cuda::kSumRows;
   if (transition_gradient) {
@@ -133,12 +133,12 @@ int64_t blocks_at_once(const Stream<R>& s, bool transition_gradient) {
 
 namespace cuda {
 
-Error pixel_grid_f32(const Stream<float>&, const PixelRegion&, void*);
-Error pixel_grid_bf16(const Stream<float>&, const PixelRegion&, void*);
-Error pixel_grid_f16(const Stream<float>&, const PixelRegion&, void*);
+Error pixel_grid_f32(const Layer<float>&, const PixelRegion&, void*);
+Error pixel_grid_bf16(const Layer<float>&, const PixelRegion&, void*);
+Error pixel_grid_f16(const Layer<float>&, const PixelRegion&, void*);
 
 template <class R>
-Error pixel_grid(const Stream<R>& s, const PixelRegion& region, void* stream) {
+Error pixel_grid(const Layer<R>& s, const PixelRegion& region, void* stream) {
   if constexpr (sizeof(R) == sizeof(float)) {
     const bool same = s.cm_gradient == nullptr || s.cm_gradient_storage == s.cm_storage;
     if (s.transition_gradient == nullptr && same && with_fast_classes(s.classes, [](auto) {})) {
@@ -156,7 +156,7 @@ Error pixel_grid(const Stream<R>& s, const PixelRegion& region, void* stream) {
 }
 
 // What a fast kernel left: mostly nothing, so the words are looked through by a few blocks.
-Error pixel_log_space(const Stream<float>& s, const PixelRegion& region, int vector, int64_t words, void* stream) {
+Error pixel_log_space(const Layer<float>& s, const PixelRegion& region, int vector, int64_t words, void* stream) {
   const Words marked{s.small_mask, vector, words};
   const int64_t count = words * region.images, most = blocks_at_once(s, s.transition_gradient != nullptr);
   return launch(pixel_general<float>, count < most ? count : most, kThreads,
@@ -164,14 +164,14 @@ Error pixel_log_space(const Stream<float>& s, const PixelRegion& region, int vec
 }
 
 template <class R>
-int64_t transition_slices(const Stream<R>& s) {
+int64_t transition_slices(const Layer<R>& s) {
   return blocks_at_once(s, true);
 }
 
-template Error pixel_grid(const Stream<float>&, const PixelRegion&, void*);
-template Error pixel_grid(const Stream<double>&, const PixelRegion&, void*);
-template int64_t transition_slices(const Stream<float>&);
-template int64_t transition_slices(const Stream<double>&);
+template Error pixel_grid(const Layer<float>&, const PixelRegion&, void*);
+template Error pixel_grid(const Layer<double>&, const PixelRegion&, void*);
+template int64_t transition_slices(const Layer<float>&);
+template int64_t transition_slices(const Layer<double>&);
 
 }  // namespace cuda
 }  // namespace coarse

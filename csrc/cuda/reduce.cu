@@ -1,7 +1,6 @@
 // What is left to do around the kernels: sums of sums in fixed order, weights, conversions.
 #include "device.h"
 #include "launch.h"
-#include "trusted.h"
 
 namespace coarse {
 namespace {
@@ -24,32 +23,23 @@ __device__ double block_sum(int64_t n, const F& value) {
 constexpr size_t kBlockSumBytes = kThreads / kWarp * sizeof(double);
 
 template <class R>
-__global__ void __launch_bounds__(kThreads) finish_kernel(Stream<R> s, R* loss, R* nll, R* trace) {
-  const double sum_nll = block_sum(cuda::kSumRows, [&](int64_t k) { return s.sums[2 * k]; });
-  const double sum_trace = block_sum(cuda::kSumRows, [&](int64_t k) { return s.sums[2 * k + 1]; });
-  if (threadIdx.x != 0) return;
-  const double factor = s.scale != nullptr ? static_cast<double>(*s.scale) : 1.0;
-  const double loss_factor = factor * static_cast<double>(s.gradient_scale);
+__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ cuda::AllSums<R> all) {
   // a weight of 0 counts for nothing, even if the sum is inf
-  const auto scaled = [](double weight, double sum) { return weight == 0 ? R(0) : static_cast<R>(weight * sum); };
-  *nll = scaled(factor, sum_nll);
-  *trace = scaled(factor, sum_trace);
-  *loss = scaled(loss_factor, sum_nll + static_cast<double>(s.trace_weight) * sum_trace);
-}
-
-template <class R>
-__global__ void __launch_bounds__(kThreads)
-    finish_trusted_kernel(const __grid_constant__ Trusted<R> t, const __grid_constant__ cuda::TrustedSums<R> out) {
-  const auto scaled = [](double weight, double sum) { return weight == 0 ? 0.0 : weight * sum; };  // as above
+  const auto scaled = [](double weight, double sum) { return weight == 0 ? 0.0 : weight * sum; };
   double total = 0;
-  for (int k = 0; k < t.kind_count; ++k) {
-    const double* const rows = t.sums + k * cuda::kSumRows;
-    const double sum = block_sum(cuda::kSumRows, [&](int64_t row) { return rows[row]; });
-    const double factor = t.kinds[k].scale != nullptr ? static_cast<double>(*t.kinds[k].scale) : 1.0;
-    if (threadIdx.x == 0) *out.nll[k] = static_cast<R>(scaled(factor, sum));
-    total += scaled(factor * t.kinds[k].weight, sum);
+  for (int k = 0; k < all.kinds; ++k) {
+    const cuda::KindSums<R>& kind = all.of[k];
+    const double nll = block_sum(cuda::kSumRows, [&](int64_t row) { return kind.sums[2 * row]; });
+    const double trace = block_sum(cuda::kSumRows, [&](int64_t row) { return kind.sums[2 * row + 1]; });
+    const double factor = kind.scale != nullptr ? static_cast<double>(*kind.scale) : 1.0;
+    const double loss = nll + kind.trace_weight * trace;
+    total += scaled(factor * kind.weight, loss);
+    if (threadIdx.x != 0) continue;
+    *kind.loss = static_cast<R>(scaled(factor, loss));
+    *kind.nll = static_cast<R>(scaled(factor, nll));
+    *kind.trace = static_cast<R>(scaled(factor, trace));
   }
-  if (threadIdx.x == 0) *out.loss = static_cast<R>(total);
+  if (threadIdx.x == 0) *all.loss = static_cast<R>(total);
 }
 
 constexpr int kSmallBlock = 256;
@@ -64,7 +54,7 @@ __device__ __forceinline__ int64_t index_step() { return static_cast<int64_t>(gr
 
 template <class R>
 __global__ void __launch_bounds__(kSmallBlock)
-    finish_transition_kernel(const double* slices, int64_t count, int64_t n, R* out) {
+    sum_slices_kernel(const double* slices, int64_t count, int64_t n, R* out) {
   for (int64_t k = first_index(); k < n; k += index_step()) {
     double sum = 0;
     for (int64_t slice = 0; slice < count; ++slice) sum += slices[slice * n + k];
@@ -96,7 +86,7 @@ __global__ void __launch_bounds__(kSmallBlock) log_kernel(const R* in, R* out, i
 }
 
 template <class R>
-__global__ void __launch_bounds__(kThreads) weigh_kernel(Stream<R> s, int64_t n, double* partial) {
+__global__ void __launch_bounds__(kThreads) weigh_kernel(Layer<R> s, int64_t n, double* partial) {
   const int64_t share = (n + gridDim.x - 1) / gridDim.x, begin = blockIdx.x * share;
   const int64_t count = n - begin < share ? n - begin : share;
   const double sum = block_sum(count, [&](int64_t k) {
@@ -117,20 +107,13 @@ __global__ void __launch_bounds__(kThreads) add_up_kernel(const R* values, int64
 namespace cuda {
 
 template <class R>
-Error finish(const Stream<R>& s, R* loss, R* nll, R* trace, void* stream) {
-  return launch(finish_kernel<R>, 1, kThreads, kBlockSumBytes, stream, s, loss, nll, trace);
+Error finish(const AllSums<R>& sums, void* stream) {
+  return launch(finish_kernel<R>, 1, kThreads, kBlockSumBytes, stream, sums);
 }
 
 template <class R>
-Error finish_trusted(const Trusted<R>& t, const TrustedSums<R>& sums, void* stream) {
-  return launch(finish_trusted_kernel<R>, 1, kThreads, kBlockSumBytes, stream, t, sums);
-}
-
-template <class R>
-Error finish_transition(const Stream<R>& s, int64_t slices, R* gradient, void* stream) {
-  const int64_t n = static_cast<int64_t>(s.classes) * s.classes;
-  return launch(finish_transition_kernel<R>, blocks_for(n), kSmallBlock, 0, stream,
-                static_cast<const double*>(s.transition_gradient), slices, n, gradient);
+Error sum_slices(const double* in, int64_t slices, int64_t n, R* out, void* stream) {
+  return launch(sum_slices_kernel<R>, blocks_for(n), kSmallBlock, 0, stream, in, slices, n, out);
 }
 
 template <class R>
@@ -150,7 +133,7 @@ Error log_values(const R* in, R* out, int64_t n, void* stream) {
 }
 
 template <class R>
-Error label_weight(const Stream<R>& s, int64_t n, double* partial, double* sum, void* stream) {
+Error label_weight(const Layer<R>& s, int64_t n, double* partial, double* sum, void* stream) {
   const int64_t wanted = (n + 4 * kThreads - 1) / (4 * kThreads);
   const int64_t blocks = wanted < 1 ? 1 : wanted < kWeightRows ? wanted : kWeightRows;
   if (Error error = launch(weigh_kernel<R>, blocks, kThreads, kBlockSumBytes, stream, s, n, partial)) return error;
@@ -168,20 +151,18 @@ Error fill_zero(void* p, int64_t bytes, void* stream) {
 #endif
 }
 
-template Error finish(const Stream<float>&, float*, float*, float*, void*);
-template Error finish(const Stream<double>&, double*, double*, double*, void*);
-template Error finish_trusted(const Trusted<float>&, const TrustedSums<float>&, void*);
-template Error finish_trusted(const Trusted<double>&, const TrustedSums<double>&, void*);
-template Error finish_transition(const Stream<float>&, int64_t, float*, void*);
-template Error finish_transition(const Stream<double>&, int64_t, double*, void*);
+template Error finish(const AllSums<float>&, void*);
+template Error finish(const AllSums<double>&, void*);
+template Error sum_slices(const double*, int64_t, int64_t, float*, void*);
+template Error sum_slices(const double*, int64_t, int64_t, double*, void*);
 template Error sum_copies(const float*, int64_t, int64_t, void*, Storage, void*);
 template Error sum_copies(const double*, int64_t, int64_t, void*, Storage, void*);
 template Error scale(void*, Storage, int64_t, const float*, void*);
 template Error scale(void*, Storage, int64_t, const double*, void*);
 template Error log_values(const float*, float*, int64_t, void*);
 template Error log_values(const double*, double*, int64_t, void*);
-template Error label_weight(const Stream<float>&, int64_t, double*, double*, void*);
-template Error label_weight(const Stream<double>&, int64_t, double*, double*, void*);
+template Error label_weight(const Layer<float>&, int64_t, double*, double*, void*);
+template Error label_weight(const Layer<double>&, int64_t, double*, double*, void*);
 
 }  // namespace cuda
 }  // namespace coarse

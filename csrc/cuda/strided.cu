@@ -17,6 +17,7 @@
 // and column of tiles, parts of a large cell have copies of the gradient of their own. So the result is the same from
 // run to run. Tiles whose logits are too steep, or whose evidence is too small, are marked, and left to a second launch
 // that goes pixel by pixel in log space.
+#include "class_logits.h"
 #include "launch.h"
 #include "log_space.h"
 #include "strided_tiles.h"
@@ -38,15 +39,52 @@ struct StridedShared {
   float d[kRows][kWarp];    // p(label); 0 without a label
   float scaled[kRows][kWarp];
   StridedPlace place[kWarp];
+  ClassTile of_class;
   float transition[C * C];  // [y][i]: lanes of one label read one word
 };
 
 template <int C>
 constexpr int kStridedThreads = C * kWarp;
 
+// Class logit j at a lane's pixels of row r, from a grid of their own.
+__device__ __forceinline__ float class_logit(const Layer<float>& s, const ClassTile& tile, int64_t image, int j,
+                                             int lane, int r) {
+  const int columns = s.seg_grid[2], x0 = tile.x0 + tile.column[lane], y0 = tile.y0 + tile.row[r];
+  const bool two_x = x0 + 1 < columns, two_y = y0 + 1 < s.seg_grid[1];
+  const float right = tile.right[lane], below = tile.below[r];
+  const int64_t upper = (image * s.classes + j) * s.seg_points() + static_cast<int64_t>(y0) * columns + x0;
+  const auto along_x = [&](int64_t at) {
+    const float a = load_as<float>(s.seg_logits, s.seg_storage, at);
+    return two_x ? (1.0f - right) * a + right * load_as<float>(s.seg_logits, s.seg_storage, at + 1) : a;
+  };
+  const float a = along_x(upper);
+  return two_y ? (1.0f - below) * a + below * along_x(upper + columns) : a;
+}
+
+// What a warp's pixels have for the points of class j: rows of pixels first, each lane for itself, then lanes. `values`
+// and `rows` have a row of kWarp for each row of pixels, and of points, `pitch` apart.
+__device__ __forceinline__ void write_class_tile(const Layer<float>& s, const Tiling& t, const ClassTile& tile, int j,
+                                                 const float* values, float* rows, int pitch) {
+  const int lane = threadIdx.x % kWarp;
+  for (int y = 0; y < t.class_rows; ++y) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) sum += tile.share_y(r, y) * values[r * pitch + lane];
+    rows[y * pitch + lane] = sum;
+  }
+  __syncwarp();
+  float* const to = s.class_tiles + tile.at + j * t.class_points();
+  for (int k = lane; k < t.class_points(); k += kWarp) {
+    const int y = k / t.class_columns, x = k - y * t.class_columns;
+    float sum = 0.0f;
+    for (int from = tile.begin[x]; from < tile.end[x]; ++from) sum += tile.share_x(from, x) * rows[y * pitch + from];
+    to[k] = sum;
+  }
+}
+
 template <int C>
 __global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ? 1 : 512 / kStridedThreads<C>)
-    strided_fast(const __grid_constant__ Stream<float> s, const __grid_constant__ Tiling t) {
+    strided_fast(const __grid_constant__ Layer<float> s, const __grid_constant__ Tiling t) {
   auto& shared = *reinterpret_cast<StridedShared<C>*>(dynamic_shared());
   const int lane = threadIdx.x % kWarp, j = threadIdx.x / kWarp;
   const bool one_hot = s.transition == nullptr;
@@ -62,7 +100,7 @@ __global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ?
 
   for (int64_t tile = blockIdx.x; tile < t.tiles_per_image * t.images; tile += gridDim.x) {
     __syncthreads();  // the tile before has been read
-    if (j == 0) shared.place[lane] = StridedPlace(s, t, tile);
+    if (j == 0) shared.place[lane] = StridedPlace(s, t, tile, shared.of_class);
     if (threadIdx.x == 0) s.small_mask[tile] = 0;
     __syncthreads();
     const StridedPlace& place = shared.place[lane];
@@ -75,7 +113,7 @@ __global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ?
     bool one_label = true;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int y = inside && r < rows ? label_at(s, place.pixel + r * s.width) : -1;
+      const int y = inside && r < rows ? label_at(s, place.map(s, r)) : -1;
       if (j == 0) shared.label[r][lane] = y;
       if (y >= 0) {
         one_label &= own_label < 0 || own_label == y;
@@ -85,11 +123,15 @@ __global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ?
     __syncthreads();
     // All warps see the same pixels, so each can answer for the block.
     const bool drawn = __any_sync(kAllLanes, own_label >= 0);
-    if (!drawn && s.posterior == nullptr) {
+    if (!drawn && !s.posterior) {
       for (int r = 0; inside && r < rows; ++r) {
-        if (s.seg_gradient != nullptr)
-          store_as(s.seg_gradient, s.seg_storage, place.seg + j * pixels + r * s.width, 0.0f);
-        if (j == 0 && s.nll_map != nullptr) write_maps(s, place.pixel + r * s.width, 0.0f, 0.0f);
+        if (s.class_out != nullptr && !s.add_class)
+          store_as(s.class_out, s.class_storage, place.of_class(s, j, r), 0.0f);
+        if (j == 0 && s.nll_map != nullptr) write_maps(s, place.map(s, r), 0.0f, 0.0f);
+      }
+      if (s.class_tiles != nullptr) {
+        float* const to = s.class_tiles + shared.of_class.at + j * t.class_points();
+        for (int k = lane; k < t.class_points(); k += kWarp) to[k] = 0.0f;
       }
       continue;
     }
@@ -153,9 +195,12 @@ __global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ?
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const float inv_z = r < rows ? inverse(z[r]) : 0.0f;  // beyond the last row the sequence may have overflowed
-      const bool read = shared.label[r][lane] >= 0 || (inside && r < rows && s.posterior != nullptr);
-      shared.p[r][j][lane] =
-          read ? load_as<float>(s.seg_logits, s.seg_storage, place.seg + j * pixels + r * s.width) : 0.0f;
+      const bool read = shared.label[r][lane] >= 0 || (inside && r < rows && s.posterior);
+      float own = 0.0f;
+      if (read && s.seg_on_pixels)
+        own = load_as<float>(s.seg_logits, s.seg_storage, (place.image * C + j) * pixels + place.pixel + r * s.width);
+      if (read && !s.seg_on_pixels) own = class_logit(s, shared.of_class, place.image, j, lane, r);
+      shared.p[r][j][lane] = own;
       shared.inv_z[r][j][lane] = inv_z;
       shared.q[r][j][lane] = r < rows ? q[r] * inv_z : 0.0f;
       shared.diagonal[r][j][lane] = r < rows ? ejj * inv_z : 0.0f;
@@ -180,7 +225,7 @@ __global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ?
 #pragma unroll
       for (int c = 0; c < C; ++c) shared.p[r][c][lane] *= inv_sum;
       d *= inv_sum;
-      const int64_t pixel = place.pixel + r * s.width;
+      const int64_t pixel = place.map(s, r);
       const int y = shared.label[r][lane];
       const float weight = y >= 0 ? weight_at(s, y, pixel) : 0.0f;
       small |= y >= 0 && !(d >= kSmallestGeometricEvidence);
@@ -197,7 +242,7 @@ __global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ?
       float trace = 0.0f;
 #pragma unroll
       for (int c = 0; c < C; ++c) trace += shared.diagonal[r][c][lane];
-      const int64_t pixel = place.pixel + r * s.width;
+      const int64_t pixel = place.map(s, r);
       const int y = shared.label[r][lane];
       const float weight = y >= 0 ? weight_at(s, y, pixel) : 0.0f;
       if (inside) add_pixel(s, pixel, weight, y >= 0 ? -log_f32(shared.d[r][lane]) : 0.0f, trace, terms);
@@ -208,13 +253,15 @@ __global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ?
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       keep[r] = drop[r] = 0.0f;
-      if (!inside || r >= rows) continue;
+      if (!inside || r >= rows) {
+        shared.p[r][j][lane] = 0.0f;
+        continue;
+      }
       const float p = shared.p[r][j][lane], d = shared.d[r][lane], scaled = shared.scaled[r][lane];
       const float inv_d = d > 0.0f ? inverse(d) : 0.0f, posterior = p * shared.q[r][j][lane] * inv_d;
-      if (s.seg_gradient != nullptr)
-        store_as(s.seg_gradient, s.seg_storage, place.seg + j * pixels + r * s.width, scaled * (p - posterior));
-      if (s.posterior != nullptr)
-        store_as(s.posterior, s.seg_storage, place.seg + j * pixels + r * s.width, d > 0.0f ? posterior : p);
+      const float own = !s.posterior ? scaled * (p - posterior) : d > 0.0f ? posterior : p;
+      if (s.class_out != nullptr) put(s.class_out, s.class_storage, s.add_class, place.of_class(s, j, r), own);
+      shared.p[r][j][lane] = own;
       const auto gradient = column_gradient(p, posterior, inv_d, shared.inv_z[r][j][lane], shared.diagonal[r][j][lane],
                                             scaled, scaled * s.trace_weight);
       keep[r] = gradient.keep;
@@ -222,6 +269,7 @@ __global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ?
       sum_diagonal += gradient.diag;
       sum_rows_diagonal += static_cast<float>(r) * gradient.diag;
     }
+    if (s.class_tiles != nullptr) write_class_tile(s, t, shared.of_class, j, shared.p[0][j], shared.q[0][j], C * kWarp);
     if (!want_cm) continue;
     float* to = static_cast<float*>(s.cm_gradient) + place.gradient + j * points;
 #pragma unroll
@@ -257,25 +305,35 @@ __global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ?
 constexpr int kLogWarps = 8;
 
 __global__ void __launch_bounds__(kLogWarps* kWarp)
-    strided_log_space(const __grid_constant__ Stream<float> s, const __grid_constant__ Tiling t) {
+    strided_log_space(const __grid_constant__ Layer<float> s, const __grid_constant__ Tiling t) {
   const int classes = s.classes, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const ColumnShare<float> share{warp, kLogWarps, reinterpret_cast<float*>(dynamic_shared()) + lane, kWarp};
+  // each warp has its own: their threads do not meet where they find out
+  auto* const tiles = reinterpret_cast<ClassTile*>(reinterpret_cast<float*>(dynamic_shared()) + classes * kWarp);
   const float scale = gradient_scale(s);
-  const int64_t pixels = s.pixels(), points = t.y.grid * t.x.grid;
+  const int64_t points = t.y.grid * t.x.grid;
   Terms terms;
   for (int64_t tile = blockIdx.x; tile < t.tiles_per_image * t.images; tile += gridDim.x) {
     if (s.small_mask[tile] == 0) continue;
-    const StridedPlace place(s, t, tile);
+    ClassTile& of_class = tiles[warp];
+    const StridedPlace place(s, t, tile, of_class);
+    __syncwarp();
     const int64_t upper = place.upper, lower = place.lower;
+    if (s.class_tiles != nullptr) {
+      for (int j = share.first; j < classes; j += share.step) {
+        float* const to = s.class_tiles + of_class.at + j * t.class_points();
+        for (int k = lane; k < t.class_points(); k += kWarp) to[k] = 0.0f;
+      }
+      __syncwarp();
+    }
     for (int r = 0; r < place.rows; ++r) {
-      const int64_t at = place.pixel + r * s.width, seg_at = place.seg + r * s.width;
+      const int64_t at = place.map(s, r);
       const int label = place.inside ? label_at(s, at) : -1;
       const float weight = label >= 0 ? weight_at(s, label, at) : 0.0f, scaled = weight * scale;
       const float lambda = t.y.lambda(place.cell_y, place.y0 + r);
-      const bool read_seg = label >= 0 || (place.inside && s.posterior != nullptr);
-      const auto seg = [&](int j) {
-        return read_seg ? load_as<float>(s.seg_logits, s.seg_storage, seg_at + j * pixels) : 0.0f;
-      };
+      const bool read_seg = label >= 0 || (place.inside && s.posterior);
+      const ClassLogits<float> class_logits(s, place.image, read_seg ? place.pixel + r * s.width : 0);
+      const auto seg = [&](int j) { return read_seg ? class_logits(j) : 0.0f; };
       const auto logit = [&](int i, int j) {
         if (label < 0) return 0.0f;
         const int64_t plane = place.field + (static_cast<int64_t>(i) * classes + j) * points;
@@ -288,11 +346,19 @@ __global__ void __launch_bounds__(kLogWarps* kWarp)
         place.corners.add(static_cast<float*>(s.cm_gradient) + place.gradient + plane, gradient - below, below);
       };
       const auto seg_out = [&](int j, float p, float posterior) {
-        if (!place.inside) return;
         const float gradient = scaled == 0.0f ? 0.0f : scaled * (p - posterior);
-        if (s.seg_gradient != nullptr) store_as(s.seg_gradient, s.seg_storage, seg_at + j * pixels, gradient);
-        if (s.posterior != nullptr)
-          store_as(s.posterior, s.seg_storage, seg_at + j * pixels, label >= 0 ? posterior : p);
+        if (s.class_out != nullptr && place.inside) {
+          const float own = s.posterior ? (label >= 0 ? posterior : p) : gradient;
+          put(s.class_out, s.class_storage, s.add_class, place.of_class(s, j, r), own);
+        }
+        if (s.class_tiles == nullptr) return;
+        float* const to = s.class_tiles + of_class.at + j * t.class_points() + of_class.row[r] * t.class_columns;
+        for (int x = 0; x < t.class_columns; ++x) {
+          const float share_x = of_class.share_x(lane, x), sum = warp_sum(share_x == 0.0f ? 0.0f : share_x * gradient);
+          if (lane != 0) continue;
+          to[x] += (1.0f - of_class.below[r]) * sum;
+          if (of_class.below[r] != 0.0f) to[t.class_columns + x] += of_class.below[r] * sum;
+        }
       };
       const auto result = log_space(s, share, label, scaled, scaled * s.trace_weight, s.cm_gradient != nullptr, seg,
                                     logit, emit, seg_out);
@@ -300,6 +366,59 @@ __global__ void __launch_bounds__(kLogWarps* kWarp)
     }
   }
   if (warp == 0) leave_sums(s, blockIdx.x, terms);
+}
+
+// The gradient of class logits on a grid of their own, from what the tiles of these images have for it. `lanes` lanes
+// of a warp are one entry: they share its rows of tiles, in fixed order.
+constexpr int kGatherThreads = 256;
+
+__global__ void __launch_bounds__(kGatherThreads)
+    gather_class_tiles(const __grid_constant__ Layer<float> s, const __grid_constant__ Tiling t, int lanes,
+                       float* gradient) {
+  const int lane = threadIdx.x % lanes, rows = s.seg_grid[1], columns = s.seg_grid[2];
+  const int64_t points = s.seg_points(), entries = t.images * s.classes * points;
+  const int64_t first_entry = (static_cast<int64_t>(blockIdx.x) * kGatherThreads + threadIdx.x) / lanes;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kGatherThreads / lanes;
+  // the pixels that read a point
+  const auto first_of = [](int64_t point, int64_t grid, int64_t pixels) {
+    return grid == pixels ? point : point == 0 ? 0 : first_pixel<float>(point - 1, grid, pixels);
+  };
+  const auto end_of = [](int64_t point, int64_t grid, int64_t pixels) {
+    return grid == pixels ? point + 1 : point + 1 >= grid ? pixels : first_pixel<float>(point + 1, grid, pixels);
+  };
+  // as many rounds for all lanes of a warp, which meet in shuffles
+  for (int64_t round = 0; round < (entries + step - 1) / step; ++round) {
+    const bool exists = first_entry + round * step < entries;
+    const int64_t entry = exists ? first_entry + round * step : 0, point = entry % points;
+    const int64_t gy = point / columns, gx = point % columns;
+    const int64_t image = entry / points / s.classes;
+    const int j = static_cast<int>(entry / points % s.classes);
+    const int64_t x_begin = first_of(gx, columns, s.width), x_end = end_of(gx, columns, s.width);
+    const int64_t y_end = end_of(gy, rows, s.height);
+    float sum = 0.0f;
+    int turn = 0;
+    for (int64_t y = first_of(gy, rows, s.height); y < y_end; ++turn) {
+      const int64_t cell_y = t.y.cell_of(y), cell_begin = t.y.begin(cell_y), cell_end = t.y.end(cell_y);
+      const int64_t band = (y - cell_begin) / kRows, tile_y = cell_begin + band * kRows;
+      y = tile_y + kRows < cell_end ? tile_y + kRows : cell_end;
+      if (turn % lanes != lane) continue;
+      const int64_t from_y = gy - ClassTap(tile_y, rows, s.height).first;
+      for (int64_t x = x_begin; x < x_end;) {
+        const int64_t cell_x = t.x.cell_of(x), run = (cell_x - t.x.first) / t.cells_per_tile();
+        const int64_t first_cell = t.x.first + run * t.cells_per_tile(), begin = t.x.begin(first_cell);
+        int64_t last_cell = first_cell + t.cells_per_tile() - 1;
+        last_cell = last_cell < t.x.first + t.x.cells ? last_cell : t.x.first + t.x.cells - 1;
+        const int64_t end = t.x.end(last_cell), split = t.splits == 1 ? 0 : (x - begin) / t.lanes;
+        const int64_t tile_x = begin + split * t.lanes;
+        x = t.splits > 1 && tile_x + t.lanes < end ? tile_x + t.lanes : end;
+        const int64_t from_x = gx - ClassTap(tile_x, columns, s.width).first;
+        const int64_t at = t.class_tile(image, cell_y - t.y.first, band, run, split, s.classes, j);
+        sum += s.class_tiles[at + from_y * t.class_columns + from_x];
+      }
+    }
+    for (int of = lanes / 2; of > 0; of /= 2) sum += __shfl_xor_sync(kAllLanes, sum, of);
+    if (exists && lane == 0) gradient[((t.image + image) * s.classes + j) * points + point] += sum;
+  }
 }
 
 CellAxis cell_axis(int64_t grid, int64_t pixels) {
@@ -314,7 +433,16 @@ int64_t widest(const CellAxis& axis) {
   return (axis.pixels + axis.grid - 1) / axis.grid + 1;
 }
 
-Tiling tiling_of(const Stream<float>& s, const cuda::Grid& grid) {
+// Points of a grid that `n` neighbouring pixels of an axis read, at most.
+int points_read(int64_t n, int64_t grid, int64_t pixels) {
+  if (grid == pixels) return static_cast<int>(n);
+  const int64_t stride = pixels / grid, span = (n - 1) * grid / pixels;
+  const bool exact = stride * grid == pixels && (stride & (stride - 1)) == 0 && pixels <= 1 << 22;
+  const int64_t most = span + (exact ? 3 : 4);  // else positions are rounded
+  return static_cast<int>(grid < most ? grid : most);
+}
+
+Tiling tiling_of(const Layer<float>& s, const cuda::Grid& grid) {
   Tiling t{};
   t.y = cell_axis(grid.size[1], s.height);
   t.x = cell_axis(grid.size[2], s.width);
@@ -326,47 +454,58 @@ Tiling tiling_of(const Stream<float>& s, const cuda::Grid& grid) {
   t.tiles_y = t.y.cells;
   t.tiles_x = (t.x.cells + kWarp / t.lanes - 1) / (kWarp / t.lanes);
   t.copy_stride = static_cast<int64_t>(s.classes) * s.classes * grid.points() * s.cm_batch;
+  t.class_rows = points_read(kRows, s.seg_grid[1], s.height);
+  t.class_columns = points_read(kWarp, s.seg_grid[2], s.width);
   return t;
 }
 
 constexpr int64_t kMostCopyBytes = int64_t{64} << 20;
 
-// Images of one field that run in one launch, each on copies of its own.
-int64_t images_at_once(const Stream<float>& s, const Tiling& t) {
-  if (s.cm_batch > 1 || s.batch <= 1) return s.batch;
-  const int64_t most = kMostCopyBytes / (4 * t.copy_stride * t.bands * t.splits);
-  return most < 1 ? 1 : most < s.batch ? most : s.batch;
+int64_t within(int64_t most, int64_t n) { return most < 1 ? 1 : most < n ? most : n; }
+
+// Images that run in one launch. Those of one field need copies of its gradient.
+int64_t images_at_once(const Layer<float>& s, const Tiling& t, bool want_cm, bool class_tiles) {
+  int64_t images = s.batch;
+  if (want_cm && s.cm_batch == 1 && images > 1)
+    images = within(kMostCopyBytes / (4 * t.copy_stride * t.bands * t.splits), images);
+  if (class_tiles && images > 1)
+    images = within(kMostCopyBytes / (4 * t.all_tiles() * s.classes * t.class_points()), images);
+  return images;
 }
 
 }  // namespace
 
 namespace cuda {
 
-StridedPlan plan_strided(const Stream<float>& s, const Grid& grid, bool want_gradient) {
+StridedPlan plan_strided(const Layer<float>& s, const Grid& grid, bool want_cm, bool want_seg) {
   StridedPlan plan;
-  const bool halved =
-      (grid.size[1] == 1 || 2 * grid.size[1] <= s.height) && (grid.size[2] == 1 || 2 * grid.size[2] <= s.width);
+  const auto halved = [](int64_t points, int64_t pixels) { return points == 1 || 2 * points <= pixels; };
+  const bool cells = halved(grid.size[1], s.height) && halved(grid.size[2], s.width);
+  const auto few = [&](int points, int64_t pixels) { return points == pixels || halved(points, pixels); };
+  const bool class_tiles = want_seg && !s.seg_on_pixels;
   // Beyond 2^24 pixels of an axis positions round in float, and a cell may be wider than `widest` says.
   const bool exact = s.height <= 1 << 24 && s.width <= 1 << 24;
-  if (s.depth != 1 || !halved || !exact || s.transition_gradient != nullptr || s.batch == 0 ||
+  if (s.depth != 1 || !cells || !exact || s.transition_gradient != nullptr || s.batch == 0 ||
+      (class_tiles && !(few(s.seg_grid[1], s.height) && few(s.seg_grid[2], s.width))) ||
       !with_fast_classes<kMostStridedClasses>(s.classes, [](auto) {})) {
     return plan;
   }
   const Tiling t = tiling_of(s, grid);
-  const int64_t own = t.bands * t.splits, shared = s.cm_batch == 1 ? images_at_once(s, t) : 1;
-  plan.copies = want_gradient ? own * shared : 1;
-  plan.mask_words = t.tiles_y * t.tiles_x * t.splits * t.bands * s.batch;
+  const int64_t images = images_at_once(s, t, want_cm, class_tiles), own = t.bands * t.splits;
+  plan.copies = want_cm ? own * (s.cm_batch == 1 ? images : 1) : 1;
+  plan.mask_words = t.all_tiles() * s.batch;
+  if (class_tiles) plan.class_floats = images * t.all_tiles() * s.classes * t.class_points();
   plan.fits = plan.copies == 1 || 4 * t.copy_stride * plan.copies <= 4 * kMostCopyBytes;
   return plan;
 }
 
-Error strided_grid(const Stream<float>& s, const Grid& grid, void* stream) {
+Error strided_grid(const Layer<float>& s, const Grid& grid, float* class_gradient, void* stream) {
   Tiling t = tiling_of(s, grid);
-  const bool want_cm = s.cm_gradient != nullptr;
+  const bool want_cm = s.cm_gradient != nullptr, class_tiles = s.class_tiles != nullptr;
   // Neighbouring tiles share grid points, so where they add, every second one goes first.
   t.step_y = want_cm && t.tiles_y > 1 ? 2 : 1;
   t.step_x = want_cm && t.tiles_x > 1 ? 2 : 1;
-  const int64_t group = want_cm ? images_at_once(s, t) : s.batch;
+  const int64_t group = images_at_once(s, t, want_cm, class_tiles);
   t.copies_per_image = s.cm_batch == 1 ? t.bands * t.splits : 0;
   t.image_stride = s.cm_batch == 1 ? 0 : static_cast<int64_t>(s.classes) * s.classes * grid.points();
   Error error = nullptr;
@@ -376,7 +515,7 @@ Error strided_grid(const Stream<float>& s, const Grid& grid, void* stream) {
     static_assert(kShared <= 99 * 1024, "what a block may have on compute capability 8.6, 8.9 and 12.0");
     const int64_t resident = resident_blocks(strided_fast<C>, kStridedThreads<C>, kShared), rows = kSumRows / C;
     const int64_t most = resident < rows ? resident : rows;
-    const size_t log_shared = sizeof(float) * C * kWarp;
+    const size_t log_shared = sizeof(float) * C * kWarp + sizeof(ClassTile) * kLogWarps;
     const int64_t log_resident = resident_blocks(strided_log_space, kLogWarps * kWarp, log_shared);
     const int64_t log_blocks = log_resident < kSumRows ? log_resident : kSumRows;
     for (t.image = 0; t.image < s.batch; t.image += group) {
@@ -394,6 +533,14 @@ Error strided_grid(const Stream<float>& s, const Grid& grid, void* stream) {
           if (error != nullptr) return;
         }
       }
+      if (!class_tiles) continue;
+      // points with many tiles are few
+      const int lanes = s.seg_points() < 1024 ? kWarp : 1;
+      const int64_t gather = (t.images * C * s.seg_points() * lanes + kGatherThreads - 1) / kGatherThreads;
+      const int64_t at_once = 4 * resident_blocks(gather_class_tiles, kGatherThreads, 0);
+      error = launch(gather_class_tiles, gather < at_once ? gather : at_once, kGatherThreads, 0, stream, s, t, lanes,
+                     class_gradient);
+      if (error != nullptr) return;
     }
   });
   return error;
@@ -404,11 +551,11 @@ Error strided_grid(const Stream<float>& s, const Grid& grid, void* stream) {
 
 #if defined(COARSE_EMULATED)  // for a test
 extern "C" bool coarse_strided_fits(int classes, int64_t height, int64_t width, int64_t grid_h, int64_t grid_w) {
-  coarse::Stream<float> s;
+  coarse::Layer<float> s;
   s.batch = s.cm_batch = 1;
   s.classes = classes;
   s.height = height;
   s.width = width;
-  return coarse::cuda::plan_strided(s, {{1, grid_h, grid_w}}, true).fits;
+  return coarse::cuda::plan_strided(s, {{1, grid_h, grid_w}}, true, true).fits;
 }
 #endif

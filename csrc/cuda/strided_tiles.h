@@ -1,4 +1,4 @@
-// A grid of cells, and the tiles that its pixels are cut into: what the two strided kernels share.
+// A grid of cells, and the tiles that its pixels are cut into: what the strided kernels share.
 #pragma once
 
 #include "device.h"
@@ -30,6 +30,15 @@ struct CellAxis {
   __device__ __forceinline__ int64_t clamp(int64_t point) const {
     return point < 0 ? 0 : point < grid ? point : grid - 1;
   }
+  // The cell that a pixel is in.
+  __device__ __forceinline__ int64_t cell_of(int64_t pixel) const {
+    if (grid == 1) return 0;
+    int64_t cell = static_cast<int64_t>(grid_position<float>(pixel, grid, pixels) + 1.0f) - 1;
+    cell = cell < -1 ? -1 : cell < grid ? cell : grid - 1;
+    while (begin(cell) > pixel) --cell;
+    while (end(cell) <= pixel) ++cell;
+    return cell;
+  }
 };
 
 struct Tiling {
@@ -43,6 +52,52 @@ struct Tiling {
   int64_t columns, tiles_per_image;
   // The gradient: parts of a cell, and images of one field, that run at the same time have a copy each.
   int64_t copy_stride, copies_per_image, image_stride;
+  // Points of the class logits' own grid that a tile may read.
+  int class_rows, class_columns;
+
+  __host__ __device__ __forceinline__ int64_t all_tiles() const { return tiles_y * bands * tiles_x * splits; }
+  __host__ __device__ __forceinline__ int64_t class_points() const {
+    return static_cast<int64_t>(class_rows) * class_columns;
+  }
+  __device__ __forceinline__ int64_t cells_per_tile() const { return kWarp / lanes; }
+  // Where Layer::class_tiles has what a tile gives to class j. Rows and runs of cells are counted from 0.
+  __device__ __forceinline__ int64_t class_tile(int64_t image_in_launch, int64_t row, int64_t band, int64_t run,
+                                                int64_t split, int classes, int j) const {
+    const int64_t tile = ((row * bands + band) * tiles_x + run) * splits + split;
+    return ((image_in_launch * all_tiles() + tile) * classes + j) * class_points();
+  }
+};
+
+// The points between which a pixel lies, on one axis of the class logits' own grid.
+struct ClassTap {
+  int first;
+  float lambda;  // the weight of the next one
+
+  __device__ __forceinline__ ClassTap(int64_t pixel, int grid, int64_t pixels) {
+    const Tap<float> tap = linear_tap<float>(pixel, grid, pixels);
+    first = static_cast<int>(tap.i0);
+    lambda = tap.i1 == tap.i0 ? 0.0f : tap.lambda;
+  }
+};
+
+constexpr int kClassRows = kRows, kClassColumns = kWarp;  // at most; `plan_strided` sees to it
+
+// How a tile meets class logits on a grid of their own. In shared memory, the same for all warps.
+struct ClassTile {
+  int y0, x0;      // the first point
+  int64_t at;      // Tiling::class_tile of class 0
+  int row[kRows];  // of each row of pixels: the point above, from y0
+  float below[kRows];
+  int column[kWarp];  // of each lane: the point on its left, from x0
+  float right[kWarp];
+  int begin[kClassColumns], end[kClassColumns];  // lanes that read a column of points
+
+  __device__ __forceinline__ float share_y(int r, int point) const {
+    return row[r] == point ? 1.0f - below[r] : row[r] + 1 == point ? below[r] : 0.0f;
+  }
+  __device__ __forceinline__ float share_x(int lane, int point) const {
+    return column[lane] == point ? 1.0f - right[lane] : column[lane] + 1 == point ? right[lane] : 0.0f;
+  }
 };
 
 // Adds what each lane has for the grid points above and below to the left and right points of its cell. All lanes call.
@@ -79,25 +134,27 @@ struct StridedPlace {
   int left = 0, right = 0;                    // columns of grid points
   float lambda_x = 0, lambda0 = 0, step = 0;  // lambda of row r is lambda0 + r * step
   int64_t upper = 0, lower = 0;               // rows of grid points: offsets into a plane
-  int64_t pixel = 0, seg = 0;                 // flat pixel of the first row; and in the class logits, for class 0
+  int64_t image = 0, pixel = 0;               // the first row's
   int64_t field = 0;                          // this image's CM logits
   int64_t gradient = 0;                       // and where their gradient is gathered
   int64_t cell_y = 0, y0 = 0;
   CornerSum corners{};
 
   StridedPlace() = default;
-  __device__ StridedPlace(const Stream<float>& s, const Tiling& t, int64_t tile) {
+  // `of_class`: to be filled in where the class logits have a grid of their own. A whole warp calls.
+  __device__ StridedPlace(const Layer<float>& s, const Tiling& t, int64_t tile, ClassTile& of_class) {
     const int lane = threadIdx.x % kWarp, cells_per_tile = kWarp / t.lanes;
-    const int64_t image = t.image + tile / t.tiles_per_image;
+    image = t.image + tile / t.tiles_per_image;
     const int64_t k = tile % t.tiles_per_image;
     const int64_t column = k % t.columns, band = k / t.columns % t.bands, split = column % t.splits;
-    cell_y = t.y.first + t.colour_y + k / t.columns / t.bands * t.step_y;
+    const int64_t row_of_cells = t.colour_y + k / t.columns / t.bands * t.step_y;
+    cell_y = t.y.first + row_of_cells;
     y0 = t.y.begin(cell_y) + band * kRows;
     const int64_t left_over = t.y.end(cell_y) - y0;
     rows = left_over < 0 ? 0 : left_over < kRows ? static_cast<int>(left_over) : kRows;
     if (rows == 0) return;
     const int slot = lane / t.lanes, within = lane % t.lanes;
-    const int64_t cell_x = t.x.first + (t.colour_x + column / t.splits * t.step_x) * cells_per_tile + slot;
+    const int64_t run = t.colour_x + column / t.splits * t.step_x, cell_x = t.x.first + run * cells_per_tile + slot;
     const bool exists = cell_x < t.x.first + t.x.cells;
     const int64_t x = exists ? t.x.begin(cell_x) + split * t.lanes + within : 0;
     inside = exists && x < t.x.end(cell_x);
@@ -109,8 +166,7 @@ struct StridedPlace {
     lambda0 = t.y.lambda(cell_y, y0);
     // from end to end, so that its rounding error is not multiplied
     step = rows > 1 ? (t.y.lambda(cell_y, y0 + rows - 1) - lambda0) / static_cast<float>(rows - 1) : 0.0f;
-    pixel = image * s.pixels() + y0 * s.width + x;
-    seg = image * s.classes * s.pixels() + y0 * s.width + x;
+    pixel = y0 * s.width + x;
     field = s.cm_batch == 1 ? 0 : image * s.cm_batch_stride;
     gradient =
         (band * t.splits + split + (image - t.image) * t.copies_per_image) * t.copy_stride + image * t.image_stride;
@@ -126,9 +182,45 @@ struct StridedPlace {
                      own_y < t.y.grid;
     corners.at = own_y * t.x.grid + own_x;
     corners.lambda = lambda_x;
+
+    if (s.seg_on_pixels) return;
+    // a lane without a pixel takes the one before: columns have to ascend
+    int64_t near = exists ? t.x.begin(cell_x) + split * t.lanes + within : s.width - 1;
+    if (exists && near >= t.x.end(cell_x)) near = t.x.end(cell_x) - 1;
+    const ClassTap across(near, s.seg_grid[2], s.width), first_down(y0, s.seg_grid[1], s.height);
+    const int first_across = __shfl_sync(kAllLanes, across.first, 0);
+    of_class.column[lane] = across.first - first_across;
+    of_class.right[lane] = across.lambda;
+    if (lane < kRows) {
+      const ClassTap down(lane < rows ? y0 + lane : y0, s.seg_grid[1], s.height);
+      of_class.row[lane] = down.first - first_down.first;
+      of_class.below[lane] = down.lambda;
+    }
+    if (lane == 0) {
+      of_class.y0 = first_down.first;
+      of_class.x0 = first_across;
+      of_class.at = t.class_tile(image - t.image, row_of_cells, band, run, split, s.classes, 0);
+    }
+    if (s.class_tiles == nullptr) return;
+    for (int point = 0; point < t.class_columns; ++point) {
+      const unsigned before = __ballot_sync(kAllLanes, of_class.column[lane] < point - 1);
+      const unsigned up_to = __ballot_sync(kAllLanes, of_class.column[lane] <= point);
+      if (lane == point) {
+        of_class.begin[point] = __popc(before);
+        of_class.end[point] = __popc(up_to);
+      }
+    }
   }
 
-  __device__ __forceinline__ float along_x(const Stream<float>& s, int64_t row) const {
+  // In labels, weights and maps; in what is written for each class.
+  __device__ __forceinline__ int64_t map(const Layer<float>& s, int r) const {
+    return map_at(s, image, pixel + r * s.width);
+  }
+  __device__ __forceinline__ int64_t of_class(const Layer<float>& s, int j, int r) const {
+    return image * s.class_image + j * s.class_plane + pixel + r * s.width;
+  }
+
+  __device__ __forceinline__ float along_x(const Layer<float>& s, int64_t row) const {
     const float a = load_as<float>(s.cm_logits, s.cm_storage, row + left);
     if (left == right) return a;
     return (1.0f - lambda_x) * a + lambda_x * load_as<float>(s.cm_logits, s.cm_storage, row + right);

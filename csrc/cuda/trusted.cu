@@ -34,7 +34,7 @@
 // Estimate for C = 19, one layer, T = I, stride 4, 1024 x 2048: 40 M classes and pixels, 1.9 G operations, 0.07 ms of
 // an H200's lanes; 26 bytes a pixel, 55 MB, 0.011 ms. On the pixel grid in float: 1.2 G operations, 0.04 ms, and 320 MB
 // (480 MB where the second reading misses the cache), 0.07 to 0.1 ms. Not measured.
-#include "device.h"
+#include "class_logits.h"
 #include "launch.h"
 #include "trusted.h"
 
@@ -53,60 +53,39 @@ constexpr int kBlocks = sizeof(R) == 8 ? 1
 
 // --- class logits of a pixel -----------------------------------------------------------------------------------------
 
-template <class R>
-struct Between {  // two neighbouring points of an axis
-  R lambda;
-  bool same;
-  __device__ __forceinline__ R operator()(R a, R b) const { return same ? a : (R(1) - lambda) * a + lambda * b; }
+struct OnPixels {  // in place of Corners
+  int pixel;
+  template <class Load>
+  __device__ __forceinline__ auto interpolate(const Load& load) const {
+    return load(pixel);
+  }
 };
 
-// s[j] of one pixel: interpolated along x, then y, then z, as torch does.
+template <bool kCoarse, class R>
+__device__ __forceinline__ auto corners_of(const Trusted<R>& t, int pixel) {
+  if constexpr (kCoarse) {
+    return Corners<R>(t.grid, t.size[0], t.size[1], t.size[2], pixel);
+  } else {
+    return OnPixels{pixel};
+  }
+}
+
+// s[j] of one pixel.
 template <Storage kStorage, class R, bool kCoarse>
 struct Logits {
   using T = typename StorageOf<kStorage>::Type;
   const T* data;
   int64_t plane;
-  int at[4], slice;  // from the plane's first point; `slice`: to the next one along z
-  Between<R> z, y, x;
+  decltype(corners_of<kCoarse>(Trusted<R>{}, 0)) corners;
 
-  __device__ __forceinline__ Logits(const Trusted<R>& t, int64_t image, int pixel) {
-    plane = t.points();
-    data = static_cast<const T*>(t.seg_logits) + image * t.classes * plane;
-    if constexpr (!kCoarse) {
-      data += pixel;
-    } else {
-      const unsigned row = static_cast<unsigned>(pixel) / static_cast<unsigned>(t.size[2]);
-      const Tap<R> tz = linear_tap<R>(row / static_cast<unsigned>(t.size[1]), t.grid[0], t.size[0]);
-      const Tap<R> ty = linear_tap<R>(row % static_cast<unsigned>(t.size[1]), t.grid[1], t.size[1]);
-      const Tap<R> tx = linear_tap<R>(pixel - row * static_cast<unsigned>(t.size[2]), t.grid[2], t.size[2]);
-      const int width = t.grid[2], area = t.grid[1] * width;
-      const int corner = static_cast<int>(tz.i0) * area, upper = static_cast<int>(ty.i0) * width,
-                lower = static_cast<int>(ty.i1) * width;
-      at[0] = corner + upper + static_cast<int>(tx.i0);
-      at[1] = corner + upper + static_cast<int>(tx.i1);
-      at[2] = corner + lower + static_cast<int>(tx.i0);
-      at[3] = corner + lower + static_cast<int>(tx.i1);
-      slice = static_cast<int>(tz.i1 - tz.i0) * area;
-      z = {tz.lambda, tz.i0 == tz.i1};
-      y = {ty.lambda, ty.i0 == ty.i1};
-      x = {tx.lambda, tx.i0 == tx.i1};
-    }
-  }
+  __device__ __forceinline__ Logits(const Trusted<R>& t, int64_t image, int pixel)
+      : data(static_cast<const T*>(t.seg_logits) + image * t.classes * t.points()),
+        plane(t.points()),
+        corners(corners_of<kCoarse>(t, pixel)) {}
 
   __device__ __forceinline__ R operator()(int j) const {
     const T* const of = data + j * plane;
-    if constexpr (!kCoarse) {
-      return decode<kStorage, R>(read_only(of));
-    } else {
-      const R front = flat(of);
-      return z.same ? front : z(front, flat(of + slice));
-    }
-  }
-
- private:
-  __device__ __forceinline__ R flat(const T* of) const {
-    const auto load = [&](int k) { return decode<kStorage, R>(read_only(of + at[k])); };
-    return y(x(load(0), load(1)), x(load(2), load(3)));
+    return corners.interpolate([&](int k) { return decode<kStorage, R>(read_only(of + k)); });
   }
 };
 
@@ -136,12 +115,9 @@ struct LayerAt {
   }
 };
 
-// -1 where there is none: ignored, or out of range, which must not become an address.
 template <class R>
 __device__ __forceinline__ int label_of(const Trusted<R>& t, const TrustedKind<R>& kind, int64_t at) {
-  const int64_t y = kind.label_type == LabelType::u8 ? static_cast<const uint8_t*>(kind.labels)[at]
-                                                     : static_cast<const int64_t*>(kind.labels)[at];
-  return y == t.ignore_index || y < 0 || y >= t.classes ? -1 : static_cast<int>(y);
+  return valid_label(kind.labels, kind.label_type, at, t.ignore_index, t.classes);
 }
 
 // weight * r[j] of a label that counts, from share = weight / Z_y. `column`: T[.,y], null where T = I.
@@ -179,6 +155,16 @@ __device__ __forceinline__ void take_all_explained(const Trusted<R>& t, int64_t 
     int64_t label_at = image * kind.layers * t.pixels() + pixel;
     for (int64_t layer = 0; layer < kind.layers; ++layer, at += all, label_at += t.pixels())
       take_explained(t, kind, at, label_at, j, s, value);
+  }
+}
+
+// Other kinds add to what is in R.
+template <Storage kStorage, class R>
+__device__ __forceinline__ void write_gradient(const Trusted<R>& t, int64_t at, R gradient) {
+  if (t.gradient_in_r) {
+    static_cast<R*>(t.gradient)[at] = gradient;
+  } else {
+    static_cast<typename StorageOf<kStorage>::Type*>(t.gradient)[at] = encode<kStorage>(gradient);
   }
 }
 
@@ -291,7 +277,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<R, kHeld == 1>)
           mass += live;
         }
         if (inside) {
-          if (kind.nll_map != nullptr) kind.nll_map[cursor.offset(t, image, pixel)] = term;
+          if (kind.nll_map != nullptr) {
+            const int64_t at = cursor.offset(t, image, pixel);
+            kind.nll_map[at] = term;
+            kind.loss_map[at] = term;
+          }
           if (t.share != nullptr) {
             const int64_t at = (first + h) * all + image * pixels + pixel;
             t.share[at] = held[h].share;
@@ -302,7 +292,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<R, kHeld == 1>)
           terms[h] += static_cast<double>(term);
         } else {
           const double sum = warp_sum(static_cast<double>(term));
-          if (threadIdx.x % kWarp == 0) t.sums[cursor.kind * cuda::kSumRows + row] += sum;
+          if (threadIdx.x % kWarp == 0) kind.sums[2 * row] += sum;
         }
         cursor.next(t);
       }
@@ -316,7 +306,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<R, kHeld == 1>)
     }
     if constexpr (!kCoarse) {
       if (t.gradient == nullptr) continue;
-      auto* to = static_cast<typename StorageOf<kStorage>::Type*>(t.gradient) + image * classes * pixels + pixel;
+      int64_t to = image * classes * pixels + pixel;
 #pragma unroll kUnroll
       for (int j = 0; j < classes; ++j, to += pixels) {
         R gradient = 0;
@@ -337,7 +327,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<R, kHeld == 1>)
             gradient = left[0];
           }
         }
-        *to = encode<kStorage>(gradient);
+        write_gradient<kStorage>(t, to, gradient);
       }
     }
   }
@@ -349,7 +339,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<R, kHeld == 1>)
   for (int h = 0; h < kHeld; ++h) {
     if (h >= t.layers) continue;
     const double sum = warp_sum(terms[h]);
-    if (threadIdx.x % kWarp == 0) t.sums[place.kind * cuda::kSumRows + row] += sum;
+    if (threadIdx.x % kWarp == 0) t.kinds[place.kind].sums[2 * row] += sum;
     place.next(t);
   }
 }
@@ -526,7 +516,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(R) == 8 ? 1 : 2)
         add(2, y - 1, x);
         add(3, y - 1, x - 1);
         const int64_t to = (image * t.classes + j + n) * points + gz * area + static_cast<int64_t>(y) * grid_x + x;
-        static_cast<T*>(t.gradient)[to] = encode<kStorage>(sum);
+        write_gradient<kStorage>(t, to, sum);
       }
       __syncthreads();
     }

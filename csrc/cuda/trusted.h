@@ -2,6 +2,7 @@
 // enough to be a kernel's parameter.
 #pragma once
 
+#include "../host_device.h"
 #include "../problem.h"
 
 namespace coarse {
@@ -15,6 +16,8 @@ struct TrustedKind {
   const R* pixel_weight = nullptr;  // as labels
   const R* scale = nullptr;         // what the kind's sums are multiplied with; null: 1
   R* nll_map = nullptr;             // as labels: w nll; null: not wanted
+  R* loss_map = nullptr;            // the same once more
+  double* sums = nullptr;           // (kSumRows, 2): sum w nll, and nothing; zeros on arrival, a row for a warp
   double weight = 1;                // of the kind in the loss
   LabelType label_type = LabelType::u8;
 };
@@ -27,7 +30,8 @@ struct Trusted {
   int classes = 0;
   Storage storage = Storage::f32;
   const void* seg_logits = nullptr;  // (B, C, grid)
-  void* gradient = nullptr;          // as seg_logits; null: not wanted
+  void* gradient = nullptr;          // as seg_logits, or in R; null: not wanted
+  bool gradient_in_r = false;
   int64_t ignore_index = 255;
   int64_t layers = 0;  // of all kinds
   int kind_count = 0;
@@ -41,7 +45,6 @@ struct Trusted {
   // layer_top is the largest logit that T[.,y] lets through, not written where T = I.
   R* share = nullptr;
   R* layer_top = nullptr;
-  double* sums = nullptr;     // (kinds, kSumRows): sum w nll, zeros on arrival, a row for a warp
   void* label_map = nullptr;  // (B, D, H, W), uint8 up to 256 classes, else int64
 
   COARSE_HD int64_t pixels() const { return static_cast<int64_t>(size[0]) * size[1] * size[2]; }
@@ -71,14 +74,5 @@ Error trusted_transition(const Trusted<R>& t, int kind, int64_t slices, double* 
 // The most probable class of each pixel.
 template <class R>
 Error trusted_labels(const Trusted<R>& t, void* stream);
-// loss (0-d) = sum over kinds of weight * nll[k], nll[k] (0-d) = scale * sum w nll (reduce.cu).
-template <class R>
-struct TrustedSums {
-  R* loss;
-  R* nll[kMaxKinds];
-};
-template <class R>
-Error finish_trusted(const Trusted<R>& t, const TrustedSums<R>& sums, void* stream);
-
 }  // namespace cuda
 }  // namespace coarse

@@ -7,7 +7,7 @@ import os
 import torch
 
 from coarse_kernels import backends
-from coarse_kernels.backends import autograd, one_by_one, operator
+from coarse_kernels.backends import autograd, operator
 from coarse_kernels.backends.cuda import CudaBackend
 
 from . import build
@@ -31,9 +31,8 @@ def register() -> None:
     backend = EmulatedBackend(NAME, ("cpu",), NAMESPACE)
     try:
         torch.ops.load_library(str(build.library()))
-        backend.library = operator.declare(NAMESPACE, single=True)
+        backend.library = operator.declare(NAMESPACE)
         autograd.register(NAMESPACE, backend.library)
-        one_by_one.implement(backend.library, NAMESPACE, ("CPU",), own=("trusted", "label_map"))
     except (RuntimeError, OSError) as error:
         backend.error = f"{type(error).__name__}: {error}"
     reference = backends._REGISTRY.pop("reference")

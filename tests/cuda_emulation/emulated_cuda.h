@@ -180,6 +180,10 @@ T shuffle(T value, int source) {
 
 }  // namespace emulated
 
+inline void __syncwarp() {
+  emulated::Block& block = emulated::block;
+  emulated::wait(block.warps[block.current / emulated::kWarpSize].barrier, emulated::kWarpSize);
+}
 inline void __syncthreads() { emulated::wait(emulated::block.barrier, emulated::block.threads); }
 
 inline int __syncthreads_or(int predicate) {
@@ -228,6 +232,7 @@ inline float atomicAdd(float* p, float value) {
   *p += value;
   return before;
 }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 
 struct uint2 {
