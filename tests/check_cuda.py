@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc" / "cuda"
 ARCHITECTURES = ("80", "90", "100")
-FAST = ("pixel_fast", "strided_fast", "trusted_")  # a spill there fails the check
+FAST = ("pixel_fast", "strided_fast", "gather_class_tiles", "trusted_")  # a spill there fails the check
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]  # as setup.py
 STORAGE = {"0": "f32", "1": "f64", "2": "bf16", "3": "f16"}
 
@@ -74,23 +74,29 @@ def parse(log: str, arch: str) -> list[Kernel]:
 
 
 def readable(mangled: str) -> str:
-    """pixel_fast<19, f32, 1 pixel, one-hot> for _ZN6coarse..., and the plain name of the others."""
+    """pixel_fast<up to 19 classes, f32, 1 a thread> for _ZN6coarse..., and the plain name of the others."""
     scopes, arguments = _nested_name(mangled)
     if not scopes:
         return mangled
     name = scopes[-1]
     fast = re.match(r"ILi(\d+)ELNS_7StorageE(\d)ELi(\d)ELb([01])E", arguments)
     if fast:
-        kind = "one-hot" if fast[4] == "1" else "any T"
-        return f"{name}<{fast[1]}, {STORAGE[fast[2]]}, {fast[3]} a thread, {kind}>"
+        return f"{name}<{_classes(fast[1], fast[4])}, {STORAGE[fast[2]]}, {fast[3]} a thread>"
+    strided = re.match(r"ILi(\d+)ELb([01])E", arguments)
+    if strided:
+        return f"{name}<{_classes(*strided.groups())}>"
     trusted = re.match(r"ILNS_7StorageE(\d)E[fd](?:Lb([01])E)?(?:Li(\d)E)?E", arguments)
     if trusted:
         words = {"trusted_gather": ("any layers", "one layer")}.get(name, ("pixel grid", "coarser grid"))
         said = [words[int(trusted[2])]] if trusted[2] else []
         said += [f"{trusted[3]} {'classes' if name == 'trusted_gather' else 'layers'}"] if trusted[3] else []
         return f"{name}<{', '.join([STORAGE[trusted[1]], *said])}>"
-    other = re.match(r"I(?:Li(\d+)E|([fd]))E", arguments)
-    return f"{name}<{other[1] or other[2]}>" if other else name
+    other = re.match(r"I([fd])E", arguments)
+    return f"{name}<{other[1]}>" if other else name
+
+
+def _classes(number: str, exact: str) -> str:
+    return f"{number} classes" if exact == "1" else f"up to {number} classes"
 
 
 def _nested_name(mangled: str) -> tuple[list[str], str]:

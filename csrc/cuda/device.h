@@ -80,24 +80,35 @@ Error launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared_by
 
 #endif
 
-// f(std::integral_constant<int, C>) for the number of classes, if it is one of those that have kernels of their own.
+// f(ClassBound) for the number of classes, if it is one that the fast kernels serve: the smallest bound that holds it,
+// or from kExactFrom on, where registers are full, that very number, which the compiler then knows.
+// COARSE_EXACT_CLASSES builds a kernel for every number, to be timed against.
 constexpr int kMaxFastClasses = 21;
-#if !defined(COARSE_FAST_CLASSES)  // the emulator's tests build a few of them only
-#define COARSE_FAST_CLASSES(c) true
-#endif
-template <int N>
-struct Constant {
-  static constexpr int value = N;
+template <int kMost, bool kExact>
+struct ClassBound {
+  static constexpr int value = kMost;
+  static constexpr bool exact = kExact;
 };
-template <int kMost = kMaxFastClasses, int C = 2, class F>
-bool with_fast_classes(int classes, const F& f) {
-  if constexpr (C > kMost) {
+template <int kLast, int kExactFrom, int kMost, class F>
+bool with_bound_from(int classes, const F& f) {
+  if constexpr (kMost > kLast) {
     return false;
   } else {
-    if (classes != C) return with_fast_classes<kMost, C + 1>(classes, f);
-    if constexpr (COARSE_FAST_CLASSES(C)) f(Constant<C>{});
-    return COARSE_FAST_CLASSES(C);
+    constexpr bool kExact = kMost >= kExactFrom;
+    constexpr int kWider = kMost < 16 ? kMost + 4 : kMost < 19 ? 19 : kMost < kLast ? kLast : kLast + 1;
+    constexpr int kNext = kExact || kWider > kExactFrom ? kMost + 1 : kWider;
+    if (kExact ? classes != kMost : classes > kMost) return with_bound_from<kLast, kExactFrom, kNext>(classes, f);
+    f(ClassBound<kMost, kExact>{});
+    return true;
   }
+}
+template <int kLast, int kExactFrom = kLast + 1, class F>
+bool with_class_bound(int classes, const F& f) {
+#if defined(COARSE_EXACT_CLASSES)
+  return with_bound_from<kLast, 2, 2>(classes, f);
+#else
+  return classes >= 2 && with_bound_from<kLast, kExactFrom, 4>(classes, f);
+#endif
 }
 
 // --- storage ---------------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ namespace cuda {
 using Error = const char*;
 
 // Which pixels a launch is about: `span` neighbouring ones, from `begin` on, of each of `images` images, from `image`
-// on. Three pointers of the Layer belong to the region: cm_logits has element (i, j) of its pixel x of its image b at
-// b * cm_batch_stride + (i * C + j) * plane + x, the gradient likewise with its own image stride, and class_out class j
-// at b * class_image + j * class_plane + x.
+// on. Four pointers of the Layer belong to the region: cm_logits has element (i, j) of its pixel x of its image b at
+// b * cm_batch_stride + (i * C + j) * plane + x, the gradient likewise with its own image stride, seg_logits class j at
+// b * seg_image + j * seg_plane + x, and class_out likewise.
 struct PixelRegion {
   int64_t image = 0, images = 0;
   int64_t begin = 0, span = 0;

@@ -19,6 +19,8 @@ struct Layer {
   Storage seg_storage = Storage::f32;
   int seg_grid[3] = {1, 1, 1};
   bool seg_on_pixels = true;
+  // What launch.h calls a region has them at its pixels: from one class, one image, to the next.
+  int64_t seg_plane = 0, seg_image = 0;
 
   // Of each class and pixel: the gradient of its logit, or the posterior. On the pixel grid, (B, C, D, H, W), or of a
   // region alone: `PixelRegion`. Null: not wanted.

@@ -18,7 +18,7 @@
 // trace and A[y,j] of a positive drawing, are loaded a second time (from cache) and stored a second time.
 #pragma once
 
-#include "class_logits.h"
+#include "device.h"
 #include "launch.h"
 
 namespace coarse {
@@ -27,68 +27,75 @@ Error pixel_log_space(const Layer<float>& s, const PixelRegion& region, int vect
 }
 namespace {
 
+// Kernels have bounds kMost on the number of classes C, not a kernel for each: C is the number of warps, and only what
+// a thread holds in registers needs a bound (`with_class_bound`).
+
 // Groups of 32 runs in a block, so that few classes make a block of some size.
-template <int C>
-constexpr int kGroups = C <= 4 ? 8 / C : 1;
+template <int kMost>
+constexpr bool kGrouped = kMost <= 4;
+COARSE_HD int groups_of(int classes) { return classes <= 4 ? 8 / classes : 1; }
+template <int kMost>
+constexpr int kMostGroups = kGrouped<kMost> ? 4 : 1;
 
 // Pixels of a thread: enough loads in flight where there are few classes, one where registers are dear.
-template <int C, Storage kStorage>
-constexpr int kWidestVector = kStorage == Storage::f32 ? (C <= 4   ? 4
-                                                          : C <= 7 ? 2
-                                                                   : 1)
-                                                       : (C <= 7    ? 4
-                                                          : C <= 10 ? 2
-                                                                    : 1);
+template <int kMost, Storage kStorage>
+constexpr int kWidestVector = kStorage == Storage::f32 ? (kMost <= 4   ? 4
+                                                          : kMost <= 8 ? 2
+                                                                       : 1)
+                                                       : (kMost <= 8    ? 4
+                                                          : kMost <= 12 ? 2
+                                                                        : 1);
 
-template <int C>
-constexpr int kFastThreads = kGroups<C> * C * kWarp;
+template <int kMost>
+constexpr int kFastThreads = (kGrouped<kMost> ? 8 : kMost) * kWarp;
 
 // Blocks of a multiprocessor that the compiler is to leave registers for: 38 warps of 48 registers at C = 19.
-template <int C, int kVector>
-constexpr int kFastBlocks = kVector > 1 ? 1
-                            : C >= 11   ? (C <= 19 ? 2 : 1)
-                                        : 512 / kFastThreads<C>;
+template <int kMost, int kVector>
+constexpr int kFastBlocks = kVector > 1 || kMost > 19 ? 1 : 2;
 
 // A pixel's C values in shared memory, read four at a time: an odd number of quadruples, so that the lanes of a warp
 // are in different banks.
-template <int C>
-constexpr int kRow = ((C + 3) / 4 | 1) * 4;
+template <int kMost>
+constexpr int kRow = ((kMost + 3) / 4 | 1) * 4;
 
-template <int C>
+template <int kMost>
 struct alignas(16) Row {
-  float of[kRow<C>];
+  float of[kRow<kMost>];
 
-  // f(k, value) for every class.
+  // f(k, value) for the first `classes`.
   template <class F>
-  __device__ __forceinline__ void each(const F& f) const {
+  __device__ __forceinline__ void each(int classes, const F& f) const {
     struct alignas(16) Four {
       float x[4];
     };
 #pragma unroll
-    for (int k = 0; k < C; k += 4) {
+    for (int k = 0; k < kMost; k += 4) {
+      if (k >= classes) continue;
       const Four four = *reinterpret_cast<const Four*>(of + k);
 #pragma unroll
-      for (int n = 0; n < 4 && k + n < C; ++n) f(k + n, four.x[n]);
+      for (int n = 0; n < 4 && k + n < kMost; ++n) {
+        if (k + n < classes) f(k + n, four.x[n]);
+      }
     }
   }
 };
 
-template <int C, int kVector>
+template <int kMost, int kVector>
 struct FastShared {
-  Row<C> seg[kGroups<C>][kWarp * kVector];       // class logits
-  Row<C> p[kGroups<C>][kWarp * kVector];         // exp(s[j] - top)
-  Row<C> pq[kGroups<C>][kWarp * kVector];        // times q[j]
-  Row<C> diagonal[kGroups<C>][kWarp * kVector];  // A[j,j]
-  Row<C> transition[C];                          // T[i,y] at [y][i]
+  Row<kMost> seg[kMostGroups<kMost>][kWarp * kVector];       // class logits
+  Row<kMost> p[kMostGroups<kMost>][kWarp * kVector];         // exp(s[j] - top)
+  Row<kMost> pq[kMostGroups<kMost>][kWarp * kVector];        // times q[j]
+  Row<kMost> diagonal[kMostGroups<kMost>][kWarp * kVector];  // A[j,j]
+  Row<kMost> transition[kMost];                              // T[i,y] at [y][i]
   // not in registers, which are dear
-  Terms terms[kGroups<C>][kWarp];            // of the warps with j = 0
-  float trace[kGroups<C>][kWarp * kVector];  // of their pixels
+  Terms terms[kMostGroups<kMost>][kWarp];            // of the warps with j = 0
+  float trace[kMostGroups<kMost>][kWarp * kVector];  // of their pixels
   float scale;
-  volatile int image[kFastThreads<C>], offset[kFastThreads<C>];  // Place
-  volatile int label[kVector][kFastThreads<C>];
-  volatile float own[kVector][kFastThreads<C>];  // what goes to class logit j
-  volatile float inv_z[kVector][kFastThreads<C>];
-  volatile float evidence[kGroups<C>][kWarp * kVector];
+  volatile int image[kFastThreads<kMost>], offset[kFastThreads<kMost>];  // Place
+  volatile int label[kVector][kFastThreads<kMost>];
+  volatile float own[kVector][kFastThreads<kMost>];  // what goes to class logit j
+  volatile float inv_z[kVector][kFastThreads<kMost>];
+  volatile float evidence[kMostGroups<kMost>][kWarp * kVector];
 };
 
 // kVector elements in one instruction.
@@ -136,30 +143,31 @@ __device__ __forceinline__ void store_vector(typename StorageOf<kStorage>::Type*
 
 // True for all threads that share a group if it is for any of them. The warps of a group see the same pixels, so where
 // a block is one group a warp can answer for all; else this is a barrier.
-template <int C>
+template <int kMost>
 __device__ __forceinline__ bool any_of_block(bool predicate) {
-  if constexpr (kGroups<C> == 1) return __any_sync(kAllLanes, predicate);
+  if constexpr (!kGrouped<kMost>) return __any_sync(kAllLanes, predicate);
   return __syncthreads_or(predicate);
 }
 
 // Where a thread of a tile works: two numbers, from which addresses are made where they are needed.
-template <int C, int kVector>
+template <int kVector>
 struct Place {
   int image, offset;  // of the region, and of the pixel in that
   bool inside;        // a run is inside as a whole: kVector > 1 only where it divides the span
 
-  __device__ __forceinline__ Place(const cuda::PixelRegion& region, unsigned tile) {
-    constexpr unsigned kTile = kGroups<C> * kWarp * kVector;
-    const unsigned span = static_cast<unsigned>(region.span), tiles = (span + kTile - 1) / kTile;
+  __device__ __forceinline__ Place(const cuda::PixelRegion& region, unsigned tile, int groups, int group) {
+    const unsigned per_tile = groups * kWarp * kVector;
+    const unsigned span = static_cast<unsigned>(region.span), tiles = (span + per_tile - 1) / per_tile;
     image = static_cast<int>(tile / tiles);
-    offset =
-        static_cast<int>(tile % tiles * kTile +
-                         ((kGroups<C> == 1 ? 0 : threadIdx.x / kWarp / C) * kWarp + threadIdx.x % kWarp) * kVector);
+    offset = static_cast<int>(tile % tiles * per_tile + (group * kWarp + threadIdx.x % kWarp) * kVector);
     inside = static_cast<unsigned>(offset) < span;
   }
   // in labels, weights and maps
   __device__ __forceinline__ int64_t map(const Layer<float>& s, const cuda::PixelRegion& region) const {
     return map_at(s, region.image + image, region.begin + offset);
+  }
+  __device__ __forceinline__ int64_t seg(const Layer<float>& s, int j) const {
+    return image * s.seg_image + j * s.seg_plane + offset;
   }
   __device__ __forceinline__ int64_t of_class(const Layer<float>& s, int j) const {
     return image * s.class_image + j * s.class_plane + offset;
@@ -198,23 +206,26 @@ __device__ __forceinline__ T* below(T* p, const cuda::PixelRegion& region, int r
   return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(p) + rows * region.row_bytes);
 }
 
-template <int C, Storage kStorage, int kVector, bool kOneHot>
-__global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
+// kExact: C = kMost, and known to the compiler.
+template <int kMost, Storage kStorage, int kVector, bool kExact>
+__global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVector>)
     pixel_fast(const __grid_constant__ Layer<float> s, const __grid_constant__ cuda::PixelRegion region,
                unsigned tiles) {
   using T = typename StorageOf<kStorage>::Type;
-  auto& shared = *reinterpret_cast<FastShared<C, kVector>*>(dynamic_shared());
+  auto& shared = *reinterpret_cast<FastShared<kMost, kVector>*>(dynamic_shared());
+  const int C = kExact ? kMost : s.classes, groups = kGrouped<kMost> ? groups_of(C) : 1;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int j = kGroups<C> == 1 ? warp : warp % C, group = kGroups<C> == 1 ? 0 : warp / C, slot = lane * kVector;
-  if constexpr (!kOneHot) {
-    for (int k = threadIdx.x; k < C * C; k += kFastThreads<C>) shared.transition[k % C].of[k / C] = s.transition[k];
+  const int j = kGrouped<kMost> ? warp % C : warp, group = kGrouped<kMost> ? warp / C : 0, slot = lane * kVector;
+  const bool one_hot = s.transition == nullptr;
+  if (!one_hot) {
+    for (int k = threadIdx.x; k < C * C; k += groups * C * kWarp) shared.transition[k % C].of[k / C] = s.transition[k];
   }
   if (threadIdx.x == 0) shared.scale = gradient_scale(s);
   if (j == 0) shared.terms[group][lane] = Terms{};
   __syncthreads();
 
   for (unsigned tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    Place<C, kVector> place(region, tile);
+    Place<kVector> place(region, tile, groups, group);
     int label[kVector];
     bool any_labelled = false, all_labelled = true;
 #pragma unroll
@@ -225,17 +236,20 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
     }
 
     // A tile that nobody drew on: zeros, and nothing read.
-    if (!any_of_block<C>(any_labelled) && !s.posterior) {
+    if (!any_of_block<kMost>(any_labelled) && !s.posterior) {
       if (j == 0) {
 #pragma unroll
-        for (int v = 0; v < kVector; ++v) mark<kVector>(s, tile * kGroups<C> + group, v, false);
+        for (int v = 0; v < kVector; ++v) mark<kVector>(s, tile * groups + group, v, false);
       }
       if (!place.inside) continue;
       const float zeros[kVector] = {};
       if (s.cm_gradient != nullptr && !s.add_cm) {
         T* to = static_cast<T*>(s.cm_gradient) + place.gradient(region, j);
 #pragma unroll
-        for (int i = 0; i < C; ++i, to = below(to, region)) store_vector<kStorage, kVector>(to, zeros);
+        for (int i = 0; i < kMost; ++i, to = below(to, region)) {
+          if (i >= C) break;
+          store_vector<kStorage, kVector>(to, zeros);
+        }
       }
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
@@ -250,21 +264,13 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
 #pragma unroll
     for (int v = 0; v < kVector; ++v) shared.label[v][threadIdx.x] = label[v];
     // --- read; logits of pixels without a label may be anything, and count as 0
-    float e[C][kVector], eyj[kVector];
-    const auto read = [&](int v) { return label[v] >= 0 || (place.inside && s.posterior); };
-    if (!s.seg_on_pixels) {  // before registers are full
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) {
-        float x = 0.0f;
-        if (read(v)) x = ClassLogits<float>(s, region.image + place.image, region.begin + place.offset + v)(j);
-        shared.seg[group][slot + v].of[j] = x;
-      }
-    }
+    float e[kMost][kVector], eyj[kVector];
     {
       const T* const column = static_cast<const T*>(s.cm_logits) + place.cm(s, region, j);
       const T* from = column;
 #pragma unroll
-      for (int i = 0; i < C; ++i, from = below(from, region)) {
+      for (int i = 0; i < kMost; ++i, from = below(from, region)) {
+        if (i >= C) break;
 #pragma unroll
         for (int v = 0; v < kVector; ++v) e[i][v] = 0.0f;
         if (any_labelled) load_vector<kStorage, kVector>(from, e[i]);
@@ -273,17 +279,17 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
       for (int v = 0; v < kVector; ++v) {
         const bool labelled = label[v] >= 0;
         shared.diagonal[group][slot + v].of[j] = labelled ? decode<kStorage, float>(below(column, region, j)[v]) : 0.0f;
-        if constexpr (kOneHot) eyj[v] = labelled ? decode<kStorage, float>(below(column, region, label[v])[v]) : 0.0f;
-        if (!s.seg_on_pixels) continue;
-        const int64_t plane = (region.image + place.image) * C + j;
-        const int64_t at = plane * s.pixels() + region.begin + place.offset + v;
-        shared.seg[group][slot + v].of[j] = read(v) ? load_as<float>(s.seg_logits, s.seg_storage, at) : 0.0f;
+        eyj[v] = one_hot && labelled ? decode<kStorage, float>(below(column, region, label[v])[v]) : 0.0f;
+        const bool read = labelled || (place.inside && s.posterior);
+        shared.seg[group][slot + v].of[j] =
+            read ? load_as<float>(s.seg_logits, s.seg_storage, place.seg(s, j) + v) : 0.0f;
       }
     }
     if constexpr (kVector > 1) {
       if (!all_labelled) {
 #pragma unroll
-        for (int i = 0; i < C; ++i) {
+        for (int i = 0; i < kMost; ++i) {
+          if (i >= C) break;
 #pragma unroll
           for (int v = 0; v < kVector; ++v) e[i][v] = label[v] >= 0 ? e[i][v] : 0.0f;
         }
@@ -296,10 +302,14 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
     for (int v = 0; v < kVector; ++v) {
       float top = e[0][v];
 #pragma unroll
-      for (int i = 1; i < C; ++i) top = fmaxf(e[i][v], top);
+      for (int i = 1; i < kMost; ++i) {
+        if (i >= C) break;
+        top = fmaxf(e[i][v], top);
+      }
       float z = 0.0f;
 #pragma unroll
-      for (int i = 0; i < C; ++i) {
+      for (int i = 0; i < kMost; ++i) {
+        if (i >= C) break;
         e[i][v] = exp_f32(e[i][v] - top);
         z += e[i][v];
       }
@@ -307,12 +317,13 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
       shared.inv_z[v][threadIdx.x] = inv_z;
       float& own = shared.diagonal[group][slot + v].of[j];
       own = exp_f32(own - top) * inv_z;
-      if constexpr (kOneHot) {
+      if (one_hot) {
         eyj[v] = exp_f32(eyj[v] - top);
         q[v] = eyj[v];
       } else {
         q[v] = 0.0f;
-        shared.transition[label[v] < 0 ? 0 : label[v]].each([&](int i, float reports) { q[v] += reports * e[i][v]; });
+        shared.transition[label[v] < 0 ? 0 : label[v]].each(C,
+                                                            [&](int i, float reports) { q[v] += reports * e[i][v]; });
       }
       q[v] *= inv_z;
     }
@@ -322,13 +333,13 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       float top = -std::numeric_limits<float>::infinity();
-      shared.seg[group][slot + v].each([&](int, float x) { top = fmaxf(x, top); });
+      shared.seg[group][slot + v].each(C, [&](int, float x) { top = fmaxf(x, top); });
       const float p = exp_f32(shared.seg[group][slot + v].of[j] - top);
       shared.p[group][slot + v].of[j] = p;
       shared.pq[group][slot + v].of[j] = p * q[v];
       if (j == 0) {
         float trace = 0.0f;
-        shared.diagonal[group][slot + v].each([&](int, float x) { trace += x; });
+        shared.diagonal[group][slot + v].each(C, [&](int, float x) { trace += x; });
         shared.trace[group][slot + v] = trace;
       }
     }
@@ -342,8 +353,8 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       float sum = 0.0f, d = 0.0f;
-      shared.p[group][slot + v].each([&](int, float x) { sum += x; });
-      shared.pq[group][slot + v].each([&](int, float x) { d += x; });
+      shared.p[group][slot + v].each(C, [&](int, float x) { sum += x; });
+      shared.pq[group][slot + v].each(C, [&](int, float x) { d += x; });
       const float inv_sum = inverse(sum);
       d *= inv_sum;
       const bool labelled = label[v] >= 0, fast = !labelled || d >= kSmallestEvidence<float>;
@@ -375,9 +386,10 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
         }
         store_vector<kStorage, kVector>(to, values);
       };
-      if constexpr (kOneHot) {
+      if (one_hot) {
 #pragma unroll
-        for (int i = 0; i < C; ++i, to = below(to, region)) {
+        for (int i = 0; i < kMost; ++i, to = below(to, region)) {
+          if (i >= C) break;
 #pragma unroll
           for (int v = 0; v < kVector; ++v) e[i][v] *= g[v].keep;
           write(e[i]);
@@ -386,10 +398,13 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
 #pragma unroll
         for (int v = 0; v < kVector; ++v) {
           shared.transition[label[v] < 0 ? 0 : label[v]].each(
-              [&](int i, float reports) { e[i][v] *= g[v].keep - reports * g[v].drop; });
+              C, [&](int i, float reports) { e[i][v] *= g[v].keep - reports * g[v].drop; });
         }
 #pragma unroll
-        for (int i = 0; i < C; ++i, to = below(to, region)) write(e[i]);
+        for (int i = 0; i < kMost; ++i, to = below(to, region)) {
+          if (i >= C) break;
+          write(e[i]);
+        }
       }
       place.again(shared);
       T* const column = static_cast<T*>(s.cm_gradient) + place.gradient(region, j);
@@ -409,7 +424,7 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
         };
         const bool diagonal = s.trace_weight != 0.0f;
         const float ejj = shared.diagonal[group][slot + v].of[j] * inverse(shared.inv_z[v][threadIdx.x]);
-        if constexpr (kOneHot) {
+        if (one_hot) {
           const float diag = label[v] == j ? g[v].diag : 0.0f;
           again(label[v], eyj[v] * (g[v].keep - g[v].drop) + diag, diag - eyj[v] * g[v].drop);
           if (diagonal && label[v] != j) again(j, ejj * g[v].keep + g[v].diag, g[v].diag);
@@ -426,7 +441,7 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       const bool left = (small >> v & 1) != 0;
-      if (j == 0) mark<kVector>(s, tile * kGroups<C> + group, v, left);
+      if (j == 0) mark<kVector>(s, tile * groups + group, v, left);
       if (!place.inside || left) continue;
       if (s.class_out != nullptr)
         put(s.class_out, s.class_storage, s.add_class, place.of_class(s, j) + v, shared.own[v][threadIdx.x]);
@@ -438,7 +453,7 @@ __global__ void __launch_bounds__(kFastThreads<C>, kFastBlocks<C, kVector>)
                 shared.terms[group][lane]);
     }
   }
-  if (j == 0) leave_sums(s, static_cast<int64_t>(blockIdx.x) * kGroups<C> + group, shared.terms[group][lane]);
+  if (j == 0) leave_sums(s, static_cast<int64_t>(blockIdx.x) * groups + group, shared.terms[group][lane]);
 }
 
 // Whether runs of kVector pixels start on their own boundaries everywhere, and none is cut at the end.
@@ -451,36 +466,35 @@ bool aligned(const Layer<float>& s, const cuda::PixelRegion& region, int vector)
          starts(s.cm_logits) && starts(s.cm_gradient);
 }
 
-template <int C, Storage kStorage, int kVector, bool kOneHot>
+template <int kMost, Storage kStorage, int kVector, bool kExact>
 cuda::Error launch_fast(const Layer<float>& s, cuda::PixelRegion region, void* stream) {
-  region.row_bytes = C * region.plane * static_cast<int64_t>(sizeof(typename StorageOf<kStorage>::Type));
-  constexpr int64_t kTile = kGroups<C> * kWarp * kVector;
-  constexpr size_t kShared = sizeof(FastShared<C, kVector>);
-  const auto kernel = pixel_fast<C, kStorage, kVector, kOneHot>;
-  const int64_t tiles = (region.span + kTile - 1) / kTile * region.images;
-  const int64_t resident = resident_blocks(kernel, kFastThreads<C>, kShared), rows = cuda::kSumRows / kGroups<C>;
+  region.row_bytes = s.classes * region.plane * static_cast<int64_t>(sizeof(typename StorageOf<kStorage>::Type));
+  constexpr size_t kShared = sizeof(FastShared<kMost, kVector>);
+  const auto kernel = pixel_fast<kMost, kStorage, kVector, kExact>;
+  const int groups = groups_of(s.classes), threads = groups * s.classes * kWarp;
+  const int64_t tile = groups * kWarp * kVector, tiles = (region.span + tile - 1) / tile * region.images;
+  const int64_t resident = resident_blocks(kernel, threads, kShared), rows = cuda::kSumRows / groups;
   const int64_t most = resident < rows ? resident : rows;
-  if (cuda::Error error = launch(kernel, tiles < most ? tiles : most, kFastThreads<C>, kShared, stream, s, region,
+  if (cuda::Error error = launch(kernel, tiles < most ? tiles : most, threads, kShared, stream, s, region,
                                  static_cast<unsigned>(tiles))) {
     return error;
   }
-  return cuda::pixel_log_space(s, region, kVector, tiles / region.images * kGroups<C> * kVector, stream);
+  return cuda::pixel_log_space(s, region, kVector, tiles / region.images * groups * kVector, stream);
 }
 
 template <Storage kStorage>
 cuda::Error pixel_grid_fast(const Layer<float>& s, const cuda::PixelRegion& region, void* stream) {
   cuda::Error error = "no fast kernel for this number of classes";
-  with_fast_classes(s.classes, [&](auto classes) {
-    constexpr int C = decltype(classes)::value, kVector = kWidestVector<C, kStorage>;
+  with_class_bound<kMaxFastClasses>(s.classes, [&](auto bound) {
+    constexpr int kMost = decltype(bound)::value, kVector = kWidestVector<kMost, kStorage>;
+    constexpr bool kExact = decltype(bound)::exact;
     if constexpr (kVector > 1) {
       if (aligned<kStorage>(s, region, kVector)) {
-        error = s.transition == nullptr ? launch_fast<C, kStorage, kVector, true>(s, region, stream)
-                                        : launch_fast<C, kStorage, kVector, false>(s, region, stream);
+        error = launch_fast<kMost, kStorage, kVector, kExact>(s, region, stream);
         return;
       }
     }
-    error = s.transition == nullptr ? launch_fast<C, kStorage, 1, true>(s, region, stream)
-                                    : launch_fast<C, kStorage, 1, false>(s, region, stream);
+    error = launch_fast<kMost, kStorage, 1, kExact>(s, region, stream);
   });
   return error;
 }

@@ -1,6 +1,5 @@
 // CM logits on the pixel grid, the general way: any number of classes, float or double, and the gradient of the
 // transition. A block takes 32 pixels at a time, a lane each; its warps share the columns (log_space.h).
-#include "class_logits.h"
 #include "launch.h"
 #include "log_space.h"
 
@@ -83,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t image = word / words.per_image, own = word % words.per_image;
     const int64_t offset = (own / words.vector * kWarp + lane) * words.vector + own % words.vector;
     const bool inside = offset < span && (mask >> lane & 1) != 0;
-    const int64_t pixel = region.begin + offset, at = map_at(s, region.image + image, pixel);
+    const int64_t at = map_at(s, region.image + image, region.begin + offset);
     const int label = inside ? label_at(s, at) : -1;
     const bool labelled = label >= 0;
     const R weight = labelled ? weight_at(s, label, at) : R(0), scaled = weight * scale;
@@ -92,8 +91,10 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t class_at = image * s.class_image + offset;
 
     const bool read_seg = labelled || (inside && s.posterior);
-    const ClassLogits<R> class_logit(s, region.image + image, read_seg ? pixel : 0);
-    const auto seg = [&](int j) { return read_seg ? class_logit(j) : R(0); };
+    const int64_t seg_at = image * s.seg_image + offset;
+    const auto seg = [&](int j) {
+      return read_seg ? load_as<R>(s.seg_logits, s.seg_storage, seg_at + j * s.seg_plane) : R(0);
+    };
     const auto logit = [&](int i, int j) {
       const int64_t plane = static_cast<int64_t>(i) * classes + j;
       return labelled ? load_as<R>(s.cm_logits, s.cm_storage, cm_at + plane * region.plane) : R(0);
@@ -141,7 +142,7 @@ template <class R>
 Error pixel_grid(const Layer<R>& s, const PixelRegion& region, void* stream) {
   if constexpr (sizeof(R) == sizeof(float)) {
     const bool same = s.cm_gradient == nullptr || s.cm_gradient_storage == s.cm_storage;
-    if (s.transition_gradient == nullptr && same && with_fast_classes(s.classes, [](auto) {})) {
+    if (s.transition_gradient == nullptr && same && s.classes >= 2 && s.classes <= kMaxFastClasses) {
       switch (s.cm_storage) {
         case Storage::bf16: return pixel_grid_bf16(s, region, stream);
         case Storage::f16: return pixel_grid_f16(s, region, stream);

@@ -29,8 +29,8 @@ using coarse::Trusted;
 template <class R>
 constexpr Storage kOwnStorage = sizeof(R) == 4 ? Storage::f32 : Storage::f64;
 
-// A piece of an image at pixel resolution, where a field is taken piece by piece: three buffers of this size at most,
-// however large the image.
+// A piece of an image at pixel resolution, where a field or the class logits are taken piece by piece: two buffers of
+// this size at most, however large the image, and two of class logits.
 #if !defined(COARSE_PIECE_BYTES)
 #define COARSE_PIECE_BYTES (int64_t{32} << 20)
 #endif
@@ -354,7 +354,7 @@ class Run {
     const bool rounds = layers > 1 && field.storage != kOwnStorage<R>;
     const bool in_place = kind.on_pixels && !(want_cm && (shared || rounds));
     const bool gathers_seg = seg_gradient_.wanted() && !seg_on_pixels_;
-    if (in_place && !gathers_seg) {
+    if (in_place && seg_on_pixels_) {
       cuda::PixelRegion region;
       region.images = problem_.batch;
       region.span = region.plane = pixels;
@@ -363,6 +363,8 @@ class Run {
       for (int64_t number = 0; number < layers; ++number) {
         Layer<R> s = layer(kind, number);
         write_classes(s);
+        s.seg_plane = s.class_plane;
+        s.seg_image = s.class_image;
         s.cm_gradient = want_cm ? field.gradient : nullptr;
         s.cm_gradient_storage = field.storage;
         s.add_cm = number > 0;
@@ -376,6 +378,7 @@ class Run {
     const int64_t span = std::min(pixels, std::max<int64_t>(kPieceBytes / each / 32 * 32, 32));
     R* const logits = in_place ? nullptr : scratch(planes * span);
     R* const gradients = want_cm && !in_place ? scratch(planes * span) : nullptr;
+    R* const class_logits = seg_on_pixels_ ? nullptr : scratch(problem_.classes * span);
     R* const class_gradients = gathers_seg ? scratch(problem_.classes * span) : nullptr;
     Sum<R> sum;
     if (gradients != nullptr) {
@@ -398,10 +401,19 @@ class Run {
         region.begin = begin;
         region.span = piece.end - begin;
         region.plane = in_place ? pixels : region.span;
+        const void* const seg_from =
+            at(problem_.seg.data, problem_.seg.storage, image * problem_.classes * seg_grid_.points());
+        if (!seg_on_pixels_) {
+          check(cuda::expand_field(seg_from, problem_.seg.storage, problem_.classes, seg_grid_, piece, class_logits,
+                                   stream_));
+        }
         if (!in_place) check(cuda::expand_field(from, field.storage, planes, kind.grid, piece, logits, stream_));
         for (int64_t number = 0; number < layers; ++number) {
           Layer<R> s = layer(kind, number);
           s.cm_batch_stride = 0;
+          s.seg_logits = seg_on_pixels_ ? at(seg_from, problem_.seg.storage, begin) : class_logits;
+          s.seg_storage = seg_on_pixels_ ? problem_.seg.storage : kOwnStorage<R>;
+          s.seg_plane = seg_on_pixels_ ? pixels : region.span;
           if (in_place) {
             s.cm_logits = at(from, field.storage, begin);
             s.cm_gradient = want_cm ? at(field.gradient, field.storage, own * planes * pixels + begin) : nullptr;

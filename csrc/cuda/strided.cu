@@ -29,22 +29,22 @@ constexpr int kMostStridedClasses = 20;  // 21 warps would have 80 registers eac
 constexpr float kMaxSpan = 20.0f;        // as in cpu/strided_grid.h: lost terms are below exp(-87 + 20) of the
 constexpr float kSmallestGeometricEvidence = 1e-12f;  // largest of their row, and so below 1e-17 of the result
 
-template <int C>
+template <int kMost>
 struct StridedShared {
-  float p[kRows][C][kWarp];  // class logits, then p[j]
-  float q[kRows][C][kWarp];
-  float inv_z[kRows][C][kWarp];
-  float diagonal[kRows][C][kWarp];
+  float p[kRows][kMost][kWarp];  // class logits, then p[j]
+  float q[kRows][kMost][kWarp];
+  float inv_z[kRows][kMost][kWarp];
+  float diagonal[kRows][kMost][kWarp];
   int label[kRows][kWarp];  // -1: none
   float d[kRows][kWarp];    // p(label); 0 without a label
   float scaled[kRows][kWarp];
   StridedPlace place[kWarp];
   ClassTile of_class;
-  float transition[C * C];  // [y][i]: lanes of one label read one word
+  float transition[kMost * kMost];  // [y][i]: lanes of one label read one word
 };
 
-template <int C>
-constexpr int kStridedThreads = C * kWarp;
+template <int kMost>
+constexpr int kStridedThreads = kMost * kWarp;
 
 // Class logit j at a lane's pixels of row r, from a grid of their own.
 __device__ __forceinline__ float class_logit(const Layer<float>& s, const ClassTile& tile, int64_t image, int j,
@@ -66,6 +66,7 @@ __device__ __forceinline__ float class_logit(const Layer<float>& s, const ClassT
 __device__ __forceinline__ void write_class_tile(const Layer<float>& s, const Tiling& t, const ClassTile& tile, int j,
                                                  const float* values, float* rows, int pitch) {
   const int lane = threadIdx.x % kWarp;
+#pragma unroll 1
   for (int y = 0; y < t.class_rows; ++y) {
     float sum = 0.0f;
 #pragma unroll
@@ -82,13 +83,15 @@ __device__ __forceinline__ void write_class_tile(const Layer<float>& s, const Ti
   }
 }
 
-template <int C>
-__global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ? 1 : 512 / kStridedThreads<C>)
+template <int kMost, bool kExact>
+__global__ void __launch_bounds__(kStridedThreads<kMost>,
+                                  kStridedThreads<kMost> > 256 ? 1 : 512 / kStridedThreads<kMost>)
     strided_fast(const __grid_constant__ Layer<float> s, const __grid_constant__ Tiling t) {
-  auto& shared = *reinterpret_cast<StridedShared<C>*>(dynamic_shared());
+  auto& shared = *reinterpret_cast<StridedShared<kMost>*>(dynamic_shared());
+  const int C = kExact ? kMost : s.classes;
   const int lane = threadIdx.x % kWarp, j = threadIdx.x / kWarp;
   const bool one_hot = s.transition == nullptr;
-  for (int k = threadIdx.x; k < C * C; k += kStridedThreads<C>) {
+  for (int k = threadIdx.x; k < C * C; k += C * kWarp) {
     const int i = k / C, y = k % C;
     shared.transition[y * C + i] = one_hot ? (i == y ? 1.0f : 0.0f) : s.transition[k];
   }
@@ -142,14 +145,23 @@ __global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ?
       return shared.transition[(y < 0 ? 0 : y) * C + i];
     };
 
+    if (!s.seg_on_pixels) {  // before registers are full
+#pragma unroll 1
+      for (int r = 0; r < kRows; ++r) {
+        const bool read = shared.label[r][lane] >= 0 || (inside && r < rows && s.posterior);
+        shared.p[r][j][lane] = read ? class_logit(s, shared.of_class, place.image, j, lane, r) : 0.0f;
+      }
+    }
+
     // --- forward: exponentials of this column, their sums Z and q
     const int64_t upper = place.upper, lower = place.lower;
     const bool used = inside && own_label >= 0;
-    float e0[C], g[C], top = -std::numeric_limits<float>::infinity();
+    float e0[kMost], g[kMost], top = -std::numeric_limits<float>::infinity();
     bool steep = false;
     int64_t plane = place.field + j * points;
 #pragma unroll
-    for (int i = 0; i < C; ++i, plane += C * points) {
+    for (int i = 0; i < kMost; ++i, plane += C * points) {
+      if (i >= C) break;
       e0[i] = g[i] = 0.0f;
       if (used) {
         const float a = place.along_x(s, plane + upper);
@@ -167,7 +179,8 @@ __global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ?
 #pragma unroll
     for (int r = 0; r < kRows; ++r) z[r] = q[r] = 0.0f;
 #pragma unroll
-    for (int i = 0; i < C; ++i) {
+    for (int i = 0; i < kMost; ++i) {
+      if (i >= C) break;
       e0[i] = exp_f32(e0[i] - top);
       g[i] = exp_f32(g[i]);
       float e = e0[i];
@@ -196,11 +209,10 @@ __global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ?
     for (int r = 0; r < kRows; ++r) {
       const float inv_z = r < rows ? inverse(z[r]) : 0.0f;  // beyond the last row the sequence may have overflowed
       const bool read = shared.label[r][lane] >= 0 || (inside && r < rows && s.posterior);
-      float own = 0.0f;
-      if (read && s.seg_on_pixels)
-        own = load_as<float>(s.seg_logits, s.seg_storage, (place.image * C + j) * pixels + place.pixel + r * s.width);
-      if (read && !s.seg_on_pixels) own = class_logit(s, shared.of_class, place.image, j, lane, r);
-      shared.p[r][j][lane] = own;
+      if (s.seg_on_pixels) {
+        const int64_t at = (place.image * C + j) * pixels + place.pixel + r * s.width;
+        shared.p[r][j][lane] = read ? load_as<float>(s.seg_logits, s.seg_storage, at) : 0.0f;
+      }
       shared.inv_z[r][j][lane] = inv_z;
       shared.q[r][j][lane] = r < rows ? q[r] * inv_z : 0.0f;
       shared.diagonal[r][j][lane] = r < rows ? ejj * inv_z : 0.0f;
@@ -213,9 +225,13 @@ __global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ?
     for (int r = j; r < rows; r += C) {
       float seg_top = shared.p[r][0][lane], sum = 0.0f, d = 0.0f;
 #pragma unroll
-      for (int c = 1; c < C; ++c) seg_top = fmaxf(shared.p[r][c][lane], seg_top);
+      for (int c = 1; c < kMost; ++c) {
+        if (c >= C) break;
+        seg_top = fmaxf(shared.p[r][c][lane], seg_top);
+      }
 #pragma unroll
-      for (int c = 0; c < C; ++c) {
+      for (int c = 0; c < kMost; ++c) {
+        if (c >= C) break;
         const float p = exp_f32(shared.p[r][c][lane] - seg_top);
         shared.p[r][c][lane] = p;
         sum += p;
@@ -223,7 +239,10 @@ __global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ?
       }
       const float inv_sum = inverse(sum);
 #pragma unroll
-      for (int c = 0; c < C; ++c) shared.p[r][c][lane] *= inv_sum;
+      for (int c = 0; c < kMost; ++c) {
+        if (c >= C) break;
+        shared.p[r][c][lane] *= inv_sum;
+      }
       d *= inv_sum;
       const int64_t pixel = place.map(s, r);
       const int y = shared.label[r][lane];
@@ -241,7 +260,10 @@ __global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ?
     for (int r = j; r < rows; r += C) {
       float trace = 0.0f;
 #pragma unroll
-      for (int c = 0; c < C; ++c) trace += shared.diagonal[r][c][lane];
+      for (int c = 0; c < kMost; ++c) {
+        if (c >= C) break;
+        trace += shared.diagonal[r][c][lane];
+      }
       const int64_t pixel = place.map(s, r);
       const int y = shared.label[r][lane];
       const float weight = y >= 0 ? weight_at(s, y, pixel) : 0.0f;
@@ -269,34 +291,37 @@ __global__ void __launch_bounds__(kStridedThreads<C>, kStridedThreads<C> > 256 ?
       sum_diagonal += gradient.diag;
       sum_rows_diagonal += static_cast<float>(r) * gradient.diag;
     }
-    if (s.class_tiles != nullptr) write_class_tile(s, t, shared.of_class, j, shared.p[0][j], shared.q[0][j], C * kWarp);
-    if (!want_cm) continue;
-    float* to = static_cast<float*>(s.cm_gradient) + place.gradient + j * points;
+    if (want_cm) {
+      float* to = static_cast<float*>(s.cm_gradient) + place.gradient + j * points;
 #pragma unroll
-    for (int i = 0; i < C; ++i, to += C * points) {
-      float value = 0.0f, derivative = 0.0f;  // of the polynomial sum_r v[r] g^r
-      if (together) {
-        const float reports = own_reported[i];
+      for (int i = 0; i < kMost; ++i, to += C * points) {
+        if (i >= C) break;
+        float value = 0.0f, derivative = 0.0f;  // of the polynomial sum_r v[r] g^r
+        if (together) {
+          const float reports = own_reported[i];
 #pragma unroll
-        for (int r = kRows - 1; r >= 0; --r) {
-          derivative = derivative * g[i] + value;
-          value = value * g[i] + (keep[r] - drop[r] * reports);
+          for (int r = kRows - 1; r >= 0; --r) {
+            derivative = derivative * g[i] + value;
+            value = value * g[i] + (keep[r] - drop[r] * reports);
+          }
+        } else {
+#pragma unroll
+          for (int r = kRows - 1; r >= 0; --r) {
+            derivative = derivative * g[i] + value;
+            value = value * g[i] + (keep[r] - drop[r] * reported(i, r));
+          }
         }
-      } else {
-#pragma unroll
-        for (int r = kRows - 1; r >= 0; --r) {
-          derivative = derivative * g[i] + value;
-          value = value * g[i] + (keep[r] - drop[r] * reported(i, r));
+        float sum = e0[i] * value, sum_rows = e0[i] * (g[i] * derivative);
+        if (i == j) {
+          sum += sum_diagonal;
+          sum_rows += sum_rows_diagonal;
         }
+        const float below = place.lambda0 * sum + place.step * sum_rows;
+        place.corners.add(to, sum - below, below);
       }
-      float sum = e0[i] * value, sum_rows = e0[i] * (g[i] * derivative);
-      if (i == j) {
-        sum += sum_diagonal;
-        sum_rows += sum_rows_diagonal;
-      }
-      const float below = place.lambda0 * sum + place.step * sum_rows;
-      place.corners.add(to, sum - below, below);
     }
+    if (s.class_tiles != nullptr)  // the exponentials are done with
+      write_class_tile(s, t, shared.of_class, j, shared.p[0][j], shared.q[0][j], kMost * kWarp);
   }
   leave_sums(s, static_cast<int64_t>(blockIdx.x) * C + j, terms);
 }
@@ -372,7 +397,7 @@ __global__ void __launch_bounds__(kLogWarps* kWarp)
 // of a warp are one entry: they share its rows of tiles, in fixed order.
 constexpr int kGatherThreads = 256;
 
-__global__ void __launch_bounds__(kGatherThreads)
+__global__ void __launch_bounds__(kGatherThreads, 2)
     gather_class_tiles(const __grid_constant__ Layer<float> s, const __grid_constant__ Tiling t, int lanes,
                        float* gradient) {
   const int lane = threadIdx.x % lanes, rows = s.seg_grid[1], columns = s.seg_grid[2];
@@ -486,8 +511,8 @@ StridedPlan plan_strided(const Layer<float>& s, const Grid& grid, bool want_cm, 
   // Beyond 2^24 pixels of an axis positions round in float, and a cell may be wider than `widest` says.
   const bool exact = s.height <= 1 << 24 && s.width <= 1 << 24;
   if (s.depth != 1 || !cells || !exact || s.transition_gradient != nullptr || s.batch == 0 ||
-      (class_tiles && !(few(s.seg_grid[1], s.height) && few(s.seg_grid[2], s.width))) ||
-      !with_fast_classes<kMostStridedClasses>(s.classes, [](auto) {})) {
+      (class_tiles && !(few(s.seg_grid[1], s.height) && few(s.seg_grid[2], s.width))) || s.classes < 2 ||
+      s.classes > kMostStridedClasses) {
     return plan;
   }
   const Tiling t = tiling_of(s, grid);
@@ -509,11 +534,13 @@ Error strided_grid(const Layer<float>& s, const Grid& grid, float* class_gradien
   t.copies_per_image = s.cm_batch == 1 ? t.bands * t.splits : 0;
   t.image_stride = s.cm_batch == 1 ? 0 : static_cast<int64_t>(s.classes) * s.classes * grid.points();
   Error error = nullptr;
-  with_fast_classes<kMostStridedClasses>(s.classes, [&](auto classes) {
-    constexpr int C = decltype(classes)::value;
-    constexpr size_t kShared = sizeof(StridedShared<C>);
+  with_class_bound<kMostStridedClasses, 17>(s.classes, [&](auto bound) {
+    constexpr int kMost = decltype(bound)::value;
+    constexpr size_t kShared = sizeof(StridedShared<kMost>);
     static_assert(kShared <= 99 * 1024, "what a block may have on compute capability 8.6, 8.9 and 12.0");
-    const int64_t resident = resident_blocks(strided_fast<C>, kStridedThreads<C>, kShared), rows = kSumRows / C;
+    const auto kernel = strided_fast<kMost, decltype(bound)::exact>;
+    const int C = s.classes, threads = C * kWarp;
+    const int64_t resident = resident_blocks(kernel, threads, kShared), rows = kSumRows / C;
     const int64_t most = resident < rows ? resident : rows;
     const size_t log_shared = sizeof(float) * C * kWarp + sizeof(ClassTile) * kLogWarps;
     const int64_t log_resident = resident_blocks(strided_log_space, kLogWarps * kWarp, log_shared);
@@ -525,7 +552,7 @@ Error strided_grid(const Layer<float>& s, const Grid& grid, float* class_gradien
           t.columns = (t.tiles_x - t.colour_x + t.step_x - 1) / t.step_x * t.splits;
           t.tiles_per_image = t.columns * ((t.tiles_y - t.colour_y + t.step_y - 1) / t.step_y) * t.bands;
           const int64_t tiles = t.tiles_per_image * t.images;
-          error = launch(strided_fast<C>, tiles < most ? tiles : most, kStridedThreads<C>, kShared, stream, s, t);
+          error = launch(kernel, tiles < most ? tiles : most, threads, kShared, stream, s, t);
           if (error != nullptr) return;
           // mostly nothing is marked, so a few blocks look through the tiles
           error = launch(strided_log_space, tiles < log_blocks ? tiles : log_blocks, kLogWarps * kWarp, log_shared,
