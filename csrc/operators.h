@@ -4,6 +4,7 @@
 //   struct Device {
 //     template <class R> static void objective(Call<R>&);  // fills every output
 //     template <class R> static void run(Call<R>&);        // the posterior or the label map of its problem
+//     template <class R> static void kernels(Call<R>&, int64_t* out);  // four numbers for each kind
 //     template <class R> static void weigh(const Tensor& labels, const R* class_weight, const R* pixel_weight,
 //                                          int64_t classes, int64_t ignore_index, Tensor& sum);
 //   };
@@ -117,6 +118,38 @@ Tensor objective_posterior(Tensor seg_logits, Tensors labels, Tensors cm_logits,
                    : posterior<Device, float>(std::move(in), ignore_index);
 }
 
+// int64 (kinds, 4): which kernel each kind of drawings gets and why not a faster one, in numbers of the device's that
+// its backend puts into words. Nothing is computed; what would be wanted is pointed to, and not to be written.
+template <class Device, class R>
+Tensor chosen_kernels(Inputs in, int64_t wanted) {
+  Call<R> call;
+  call.in = std::move(in);
+  call.problem = describe<R>(call.in, 255, call.kinds);
+  STD_TORCH_CHECK(call.problem.batch > 0 && call.problem.pixels() > 0, "labels: expected at least one pixel");
+  call.weight.assign(call.kinds.size(), 1.0);
+  const auto absent = [&] { return call.empty({0}); };
+  call.seg_gradient = wanted & kSeg ? call.in.seg_logits : absent();
+  for (size_t k = 0; k < call.kinds.size(); ++k) {
+    const auto bit = static_cast<int64_t>(k);
+    Field& field = call.kinds[k].field;
+    if (wanted & cm_bit(bit)) field.gradient = const_cast<void*>(field.data);
+    const bool want_transition = (wanted & transition_bit(bit)) != 0 && call.kinds[k].transition != nullptr;
+    call.transition_gradient.push_back(want_transition ? call.in.transition[k] : absent());
+  }
+  const torch::stable::Device host(torch::headeronly::DeviceType::CPU);
+  Tensor result =
+      torch::stable::empty({static_cast<int64_t>(call.kinds.size()), 4}, ScalarType::Long, std::nullopt, host);
+  Device::kernels(call, data_of<int64_t>(result));
+  return result;
+}
+
+template <class Device>
+Tensor kernels_of(Tensor seg_logits, Tensors labels, Tensors cm_logits, Tensors transition, int64_t wanted) {
+  Inputs in{seg_logits, labels, cm_logits, transition, {}, {}, {}};
+  return in.wide() ? chosen_kernels<Device, double>(std::move(in), wanted)
+                   : chosen_kernels<Device, float>(std::move(in), wanted);
+}
+
 template <class Device, class R>
 Tensor most_probable(Tensor seg_logits, const std::vector<int64_t>& size) {
   Call<R> call;
@@ -165,5 +198,6 @@ Tensor labelled_weight(Tensor labels, OptionalTensor class_weight, OptionalTenso
 #define COARSE_IMPLEMENT(m, Device)                                         \
   m.impl("annotation_objective", TORCH_BOX(&annotation_objective<Device>)); \
   m.impl("objective_posterior", TORCH_BOX(&objective_posterior<Device>));   \
+  m.impl("kernels_of", TORCH_BOX(&kernels_of<Device>));                     \
   m.impl("label_map", TORCH_BOX(&label_map<Device>));                       \
   m.impl("labelled_weight", TORCH_BOX(&labelled_weight<Device>))

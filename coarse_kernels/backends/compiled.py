@@ -14,17 +14,16 @@ def _find_bad_label_fake(labels: torch.Tensor, num_classes: int, ignore_index: i
     return labels.new_empty((2,), dtype=torch.int64)
 
 
-def _kernels_of_fake(
-    seg_logits: torch.Tensor, labels: list[torch.Tensor], cm_logits: list[torch.Tensor]
-) -> torch.Tensor:
-    return seg_logits.new_empty((len(labels), 4), dtype=torch.int64)
+# Of every device: int64 (kinds, 4) on the host, which kernel each kind of drawings gets and why not a faster one.
+KERNELS_OF = (
+    "kernels_of(Tensor seg_logits, Tensor[] labels, Tensor[] cm_logits, Tensor[] transition, int wanted) -> Tensor"
+)
 
 
 def _define() -> torch.library.Library:
     library = operator.declare(NAMESPACE)
     autograd.register(NAMESPACE, library)
-    library.define("kernels_of(Tensor seg_logits, Tensor[] labels, Tensor[] cm_logits) -> Tensor")
-    torch.library.register_fake(f"{NAMESPACE}::kernels_of", _kernels_of_fake, lib=library)
+    library.define(KERNELS_OF)
     library.define("find_bad_label(Tensor labels, int num_classes, int ignore_index) -> Tensor")
     torch.library.register_fake(f"{NAMESPACE}::find_bad_label", _find_bad_label_fake, lib=library)
     return library

@@ -19,11 +19,8 @@ class CpuBackend(FusedBackend):
     def kernels(self, problem: Problem) -> list[str]:
         if problem.seg_logits.shape[0] == 0 or problem.size.numel() == 0:
             return ["none: there is no pixel"] * len(problem.drawings)
-        call = self._call(problem)
         lines = []
-        for drawings, (form, per_row, _, tasks) in zip(
-            problem.drawings, self._operators().kernels_of(*call[:3]).tolist(), strict=True
-        ):
+        for drawings, (form, per_row, _, tasks) in zip(problem.drawings, self._chosen(problem), strict=True):
             line = f"{_FORMS[form]}; {tasks} tasks"
             if form >= 2 and per_row == 1:
                 line += "; not in runs along the image, as beside a field on a coarser grid all go row by row"

@@ -35,15 +35,14 @@ class FusedBackend:
 
     def kernels(self, problem: Problem) -> list[str]:
         """Which kernel each kind of drawings gets, and why not a faster one."""
-        seg = "the class logits on the pixel grid"
-        if problem.seg_logits.shape[2:] != problem.size:
-            seg = "the class logits interpolated to the pixel grid ahead of it"
-        return [
-            "trusted: one kernel for all such kinds, class logits read from their own grid"
-            if d.cm_logits is None
-            else f"the fused kernel of one kind of drawings, a layer at a time, {seg}"
-            for d in problem.drawings
-        ]
+        raise NotImplementedError
+
+    def _chosen(self, problem: Problem) -> list[list[int]]:
+        """What the compiled operator `kernels_of` says, for all gradients that may be wanted."""
+        call = self._call(problem)
+        wanted = sum(bit for bit, t in differentiable(call) if t.requires_grad)
+        with torch.no_grad():
+            return self._operators().kernels_of(*call[:4], wanted).tolist()
 
     def nll_sums(self, problem: Problem, scales: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Terms, ...]]:
         out = self._run(problem, scales, per_pixel=False)

@@ -55,6 +55,18 @@ struct Cpu {
     Run<R>(call.problem, call.kinds, call.like(), std::vector<bool>(call.kinds.size(), false)).run();
   }
 
+  // Of a kind: its Form, vectors of a row and of a slab that are worked on together, tasks.
+  template <class R>
+  static void kernels(Call<R>& call, int64_t* out) {
+    const coarse::Planned<R> planned(call.problem);
+    for (int k = 0; k < call.problem.kind_count; ++k) {
+      *out++ = static_cast<int64_t>(coarse::form_of(call.problem, planned.plan, k));
+      *out++ = planned.plan.per_row;
+      *out++ = planned.plan.vectors;
+      *out++ = planned.plan.tasks();
+    }
+  }
+
   template <class R>
   static void weigh(const Tensor& labels, const R* by_class, const R* by_pixel, int64_t classes, int64_t ignore_index,
                     Tensor& result) {
@@ -76,32 +88,6 @@ struct Cpu {
   }
 };
 
-// int64 (kinds, 4): which kernel each kind of drawings gets (Form), vectors of a row and of a slab that are worked on
-// together, tasks. What `coarse_kernels.explain` puts into words.
-template <class R>
-Tensor chosen_kernels(Inputs in) {
-  std::vector<Drawings<R>> kinds;
-  Problem<R> problem = describe<R>(in, 255, kinds);
-  STD_TORCH_CHECK(problem.batch > 0 && problem.pixels() > 0, "labels: expected at least one pixel");
-  const coarse::Planned<R> planned(problem);
-  const auto count = static_cast<int64_t>(kinds.size());
-  Tensor result = new_tensor(in.seg_logits, {count, 4}, ScalarType::Long);
-  int64_t* out = static_cast<int64_t*>(result.data_ptr());
-  for (int k = 0; k < problem.kind_count; ++k) {
-    *out++ = static_cast<int64_t>(coarse::form_of(problem, planned.plan, k));
-    *out++ = planned.plan.per_row;
-    *out++ = planned.plan.vectors;
-    *out++ = planned.plan.tasks();
-  }
-  return result;
-}
-
-Tensor kernels_of(Tensor seg_logits, Tensors labels, Tensors cm_logits) {
-  Inputs in{seg_logits, labels, cm_logits, Tensors(labels.size(), new_tensor(seg_logits, {0}, ScalarType::Float)),
-            {},         {},     {}};
-  return in.wide() ? chosen_kernels<double>(std::move(in)) : chosen_kernels<float>(std::move(in));
-}
-
 // int64 (2,): 1 and the first label outside [0, num_classes) that is not ignore_index, or 0 and 0.
 Tensor find_bad_label(Tensor labels, int64_t num_classes, int64_t ignore_index) {
   labels = torch::stable::contiguous(labels);
@@ -117,7 +103,6 @@ Tensor find_bad_label(Tensor labels, int64_t num_classes, int64_t ignore_index) 
 
 STABLE_TORCH_LIBRARY_IMPL(coarse_kernels, CPU, m) {
   COARSE_IMPLEMENT(m, Cpu);
-  m.impl("kernels_of", TORCH_BOX(&kernels_of));
   m.impl("find_bad_label", TORCH_BOX(&find_bad_label));
 }
 

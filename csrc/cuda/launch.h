@@ -9,6 +9,22 @@ namespace cuda {
 
 using Error = const char*;
 
+// Why a faster way does not serve a kind, in the order in which it is asked: backends/cuda.py puts them into words.
+enum class Refusal : int {
+  none,
+  wide,        // float64
+  classes,     // too many, or one
+  learned,     // the gradient of the transition
+  volume,      // three axes
+  dense,       // cells of fewer than two pixels on an axis
+  long_axis,   // of more than 2^24 pixels
+  class_grid,  // the class logits have a grid of their own
+  copies,      // large cells need too many copies of the gradient
+  grid,        // the field is not on the pixel grid
+  shared,      // one field on the pixel grid serves several images
+  layers,      // several layers add to a gradient in 16 bits
+};
+
 // Which pixels a launch is about: `span` neighbouring ones, from `begin` on, of each of `images` images, from `image`
 // on. Four pointers of the Layer belong to the region: cm_logits has element (i, j) of its pixel x of its image b at
 // b * cm_batch_stride + (i * C + j) * plane + x, the gradient likewise with its own image stride, seg_logits class j at
@@ -31,8 +47,10 @@ constexpr int64_t kSumRows = 8192;
 template <class R>
 int64_t transition_slices(const Layer<R>& s);
 
-// CM logits on the pixel grid: loss, gradients, posterior of a region. pixel_fast.h where there is a kernel for this C,
-// else pixel_general.cu. A region has fewer than 2^31 pixels in an image.
+// CM logits on the pixel grid: loss, gradients, posterior of a region. pixel_fast.h where that does not refuse, else
+// pixel_general.cu. A region has fewer than 2^31 pixels in an image.
+template <class R>
+Refusal pixel_fast_refuses(const Layer<R>& s);
 template <class R>
 Error pixel_grid(const Layer<R>& s, const PixelRegion& region, void* stream);
 
@@ -57,10 +75,9 @@ template <class R>
 Error gather_field(const R* pixels, int64_t planes, const Grid& grid, const Piece& piece, void* gradient,
                    Storage storage, bool add, void* stream);
 
-// A grid of cells (strided.cu), float only. `fits` is false where it does not serve the layer, and the general way has
-// to do.
+// A grid of cells (strided.cu), float only. Where it refuses the layer the general way has to do.
 struct StridedPlan {
-  bool fits = false;
+  Refusal refusal = Refusal::none;
   int64_t copies = 1;        // of the field's gradient, to be added up
   int64_t mask_words = 0;    // of Layer::small_mask
   int64_t class_floats = 0;  // of Layer::class_tiles; 0 where the class logits are on the pixel grid

@@ -23,6 +23,11 @@ struct Cuda {
   }
 
   template <class R>
+  static void kernels(Call<R>& call, int64_t* out) {
+    Run<R>(call).kernels(out);
+  }
+
+  template <class R>
   static void weigh(const Tensor& labels, const R* class_weight, const R* pixel_weight, int64_t classes,
                     int64_t ignore_index, Tensor& sum) {
     const OnDevice device(labels);

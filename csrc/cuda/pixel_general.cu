@@ -139,10 +139,18 @@ Error pixel_grid_bf16(const Layer<float>&, const PixelRegion&, void*);
 Error pixel_grid_f16(const Layer<float>&, const PixelRegion&, void*);
 
 template <class R>
+Refusal pixel_fast_refuses(const Layer<R>& s) {
+  if (sizeof(R) == sizeof(double)) return Refusal::wide;
+  if (s.classes < 2 || s.classes > kMaxFastClasses) return Refusal::classes;
+  if (s.transition_gradient != nullptr) return Refusal::learned;
+  return Refusal::none;
+}
+
+template <class R>
 Error pixel_grid(const Layer<R>& s, const PixelRegion& region, void* stream) {
   if constexpr (sizeof(R) == sizeof(float)) {
     const bool same = s.cm_gradient == nullptr || s.cm_gradient_storage == s.cm_storage;
-    if (s.transition_gradient == nullptr && same && s.classes >= 2 && s.classes <= kMaxFastClasses) {
+    if (same && pixel_fast_refuses(s) == Refusal::none) {
       switch (s.cm_storage) {
         case Storage::bf16: return pixel_grid_bf16(s, region, stream);
         case Storage::f16: return pixel_grid_f16(s, region, stream);
@@ -171,6 +179,8 @@ int64_t transition_slices(const Layer<R>& s) {
 
 template Error pixel_grid(const Layer<float>&, const PixelRegion&, void*);
 template Error pixel_grid(const Layer<double>&, const PixelRegion&, void*);
+template Refusal pixel_fast_refuses(const Layer<float>&);
+template Refusal pixel_fast_refuses(const Layer<double>&);
 template int64_t transition_slices(const Layer<float>&);
 template int64_t transition_slices(const Layer<double>&);
 

@@ -111,6 +111,24 @@ class Run {
     check(cuda::posterior_of_all(problem_, logs.data(), stream_));
   }
 
+  // Of a kind: its way (0: trusted; 1: cells; 2: pixels; 3: pieces), why not cells, why not pixels, why the general
+  // kernel of pixels and not the fast one.
+  void kernels(int64_t* out) {
+    if (call_.seg_gradient.dim() > 1) seg_gradient_.open(call_.seg_gradient, problem_.seg.storage, true);
+    for (size_t k = 0; k < call_.kinds.size(); ++k, out += 4) {
+      const Drawings<R>& drawings = call_.kinds[k];
+      std::fill_n(out, 4, 0);
+      if (drawings.field.data == nullptr) continue;
+      const Kind kind = kind_of(k);
+      Layer<R> s = layer(kind, 0);
+      double learned = 0;
+      if (kind.want_transition) s.transition_gradient = &learned;
+      cuda::Refusal refusals[3] = {cells_refuse(kind, s), region_refuses(kind), cuda::pixel_fast_refuses(s)};
+      out[0] = refusals[0] == cuda::Refusal::none ? 1 : refusals[1] == cuda::Refusal::none ? 2 : 3;
+      for (int n = 0; n < 3; ++n) out[n + 1] = static_cast<int64_t>(refusals[n]);
+    }
+  }
+
   void label_map() {
     Trusted<R> t = trusted_of();
     t.label_map = problem_.label_map;
@@ -237,37 +255,69 @@ class Run {
     size_t k = 0;
     cuda::Grid grid{};
     bool on_pixels = true;
+    bool want_cm = false, want_transition = false;
     const R* log_transition = nullptr;
     int64_t slices = 0;
     double *sums = nullptr, *transition_gradient = nullptr;
   };
 
-  void run_kind(size_t k, double* sums, bool nothing) {
-    const Drawings<R>& drawings = call_.kinds[k];
+  Kind kind_of(size_t k) const {
+    const Field& field = call_.kinds[k].field;
     const bool posterior = problem_.posterior != nullptr;
-    const bool want_cm = !posterior && drawings.field.gradient != nullptr;
-    const bool want_transition = !posterior && call_.wants_transition(k);
     Kind kind;
     kind.k = k;
-    kind.sums = sums;
+    kind.want_cm = !posterior && field.gradient != nullptr;
+    kind.want_transition = !posterior && call_.wants_transition(k);
     for (int axis = 0; axis < 3; ++axis) {
-      kind.grid.size[axis] = drawings.field.grid[axis];
-      kind.on_pixels = kind.on_pixels && kind.grid.size[axis] == size_[axis];
+      kind.grid.size[axis] = field.grid[axis];
+      kind.on_pixels = kind.on_pixels && field.grid[axis] == size_[axis];
     }
+    return kind;
+  }
+
+  void run_kind(size_t k, double* sums, bool nothing) {
+    const Drawings<R>& drawings = call_.kinds[k];
+    Kind kind = kind_of(k);
+    kind.sums = sums;
     kind.log_transition = log_of(drawings.transition);
-    if (want_transition) {
+    if (kind.want_transition) {
       kind.slices = nothing ? 1 : cuda::transition_slices(layer(kind, 0));
       kind.transition_gradient = data_of<double>(zeros(kind.slices * entries()));
     }
     if (nothing || drawings.layers == 0) {
-      if (want_cm) check(cuda::fill_zero(drawings.field.gradient, bytes_of(call_.cm_gradient[k]), stream_));
-    } else if (!run_cells(kind, want_cm)) {
-      run_regions(kind, want_cm);
+      if (kind.want_cm) check(cuda::fill_zero(drawings.field.gradient, bytes_of(call_.cm_gradient[k]), stream_));
+    } else if (cells_refuse(kind, layer(kind, 0)) == cuda::Refusal::none) {
+      run_cells(kind);
+    } else {
+      run_regions(kind);
     }
-    if (want_transition) {
+    if (kind.want_transition) {
       check(cuda::sum_slices(kind.transition_gradient, kind.slices, entries(), data_of<R>(call_.transition_gradient[k]),
                              stream_));
     }
+  }
+
+  cuda::Refusal cells_refuse(const Kind& kind, const Layer<R>& s) const {
+    if constexpr (sizeof(R) == sizeof(double)) {
+      return cuda::Refusal::wide;
+    } else {
+      return cuda::plan_strided(s, kind.grid, kind.want_cm, seg_gradient_.wanted()).refusal;
+    }
+  }
+
+  // Why the field is not read and written where it lies.
+  cuda::Refusal field_refuses(const Kind& kind) const {
+    const Drawings<R>& drawings = call_.kinds[kind.k];
+    if (!kind.on_pixels) return cuda::Refusal::grid;
+    if (kind.want_cm && drawings.field.images == 1 && problem_.batch > 1) return cuda::Refusal::shared;
+    // layers add to each other in R
+    if (kind.want_cm && drawings.layers > 1 && drawings.field.storage != kOwnStorage<R>) return cuda::Refusal::layers;
+    return cuda::Refusal::none;
+  }
+  // Why an image is taken piece by piece.
+  cuda::Refusal region_refuses(const Kind& kind) const {
+    const cuda::Refusal field = field_refuses(kind);
+    return field == cuda::Refusal::none && !seg_on_pixels_ ? cuda::Refusal::class_grid : field;
   }
 
   Layer<R> layer(const Kind& kind, int64_t number) {
@@ -301,11 +351,10 @@ class Run {
     return static_cast<uint32_t*>(keep(new_tensor(call_.like(), {words}, ScalarType::Int)).data_ptr());
   }
 
-  bool run_cells(const Kind& kind, bool want_cm) {
-    if constexpr (sizeof(R) == 4) {
-      const bool want_seg = seg_gradient_.wanted();
-      const cuda::StridedPlan plan = cuda::plan_strided(layer(kind, 0), kind.grid, want_cm, want_seg);
-      if (!plan.fits) return false;
+  void run_cells(const Kind& kind) {
+    if constexpr (sizeof(R) == sizeof(float)) {
+      const bool want_cm = kind.want_cm;
+      const cuda::StridedPlan plan = cuda::plan_strided(layer(kind, 0), kind.grid, want_cm, seg_gradient_.wanted());
       const Field& field = call_.kinds[kind.k].field;
       Sum<R> gradient;
       OptionalTensor copies;
@@ -339,22 +388,19 @@ class Run {
       } else if (want_cm) {
         gradient.finish(stream_);
       }
-      return true;
     }
-    return false;
   }
 
   // Pixels, and pieces. What does not lie on the pixel grid is handed to the kernels as a piece of an image that does.
-  void run_regions(const Kind& kind, bool want_cm) {
+  void run_regions(const Kind& kind) {
+    const bool want_cm = kind.want_cm;
     const Drawings<R>& drawings = call_.kinds[kind.k];
     const Field& field = drawings.field;
     const int64_t pixels = problem_.pixels(), layers = drawings.layers, planes = entries();
     const bool shared = field.images == 1 && problem_.batch > 1;
-    // several layers add to the gradient of the field, images of one field too, and that in R
-    const bool rounds = layers > 1 && field.storage != kOwnStorage<R>;
-    const bool in_place = kind.on_pixels && !(want_cm && (shared || rounds));
+    const bool in_place = field_refuses(kind) == cuda::Refusal::none;
     const bool gathers_seg = seg_gradient_.wanted() && !seg_on_pixels_;
-    if (in_place && seg_on_pixels_) {
+    if (region_refuses(kind) == cuda::Refusal::none) {
       cuda::PixelRegion region;
       region.images = problem_.batch;
       region.span = region.plane = pixels;

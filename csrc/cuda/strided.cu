@@ -505,22 +505,26 @@ namespace cuda {
 StridedPlan plan_strided(const Layer<float>& s, const Grid& grid, bool want_cm, bool want_seg) {
   StridedPlan plan;
   const auto halved = [](int64_t points, int64_t pixels) { return points == 1 || 2 * points <= pixels; };
-  const bool cells = halved(grid.size[1], s.height) && halved(grid.size[2], s.width);
   const auto few = [&](int points, int64_t pixels) { return points == pixels || halved(points, pixels); };
   const bool class_tiles = want_seg && !s.seg_on_pixels;
-  // Beyond 2^24 pixels of an axis positions round in float, and a cell may be wider than `widest` says.
-  const bool exact = s.height <= 1 << 24 && s.width <= 1 << 24;
-  if (s.depth != 1 || !cells || !exact || s.transition_gradient != nullptr || s.batch == 0 ||
-      (class_tiles && !(few(s.seg_grid[1], s.height) && few(s.seg_grid[2], s.width))) || s.classes < 2 ||
-      s.classes > kMostStridedClasses) {
-    return plan;
-  }
+  const auto refusal = [&] {
+    if (s.classes < 2 || s.classes > kMostStridedClasses) return Refusal::classes;
+    if (s.transition_gradient != nullptr) return Refusal::learned;
+    if (s.depth != 1) return Refusal::volume;
+    if (!halved(grid.size[1], s.height) || !halved(grid.size[2], s.width)) return Refusal::dense;
+    // Positions round in float there, and a cell may be wider than `widest` says.
+    if (s.height > 1 << 24 || s.width > 1 << 24) return Refusal::long_axis;
+    if (class_tiles && !(few(s.seg_grid[1], s.height) && few(s.seg_grid[2], s.width))) return Refusal::class_grid;
+    return Refusal::none;
+  };
+  plan.refusal = refusal();
+  if (plan.refusal != Refusal::none) return plan;
   const Tiling t = tiling_of(s, grid);
   const int64_t images = images_at_once(s, t, want_cm, class_tiles), own = t.bands * t.splits;
   plan.copies = want_cm ? own * (s.cm_batch == 1 ? images : 1) : 1;
   plan.mask_words = t.all_tiles() * s.batch;
   if (class_tiles) plan.class_floats = images * t.all_tiles() * s.classes * t.class_points();
-  plan.fits = plan.copies == 1 || 4 * t.copy_stride * plan.copies <= 4 * kMostCopyBytes;
+  if (plan.copies > 1 && t.copy_stride * plan.copies > kMostCopyBytes) plan.refusal = Refusal::copies;
   return plan;
 }
 
@@ -583,6 +587,6 @@ extern "C" bool coarse_strided_fits(int classes, int64_t height, int64_t width, 
   s.classes = classes;
   s.height = height;
   s.width = width;
-  return coarse::cuda::plan_strided(s, {{1, grid_h, grid_w}}, true, true).fits;
+  return coarse::cuda::plan_strided(s, {{1, grid_h, grid_w}}, true, true).refusal == coarse::cuda::Refusal::none;
 }
 #endif

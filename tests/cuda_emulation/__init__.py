@@ -7,7 +7,7 @@ import os
 import torch
 
 from coarse_kernels import backends
-from coarse_kernels.backends import autograd, operator
+from coarse_kernels.backends import autograd, compiled, operator
 from coarse_kernels.backends.cuda import CudaBackend
 
 from . import build
@@ -32,6 +32,7 @@ def register() -> None:
     try:
         torch.ops.load_library(str(build.library()))
         backend.library = operator.declare(NAMESPACE)
+        backend.library.define(compiled.KERNELS_OF)
         autograd.register(NAMESPACE, backend.library)
     except (RuntimeError, OSError) as error:
         backend.error = f"{type(error).__name__}: {error}"
