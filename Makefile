@@ -7,7 +7,8 @@
 #   make check-cuda  nvcc over every CUDA kernel: registers and spills; needs nvcc, no GPU (also part of make test)
 #   make test-gpu    the operator's tests on a GPU, and what only a GPU can get wrong (tests/gpu/README.md)
 #   make bench-gpu   speed table of the GPU kernels, about eight minutes; fails where there is no GPU
-#   make bench-objective  several kinds of drawings in one objective on a CPU: memory and time; about seven minutes
+#   make bench-objective  several kinds of drawings in one objective on a CPU: memory and time; about seven minutes;
+#                         make bench-objective-gpu on a GPU
 #   make highres     a 1024x2048 training step on a CPU beside the published formulation: memory and time; seven minutes
 #   make lint        ruff, mypy, clang-format        make format: apply them
 #
@@ -32,7 +33,7 @@ endif
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/*.h')
 CXX_DEPENDENCIES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu) setup.py pyproject.toml
 
-.PHONY: train test check-cuda test-gpu bench bench-full bench-gpu bench-objective highres tune lint format clean
+.PHONY: train test check-cuda test-gpu bench bench-full bench-gpu bench-objective bench-objective-gpu highres tune lint format clean
 
 train: $(READY)
 	$(RUN) -m coarse_train demo $(ARGS)
@@ -60,6 +61,9 @@ bench-gpu: $(READY)
 
 bench-objective: $(READY)
 	$(RUN) -m benchmarks.objective $(ARGS)
+
+bench-objective-gpu: $(READY)
+	$(RUN) -m benchmarks.objective --device cuda $(ARGS)
 
 highres: $(READY)
 	$(RUN) -m benchmarks.highres $(ARGS)

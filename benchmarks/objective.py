@@ -1,18 +1,19 @@
-"""Several kinds of drawings on one image, on a CPU: `make bench-objective`, or `python -m benchmarks.objective`.
+"""Several kinds of drawings on one image: `make bench-objective`, or `python -m benchmarks.objective`.
 
     python -m benchmarks.objective                      every bar, about seven minutes
     python -m benchmarks.objective --quick              small sizes, seconds: to see that it works
     python -m benchmarks.objective --case 'time-*'      some jobs (a pattern; repeatable)
     python -m benchmarks.objective --buffers fresh      times with malloc as it comes; README.md
+    python -m benchmarks.objective --device cuda        on a GPU; by default its compiled kernels, --backend triton
 
 `annotation_objective` and `label_map` through the public API; forward + backward, float32. Memory: the peak over the
 inputs of one step, gradients included, in a process of its own. Time: interleaved in one process per job, median and
 p20/p80. Every contestant is held to float64 on a small image before it is measured; at full size those that compute the
 same are compared.
 
-Writes `results/objective.md`, each figure beside its bar, and `results/objective.csv`, one measurement a row. Exit
-status: 0; 1 if a contestant was wrong or a job failed; 2 if there is nothing to benchmark. A bar that is missed is in
-the table, and no error.
+Writes `results/objective.md`, each figure beside its bar, and `results/objective.csv`, one measurement a row (on a GPU
+`objective-cuda.*`, after the backend). Exit status: 0; 1 if a contestant was wrong or a job failed; 2 if there is nothing
+to benchmark. A bar that is missed is in the table, and no error. The bars are those of a CPU.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from torch import Tensor
 import coarse_kernels
 from coarse_kernels import Drawings, uniform_transition
 
-from . import baselines, cpu, report
+from . import baselines, cpu, gpu, report
 from .cases import TRACE_WEIGHT, Case, Inputs
 from .contestants import Contestant, Truth, clear, errors, first_run, verdict
-from .measure import LEAST_ROUNDS, CpuMeter, environment, time_all
+from .measure import LEAST_ROUNDS, meter_for, time_all
 
 MB = 1e6
 SMALL = (64, 128)  # where everything is verified
@@ -148,6 +149,14 @@ def make_inputs(scene: Scene, seed: int = 0) -> Inputs:
     return Inputs(seg, cm, labels, uniform_transition(scene.classes))
 
 
+def on_device(inputs: Inputs, device: str) -> Inputs:
+    def moved(t: Tensor) -> Tensor:
+        return t.detach().to(device).requires_grad_(t.requires_grad)
+
+    seg, cm, labels, transition = inputs
+    return Inputs(moved(seg), moved(cm), moved(labels), None if transition is None else moved(transition))
+
+
 # --- who computes what ------------------------------------------------------------------------------------------------
 
 
@@ -181,17 +190,33 @@ def _layers(labels: Tensor, which: tuple[int, int]) -> Tensor:
     return labels[:, first] if stop == first + 1 else labels[:, first:stop]
 
 
+def kinds_of(
+    given: Given, cm_logits: Tensor, labels: Tensor, transition: Tensor | None, trace_weight: float = TRACE_WEIGHT
+) -> list[Drawings]:
+    kinds = []
+    if given.field is not None:
+        kinds.append(Drawings(_layers(labels, given.field), cm_logits, trace_weight=trace_weight))
+    if given.dense is not None:
+        kinds.append(Drawings(_layers(labels, given.dense)))
+    if given.negative is not None:
+        kinds.append(Drawings(_layers(labels, given.negative), None, transition))
+    return kinds
+
+
+def kernels_of(name: str, inputs: Inputs, backend: str) -> str:
+    """The kernel of each kind of drawings, by its first word: "strided, trusted"."""
+    if name not in GIVEN:
+        return ""
+    lines = coarse_kernels.explain(inputs.seg_logits, kinds_of(GIVEN[name], *inputs[1:]), backend=backend).splitlines()
+    kernels = (line.partition("]: ")[2] for line in lines if line.lstrip().startswith("drawings["))
+    return ", ".join(kernel.partition(":")[0] for kernel in kernels)
+
+
 def objective(given: Given, backend: str) -> baselines.Formulation:
     def annotation_objective(
         seg_logits: Tensor, cm_logits: Tensor, labels: Tensor, transition: Tensor | None, trace_weight: float
     ) -> Tensor:
-        kinds = []
-        if given.field is not None:
-            kinds.append(Drawings(_layers(labels, given.field), cm_logits, trace_weight=trace_weight))
-        if given.dense is not None:
-            kinds.append(Drawings(_layers(labels, given.dense)))
-        if given.negative is not None:
-            kinds.append(Drawings(_layers(labels, given.negative), None, transition))
+        kinds = kinds_of(given, cm_logits, labels, transition, trace_weight)
         return coarse_kernels.annotation_objective(seg_logits, kinds, backend=backend).loss
 
     return annotation_objective
@@ -369,10 +394,11 @@ BARS = (
 # --- one job ----------------------------------------------------------------------------------------------------------
 
 COLUMNS = (
-    "job", "contestant", "quantity", "value", "unit", "p20", "p80", "runs", "threads", "cpu_share", "page_faults",
+    "job", "contestant", "kernels", "quantity", "value", "unit", "p20", "p80", "runs", "threads", "cpu_share", "page_faults",
     "buffers", "classes", "height", "width", "seg_stride", "field_stride",
     "cpu", "cores", "isa", "torch", "python", "os", "load_before", "date",
 )  # fmt: skip
+GPU_COLUMNS = (*COLUMNS, "gpu", "driver", "cuda", "triton")
 
 
 def scene_of(job: Job, quick: bool) -> Scene:
@@ -382,7 +408,7 @@ def scene_of(job: Job, quick: bool) -> Scene:
 def measure(task: Mapping[str, Any]) -> dict[str, Any]:
     """Verify, then measure, in this process: {"rows": measurements, "wrong": why by contestant}."""
     torch.set_num_threads(task["threads"])
-    job, backend = BY_NAME[task["job"]], task["backend"]
+    job, backend, device = BY_NAME[task["job"]], task["backend"], task.get("device", "cpu")
     scene = scene_of(job, task["quick"])
     names = task["contestants"]
     wrong: dict[str, str] = {}
@@ -392,9 +418,13 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
         about = {"job": job.name, "contestant": contestant, "quantity": quantity, "value": value, "unit": unit}
         where = {key: getattr(scene, key) for key in ("classes", "height", "width", "seg_stride", "field_stride")}
         unknown = dict.fromkeys(("p20", "p80", "runs", "cpu_share", "page_faults"), math.nan)
-        rows.append({**unknown, **about, "threads": job.threads, "buffers": task["buffers"], **where, **more})
+        about |= {"kernels": kernels.get(contestant, ""), "threads": job.threads, "buffers": task["buffers"]}
+        rows.append({**unknown, **about, **where, **machine, **more})
 
-    inputs = make_inputs(scene.small())
+    meter = meter_for(device)
+    machine = meter.environment()
+    inputs = on_device(make_inputs(scene.small()), device)
+    kernels = {name: kernels_of(name, inputs, backend) for name in names}
     for name in names:
         found = find_errors(make_contestant(name, inputs, backend, job.threads), inputs)
         why = complaint(found)
@@ -405,9 +435,9 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
     if wrong:  # there would be nothing to compare with
         return {"rows": [], "wrong": wrong}
 
-    inputs = make_inputs(scene)
+    inputs = on_device(make_inputs(scene), device)
+    kernels = {name: kernels_of(name, inputs, backend) for name in names}
     contestants = [make_contestant(name, inputs, backend, job.threads) for name in names]
-    meter = CpuMeter()
     if job.quantity == "peak":
         (contestant,) = contestants
         add(contestant.name, "peak", meter.peak_extra_bytes(contestant, inputs) / MB, "MB", runs=1)
@@ -435,30 +465,33 @@ def ask(task: dict[str, Any], buffers: str) -> dict[str, Any]:
 
 def run(jobs: Sequence[Job], backend: str, options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     """All measurements, and what went wrong."""
-    machine = {**environment(), "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan}
+    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
     rows: list[dict[str, Any]] = []
     complaints = []
     for job in jobs:
         started = time.monotonic()
         groups = [[name] for name in job.contestants] if job.quantity == "peak" else [list(job.contestants)]
         buffers = "live" if job.quantity == "peak" else options.buffers
+        if options.device != "cpu":
+            buffers = "cached"
         for names in groups:
             task = {
                 "job": job.name,
                 "contestants": names,
                 "backend": backend,
+                "device": options.device,
                 "threads": job.threads,
                 "buffers": buffers,
                 "quick": options.quick,
                 "budget": options.budget,
                 "repeats": options.repeats,
             }
-            result = ask(task, buffers)
+            result = ask(task, "fresh" if buffers == "cached" else buffers)
             if "failed" in result:
                 complaints.append(f"{job.name}: {', '.join(names)}: {result['failed']}")
                 continue
             complaints += [f"{job.name}: {who}: {why}; not measured" for who, why in result["wrong"].items()]
-            rows += [{**row, **machine} for row in result["rows"]]
+            rows += [{**row, "load_before": load_before} for row in result["rows"]]
         print(f"{job.name}: {time.monotonic() - started:.0f} s", file=sys.stderr)
     return rows, complaints
 
@@ -475,6 +508,8 @@ def _find(rows: Sequence[Row], job: str, contestant: str | None, quantity: str) 
 
 def is_disturbed(row: Row) -> bool:
     """It had less than its cores. Plain PyTorch on two threads leaves one idle in places, so there only ours tells."""
+    if row["buffers"] == "cached":  # a GPU does not need the host
+        return False
     ours = row["contestant"] in GIVEN or row["contestant"] == LABEL_MAP
     return (ours or row["threads"] == 1) and float(row["cpu_share"]) < report.DISTURBED * row["threads"]
 
@@ -505,15 +540,16 @@ def _bar_cells(bar: Bar, rows: Sequence[Row], quick: bool) -> list[str]:
     job = BY_NAME[bar.job]
     conditions = f"{scene_of(job, quick).describe()}, {job.threads} thread{'s'[: job.threads - 1]}"
     value = figure(bar, rows)
-    if value is None:
-        return [bar.what, conditions, bar.words, "not measured", "", "", ""]
+    own = _find(rows, bar.job, bar.own, "time" if bar.most_mb is None else "peak")
+    if value is None or own is None:
+        return [bar.what, conditions, bar.words, "not measured", "", "", "", ""]
     judged = "" if quick else " met" if is_met(bar, value) else " **missed**"
     if bar.most_mb is not None:
         other = None if bar.other is None else _find(rows, bar.job, bar.other, "peak")
         gradients = _find(rows, bar.job, bar.own, "gradients")
         beside = [] if other is None else [f"{bar.other} {other['value']:.1f} MB"]
         beside += [] if gradients is None else [f"gradients {gradients['value']:.1f} MB"]
-        return [bar.what, conditions, bar.words, f"{value:.1f} MB{judged}", "", "; ".join(beside), ""]
+        return [bar.what, conditions, bar.words, f"{value:.1f} MB{judged}", own["kernels"], "", "; ".join(beside), ""]
     pair = [row for name in (bar.own, bar.other) if (row := _find(rows, bar.job, name, "time")) is not None]
     scale = 1e6 / scene_of(job, quick).pixels
     shares = [f"{row['cpu_share']:.2f}" for row in pair if is_disturbed(row)]
@@ -522,6 +558,7 @@ def _bar_cells(bar: Bar, rows: Sequence[Row], quick: bool) -> list[str]:
         conditions,
         bar.words,
         f"{value:.2f}x{judged}",
+        own["kernels"],
         f"{_milliseconds(pair[0])}; {scale * pair[0]['value']:.1f} ns per pixel",
         f"{bar.other} {_milliseconds(pair[1])}; {scale * pair[1]['value']:.1f} ns per pixel",
         f"disturbed: {' and '.join(shares)} of {job.threads} cores" if shares else "",
@@ -530,7 +567,8 @@ def _bar_cells(bar: Bar, rows: Sequence[Row], quick: bool) -> list[str]:
 
 def markdown(rows: Sequence[Row], jobs: Sequence[Job], quick: bool, seconds: float) -> str:
     """Every bar of the jobs, with its figure and conditions."""
-    lines = ["# Several kinds of drawings in one objective, on a CPU", ""]
+    device = rows[0].get("gpu", "a CPU") if rows else "a CPU"
+    lines = [f"# Several kinds of drawings in one objective, on {device}", ""]
     if quick:
         lines += ["**Small sizes, to see that it works: the bars are for others, and the figures mean nothing.**", ""]
     if rows:
@@ -556,7 +594,10 @@ def markdown(rows: Sequence[Row], jobs: Sequence[Job], quick: bool, seconds: flo
                 f"{100 * report.DISTURBED:.0f} % of the cores that they run on. Run again with nothing else running.",
                 "",
             ]
-    lines += ["| case | conditions | bar | figure | ours | against | remark |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        "| case | conditions | bar | figure | kernels | ours | against | remark |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     names = {job.name for job in jobs}
     for bar in BARS:
         if bar.job in names:
@@ -574,7 +615,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--buffers", choices=("reused", "fresh"), default="reused", help="of times: README.md")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of timed runs per job")
     parser.add_argument("--repeats", type=int, help=f"most timed runs per contestant, at least {LEAST_ROUNDS}")
-    parser.add_argument("--backend", help="whose kernels are 'ours'; default cpu")
+    parser.add_argument("--device", default="cpu", help="of the tensors; default cpu")
+    parser.add_argument("--backend", help="whose kernels are 'ours'; default cpu, on a GPU cuda")
     parser.add_argument("--out", type=Path, help="folder for the results; with --quick by default none")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -600,8 +642,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.worker:
         print(json.dumps(measure(json.loads(options.worker))))
         return 0
-    backend = cpu.choose_backend(options.backend)
     jobs = choose_jobs(options.case)
+    if options.device == "cpu":
+        backend, stem = cpu.choose_backend(options.backend), "objective"
+    else:
+        reason = gpu.no_device(options.device)
+        if reason is not None:
+            print(reason, file=sys.stderr)
+            return 2
+        backend = gpu.choose_backends([options.backend] if options.backend else [], options.device)[0]
+        stem, jobs = f"objective-{backend}", [job for job in jobs if job.threads == 1]
     started = time.monotonic()
     rows, complaints = run(jobs, backend, options)
     if rows:
@@ -609,8 +659,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text)
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)
-            report.write_csv(options.out / "objective.csv", rows, COLUMNS)
-            (options.out / "objective.md").write_text(text)
+            report.write_csv(options.out / f"{stem}.csv", rows, COLUMNS if options.device == "cpu" else GPU_COLUMNS)
+            (options.out / f"{stem}.md").write_text(text)
     for one in complaints:
         print(f"FAILED {one}", file=sys.stderr)
     return 1 if complaints or not rows else 0

@@ -53,8 +53,8 @@ for problem in cases:
         print(digest.hexdigest()[:16])
 """
 
-# Several kinds. Trusted: labels in registers and in memory, the transition, each class grid, cells of one thread, a few, and several
-# warps, tiles that share cells, volumes; label maps. With matrices, beside class logits on each grid: cells, steep ones, pixels,
+# Several kinds. Trusted: labels in registers and in memory, the transition, each class grid, cells of one thread, a few, and
+# several warps, tiles that share cells, volumes; label maps. With matrices, beside class logits on each grid: cells, pixels,
 # pieces; posteriors.
 ORDER_KINDS = """
 import hashlib, torch
