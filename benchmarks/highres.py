@@ -41,11 +41,11 @@ def step(matrices: str, kind: str, height: int, width: int, classes: int, steps:
 
     from benchmarks import baselines
     from coarse_kernels import Drawings, annotation_objective, uniform_transition
-    from coarse_train.config import FitConfig, ModelConfig, StreamConfig
+    from coarse_train.config import DrawingsConfig, FitConfig, ModelConfig
     from coarse_train.model import ModelOutput, build_model, parameter_groups
 
-    field = StreamConfig(cm="grid", stride=STRIDE)
-    of_negatives = {"positives": StreamConfig(), "both": field}[matrices]
+    field = DrawingsConfig(cm="grid", stride=STRIDE)
+    of_negatives = {"positives": DrawingsConfig(), "both": field}[matrices]
     config = FitConfig(model=ModelConfig(network="street", widths=WIDTHS), positive=field, negative=of_negatives)
     torch.manual_seed(0)
     model = build_model(config, 3, classes, None)

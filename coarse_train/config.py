@@ -76,7 +76,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class StreamConfig:
+class DrawingsConfig:
     """How one kind of drawings is explained: its annotation model and its weights."""
 
     cm: Literal["none", "global", "image", "grid", "pixel"] = "none"
@@ -132,8 +132,8 @@ class FitConfig:
     data: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
     model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
-    positive: StreamConfig = field(default_factory=lambda: StreamConfig(cm="global"))
-    negative: StreamConfig = field(default_factory=StreamConfig)
+    positive: DrawingsConfig = field(default_factory=lambda: DrawingsConfig(cm="global"))
+    negative: DrawingsConfig = field(default_factory=DrawingsConfig)
     transition: Literal["uniform", "estimated", "learned"] | Path = "uniform"
     """How negative drawings name a class: uniform, estimated from where the two kinds of drawings meet, learned from
     uniform, or a (C, C) .npy file with zero diagonal, [true, named]."""
@@ -254,10 +254,10 @@ _CONVERTER.register_structure_hook(Literal["uniform", "estimated", "learned"] | 
 
 __all__ = [
     "DataConfig",
+    "DrawingsConfig",
     "FitConfig",
     "ModelConfig",
     "OptimConfig",
-    "StreamConfig",
     "from_dict",
     "load_toml",
     "replace",

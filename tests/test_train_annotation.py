@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from coarse_kernels import Drawings, TransitionMatrix, annotation_objective
-from coarse_train.config import FitConfig, StreamConfig
+from coarse_train.config import DrawingsConfig, FitConfig
 from coarse_train.model import CoarseModel, UNet, build_annotation, build_model, confusion_logits
 from tests.small_images import ODD, make_image
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def _annotation(field: str, structure: str, classes: int = 4, **options: object) -> nn.Module:
     torch.manual_seed(0)
-    config = StreamConfig(cm=field, structure=structure, **options)  # type: ignore[arg-type]
+    config = DrawingsConfig(cm=field, structure=structure, **options)  # type: ignore[arg-type]
     model = build_annotation(config, 3, classes)
     assert model is not None
     return model
@@ -153,7 +153,7 @@ def test_checkpointing_of_an_annotation_model_changes_no_bit(field: str) -> None
     models = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        config = StreamConfig(cm=field)  # type: ignore[arg-type]
+        config = DrawingsConfig(cm=field)  # type: ignore[arg-type]
         model = build_annotation(config, 3, 4, norm="batch", checkpointing=checkpointing)
         assert model is not None
         model(make_image()).square().mean().backward()
@@ -197,6 +197,6 @@ def test_an_impossible_diagonal_is_refused(structure: str, diagonal: float) -> N
     ],
 )
 def test_settings_of_a_stream_are_named_with_the_stream(options: dict[str, object], message: str) -> None:
-    stream = StreamConfig(**{"cm": "grid", **options})  # type: ignore[arg-type]
+    stream = DrawingsConfig(**{"cm": "grid", **options})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=rf"negative\.{message}"):
         build_model(FitConfig(negative=stream), 3, 4, None)

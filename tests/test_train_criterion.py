@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
 
 from coarse_kernels import Drawings, Objective, annotation_objective, uniform_transition
-from coarse_train.config import FitConfig, StreamConfig
+from coarse_train.config import DrawingsConfig, FitConfig
 from coarse_train.criterion import Counts, Criterion, StepLoss
 from coarse_train.data import IGNORE, Sample
 from coarse_train.model import ModelOutput
@@ -82,8 +82,8 @@ def _by_hand(config: FitConfig, output: ModelOutput, batch: Sample) -> list[Tens
 
 
 CONFIG = FitConfig(
-    positive=StreamConfig(cm="grid", weight=3.0, trace_weight=0.5),
-    negative=StreamConfig(weight=0.25),
+    positive=DrawingsConfig(cm="grid", weight=3.0, trace_weight=0.5),
+    negative=DrawingsConfig(weight=0.25),
     mask_weight=2.0,
 )
 
@@ -121,7 +121,7 @@ def test_layers_of_negative_drawings_are_summed_whatever_pads_them(drawn: int) -
         torch.randn(4, CLASSES, CLASSES, 2, 4, generator=rng, requires_grad=True),
         (transition / transition.sum(1, keepdim=True)).requires_grad_(),
     )
-    config = replace(CONFIG, negative=StreamConfig(cm="grid", weight=0.25, trace_weight=0.1))
+    config = replace(CONFIG, negative=DrawingsConfig(cm="grid", weight=0.25, trace_weight=0.1))
     _assert_by_hand(config, output, batch)
     fewer = batch._replace(negative=batch.negative[:, :drawn])
     for a, b in zip(_loss(config, output, batch), _loss(config, output, fewer), strict=True):
@@ -190,7 +190,7 @@ def test_nothing_labelled_is_a_loss_of_zero_with_gradients(learned: bool) -> Non
 
 
 def test_a_kind_of_weight_zero_is_left_out() -> None:
-    config = FitConfig(positive=StreamConfig(), negative=StreamConfig(weight=0.0), mask_weight=0.0)
+    config = FitConfig(positive=DrawingsConfig(), negative=DrawingsConfig(weight=0.0), mask_weight=0.0)
     output, batch = _output(cm=False), _batch()
     expected = cross_entropy(output.seg_logits, batch.positive.long(), ignore_index=IGNORE)
     found = _loss(config, output, batch)

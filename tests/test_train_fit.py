@@ -28,7 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from coarse_kernels import Drawings, Objective, TransitionMatrix, annotation_objective
 from coarse_train import checkpoint
 from coarse_train.cli import main
-from coarse_train.config import DataConfig, FitConfig, ModelConfig, OptimConfig, StreamConfig, load_toml, to_toml
+from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, ModelConfig, OptimConfig, load_toml, to_toml
 from coarse_train.engine import NonFiniteStep, fit, schedule
 from coarse_train.evaluate import EvaluateConfig, run_evaluate
 from coarse_train.model import build_model
@@ -112,7 +112,7 @@ def test_equal_seeds_give_equal_bits_and_others_do_not(tmp_path: Path) -> None:
 
 def test_it_learns(tmp_path: Path) -> None:
     config = _config(tmp_path, steps=80, batch_size=8, optim=OptimConfig(lr=2e-2), evaluate_every=80)
-    config = replace(config, positive=StreamConfig(), model=ModelConfig(widths=(8, 16)))
+    config = replace(config, positive=DrawingsConfig(), model=ModelConfig(widths=(8, 16)))
     config = replace(config, data=DataConfig(dataset="mnist", variant="binary", limit=64, supervision="masks"))
     result = fit(config)
     losses = _losses(tmp_path)
@@ -282,9 +282,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: Callable[[bytes],
         {"precision": "bf16"},
         {"precision": "fp16"},
         {"optim": OptimConfig(optimizer="sgd", schedule="poly", lr=1e-2, ema=0.5)},
-        {"transition": "estimated", "negative": StreamConfig(cm="image", structure="tied")},
-        {"positive": StreamConfig(cm="grid", structure="floor", trace_weight=0.01)},
-        {"data": DataConfig(dataset="mnist", limit=24, supervision="masks"), "positive": StreamConfig()},
+        {"transition": "estimated", "negative": DrawingsConfig(cm="image", structure="tied")},
+        {"positive": DrawingsConfig(cm="grid", structure="floor", trace_weight=0.01)},
+        {"data": DataConfig(dataset="mnist", limit=24, supervision="masks"), "positive": DrawingsConfig()},
         {"data": DataConfig(dataset="mnist", limit=24, supervision="mixed", dense_images=6)},
     ],
     ids=["bf16", "fp16", "sgd-poly-ema", "estimated-tied", "grid-floor", "masks", "mixed"],
@@ -322,10 +322,13 @@ def test_compiled_networks_give_the_same_run(tmp_path: Path) -> None:
             r"batch_size: expected a multiple of accumulate x processes = 4 x 1, got 6",
         ),
         ({"optim": OptimConfig(ema=1.5)}, "ema: expected a number from 0 to 1, got 1.5"),
-        ({"positive": StreamConfig(weight=0.0, cm="global")}, "positive.cm: expected none where positive.weight is 0"),
+        (
+            {"positive": DrawingsConfig(weight=0.0, cm="global")},
+            "positive.cm: expected none where positive.weight is 0",
+        ),
         ({"seed": -1}, "seed: expected a number from 0 to 2.14748e"),
         (
-            {"negative": StreamConfig(weight=0.0), "transition": "learned"},
+            {"negative": DrawingsConfig(weight=0.0), "transition": "learned"},
             "transition: expected none to be learned where",
         ),
         ({"select_steps": 3}, "select_steps: expected --select-with, which it belongs to, got 3 alone"),
@@ -343,7 +346,7 @@ def test_compiled_networks_give_the_same_run(tmp_path: Path) -> None:
         ),
         ({"model": ModelConfig(network="torch.nn:Identity", widths=(4,))}, "widths: expected none for network"),
         ({"optim": OptimConfig(lr=math.inf)}, "lr: expected a number >= 0, got inf"),
-        ({"positive": StreamConfig(weight=math.nan)}, "positive.weight: expected a number >= 0, got nan"),
+        ({"positive": DrawingsConfig(weight=math.nan)}, "positive.weight: expected a number >= 0, got nan"),
         (
             {"mask_weight": 0.0, "data": DataConfig(dataset="mnist", supervision="masks")},
             "mask_weight: expected a number above 0",
@@ -502,7 +505,7 @@ class InfiniteGradient(torch.nn.Module):
 def test_a_crop_without_a_single_label_is_a_step_like_others(tmp_path: Path) -> None:
     root = data_trees.write_camvid_tree(tmp_path / "camvid", size=(64, 64))
     data = DataConfig(dataset="camvid", root=root, simulate="scribble", crop=(8, 8))
-    result = fit(_config(tmp_path / "run", data=data, positive=StreamConfig(), batch_size=1, steps=30))
+    result = fit(_config(tmp_path / "run", data=data, positive=DrawingsConfig(), batch_size=1, steps=30))
     assert 0.0 in _losses(tmp_path / "run")
     assert np.isfinite(result.loss)
 
@@ -559,7 +562,7 @@ def test_tensorboard_has_every_step_once_and_the_pictures(tmp_path: Path) -> Non
 @pytest.mark.parametrize("given", ["positive", "negative"])
 def test_the_side_that_masks_chose_stays_over_a_resume(tmp_path: Path, given: str) -> None:
     """The config of the run folder already has the chosen side: taking it up again must not swap it back."""
-    sides = {given: StreamConfig(cm="global"), "negative" if given == "positive" else "positive": StreamConfig()}
+    sides = {given: DrawingsConfig(cm="global"), "negative" if given == "positive" else "positive": DrawingsConfig()}
     config = _config(tmp_path, select_with=4, select_steps=2, **sides)
     fit(config)
     chosen = load_toml(tmp_path / "config.toml")
@@ -670,7 +673,7 @@ def test_masks_without_a_label_choose_nothing(tmp_path: Path) -> None:
 def test_a_run_without_anything_to_learn_from_is_refused(tmp_path: Path) -> None:
     data = DataConfig(dataset="chasedb1", root=data_trees.write_chasedb1_tree(tmp_path / "chase"))
     with pytest.raises(ValueError, match="weight: expected a number above 0 for a kind of drawings that there is"):
-        fit(_config(tmp_path / "run", data=data, positive=StreamConfig(weight=0.0)))
+        fit(_config(tmp_path / "run", data=data, positive=DrawingsConfig(weight=0.0)))
 
 
 def test_a_grey_image_in_front_of_colour_ones_is_repeated(tmp_path: Path) -> None:

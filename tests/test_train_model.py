@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from coarse_kernels import TransitionMatrix
-from coarse_train.config import FitConfig, ModelConfig, OptimConfig, StreamConfig
+from coarse_train.config import DrawingsConfig, FitConfig, ModelConfig, OptimConfig
 from coarse_train.model import (
     CoarseModel,
     ModelOutput,
@@ -209,20 +209,20 @@ def test_options_of_another_network_are_refused(importable: str, tmp_path: Path)
 
 CONFIG = FitConfig(
     model=ModelConfig(widths=(8, 16)),
-    positive=StreamConfig(cm="grid", structure="floor"),
-    negative=StreamConfig(cm="global", structure="lowrank"),
+    positive=DrawingsConfig(cm="grid", structure="floor"),
+    negative=DrawingsConfig(cm="global", structure="lowrank"),
 )
 
 
 def test_trusted_drawings_have_no_matrix() -> None:
-    output = build_model(FitConfig(positive=StreamConfig(), model=ModelConfig(widths=(8,))), 3, 4, None)(make_image())
+    output = build_model(FitConfig(positive=DrawingsConfig(), model=ModelConfig(widths=(8,))), 3, 4, None)(make_image())
     assert output.seg_logits.shape == (2, 4, *ODD)
     assert output[1:] == (None, None, None)
 
 
-def test_equal_seeds_give_equal_segmentation_networks_whatever_the_streams() -> None:
+def test_equal_seeds_give_equal_segmentation_networks_whatever_the_drawings() -> None:
     models = []
-    for config in (CONFIG, replace(CONFIG, positive=StreamConfig(), negative=StreamConfig(cm="pixel"))):
+    for config in (CONFIG, replace(CONFIG, positive=DrawingsConfig(), negative=DrawingsConfig(cm="pixel"))):
         torch.manual_seed(3)
         models.append(build_model(config, 3, 4, None).segmentation.state_dict())
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
@@ -311,7 +311,7 @@ def test_mean_confusion_of_batches_adds_up_and_trusted_drawings_have_the_identit
     weighted, weight = (sum(part) for part in zip(*parts, strict=True))
     torch.testing.assert_close(weighted / weight, mean_confusion(output, "negative"))
     assert torch.equal(mean_confusion(output, "positive"), torch.eye(4))
-    with pytest.raises(ValueError, match="stream: expected 'positive' or 'negative', got 'mask'"):
+    with pytest.raises(ValueError, match="kind: expected 'positive' or 'negative', got 'mask'"):
         mean_confusion(output, "mask")  # type: ignore[arg-type]
 
 

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from ..config import StreamConfig
+from ..config import DrawingsConfig
 from .blocks import convolution, run
 from .unet import UNet
 
@@ -256,7 +256,7 @@ class AnnotationModel(nn.Module):
 
 
 def build_annotation(
-    config: StreamConfig, channels_in: int, num_classes: int, *, norm: str = "group", checkpointing: bool = False
+    config: DrawingsConfig, channels_in: int, num_classes: int, *, norm: str = "group", checkpointing: bool = False
 ) -> AnnotationModel | None:
     """The annotation model of one kind of drawings; None where they are trusted."""
     if config.cm == "none":
@@ -275,7 +275,7 @@ def build_annotation(
     raise ValueError(f"cm: expected none, global, image, grid or pixel, got {config.cm!r}")
 
 
-def _structure(config: StreamConfig, num_classes: int) -> Structure:
+def _structure(config: DrawingsConfig, num_classes: int) -> Structure:
     if config.structure == "full":
         return Full(num_classes, config.diagonal)
     if config.structure == "floor":

@@ -129,12 +129,12 @@ def _trained(module: nn.Module | None) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def confusion_sums(output: ModelOutput, stream: Literal["positive", "negative"]) -> tuple[Tensor, Tensor]:
+def confusion_sums(output: ModelOutput, kind: Literal["positive", "negative"]) -> tuple[Tensor, Tensor]:
     """Numerator (C, C) and denominator (C,) of `mean_confusion`, to be summed over batches; float32. Each image counts as
     one, whatever the grid of its matrices."""
-    if stream not in ("positive", "negative"):
-        raise ValueError(f"stream: expected 'positive' or 'negative', got {stream!r}")
-    cm_logits = output.positive_cm if stream == "positive" else output.negative_cm
+    if kind not in ("positive", "negative"):
+        raise ValueError(f"kind: expected 'positive' or 'negative', got {kind!r}")
+    cm_logits = output.positive_cm if kind == "positive" else output.negative_cm
     p = output.seg_logits.float().softmax(1)
     if cm_logits is None:
         mass = p.mean((2, 3)).sum(0)
@@ -143,8 +143,8 @@ def confusion_sums(output: ModelOutput, stream: Literal["positive", "negative"])
     return torch.einsum("bijhw,bjhw->ij", cm_logits.float().softmax(1), p), p.sum((0, 2, 3))
 
 
-def mean_confusion(output: ModelOutput, stream: Literal["positive", "negative"]) -> Tensor:
+def mean_confusion(output: ModelOutput, kind: Literal["positive", "negative"]) -> Tensor:
     """(C, C) p(drawn as i | true j) that the model believes: A[:, j] averaged over all places with their p[j]. Where the
     grids differ p is averaged over each place of the matrices'. The identity for drawings that are trusted."""
-    weighted, weight = confusion_sums(output, stream)
+    weighted, weight = confusion_sums(output, kind)
     return weighted / weight
