@@ -14,7 +14,6 @@
 #pragma once
 
 #include <algorithm>
-#include <deque>
 
 #include "../operators.h"
 #include "glue.h"
@@ -148,6 +147,7 @@ class Run {
     check(cuda::fill_zero(t.data_ptr(), 8 * n, stream_));
     return t;
   }
+  void release() { kept_.clear(); }
   int64_t entries() const { return static_cast<int64_t>(problem_.classes) * problem_.classes; }
   const R* scale_of(size_t k) const {
     return call_.in.scale.empty() || !present(call_.in.scale[k]) ? nullptr : data_of<R>(call_.in.scale[k]);
@@ -247,6 +247,7 @@ class Run {
       check(cuda::sum_slices(data_of<double>(partial), slices, entries(), data_of<R>(call_.transition_gradient[k]),
                              stream_));
     }
+    release();
   }
 
   // --- a kind with a matrix ------------------------------------------------------------------------------------------
@@ -295,6 +296,7 @@ class Run {
       check(cuda::sum_slices(kind.transition_gradient, kind.slices, entries(), data_of<R>(call_.transition_gradient[k]),
                              stream_));
     }
+    release();
   }
 
   cuda::Refusal cells_refuse(const Kind& kind, const Layer<R>& s) const {
@@ -511,7 +513,9 @@ class Run {
   bool seg_on_pixels_ = true;
   Sum<R> seg_gradient_;
   bool seg_written_ = false;  // what comes adds to what is there
-  std::deque<Tensor> kept_;   // as long as the kernels may need it: PyTorch's allocator knows the stream
+  // Workspace of the launches since the last `release`. PyTorch's allocator hands out again what is freed in the order of
+  // the stream, so nobody waits for them.
+  std::vector<Tensor> kept_;
 };
 
 }  // namespace
