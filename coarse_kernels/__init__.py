@@ -1,6 +1,7 @@
 """Fused losses for segmentation from coarse positive and negative drawings. Start at `annotation_objective`."""
 
 from .backends import available_backends, use_backend
+from .confusion import ConfusionHead, confusion_logits
 from .functional import (
     AnnotationLoss,
     CoarseLabelLoss,
@@ -24,6 +25,7 @@ __all__ = [
     "AnnotationObjective",
     "CoarseLabelCriterion",
     "CoarseLabelLoss",
+    "ConfusionHead",
     "Drawings",
     "Objective",
     "TransitionMatrix",
@@ -33,6 +35,7 @@ __all__ = [
     "annotation_posterior",
     "available_backends",
     "coarse_label_loss",
+    "confusion_logits",
     "estimate_transition",
     "explain",
     "label_map",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import wrapped
+from . import confusion, wrapped
 from .problem import Drawings, Problem
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -336,6 +336,8 @@ def _check_values(seg_logits: Tensor, drawings: Drawings, ignore_index: int, nam
     if torch.compiler.is_compiling():
         return
     labels, normalizer = drawings.labels, drawings.normalizer
+    if drawings.cm_logits is not None:
+        confusion.look_for_diagonal(name("cm_logits"), drawings.cm_logits)
     with wrapped.unseen(), torch.no_grad():
         if drawings.transition is not None and _may_read(drawings.transition):
             _check_probabilities(name("transition"), drawings.transition, complementary)

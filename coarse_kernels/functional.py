@@ -176,7 +176,7 @@ def coarse_label_loss(
     negative_labels: Tensor | None = None,
     transition: Tensor | None = None,
     *,
-    trace_weight: float = 0.01,
+    trace_weight: float = 0.0,
     negative_weight: float = 1.0,
     ignore_index: int = 255,
     class_weight: Tensor | None = None,

@@ -108,7 +108,7 @@ class CoarseLabelCriterion(nn.Module):
         self,
         transition: TransitionMatrix | None = None,
         *,
-        trace_weight: float = 0.01,
+        trace_weight: float = 0.0,
         negative_weight: float = 1.0,
         ignore_index: int = 255,
         class_weight: Tensor | None = None,

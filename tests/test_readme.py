@@ -20,8 +20,9 @@ def test_the_usage_of_the_readme_runs() -> None:
     assert code is not None
     names: dict[str, object] = {}
     exec(code.group(1), names)
-    for name in ("seg_logits", "cm_logits"):
-        tensor = names[name]
+    head = names["head"]
+    assert isinstance(head, torch.nn.Module)
+    for tensor in (names["seg_logits"], *head.parameters()):
         assert isinstance(tensor, torch.Tensor)
         assert tensor.grad is not None
         assert bool(tensor.grad.isfinite().all())

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from coarse_kernels import Drawings, TransitionMatrix, annotation_objective
+from coarse_kernels import Drawings, TransitionMatrix, annotation_objective, confusion_logits
 from coarse_train.config import DrawingsConfig, FitConfig
-from coarse_train.model import CoarseModel, UNet, build_annotation, build_model, confusion_logits
+from coarse_train.model import CoarseModel, UNet, build_annotation, build_model
 from tests.small_images import ODD, make_image
 
 FIELDS = ("global", "image", "grid", "pixel")

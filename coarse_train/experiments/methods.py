@@ -36,7 +36,7 @@ class MethodSettings:
         an object has fewer labels to share its probability and explains each of them better than the background does:
         this pulls towards objects, inside the margin too.
     confusion: "global" or "pixel" (`coarse_train.model.annotation`).
-    diagonal, missing: the confusion matrix to start from (`coarse_train.model.confusion_logits`).
+    diagonal, missing: the confusion matrix to start from (`coarse_kernels.confusion_logits`).
     """
 
     lr: float = 8e-3

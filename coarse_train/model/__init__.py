@@ -1,6 +1,6 @@
 """The networks: segmentation (`networks`), annotation models (`annotation`), and the model that couples them (`coupled`)."""
 
-from .annotation import AnnotationModel, Full, GlobalField, PixelField, build_annotation, confusion_logits
+from .annotation import AnnotationModel, Full, GlobalField, PixelField, build_annotation
 from .coupled import CoarseModel, ModelOutput, build_model, confusion_sums, mean_confusion, parameter_groups
 from .networks import architecture_of, build_segmentation
 from .segformer import SegFormer
@@ -21,7 +21,6 @@ __all__ = [
     "build_annotation",
     "build_model",
     "build_segmentation",
-    "confusion_logits",
     "confusion_sums",
     "mean_confusion",
     "parameter_groups",

@@ -15,42 +15,14 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from coarse_kernels import confusion_logits
+
 from ..config import DrawingsConfig
 from .blocks import convolution, run
 from .unet import UNet
 
 _STEM = 32  # channels at the stride of a grid
 _START_SCALE = 0.1  # of the last layer's weights: a field starts as nearly the same matrix everywhere
-
-
-def confusion_logits(num_classes: int, diagonal: float, missing: float | None = None) -> Tensor:
-    """(C, C) logits [observed, true] to start from.
-
-    The softmax over ``observed`` has ``diagonal`` on its diagonal, the rest equal. With ``missing`` the background
-    (class 0) is another matter than the objects: p(background | object) = ``missing``, the rest of an object's column
-    equal, and the background is drawn as such in 97 of 100 cases: annotators leave parts of objects out far more
-    often than they invent objects.
-    """
-    _check_diagonal(num_classes, diagonal)
-    if missing is None:
-        matrix = torch.full((num_classes, num_classes), (1 - diagonal) / (num_classes - 1))
-        return matrix.fill_diagonal_(diagonal).log()
-    if num_classes < 3 or not 0 < missing < 1 - diagonal:
-        raise ValueError(
-            f"missing: expected None, or a number above 0 and below 1 - diagonal = {1 - diagonal:g} "
-            f"and at least 3 classes, got {missing} and {num_classes} classes"
-        )
-    matrix = torch.full((num_classes, num_classes), (1 - diagonal - missing) / (num_classes - 2))
-    matrix.fill_diagonal_(diagonal)
-    matrix[0] = missing
-    matrix[:, 0] = 0.03 / (num_classes - 1)
-    matrix[0, 0] = 0.97
-    return matrix.log()
-
-
-def _check_diagonal(num_classes: int, diagonal: float) -> None:
-    if not 1 / num_classes <= diagonal < 1:
-        raise ValueError(f"diagonal: expected a number from 1/{num_classes} to below 1, got {diagonal}")
 
 
 # ---- structures: (B, outputs, *G) free values -> (B, C, C, *G) logits -------------------------------------------
@@ -91,7 +63,7 @@ class Floor(Structure):
 
     def __init__(self, num_classes: int, diagonal: float, floor: float):
         super().__init__(num_classes)
-        _check_diagonal(num_classes, diagonal)
+        confusion_logits(num_classes, diagonal)  # checks both
         if not 0 < floor < diagonal:
             raise ValueError(f"floor: expected a number above 0 and below diagonal = {diagonal:g}, got {floor}")
         self.diagonal, self.floor = diagonal, floor
@@ -137,7 +109,7 @@ class Tied(Structure):
 
     def __init__(self, num_classes: int, diagonal: float):
         super().__init__(num_classes)
-        _check_diagonal(num_classes, diagonal)
+        confusion_logits(num_classes, diagonal)  # checks both
         self.diagonal = diagonal
         self.register_buffer("eye", torch.eye(num_classes), persistent=False)
 

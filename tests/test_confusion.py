@@ -1,0 +1,131 @@
+"""Where matrices start: the head, and the warning about a start without a diagonal."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import coarse_kernels as ck
+from coarse_kernels import ConfusionHead, Drawings, confusion, confusion_logits
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen() -> Iterator[None]:
+    before = set(confusion._looked_at)
+    confusion._looked_at.clear()
+    yield
+    confusion._looked_at.clear()
+    confusion._looked_at.update(before)
+
+
+@pytest.mark.parametrize(("size", "stride", "grid"), [((9, 14), 1, (9, 14)), ((9, 14), 4, (3, 4)), ((7,), 2, (4,))])
+def test_a_head_starts_near_the_diagonal_at_every_place(
+    size: tuple[int, ...], stride: int, grid: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    head = ConfusionHead(5, channels=16, stride=stride, diagonal=0.7)
+    logits = head(torch.randn(2, 16, *size))
+    assert logits.shape == (2, 5, 5, *grid)
+    diagonal = logits.softmax(1).diagonal(dim1=1, dim2=2)
+    assert ((diagonal - 0.7).abs() < 0.1).all()
+    assert diagonal.std() > 1e-3  # places differ, and may learn to
+
+
+def test_a_head_without_features_is_one_matrix_for_all_places() -> None:
+    head = ConfusionHead(4, diagonal=0.6, spatial_dims=3)
+    logits = head()
+    assert logits.shape == (1, 4, 4, 1, 1, 1)
+    assert torch.allclose(logits.detach().flatten(1), confusion_logits(4, 0.6).view(1, -1))
+    loss = ck.annotation_objective(torch.randn(2, 4, 3, 3, 3), [Drawings(torch.zeros(2, 6, 6, 6).byte(), logits)]).loss
+    loss.backward()
+    assert head.bias.grad is not None
+    assert head.bias.grad.any()
+
+
+def test_missing_makes_the_background_another_matter() -> None:
+    head = ConfusionHead(5, diagonal=0.5, missing=0.3)
+    matrix = head()[0, :, :, 0, 0].softmax(0)
+    assert torch.allclose(matrix[0, 1:], torch.tensor(0.3))
+    assert torch.allclose(matrix.diagonal()[1:], torch.tensor(0.5))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"num_classes": 1}, "num_classes: expected an integer >= 2, got 1"),
+        ({"num_classes": True}, "num_classes: expected an integer >= 2"),
+        ({"num_classes": 4, "diagonal": 0.2}, "diagonal: expected a number from 1/4"),
+        ({"num_classes": 4, "diagonal": 1.0}, "diagonal: expected a number from 1/4"),
+        ({"num_classes": 4, "channels": 0}, "channels: expected an integer >= 1, got 0"),
+        ({"num_classes": 4, "channels": 3, "stride": 0}, "stride: expected an integer >= 1, got 0"),
+        ({"num_classes": 4, "stride": 2}, "stride: expected 1 where there are no features"),
+        ({"num_classes": 4, "spatial_dims": 4}, "spatial_dims: expected 1, 2 or 3, got 4"),
+        ({"num_classes": 4, "missing": 0.4}, "missing: expected None, or a number"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, object], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        ConfusionHead(**options)  # type: ignore[arg-type]
+
+
+def test_features_that_do_not_fit_are_named() -> None:
+    with pytest.raises(ValueError, match=r"features: expected \(B, 8, \*g\) .* got \(2, 4, 5, 5\)"):
+        ConfusionHead(3, channels=8)(torch.zeros(2, 4, 5, 5))
+    with pytest.raises(ValueError, match=r"features: expected .* got None"):
+        ConfusionHead(3, channels=8)()
+    with pytest.raises(ValueError, match="features: expected none"):
+        ConfusionHead(3)(torch.zeros(2, 4, 5, 5))
+
+
+def loss_with(cm_logits: torch.Tensor, classes: int = 4) -> torch.Tensor:
+    labels = torch.zeros(2, 8, 8, dtype=torch.uint8)
+    return ck.annotation_objective(torch.zeros(2, classes, 8, 8), [Drawings(labels, cm_logits)]).loss
+
+
+def test_a_convolution_as_pytorch_starts_it_warns_once_by_name() -> None:
+    torch.manual_seed(0)
+    head = nn.Conv2d(16, 16, 1)
+    cm_logits = head(torch.randn(2, 16, 8, 8)).unflatten(1, (4, 4))
+    with pytest.warns(UserWarning, match=r"drawings\[0\]\.cm_logits: only \d+ % of the columns .*ConfusionHead"):
+        loss_with(cm_logits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_with(cm_logits)
+    with pytest.warns(UserWarning, match="positive_cm: only"):  # another name
+        ck.coarse_label_loss(torch.zeros(2, 4, 8, 8), cm_logits, torch.zeros(2, 8, 8, dtype=torch.uint8))
+
+
+def test_no_warning_where_there_is_nothing_to_warn_of() -> None:
+    bad = torch.randn(2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    minority = confusion_logits(4).clone()
+    minority[:, 1] = minority[:, 1].roll(1)  # one class is mostly drawn as another: not a start without a diagonal
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_with(ConfusionHead(4, channels=3, stride=2)(torch.randn(2, 3, 8, 8)))
+        confusion._looked_at.clear()
+        loss_with(minority.view(1, 4, 4, 1, 1).requires_grad_())
+        confusion._looked_at.clear()
+        loss_with(bad)  # not trained
+        with torch.no_grad():
+            loss_with(bad.requires_grad_())
+
+
+def test_a_start_without_a_diagonal_is_what_permutes_classes() -> None:
+    """Two classes in two places, honest drawings: the head learns them right; a matrix that starts swapped, swapped."""
+    labels = torch.zeros(1, 4, 8, dtype=torch.uint8)
+    labels[..., 4:] = 1
+    found = {}
+    for name, start in (("head", confusion_logits(2)), ("swapped", confusion_logits(2).flip(1))):
+        seg = torch.zeros(1, 2, 4, 8, requires_grad=True)
+        cm = start.view(1, 2, 2, 1, 1).clone().requires_grad_()
+        optimizer = torch.optim.Adam([seg, cm], 0.05)
+        for _ in range(200):
+            optimizer.zero_grad()
+            ck.annotation_objective(seg, [Drawings(labels, cm)]).loss.backward()
+            optimizer.step()
+        found[name] = (seg.detach().argmax(1) == labels).float().mean().item()
+    assert found == {"head": 1.0, "swapped": 0.0}
