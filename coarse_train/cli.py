@@ -15,16 +15,14 @@ from typing import Any
 import tyro
 
 from .checkpoint import CheckpointError
-from .config import FitConfig, load_toml
+from .config import FitConfig, load_toml, recipe
 from .data import DATASETS
 from .engine import NonFiniteStep, fit
 from .evaluate import EvaluateConfig, run_evaluate
 from .experiments.demo import DemoConfig, run_demo
-from .experiments.tune import TuneConfig, run_tune
 from .predict import PredictConfig, run_predict
 from .simulate.command import SimulateConfig, run_simulate
 
-RECIPES = Path(__file__).parent / "recipes"
 # the user's to mend: one line on stderr and exit status 1; anything else is a bug of ours and shows its traceback
 _EXPECTED = (ValueError, OSError, CheckpointError, NonFiniteStep)
 
@@ -56,7 +54,6 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "predict": (PredictConfig, run_predict),
     "simulate": (SimulateConfig, _simulate),
     "demo": (DemoConfig, run_demo),
-    "tune-demo": (TuneConfig, run_tune),
 }
 
 
@@ -93,7 +90,7 @@ def parse_fit(arguments: list[str]) -> FitConfig:
         if (Path(target).parent / "last.pt").exists():  # the folder of a run, wherever it has been moved
             default = replace(default, out=Path(target).parent)
     elif target in DATASETS:
-        default = load_toml(RECIPES / f"{target}.toml")
+        default = recipe(target)
     elif target or not {"-h", "--help"} & {*rest}:
         got = repr(target) if target else f"{rest[0]} first" if rest else "nothing"
         raise ValueError(f"fit: expected a config.toml or one of {tuple(DATASETS)}, then options, got {got}")

@@ -177,6 +177,14 @@ class FitConfig:
     alone."""
 
 
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def recipe(dataset: str) -> FitConfig:
+    """What `coarse-train fit DATASET` begins with."""
+    return load_toml(RECIPES / f"{dataset}.toml")
+
+
 def load_toml(path: Path) -> FitConfig:
     """The config in a TOML file, as `to_toml` writes it; what is left out has its default.
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from coarse_train.experiments.methods import CROSS_ENTROPIES, METHODS
+from coarse_train.experiments.tune import TRIALS, TuneConfig, chosen_settings, run_tune, used, write_json
 
 from coarse_train.cli import main
 from coarse_train.experiments.demo import DemoConfig, run_demo
-from coarse_train.experiments.methods import CROSS_ENTROPIES, METHODS
 from coarse_train.experiments.report import verdict
-from coarse_train.experiments.tune import TRIALS, TuneConfig, chosen_settings, run_tune, used, write_json
 from coarse_train.simulate import PRESETS
 
 TINY = DemoConfig(steps=4, batch_size=4, evaluations=2, max_train=24, max_test=12)

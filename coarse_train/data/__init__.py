@@ -14,9 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from .classes import IGNORE, Classes
 
@@ -100,36 +98,6 @@ class Subset:
         return self.source.load(self.indices[index])
 
 
-class InMemory(Dataset[Sample]):
-    """A stacked `Sample` (images (N, 1, H, W), label maps (N, H, W), negatives (N, K, H, W)) as a dataset of N samples."""
-
-    def __init__(self, stacked: Sample):
-        lengths = {len(field) for field in stacked}
-        if len(lengths) != 1:
-            raise ValueError(f"stacked: expected fields of one length, got {[len(field) for field in stacked]}")
-        self.stacked = stacked
-
-    def __len__(self) -> int:
-        return len(self.stacked.image)
-
-    def __getitem__(self, index: int) -> Sample:
-        return Sample(*(field[index] for field in self.stacked))
-
-    def select(self, indices: list[int] | range) -> Sample:
-        """The samples at ``indices`` as one batch."""
-        chosen = torch.as_tensor(list(indices))
-        return Sample(*(field[chosen] for field in self.stacked))
-
-
-class Splits(NamedTuple):
-    """Disjoint parts of one dataset, with the names of its classes; ``class_names[0]`` is the background."""
-
-    train: InMemory
-    validation: InMemory
-    test: InMemory
-    class_names: tuple[str, ...]
-
-
 # name -> module with open_split(config, split); imported when asked for, so that none pays for another's dependencies
 DATASETS = {
     "folder": "folder",
@@ -159,11 +127,9 @@ __all__ = [
     "IGNORE",
     "Classes",
     "FolderNotFound",
-    "InMemory",
     "Record",
     "Sample",
     "Source",
-    "Splits",
     "Subset",
     "open_split",
 ]

@@ -2,9 +2,9 @@
 
     ROOT/{train,t10k}-{images-idx3,labels-idx1}-ubyte, or the same with .gz; without ROOT the sample
 
-Two digits on 48x48 pixels, drawn by a preset of `simulate`: variant "" is the preset multiclass (background, 0, 3, 4, 7),
-variant "binary" the preset of that name (background, digit). The canvases and their drawings are the same in every run and for
-every ``limit``: the first nine tenths of the training digits are train, the rest val.
+Two digits on 48x48 pixels, drawn by a preset of `simulate`: variant "" or "hasty" (background, 0, 3, 4, 7), "majority" (the
+same, half of the digits 3 and 7 left out) or "binary" (background, digit). The canvases and their drawings are the same in
+every run and for every ``limit``: the first nine tenths of the training digits are train, the rest val.
 
 The IDX format: two zero bytes, a type byte (0x08 = unsigned byte), the number of axes, each axis as a big-endian
 uint32, then the values. Files may be gzip-compressed; that is told from their first bytes, not from their name.
@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ..simulate import PRESETS, Preset, draw
-from . import InMemory, Record, Sample, Splits
+from . import Record
 from .classes import OKABE_ITO, Classes
 from .files import (
     Fault,
@@ -40,12 +39,16 @@ from .files import (
 if TYPE_CHECKING:
     from ..config import DataConfig
 
+# (preset, seed, checksum of the canvases) -> number of a canvas -> its drawings. Drawing takes milliseconds, as long as a step
+# may; runs of one process and its splits share what is there.
+_DRAWN: dict[tuple[Preset, int, int], dict[int, tuple[np.ndarray, np.ndarray]]] = {}
 SAMPLE_DIR = Path(__file__).parent / "mnist_sample"
 DIGITS = (0, 3, 4, 7)  # the object classes, in this order: class k is DIGITS[k - 1], class 0 is the background
 CANVAS = 48
 _CELL = CANVAS // 2  # each digit has a quadrant of its own, so digits never overlap
 _BORDER = 4  # MNIST digits are 20x20 in a 28x28 frame
 _INK = 100  # a pixel of a digit is object from this grey value on
+_RARER = {"majority": {3: 0.5, 7: 0.5}}  # preset -> digit -> the share of its digits that is used
 _SEEDS = {"train": 0, "val": 1_000_003, "test": 2_000_003}
 _FILES = {
     ("train", "images"): "train-images-idx3-ubyte",
@@ -140,52 +143,19 @@ def place_digits(images: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.
     return canvas, mask, region
 
 
-def load_splits(
-    *,
-    folder: str | Path | None = None,
-    preset: Preset,
-    seed: int = 0,
-    validation_fraction: float = 0.1,
-    max_train: int | None = None,
-    max_test: int | None = None,
-) -> Splits:
-    """The segmentation task: training and validation canvases from the training digits, test canvases from the others.
-
-    ``folder`` holds the IDX files (None: the sample in the package). ``max_train`` and ``max_test`` bound the number of
-    canvases. With a preset of two classes all digits are the one object class. Each object is drawn once: a drawing
-    does not change from epoch to epoch. The test canvases are the same for every seed.
-    """
-    folder = SAMPLE_DIR if folder is None else Path(folder)
-    parts = {split: _of_classes(*read_split(folder, split)) for split in ("train", "test")}
-    for split, (digits, _) in parts.items():
-        if len(digits) < 20:
-            raise ValueError(f"data: expected at least 20 {split} digits of {DIGITS} in {folder}, got {len(digits)}")
-    images, labels = parts["train"]
-    held_out = max(2, int(len(images) * validation_fraction)) if max_train is None else max(2, max_train // 4)
-    stop = len(images) - held_out
-    used = stop if max_train is None else min(stop, 2 * max_train)
-    test_images, test_labels = parts["test"]
-    tested = len(test_images) if max_test is None else min(len(test_images), 2 * max_test)
-    return Splits(
-        train=_drawn(images[:used], labels[:used], preset, _SEEDS["train"] + seed),
-        validation=_drawn(images[stop:], labels[stop:], preset, _SEEDS["val"] + seed),
-        test=_drawn(test_images[:tested], test_labels[:tested], preset, _SEEDS["test"]),
-        class_names=_class_names(preset),
-    )
-
-
 def open_split(config: DataConfig, split: str) -> MnistSource:
-    """The canvases of ``split``; variants "" and "binary"."""
-    check_choice(config, split, "binary")
+    """The canvases of ``split``; variants "", "hasty", "majority" and "binary"."""
+    check_choice(config, split, *PRESETS)
+    preset = PRESETS[config.variant or "hasty"]
     folder = SAMPLE_DIR if config.root is None else config.root
-    images, labels = _of_classes(*read_split(folder, "test" if split == "test" else "train"))
+    images, labels = _chosen(*read_split(folder, "test" if split == "test" else "train"), preset)
     if len(images) < 20:
         raise ValueError(f"root: expected at least 20 digits of {DIGITS} in {folder}, got {len(images)}")
     if split != "test":
         stop = len(images) - max(2, int(len(images) * 0.1))
         part = slice(stop) if split == "train" else slice(stop, None)
         images, labels = images[part], labels[part]
-    source = MnistSource(images, labels, PRESETS[config.variant or "multiclass"], _SEEDS[split])
+    source = MnistSource(images, labels, preset, _SEEDS[split])
     names = [source.name(index) for index in range(len(source))]
     faults: list[Fault] = []
     for kind, drawings in (("positive", config.positives), ("negative", config.negatives)):
@@ -214,6 +184,7 @@ class MnistSource:
         self.indices = list(range(len(self.canvas)))
         self.given: dict[str, dict[str, tuple[Path, ...]]] = {}
         self.skipped: tuple[str, ...] = ()
+        self._drawn = _DRAWN.setdefault((preset, seed, zlib.crc32(self.canvas)), {})
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -242,10 +213,13 @@ class MnistSource:
 
     def draw(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Positive (H, W) and negative (1, H, W) drawing of canvas n by the preset."""
-        # one generator per image: the drawings of an image do not depend on how many others there are
-        rng = np.random.default_rng([self.seed, n])
-        positive, negative = draw(self.mask[n], self.preset, rng, regions=self.region[n])
-        return positive, negative[None]
+        if n not in self._drawn:
+            # one generator per image: the drawings of an image do not depend on how many others there are
+            rng = np.random.default_rng([self.seed, n])
+            positive, negative = draw(self.mask[n], self.preset, rng, regions=self.region[n])
+            self._drawn[n] = positive, negative[None]
+        positive, negative = self._drawn[n]
+        return positive.copy(), negative.copy()
 
     def _read(self, path: Path, image: np.ndarray, name: str) -> np.ndarray:
         labels = read_map(path, self.classes)
@@ -257,15 +231,10 @@ def _class_names(preset: Preset) -> tuple[str, ...]:
     return ("background", *(str(digit) for digit in DIGITS)) if preset.num_classes > 2 else ("background", "digit")
 
 
-def _of_classes(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    chosen = np.isin(labels, DIGITS)
-    return images[chosen], labels[chosen]
-
-
-def _drawn(images: np.ndarray, labels: np.ndarray, preset: Preset, seed: int) -> InMemory:
-    source = MnistSource(images, labels, preset, seed)
-    positive, negative = (np.stack(maps) for maps in zip(*map(source.draw, source.indices), strict=True))
-    image = torch.from_numpy(source.canvas).unsqueeze(1).to(torch.float32) / 255
-    return InMemory(
-        Sample(image, torch.from_numpy(positive), torch.from_numpy(negative), torch.from_numpy(source.mask))
-    )
+def _chosen(images: np.ndarray, labels: np.ndarray, preset: Preset) -> tuple[np.ndarray, np.ndarray]:
+    """The digits of the object classes; of rarer ones, every so many."""
+    kept = np.isin(labels, DIGITS)
+    for digit, share in _RARER.get(preset.name, {}).items():
+        places = np.flatnonzero(labels == digit)
+        kept[places[round(share * len(places)) :]] = False
+    return images[kept], labels[kept]

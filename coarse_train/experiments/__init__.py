@@ -1,1 +1,1 @@
-"""Experiments; each writes a table, a figure and its config."""
+"""Tables of runs: a question, rows that are configs, and a sentence that says whether the claim held."""

@@ -1,4 +1,4 @@
-"""The demo's table and figure."""
+"""The demo's figure: a few test canvases and what became of them, the matrices, the scores."""
 
 from __future__ import annotations
 
@@ -11,148 +11,120 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from torch import Tensor
 
-import coarse_kernels
+from ..checkpoint import load_model
+from ..data import IGNORE, Record, Source, open_split
+from ..pictures import posterior
+from .table import Cell, Summary
 
-from ..data import IGNORE, Sample, Splits
-from ..model import CoarseModel
-
-# background, then object classes: the Okabe-Ito palette, which colour-blind readers can tell apart
-_COLOURS = np.array([(38, 38, 46), (230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167)]) / 255
-_BLANK = np.array([0.93, 0.93, 0.93])
-_LEARNS_FROM = {
-    "ce_positive": "positive drawings",
-    "ce_negative": "negative drawings",
-    "ce_both": "both",
-    "coarse_positive": "positive, confusion matrix learned",
-    "coarse_both": "both, confusion matrix learned",
-    "supervised": "true masks",
-}
+_BLANK = 0.93
 _SHOWN = 4
 
 
-def print_table(results: dict[str, Any]) -> None:
-    """Plain text, aligned; the last line says whether the method is ahead, also where it is not."""
-    print(f"\n{'method':<16}{'learns from':<36}{'mIoU':>7}{'best':>7}{'CM error':>10}{'seconds':>9}")
-    for row in results["rows"]:
-        error = "-" if row["cm_error"] is None else f"{row['cm_error']:.3f}"
-        print(
-            f"{row['method']:<16}{_LEARNS_FROM[row['method']]:<36}{row['miou']:>7.1f}{row['miou_best']:>7.1f}"
-            f"{error:>10}{row['seconds']:>9.1f}"
-        )
-    print(
-        f"mIoU in percent on held-out digits with true masks, last step; background counts. Backend of coarse rows: "
-        f"{results['backend']}; seed {results['seed']}."
-    )
-    print(verdict(results))
-
-
-def verdict(results: dict[str, Any]) -> str:
-    """One sentence: coarse_both against the best cross-entropy."""
-    lead, expected, best = results["lead"], results["expected_lead"], results["best_cross_entropy"]
-    side = "above" if lead >= 0 else "BELOW"
-    met = "as expected" if lead >= expected else "NOT as expected"
-    return (
-        f"coarse_both is {abs(lead):.1f} points {side} the best cross-entropy, {best}: {met} (at least {expected:g})."
-    )
-
-
-def save_figure(
-    path: Path,
-    splits: Splits,
-    models: dict[str, CoarseModel],
-    transition: Tensor,
-    estimated: Tensor,
-    true: Tensor,
-    rows: Sequence[dict[str, Any]],
-) -> None:
-    """A few test canvases with their drawings and what became of them; confusion matrices; scores."""
-    batch = splits.test.select(_shown(splits.test.stacked))
-    names = splits.class_names
-    panels = _panels(batch, models, transition)
-    figure = Figure(figsize=(14, 2.0 * len(batch.image) + 5.2), layout="constrained")
+def save_figure(path: Path, cells: Sequence[Cell], task: str) -> None:
+    """Of the first seed. Without the row coarse_both: the scores alone."""
+    first = {cell.row: cell for cell in reversed(cells)}
+    figure = Figure(figsize=(14, 2.0 * _SHOWN + 5.2 if "coarse_both" in first else 4), layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = np.asarray(figure.subfigures(2, 1, height_ratios=(2.0 * len(batch.image), 5.2)))
-
-    axes = top.subplots(len(batch.image), len(panels), squeeze=False)
+    figure.suptitle(f"Coarse drawings of MNIST digits, task {task}")
+    if "coarse_both" not in first:
+        _bars(figure.subplots(), cells)
+        figure.savefig(path, dpi=110)
+        return
+    method = first["coarse_both"]
+    top, bottom = np.asarray(figure.subfigures(2, 1, height_ratios=(2.0 * _SHOWN, 5.2)))
+    source = open_split(load_model(Path(method.folder) / "last.pt").config.data, "test")
+    panels = _panels([source.load(index) for index in _shown(source)], first, source)
+    axes = top.subplots(_SHOWN, len(panels), squeeze=False)
     for column, (title, pictures) in enumerate(panels.items()):
         axes[0, column].set_title(title, fontsize=12)
         for row, picture in enumerate(pictures):
-            axis = axes[row, column]
-            axis.imshow(picture, interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-    handles = [Patch(color=_COLOURS[k].tolist(), label=name) for k, name in enumerate(names)]
-    handles.append(Patch(facecolor=_BLANK.tolist(), edgecolor="0.6", label="nothing drawn"))
+            axes[row, column].imshow(picture, interpolation="nearest")
+            axes[row, column].set_xticks([])
+            axes[row, column].set_yticks([])
+    names = source.classes.names
+    colours = np.array(source.classes.colours) / 255
+    handles = [Patch(color=colours[k].tolist(), label=name) for k, name in enumerate(names)]
+    handles.append(Patch(facecolor=(_BLANK, _BLANK, _BLANK), edgecolor="0.6", label="nothing drawn"))
     top.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=12)
 
     left, middle, right = bottom.subplots(1, 3, width_ratios=(1, 1, 1.25))
-    _matrix(left, estimated.numpy(), names, "estimated confusion")
-    _matrix(middle, true.numpy(), names, "true confusion")
-    _bars(right, rows)
+    _matrix(left, method.believed, names, "believed")
+    _matrix(middle, method.observed, names, "counted")
+    _bars(right, cells)
     figure.savefig(path, dpi=110)
 
 
-def _shown(samples: Sample) -> list[int]:
+def _shown(source: Source) -> list[int]:
     """The first canvases with an object that carries another class's name, then the first of the others: what is to be
     seen is chosen by the drawings, never by the predictions."""
-    named = (samples.positive != 0) & (samples.positive != IGNORE)
-    swapped = ((samples.mask != 0) & named & (samples.positive != samples.mask)).flatten(1).any(1)
-    order = sorted(range(len(samples.mask)), key=lambda n: not bool(swapped[n]))  # sorted() keeps the order of equals
+
+    def swapped(index: int) -> bool:
+        record = source.load(index)
+        assert record.positive is not None
+        assert record.mask is not None
+        named = (record.positive != 0) & (record.positive != IGNORE)
+        return bool(((record.mask != 0) & named & (record.positive != record.mask)).any())
+
+    order = sorted(range(min(len(source), 64)), key=lambda index: not swapped(index))  # sorted() keeps equals in order
     return order[:_SHOWN]
 
 
 @torch.no_grad()
-def _panels(batch: Sample, models: dict[str, CoarseModel], transition: Tensor) -> dict[str, np.ndarray]:
-    """Column title -> (N, H, W, 3) pictures."""
-    for model in models.values():
-        model.eval()
-    seg_logits, cm_logits, _, _ = models["coarse_both"](batch.image)
-    drawings = [
-        coarse_kernels.Drawings(batch.positive, cm_logits),
-        coarse_kernels.Drawings(batch.negative[:, 0], None, transition),
-    ]
-    posterior = coarse_kernels.annotation_posterior(seg_logits, drawings, ignore_index=IGNORE)
-    baseline = models["ce_both"].segmentation(batch.image).argmax(1)
-    return {
-        "image": batch.image[:, 0, :, :, None].expand(-1, -1, -1, 3).numpy(),
-        "positive drawing\n“this is a …”": _paint(batch.positive),
-        "negative drawing\n“this is not a …”": _paint(batch.negative[:, 0]),
-        "prediction of\nCE on both": _paint(baseline),
-        "prediction of\ncoarse_both": _paint(seg_logits.argmax(1)),
-        "posterior, given\nboth drawings": posterior.permute(0, 2, 3, 1).numpy() @ _COLOURS[: posterior.shape[1]],
-        "true mask": _paint(batch.mask),
+def _panels(records: Sequence[Record], first: dict[str, Cell], source: Source) -> dict[str, Sequence[np.ndarray]]:
+    """Column title -> (H, W, 3) pictures."""
+    images = torch.from_numpy(np.stack([record.image for record in records])).movedim(3, 1).float() / 255
+    positive = np.stack([_given(record.positive) for record in records])
+    negative = np.stack([_given(record.negative) for record in records])
+    output = load_model(Path(first["coarse_both"].folder) / "last.pt").model(images)
+    believed = posterior(output, torch.from_numpy(positive), torch.from_numpy(negative))
+    colours = np.array(source.classes.colours) / 255
+
+    def paint(labels: np.ndarray) -> list[np.ndarray]:
+        known = np.where(labels == IGNORE, 0, labels)
+        return list(np.where((labels == IGNORE)[..., None], _BLANK, colours[known]))
+
+    panels: dict[str, Sequence[np.ndarray]] = {
+        "image": [np.repeat(record.image / 255, 3, 2) for record in records],
+        "positive drawing\n“this is a …”": paint(positive),
+        "negative drawing\n“this is not a …”": paint(negative[:, 0]),
     }
+    if "ce_both" in first:
+        other = load_model(Path(first["ce_both"].folder) / "last.pt").model.segmentation(images)
+        panels["prediction of\nCE on both, tuned"] = paint(other.argmax(1).numpy())
+    panels |= {
+        "prediction of\ncoarse_both": paint(output.seg_logits.argmax(1).numpy()),
+        "posterior, given\nboth drawings": list(believed.movedim(1, 3).numpy() @ colours),
+        "true mask": paint(np.stack([_given(record.mask) for record in records])),
+    }
+    return panels
 
 
-def _paint(labels: Tensor) -> np.ndarray:
-    """(N, H, W) classes -> (N, H, W, 3)."""
-    index = labels.numpy().astype(np.int64)
-    picture = _COLOURS[np.where(index == IGNORE, 0, index)]
-    picture[index == IGNORE] = _BLANK
-    return picture
+def _given(labels: np.ndarray | None) -> np.ndarray:
+    assert labels is not None
+    return labels
 
 
-def _matrix(axis: Any, matrix: np.ndarray, names: Sequence[str], title: str) -> None:
-    axis.imshow(matrix, vmin=0, vmax=1, cmap="Blues")
-    for (i, j), value in np.ndenumerate(matrix):
-        axis.text(
-            j, i, f"{value:.2f}", ha="center", va="center", fontsize=12, color="white" if value > 0.6 else "black"
-        )
+def _matrix(axis: Any, matrix: Sequence[Sequence[float]] | None, names: Sequence[str], title: str) -> None:
+    assert matrix is not None
+    values = np.array(matrix)
+    axis.imshow(values, vmin=0, vmax=1, cmap="Blues")
+    for (i, j), value in np.ndenumerate(values):
+        colour = "white" if value > 0.6 else "black"
+        axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=12, color=colour)
     short = ["bg" if name == "background" else name for name in names]
     axis.set_xticks(range(len(names)), short, fontsize=12)
     axis.set_yticks(range(len(names)), short, fontsize=12)
     axis.set_xlabel("true class", fontsize=12)
     axis.set_ylabel("drawn as", fontsize=12)
-    axis.set_title(f"{title}\np(drawn | true)", fontsize=12)
+    axis.set_title(f"p(drawn | true), {title}", fontsize=12)
 
 
-def _bars(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
-    colours = ["0.65" if row["method"].startswith("ce_") else "0.4" for row in rows]
-    colours = ["tab:blue" if row["method"].startswith("coarse") else c for row, c in zip(rows, colours, strict=True)]
-    bars = axis.barh([row["method"] for row in rows], [row["miou"] for row in rows], color=colours)
-    axis.bar_label(bars, [f"{row['miou']:.1f}" for row in rows], padding=3, fontsize=12)
+def _bars(axis: Any, cells: Sequence[Cell]) -> None:
+    rows = list(dict.fromkeys(cell.row for cell in cells))
+    means = [Summary.of(cells, row).mean for row in rows]
+    colours = ["0.65" if row.startswith("ce_") else "tab:blue" if row.startswith("coarse") else "0.4" for row in rows]
+    axis.bar_label(axis.barh(rows, means, color=colours), [f"{mean:.1f}" for mean in means], padding=3, fontsize=12)
     axis.set_xlim(0, 112)
     axis.invert_yaxis()
     axis.tick_params(axis="y", labelsize=12)

@@ -10,14 +10,16 @@ from __future__ import annotations
 from .drawing import draw_coarse, generator_for
 from .presets import (
     BINARY,
+    HASTY,
     IGNORE,
-    MULTICLASS,
+    MAJORITY,
     PRESETS,
     Preset,
     ShapeNoise,
     cyclic_swap,
     distort,
     draw,
+    look_alikes,
     objects_of,
     observed_confusion,
 )
@@ -25,9 +27,10 @@ from .process import LEVELS, Mix, Process, Strokes, level, true_confusion, true_
 
 __all__ = [
     "BINARY",
+    "HASTY",
     "IGNORE",
     "LEVELS",
-    "MULTICLASS",
+    "MAJORITY",
     "PRESETS",
     "Mix",
     "Preset",
@@ -40,6 +43,7 @@ __all__ = [
     "draw_coarse",
     "generator_for",
     "level",
+    "look_alikes",
     "objects_of",
     "observed_confusion",
     "true_confusion",
