@@ -18,13 +18,12 @@ from coarse_train.data.mnist import (
     CANVAS,
     DIGITS,
     SAMPLE_DIR,
-    load_splits,
     place_digits,
     read_idx,
     read_split,
     write_idx,
 )
-from coarse_train.simulate import BINARY, MULTICLASS, Preset
+from coarse_train.simulate import PRESETS, draw
 
 from .data_trees import save, write_drawings
 
@@ -105,8 +104,8 @@ def test_a_folder_without_the_files_is_named(tmp_path: Path) -> None:
 
 def test_too_few_digits_of_the_classes(tmp_path: Path) -> None:
     folder = _folder(tmp_path, np.zeros((30, 28, 28), np.uint8), np.ones(30, np.uint8))
-    with pytest.raises(ValueError, match=r"at least 20 train digits .* got 0"):
-        load_splits(folder=folder, preset=MULTICLASS)
+    with pytest.raises(ValueError, match=r"root: expected at least 20 digits of .* got 0"):
+        open_split(DataConfig(dataset="mnist", root=folder), "train")
 
 
 def test_the_sample_is_small_attributed_and_balanced() -> None:
@@ -133,8 +132,9 @@ def test_the_sample_is_made_from_the_full_files(tmp_path: Path) -> None:
 @pytest.mark.skipif(not FULL.is_dir(), reason=f"the full MNIST is not at {FULL}; COARSE_DATA names its parent folder")
 def test_full_files_are_read() -> None:
     assert [len(read_split(FULL, split)[0]) for split in ("train", "test")] == [60_000, 10_000]
-    splits = load_splits(folder=FULL, preset=MULTICLASS, max_train=40, max_test=20)
-    assert [len(part) for part in splits[:3]] == [40, 5, 20]
+    found = [open_split(DataConfig(dataset="mnist", root=FULL, limit=40), split) for split in ("train", "val", "test")]
+    assert len(found[0]) == 40
+    assert all(len(source) > 1000 for source in found[1:])
 
 
 def test_place_digits_uses_each_digit_once_and_never_overlaps() -> None:
@@ -153,46 +153,48 @@ def test_place_digits_uses_each_digit_once_and_never_overlaps() -> None:
 
 
 def test_splits_are_disjoint_and_drawings_do_not_change() -> None:
-    splits = load_splits(preset=MULTICLASS, max_train=40, max_test=20, seed=5)
-    digits = [{bytes(image.numpy().tobytes()) for image in part.stacked.image} for part in splits[:3]]
-    assert not digits[0] & digits[1]
-    assert not digits[0] & digits[2]
-    assert not digits[1] & digits[2]
-    again = load_splits(preset=MULTICLASS, max_train=40, max_test=20, seed=5)
-    for one, two in zip(splits.train.stacked, again.train.stacked, strict=True):
-        assert torch.equal(one, two)
-    other = load_splits(preset=MULTICLASS, max_train=40, max_test=20, seed=6)
-    assert not torch.equal(splits.train.stacked.positive, other.train.stacked.positive)
-    assert torch.equal(splits.test.stacked.image, other.test.stacked.image)
-    sample = splits.train[0]
-    assert sample.image.shape == sample.negative.shape == (1, CANVAS, CANVAS)
-    assert sample.positive.shape == sample.mask.shape == (CANVAS, CANVAS)
-    assert sample.image.dtype == torch.float32
-    assert sample.positive.dtype == sample.negative.dtype == sample.mask.dtype == torch.uint8
+    config = DataConfig(dataset="mnist")
+    sources = [open_split(config, split) for split in ("train", "val", "test")]
+    assert [len(source) for source in sources] == [2016, 224, 480]
+    canvases = [{source.load(index).image.tobytes() for index in range(60)} for source in sources]
+    assert not canvases[0] & canvases[1]
+    assert not canvases[0] & canvases[2]
+    assert not canvases[1] & canvases[2]
+    again = open_split(config, "train")
+    for index in (0, 7, 2015):
+        record = sources[0].load(index)
+        assert record.image.shape == (CANVAS, CANVAS, 1)
+        assert record.image.dtype == np.uint8
+        for kind in ("positive", "negative", "mask"):
+            np.testing.assert_array_equal(getattr(record, kind), getattr(again.load(index), kind))
+        assert sources[0].kinds(index) == {"positive", "negative", "mask"}
 
 
-def test_binary_task() -> None:
-    splits = load_splits(preset=BINARY, max_train=20, max_test=10)
-    assert splits.class_names == ("background", "digit")
-    for field in splits.train.stacked[1:]:
-        assert set(field.unique().tolist()) <= {0, 1, IGNORE}
+def test_a_drawing_that_was_handed_out_may_be_written_to() -> None:
+    """It is kept, since drawing takes longer than a step has for it."""
+    source = open_split(DataConfig(dataset="mnist"), "train")
+    first = source.load(0)
+    assert first.positive is not None
+    before = first.positive.copy()
+    first.positive[:] = 3
+    np.testing.assert_array_equal(source.load(0).positive, before)
 
 
-@pytest.mark.parametrize(("variant", "preset"), [("", MULTICLASS), ("binary", BINARY)])
-def test_as_a_source_it_has_the_images_and_drawings_of_load_splits(variant: str, preset: Preset) -> None:
-    splits = load_splits(preset=preset)
-    for split, stacked in zip(("train", "val", "test"), splits[:3], strict=True):
-        source = open_split(DataConfig(dataset="mnist", variant=variant), split)
-        assert len(source) == len(stacked)
-        assert source.classes.names == splits.class_names
-        for index in (0, 7, len(source) - 1):
-            record, sample = source.load(index), stacked[index]
-            assert record.image.dtype == np.uint8
-            assert record.image.shape == (CANVAS, CANVAS, 1)
-            np.testing.assert_array_equal(record.image[..., 0] / np.float32(255), sample.image[0])
-            for kind in ("positive", "negative", "mask"):
-                np.testing.assert_array_equal(getattr(record, kind), getattr(sample, kind))
-        assert source.kinds(0) == {"positive", "negative", "mask"}
+def test_every_preset_is_a_variant_of_the_same_digits() -> None:
+    for variant, preset in PRESETS.items():
+        record = open_split(DataConfig(dataset="mnist", variant=variant), "train").load(0)
+        expected = draw(record.mask, preset, np.random.default_rng([0, 0]), regions=_regions(variant))
+        np.testing.assert_array_equal(record.positive, expected[0])
+        np.testing.assert_array_equal(record.negative, expected[1][None])
+        assert set(np.unique(record.mask)) <= set(range(preset.num_classes))
+    hasty = open_split(DataConfig(dataset="mnist", variant="hasty"), "train").load(5)
+    default = open_split(DataConfig(dataset="mnist"), "train").load(5)
+    np.testing.assert_array_equal(hasty.positive, default.positive)
+
+
+def _regions(variant: str) -> np.ndarray:
+    source = open_split(DataConfig(dataset="mnist", variant=variant), "train")
+    return source.region[0]  # type: ignore[attr-defined,no-any-return]
 
 
 def test_a_limit_takes_the_first_canvases_and_changes_none() -> None:
@@ -238,5 +240,5 @@ def test_bad_drawings_in_folders_are_named_or_listed(tmp_path: Path, capsys: pyt
 
 
 def test_a_variant_that_there_is_not() -> None:
-    with pytest.raises(ValueError, match=r"variant: expected one of \('', 'binary'\) for mnist, got 'swap'"):
+    with pytest.raises(ValueError, match=r"variant: expected one of \('', 'majority', 'hasty', 'binary'\) for mnist, got 'swap'"):
         open_split(DataConfig(dataset="mnist", variant="swap"), "train")

@@ -11,7 +11,8 @@ from coarse_train.data.mnist import SAMPLE_DIR, place_digits, read_split
 from coarse_train.simulate import (
     BINARY,
     IGNORE,
-    MULTICLASS,
+    HASTY,
+    MAJORITY,
     Preset,
     ShapeNoise,
     cyclic_swap,
@@ -41,14 +42,14 @@ def _squares(count: int, label: int) -> np.ndarray:
 @pytest.mark.parametrize("true", [1, 2, 3, 4])
 def test_swap_rates_are_those_of_the_matrix(true: int) -> None:
     """2,000 objects drawn with exact outlines: each rate within 4 standard deviations of a binomial."""
-    preset = Preset("swap", EXACT, EXACT, MULTICLASS.swap)
+    preset = Preset("swap", EXACT, EXACT, HASTY.swap)
     rng = np.random.default_rng(true)
     mask = _squares(50, true)
     drawn = np.concatenate([draw(mask, preset, rng)[0][4, 4::8] for _ in range(40)])
     count = len(drawn)
     assert count == 2000
     for label in range(5):
-        expected = MULTICLASS.swap[label][true]
+        expected = HASTY.swap[label][true]
         rate = float((drawn == label).mean())
         assert abs(rate - expected) <= 4 * np.sqrt(expected * (1 - expected) / count)
 
@@ -64,7 +65,7 @@ def test_negatives_are_honest_weak_and_silent_where_nothing_is_drawn(canvases: t
     mask, region = canvases
     named = np.zeros((5, 5), int)
     for n in range(len(mask)):
-        _, negative = draw(mask[n], MULTICLASS, np.random.default_rng(n), regions=region[n])
+        _, negative = draw(mask[n], HASTY, np.random.default_rng(n), regions=region[n])
         drawn = negative != IGNORE
         assert not (negative == mask[n])[drawn].any()  # never the true class
         assert 0 not in negative[drawn]  # never "not background"
@@ -92,7 +93,7 @@ def test_the_negative_keeps_off_other_objects() -> None:
 def test_ignore_in_the_mask_stays_unlabelled() -> None:
     mask = _squares(3, 1)
     mask[:, :8] = IGNORE
-    positive, negative = draw(mask, MULTICLASS, np.random.default_rng(0))
+    positive, negative = draw(mask, HASTY, np.random.default_rng(0))
     assert (positive[:, :8] == IGNORE).all()
     assert (negative[:, :8] == IGNORE).all()
     assert (positive[:, 8:] != IGNORE).all()
@@ -157,11 +158,27 @@ def test_the_preset_is_as_documented(canvases: tuple[np.ndarray, np.ndarray]) ->
     """An object pixel is drawn as its own class about 45 times in 100, as background 35 and as another class 20."""
     mask, region = canvases
     rngs = [np.random.default_rng(n) for n in range(len(mask))]
-    drawn = [draw(mask[n], MULTICLASS, rngs[n], regions=region[n])[0] for n in range(len(mask))]
+    drawn = [draw(mask[n], HASTY, rngs[n], regions=region[n])[0] for n in range(len(mask))]
     confusion = observed_confusion(np.stack(drawn), mask, 5)
     assert abs(np.diag(confusion)[1:].mean() - 0.45) < 0.05
     assert abs(confusion[0, 1:].mean() - 0.35) < 0.05
     assert confusion[0, 0] > 0.95
+
+
+def test_where_the_majority_is_wrong_two_classes_are_mostly_drawn_as_another(
+    canvases: tuple[np.ndarray, np.ndarray],
+) -> None:
+    mask, region = canvases
+    rngs = [np.random.default_rng(n) for n in range(len(mask))]
+    drawn = [draw(mask[n], MAJORITY, rngs[n], regions=region[n]) for n in range(len(mask))]
+    confusion = observed_confusion(np.stack([positive for positive, _ in drawn]), mask, 5)
+    for true, other in ((2, 1), (4, 3)):
+        assert 1.2 * confusion[true, true] < confusion[other, true]
+        assert confusion[true, other] < 0.02
+    for n, (_, negative) in enumerate(drawn):  # honest, and on every object
+        assert not (negative == mask[n])[mask[n] > 0].any()
+        for number in np.unique(region[n][region[n] > 0]):
+            assert (negative[region[n] == number] != IGNORE).any()
 
 
 def test_bad_presets_are_refused() -> None:
@@ -179,8 +196,8 @@ def test_the_demos_drawings_are_those_of_the_published_table(canvases: tuple[np.
     """Checksums of drawings of the release whose numbers the README gives; another one means that its table is out of date."""
     mask, region = canvases
     found = {}
-    for preset in (MULTICLASS, BINARY):
-        masks = mask if preset is MULTICLASS else (mask > 0).astype(np.uint8)
+    for preset in (HASTY, BINARY):
+        masks = mask if preset is HASTY else (mask > 0).astype(np.uint8)
         drawn = [draw(masks[n], preset, np.random.default_rng(n), regions=region[n]) for n in range(50)]
         found[preset.name] = crc32(np.array(drawn).tobytes())
-    assert found == {"multiclass": 2090422109, "binary": 1293131010}
+    assert found == {"hasty": 2090422109, "binary": 1293131010}

@@ -2,8 +2,8 @@
 
     ROOT/{train,t10k}-{images-idx3,labels-idx1}-ubyte, or the same with .gz; without ROOT the sample
 
-Two digits on 48x48 pixels, drawn by a preset of `simulate`: variant "" or "hasty" (background, 0, 3, 4, 7), "majority" (the
-same, half of the digits 3 and 7 left out) or "binary" (background, digit). The canvases and their drawings are the same in
+Two digits on 48x48 pixels, drawn by a preset of `simulate`: variant "" or "hasty", "majority" (background, 0, 3, 4, 7) or
+"binary" (background, digit). The canvases and their drawings are the same in
 every run and for every ``limit``: the first nine tenths of the training digits are train, the rest val.
 
 The IDX format: two zero bytes, a type byte (0x08 = unsigned byte), the number of axes, each axis as a big-endian
@@ -48,7 +48,6 @@ CANVAS = 48
 _CELL = CANVAS // 2  # each digit has a quadrant of its own, so digits never overlap
 _BORDER = 4  # MNIST digits are 20x20 in a 28x28 frame
 _INK = 100  # a pixel of a digit is object from this grey value on
-_RARER = {"majority": {3: 0.5, 7: 0.5}}  # preset -> digit -> the share of its digits that is used
 _SEEDS = {"train": 0, "val": 1_000_003, "test": 2_000_003}
 _FILES = {
     ("train", "images"): "train-images-idx3-ubyte",
@@ -148,7 +147,7 @@ def open_split(config: DataConfig, split: str) -> MnistSource:
     check_choice(config, split, *PRESETS)
     preset = PRESETS[config.variant or "hasty"]
     folder = SAMPLE_DIR if config.root is None else config.root
-    images, labels = _chosen(*read_split(folder, "test" if split == "test" else "train"), preset)
+    images, labels = _chosen(*read_split(folder, "test" if split == "test" else "train"))
     if len(images) < 20:
         raise ValueError(f"root: expected at least 20 digits of {DIGITS} in {folder}, got {len(images)}")
     if split != "test":
@@ -184,7 +183,7 @@ class MnistSource:
         self.indices = list(range(len(self.canvas)))
         self.given: dict[str, dict[str, tuple[Path, ...]]] = {}
         self.skipped: tuple[str, ...] = ()
-        self._drawn = _DRAWN.setdefault((preset, seed, zlib.crc32(self.canvas)), {})
+        self._drawn = _DRAWN.setdefault((preset, seed, zlib.crc32(self.canvas.tobytes())), {})
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -231,10 +230,7 @@ def _class_names(preset: Preset) -> tuple[str, ...]:
     return ("background", *(str(digit) for digit in DIGITS)) if preset.num_classes > 2 else ("background", "digit")
 
 
-def _chosen(images: np.ndarray, labels: np.ndarray, preset: Preset) -> tuple[np.ndarray, np.ndarray]:
-    """The digits of the object classes; of rarer ones, every so many."""
+def _chosen(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The digits of the object classes."""
     kept = np.isin(labels, DIGITS)
-    for digit, share in _RARER.get(preset.name, {}).items():
-        places = np.flatnonzero(labels == digit)
-        kept[places[round(share * len(places)) :]] = False
     return images[kept], labels[kept]

@@ -9,7 +9,7 @@
 Question: does a confusion matrix that is learned with the network help where most drawings of a class carry another's name?
 
 Two digits stand on a 48x48 canvas. Positive drawings ("this is a 7") are mostly incomplete; in the task "majority" two
-rarer digits are drawn under the name of a commoner one in six cases of ten, as by somebody who knows one of two names.
+of the four digits are drawn under the name of another in six cases of ten, as by somebody who knows one name for two things.
 Negative drawings ("this is not a 4") are honest and on every object: realistic names, an unrealistic effort
 (`coarse_train.simulate.presets`). All rows share network, steps, batches, optimizer and schedule. Scores are mIoU in
 percent, background included, of held-out test digits; the last step counts, and no score chooses anything but the weight

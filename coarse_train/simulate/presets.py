@@ -82,10 +82,11 @@ def cyclic_swap(num_classes: int, probability: float) -> tuple[tuple[float, ...]
 
 
 def look_alikes(num_classes: int, pairs: Mapping[int, int], probability: float) -> tuple[tuple[float, ...], ...]:
-    """[drawn, true]: class ``rare`` is drawn as ``common`` with ``probability``, for each pair; the others as themselves."""
+    """[drawn, true]: a class of ``pairs`` is drawn as the other one with ``probability``; those that are in no pair, and the
+    other ones, as themselves."""
     swap = np.eye(num_classes)
-    for rare, common in pairs.items():
-        swap[rare, rare], swap[common, rare] = 1 - probability, probability
+    for true, drawn in pairs.items():
+        swap[true, true], swap[drawn, true] = 1 - probability, probability
     return tuple(tuple(float(x) for x in row) for row in swap)
 
 
@@ -99,10 +100,11 @@ HASTY = Preset(
     negative=ShapeNoise(broken=0.3, shifted=0.3),
     swap=cyclic_swap(5, 0.3),
 )
-# The majority is wrong: two rarer classes are drawn as a commoner look-alike more often than not, as annotators do who know
-# one of the two names ("car" for a van). So the most frequent name of such an object is not its own, and averaging does
-# not help. Names are realistic; that every object has a negative drawing, and an honest one, is what a project has to pay
-# for. Outlines as above.
+# The majority is wrong: two of the four classes are drawn as another one more often than not, as by annotators who know one
+# name for two things ("car" for a van). So the most frequent name of such an object is not its own, and averaging does not
+# help. That is realistic for names; that every object has a negative drawing, and an honest one, is what a project would have
+# to pay for. Outlines as above. All four classes are equally frequent: with half as many of the two that are misnamed, a name
+# is mostly right again for who sees it, and the textbook pair gets there in some runs.
 MAJORITY = Preset(
     name="majority",
     positive=HASTY.positive,
