@@ -129,6 +129,12 @@ struct LabelRun {
   }
 };
 
+// Where a task adds what it has of one kind of drawings.
+struct Sums {
+  double* terms;       // nll, trace
+  double* transition;  // (C, C), the gradient of T; null: not wanted
+};
+
 // Loss terms of one kind of drawings: vector by vector into its maps, and, slab by slab, into the sums of the task.
 template <class R>
 class Terms {
@@ -148,9 +154,9 @@ class Terms {
       kind.trace_map[at + k] = trace[k];
     }
   }
-  void leave(const Drawings<R>& kind, int64_t task) {
-    kind.sums[2 * task] += sum_lanes<R>(nll_);
-    kind.sums[2 * task + 1] += sum_lanes<R>(trace_);
+  void leave(const Sums& sums) {
+    sums.terms[0] += sum_lanes<R>(nll_);
+    sums.terms[1] += sum_lanes<R>(trace_);
     nll_ = trace_ = V{};
   }
 

@@ -21,6 +21,8 @@ constexpr int64_t kRowsPerChunk = 16;      // at least
 constexpr int64_t kPixelsPerChunk = 4096;  // where nothing is interpolated
 constexpr int64_t kCopyBytes = int64_t{16} << 20;  // of a gradient that all images share: groups of them have their own
 constexpr int64_t kHeadBytes = int64_t{64} << 20;  // of the seams of a volume
+constexpr int64_t kTransitionBytes = int64_t{32} << 20;  // of gradients of T, which each slice of the tasks has of its own
+constexpr int64_t kMinSlices = 4;                        // all the same: threads that are kept busy
 
 // A Plan and what it points into.
 template <class R>
@@ -70,6 +72,12 @@ class Planned {
     slopes_.resize(strided_.size());
     for (size_t n = 0; n < strided_.size(); ++n) find_slopes(plan.kinds[strided_[n]], slopes_[n]);
     plan.groups = groups(problem);
+    plan.slices = plan.tasks();
+  }
+  // Tasks have a gradient of `learned` matrices T, C x C doubles each.
+  void learn_transitions(int64_t learned, int64_t classes) {
+    const int64_t bytes = learned * classes * classes * static_cast<int64_t>(sizeof(double));
+    if (bytes > 0) plan.slices = std::min(plan.tasks(), std::max(kMinSlices, kTransitionBytes / bytes));
   }
   Planned(const Planned&) = delete;
 

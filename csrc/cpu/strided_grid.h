@@ -122,9 +122,9 @@ class StridedGrid {
   }
 
   // A segment: up to kMaxRows rows of a strip.
-  void run(ClassField<R>& field, const Slab& slab, const LabelRun<R>* layers, int64_t task) {
+  void run(ClassField<R>& field, const Slab& slab, const LabelRun<R>* layers, const Sums& sums) {
     const int c = classes();
-    task_ = task;
+    totals_ = sums;
     layers_ = layers;
     field_ = &field;
     bool any_valid = false;
@@ -151,7 +151,7 @@ class StridedGrid {
     } else if (want_cm_) {
       with_rows(slab.rows, [&](auto rows) { return gradients<rows.value>(slope); });
     }
-    terms_.leave(*kind_, task);
+    terms_.leave(sums);
     touched_ = true;
   }
 
@@ -438,7 +438,7 @@ class StridedGrid {
       if (kind_->layers > 1) {
         for (int r = 0; r < slab.rows; ++r) evidence_[r] = evidence(l, r);
       }
-      if (kind_->transition_gradient != nullptr) add_transition_gradient(slab, l);
+      if (totals_.transition != nullptr) add_transition_gradient(slab, l);
       for (int r = 0; r < slab.rows; ++r) {
         const V d = evidence_[r], inv_d = one / d;
         const V scaled = weight(l, r) * kind_->gradient_scale, scaled_trace = scaled * kind_->trace_weight;
@@ -551,7 +551,7 @@ class StridedGrid {
   // d loss / dT[i, y] -= weight / D * sum_j A[i,j] p[j]
   void add_transition_gradient(const Slab& slab, int64_t layer) {
     const int c = classes();
-    double* sum = kind_->transition_gradient + task_ * c * c;
+    double* const sum = totals_.transition;
     for (int i = 0; i < c; ++i) {
       V ap[kMaxRows];
       for (int r = 0; r < slab.rows; ++r) ap[r] = broadcast<V>(R(0));
@@ -573,7 +573,7 @@ class StridedGrid {
   void log_space(const Slab& slab, const Slope<R>& slope) {
     const int c = classes(), pitch = slab.pitch;
     const V zero = broadcast<V>(R(0));
-    const bool want_reported = kind_->transition_gradient != nullptr;
+    const bool want_reported = totals_.transition != nullptr;
     for (int r = 0; r < slab.rows; ++r) {
       const V lambda = broadcast<V>(slope.lambda0 + static_cast<R>(r) * slope.step);
       for (int64_t l = 0; l < kind_->layers; ++l) {
@@ -591,7 +591,7 @@ class StridedGrid {
             field_->joint[j * pitch + r] += select(valid(l, r) != zero, slow_.columns[j].log_q, zero);
           continue;
         }
-        if (want_reported) slow_.add_reported(c, layers_[l].label + r * N, kind_->transition_gradient + task_ * c * c);
+        if (want_reported) slow_.add_reported(c, layers_[l].label + r * N, totals_.transition);
         add(slab, l, r, terms.nll, terms.trace);
         const V impossible = broadcast<V>(std::numeric_limits<R>::infinity());
         const V live = select(terms.nll == impossible, zero, scaled);
@@ -607,7 +607,7 @@ class StridedGrid {
   const Drawings<R>* kind_ = nullptr;
   const FieldPlan<R>* g_ = nullptr;
   bool want_cm_ = false, touched_ = false;
-  int64_t pitch_ = 0, task_ = 0, image_ = -1, z_ = -1;
+  int64_t pitch_ = 0, image_ = -1, z_ = -1;
   int64_t cell_ = 0, lower_ = 0, loaded_[2] = {-1, -1};  // the band's upper and lower grid row, and those in grid_
   R* grid_[2];                                           // (C * C, pitch) logits of the two rows
   GradientRows<R> sums_;
@@ -622,6 +622,7 @@ class StridedGrid {
   const LabelRun<R>* layers_ = nullptr;
   ClassField<R>* field_ = nullptr;
   Terms<R> terms_;
+  Sums totals_{};
   Reports reports_ = Reports::mixed;
   int32_t* few_;    // (layers, C) labels of each layer, and how many
   int* few_count_;  // (layers)

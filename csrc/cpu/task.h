@@ -34,7 +34,10 @@ class Kind {
   }
 
   // With the workspace in place.
-  void begin() {
+  void begin(int64_t task, int64_t slice) {
+    const int64_t c = problem_->classes;
+    sums_ = {kind_->sums + 2 * task,
+             kind_->transition_gradient == nullptr ? nullptr : kind_->transition_gradient + slice * c * c};
     for (int64_t l = 0; l < kind_->layers; ++l) {
       layers_[l] = {
           labels_.label + l * slots_, labels_.valid + l * slots_, labels_.weight + l * slots_, false, false, -1};
@@ -86,12 +89,12 @@ class Kind {
   const LabelRun<R>* layers() const { return layers_; }
   int64_t layer_count() const { return kind_->layers; }
 
-  void run(ClassField<R>& field, const Slab& slab, int64_t task) {
+  void run(ClassField<R>& field, const Slab& slab) {
     switch (form_) {
-      case Form::trusted: trusted_.run(field, slab, layers_, task); break;
-      case Form::strided: strided_.run(field, slab, layers_, task); break;
-      case Form::two_classes: two_.run(field, slab, layers_, task); break;
-      case Form::pixels: pixels_.run(field, slab, layers_, task); break;
+      case Form::trusted: trusted_.run(field, slab, layers_, sums_); break;
+      case Form::strided: strided_.run(field, slab, layers_, sums_); break;
+      case Form::two_classes: two_.run(field, slab, layers_, sums_); break;
+      case Form::pixels: pixels_.run(field, slab, layers_, sums_); break;
     }
   }
 
@@ -103,6 +106,7 @@ class Kind {
   LabelRun<R> labels_{};  // of all layers, one after the other
   int64_t slots_ = 0;
   R* sum_ = nullptr;
+  Sums sums_{};
   Trusted<R> trusted_;
   StridedGrid<R> strided_;
   PixelGrid<R, 2> two_;  // two classes are common, and cheap enough for the loops over classes to show
@@ -132,7 +136,7 @@ class Task {
     const int64_t group = task / plan_.chunk_count, chunk = task % plan_.chunk_count;
     const Chunk& part = plan_.chunks[chunk];
     const int64_t b0 = problem_.batch * group / plan_.groups, b1 = problem_.batch * (group + 1) / plan_.groups;
-    for_each([](Kind<R>& kind) { kind.begin(); });
+    for_each([&](Kind<R>& kind) { kind.begin(task, plan_.slice_of(task)); });
     for (int64_t image = b0; image < b1; ++image) {
       for (int64_t z = part.z0; z < part.z1; ++z) {
         field_.start(image, group, chunk, z, image == b0);
@@ -175,11 +179,11 @@ class Task {
     bool all_drawn = true;
     if (!find_drawn(slab, &all_drawn) && problem_.posterior == nullptr) {
       field_.write_zeros(slab);
-      for_each([&](Kind<R>& kind) { kind.run(field_, slab, task_); });  // zeros of its own
+      for_each([&](Kind<R>& kind) { kind.run(field_, slab); });  // zeros of its own
       return;
     }
     field_.read(slab, all_drawn);
-    for_each([&](Kind<R>& kind) { kind.run(field_, slab, task_); });
+    for_each([&](Kind<R>& kind) { kind.run(field_, slab); });
     field_.write(slab);
   }
 

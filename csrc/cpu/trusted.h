@@ -35,7 +35,7 @@ class Trusted {
       for (int y = 0; y < 2 * N; ++y) table_[i * 2 * N + y] = y < c ? kind_->transition[i * c + y] : R(0);
   }
 
-  void run(ClassField<R>& field, const Slab& slab, const LabelRun<R>* layers, int64_t task) {
+  void run(ClassField<R>& field, const Slab& slab, const LabelRun<R>* layers, const Sums& sums) {
     for (int64_t layer = 0; layer < kind_->layers; ++layer) {
       const LabelRun<R>& labels = layers[layer];
       if (!labels.any_valid) {
@@ -45,10 +45,10 @@ class Trusted {
       const int64_t map = (slab.image * kind_->layers + layer) * problem_->pixels();
       for_each_vector(*problem_, slab, [&](Place place) {
         place.at += map;
-        kind_->transition == nullptr ? one_hot(field, slab, labels, place) : mixed(field, slab, labels, place, task);
+        kind_->transition == nullptr ? one_hot(field, slab, labels, place) : mixed(field, slab, labels, place, sums);
       });
     }
-    terms_.leave(*kind_, task);
+    terms_.leave(sums);
   }
 
  private:
@@ -114,7 +114,7 @@ class Trusted {
     }
   }
 
-  void mixed(ClassField<R>& field, const Slab& slab, const LabelRun<R>& labels, const Place& place, int64_t task) {
+  void mixed(ClassField<R>& field, const Slab& slab, const LabelRun<R>& labels, const Place& place, const Sums& sums) {
     const int c = problem_->classes, pitch = slab.pitch, v = place.v;
     const V zero = broadcast<V>(R(0)), one = broadcast<V>(R(1)), inf = broadcast<V>(std::numeric_limits<R>::infinity());
     const int32_t* const label = labels.label + v * N;
@@ -153,8 +153,7 @@ class Trusted {
     }
     field.mass[v] += live;
     for (int j = 0; j < c; ++j) field.own[j * pitch + v] -= select(live == zero, zero, live * r_[j]);
-    if (kind_->transition_gradient != nullptr) {
-      double* const sum = kind_->transition_gradient + task * c * c;
+    if (double* const sum = sums.transition; sum != nullptr) {
       for (int i = 0; i < c; ++i) {
         const V share =
             small ? exp_wide(field.s[i * pitch + v] - field.log_sum[v] - log_d) : field.p[i * pitch + v] / d;
