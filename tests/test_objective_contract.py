@@ -126,6 +126,24 @@ def test_the_number_of_threads_changes_no_bit_of_an_objective() -> None:
             assert torch.equal(ours, first)
 
 
+@pytest.mark.skipif("cpu" not in ck.available_backends(), reason="not built")
+def test_the_gradient_of_a_transition_of_many_classes_is_right_and_the_same_on_any_number_of_threads() -> None:
+    """More tasks than there are sums of C x C: several tasks add to each."""
+    classes, gen = 150, generator(0)
+    seg, labels = torch.randn(16, classes, 16, 1, generator=gen), torch.randint(0, classes, (16, 320, 4), generator=gen)
+    kinds = [Drawings(labels, transition=random_transition(classes, gen))]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(evaluate(seg, kinds, "cpu", torch.float32)[1])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(ours, other) for ours, other in zip(*found, strict=True))
+    _, truth = evaluate(seg, kinds, "reference", torch.float64)
+    assert all(gradient_error(ours, theirs) < 2e-6 for ours, theirs in zip(found[0], truth, strict=True))
+
+
 @EVERY
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("weight", [0.0, 1e-44, 0.3, 1e30])

@@ -74,7 +74,7 @@ struct Plan {
   int per_row = 1;         // vectors of a row that are worked on together
   int vectors = kMaxRows;  // at most, of a slab: rows * per_row
 
-  int64_t slices = 1;      // of the tasks: those of a slice run one after the other and share one gradient of T
+  int64_t slices = 1;  // of the tasks: those of a slice run one after the other and share one gradient of T
 
   int64_t tasks() const { return chunk_count * groups; }
   int64_t slice_of(int64_t task) const { return task * slices / tasks(); }

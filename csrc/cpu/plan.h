@@ -20,9 +20,10 @@ constexpr int64_t kMaxChunks = 32;         // of an image: seams that are added 
 constexpr int64_t kRowsPerChunk = 16;      // at least
 constexpr int64_t kPixelsPerChunk = 4096;  // where nothing is interpolated
 constexpr int64_t kCopyBytes = int64_t{16} << 20;  // of a gradient that all images share: groups of them have their own
-constexpr int64_t kHeadBytes = int64_t{64} << 20;  // of the seams of a volume
-constexpr int64_t kTransitionBytes = int64_t{32} << 20;  // of gradients of T, which each slice of the tasks has of its own
-constexpr int64_t kMinSlices = 4;                        // all the same: threads that are kept busy
+constexpr int64_t kHeadBytes = int64_t{64} << 20;  // of seams, or a quarter of what the gradients themselves take
+constexpr int64_t kTransitionBytes = int64_t{32}
+                                     << 20;  // of gradients of T, which each slice of the tasks has of its own
+constexpr int64_t kMinSlices = 4;            // all the same: threads that are kept busy
 
 // A Plan and what it points into.
 template <class R>
@@ -56,6 +57,7 @@ class Planned {
       plan.vectors = kMaxRows;
     }
     cut_bands(problem);
+    plan.groups = groups(problem);
     if (flat) {
       for (int64_t x = 0; x < problem.width; x += kPixelsPerChunk)
         chunks_.push_back(
@@ -67,11 +69,8 @@ class Planned {
     plan.bands = bands_.data();
     plan.chunks = chunks_.data();
     plan.chunk_count = static_cast<int64_t>(chunks_.size());
-    if (!plan.seg.on_pixels) find_heads(plan.seg, problem, heads_.emplace_back());
-    for (int k : strided_) find_heads(plan.kinds[k], problem, heads_.emplace_back());
     slopes_.resize(strided_.size());
     for (size_t n = 0; n < strided_.size(); ++n) find_slopes(plan.kinds[strided_[n]], slopes_[n]);
-    plan.groups = groups(problem);
     plan.slices = plan.tasks();
   }
   // Tasks have a gradient of `learned` matrices T, C x C doubles each.
@@ -174,30 +173,46 @@ class Planned {
     field.slopes = slopes.data();
   }
 
-  // Chunks: runs of bands; of a volume runs of slices. They begin where the largest field's cells do, so that a seam is
-  // one row.
+  // Chunks, as many as may be useful, and fewer where their seams take too much: those of large fields with few rows
+  // are a good part of the gradient, and every image has its own.
   void cut_chunks(const Problem<R>& problem) {
-    const auto bands = static_cast<int32_t>(bands_.size());
-    if (problem.depth > 1) {
-      int64_t most = kMaxChunks;
-      const auto limit = [&](const FieldPlan<R>& field, const Field& tensor, int64_t planes) {
-        if (field.on_pixels || tensor.gradient == nullptr) return;
-        const int64_t bytes = 2 * planes * field.unit * static_cast<int64_t>(sizeof(R)) * tensor.images;
-        most = std::min(most, std::max<int64_t>(1, kHeadBytes / std::max<int64_t>(1, bytes)));
+    for (int64_t most = kMaxChunks;; most /= 2) {
+      chunks_.clear();
+      heads_.clear();
+      problem.depth > 1 ? cut_slices(problem, most) : cut_rows(problem, most);
+      int64_t seams = 0, gradients = 0;
+      const auto find = [&](FieldPlan<R>& field, const Field& tensor, int64_t planes) {
+        if (field.on_pixels) return;
+        find_heads(field, problem, heads_.emplace_back());
+        if (tensor.gradient == nullptr) return;
+        const int64_t owners = tensor.images == 1 ? plan.groups : tensor.images;
+        const int64_t chunks = static_cast<int64_t>(chunks_.size()), bytes = planes * static_cast<int64_t>(sizeof(R));
+        seams += owners * chunks * field.head_slots * field.unit * bytes;
+        gradients += tensor.images * tensor.points() * bytes;
       };
-      const int64_t c = problem.classes;
-      limit(plan.seg, problem.seg, c);
-      for (int k : strided_) limit(plan.kinds[k], problem.kinds[k].field, c * c);
-      const int64_t slices = (problem.depth + most - 1) / most;
-      for (int64_t z = 0; z < problem.depth; z += slices)
-        chunks_.push_back({z, std::min(z + slices, problem.depth), 0, problem.width, 0, bands});
-      return;
+      find(plan.seg, problem.seg, problem.classes);
+      for (int k : strided_)
+        find(plan.kinds[k], problem.kinds[k].field, static_cast<int64_t>(problem.classes) * problem.classes);
+      if (most == 1 || seams <= std::max(kHeadBytes, gradients / 4)) return;
     }
+  }
+
+  // Of a volume runs of slices.
+  void cut_slices(const Problem<R>& problem, int64_t most) {
+    const int64_t slices = (problem.depth + most - 1) / most;
+    for (int64_t z = 0; z < problem.depth; z += slices)
+      chunks_.push_back(
+          {z, std::min(z + slices, problem.depth), 0, problem.width, 0, static_cast<int32_t>(bands_.size())});
+  }
+
+  // Runs of bands. They begin where the largest field's cells do, so that a seam is one row.
+  void cut_rows(const Problem<R>& problem, int64_t most) {
+    const auto bands = static_cast<int32_t>(bands_.size());
     int largest = -1;
     for (int k : strided_) {
       if (largest < 0 || problem.kinds[k].field.points() > problem.kinds[largest].field.points()) largest = k;
     }
-    const int64_t rows = std::max(kRowsPerChunk, (problem.height + kMaxChunks - 1) / kMaxChunks);
+    const int64_t rows = std::max(kRowsPerChunk, (problem.height + most - 1) / most);
     int32_t begin = 0;
     for (int32_t b = 1; b <= bands; ++b) {
       const bool end = b == bands;
@@ -218,6 +233,7 @@ class Planned {
   void find_heads(FieldPlan<R>& field, const Problem<R>& problem, Heads& heads) const {
     const bool volume = problem.depth > 1;
     const Axis<R>& outer = volume ? field.z : field.y;
+    field.head_slots = 0;
     for (size_t n = 0; n < chunks_.size(); ++n) {
       const int64_t at = volume ? chunks_[n].z0 : bands_[static_cast<size_t>(chunks_[n].begin)].y0;
       const int32_t first = outer.i0[at];
