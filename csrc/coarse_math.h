@@ -197,6 +197,16 @@ COARSE_HD V exp_wide(V x) {
   return select(x > limit, broadcast<V>(std::numeric_limits<R>::infinity()), exp_v(select(x > limit, limit, x)));
 }
 
+// factor * exp(x), where the exponential alone may leave the range: what is beyond e^60 is multiplied last.
+template <class V>
+COARSE_HD V scaled_exp(V factor, V x) {
+  using R = typename Lanes<V>::Scalar;
+  const V zero = broadcast<V>(R(0)), most = broadcast<V>(R(sizeof(R) == 4 ? 88.0 : 709.0));
+  const V over = x - broadcast<V>(R(sizeof(R) == 4 ? 60.0 : 600.0));
+  const V beyond = select(over > zero, select(over > most, most, over), zero);
+  return factor * exp_wide(x - beyond) * exp_v(beyond);
+}
+
 template <class V>
 COARSE_HD V max_v(V a, V b) {
   return select(a > b, a, b);
@@ -288,10 +298,16 @@ template <class V>
 struct ColumnTerms {
   V top;        // max_i a[i,j]
   V inv_z;      // 1 / sum_i exp(a[i,j] - top)
-  V label_top;  // a[i,j] of the largest T[i,y] exp(a[i,j]), 0 where T allows none
+  V label_top;  // a[i,j] of the largest T[i,y] exp(a[i,j]), less kTinyReport where that T is tiny; 0 where T allows
+                // none
   V inv_q;      // 1 / sum_i T[i,y] exp(a[i,j] - label_top), 0 likewise
   V log_q;      // log q[j]
 };
+
+// Below e^-kTinyReport an entry of T counts as tiny: beside it, terms that matter would underflow, and so might the
+// entry.
+template <class R>
+constexpr R kTinyReport = sizeof(R) == 4 ? R(69) : R(667);  // as kSmallestEvidence
 
 // T[i,y] exp(x - label_top). The exponential alone may overflow where T is tiny, the product cannot.
 template <class V>
@@ -314,6 +330,8 @@ COARSE_HD ColumnTerms<V> column_terms(int classes, const Load& load, const Repor
     label_top = select(term > largest, x, label_top);
     largest = max_v(term, largest);
   }
+  // sums are then of the order of 1
+  label_top -= select(largest - label_top < broadcast<V>(-kTinyReport<R>), broadcast<V>(kTinyReport<R>), zero);
   V z = zero, q = zero;
   for (int i = 0; i < classes; ++i) {
     const V x = load(i);
@@ -395,7 +413,7 @@ COARSE_HD PixelTerms<V> pixel_log_space(int classes, const V* s, V* a, const Rep
       if (reported != nullptr) {
         // p A / D in one exponential: each factor alone may leave the range, and so may the result
         reported[i] -= select(live == zero, zero,
-                              live * exp_wide((s[j] - top - log_sum) + (x - column.top) - log_d) * column.inv_z);
+                              scaled_exp(live, (s[j] - top - log_sum) + (x - column.top) - log_d) * column.inv_z);
       }
       a[i * classes + j] = column_gradient_log_space(column, x, t[i], posterior, ajj, i == j, live, live_trace);
     }

@@ -134,9 +134,13 @@ class Trusted {
       // s[j] is at most 0; of the classes that T allows, relative to the largest
       V top = -inf, sum = zero;
       for (int j = 0; j < c; ++j) top = max_v(select(reported_[j] > zero, field.s[j * pitch + v], -inf), top);
-      const V shift = select(top == -inf, zero, top);
+      V shift = select(top == -inf, zero, top);
+      const bool tiny = shift_tiny(field, slab, v, &shift);
       for (int j = 0; j < c; ++j) {
-        r_[j] = select(reported_[j] > zero, reported_[j] * exp_v(field.s[j * pitch + v] - shift), zero);
+        const V x = field.s[j * pitch + v];
+        const V term =
+            tiny ? reported_term<V>({reported_[j], log_of(reported_[j])}, x, shift) : reported_[j] * exp_v(x - shift);
+        r_[j] = select(reported_[j] > zero, term, zero);
         // a NaN is to be seen, wherever it is
         r_[j] = select(field.s[j * pitch + v] == field.s[j * pitch + v], r_[j], field.s[j * pitch + v]);
         sum += r_[j];
@@ -155,13 +159,30 @@ class Trusted {
     for (int j = 0; j < c; ++j) field.own[j * pitch + v] -= select(live == zero, zero, live * r_[j]);
     if (double* const sum = sums.transition; sum != nullptr) {
       for (int i = 0; i < c; ++i) {
-        const V share =
-            small ? exp_wide(field.s[i * pitch + v] - field.log_sum[v] - log_d) : field.p[i * pitch + v] / d;
-        const V each = select(live == zero, zero, live * share);
+        const V share = small ? scaled_exp(live, field.s[i * pitch + v] - field.log_sum[v] - log_d)
+                              : live * (field.p[i * pitch + v] / d);
+        const V each = select(live == zero, zero, share);
         for (int k = 0; k < N; ++k) sum[i * c + label[k]] -= static_cast<double>(each[k]);
       }
     }
     terms_.add(*kind_, place.at, place.lanes, weight, nll, zero);
+  }
+
+  // Where T has tiny entries: what its largest term is to be relative to, as in `column_terms`. False: there are none.
+  bool shift_tiny(const ClassField<R>& field, const Slab& slab, int v, V* shift) const {
+    const V zero = broadcast<V>(R(0)), smallest = broadcast<V>(kSmallestEvidence<R>);
+    I tiny = zero != zero;
+    for (int j = 0; j < problem_->classes; ++j) tiny |= (reported_[j] > zero) & (reported_[j] < smallest);
+    if (!any(tiny)) return false;
+    V largest = broadcast<V>(-std::numeric_limits<R>::infinity()), at = zero;
+    for (int j = 0; j < problem_->classes; ++j) {
+      const V x = field.s[j * slab.pitch + v], term = x + log_of(reported_[j]);
+      at = select(term > largest, x, at);
+      largest = max_v(term, largest);
+    }
+    at -= select(largest - at < broadcast<V>(-kTinyReport<R>), broadcast<V>(kTinyReport<R>), zero);
+    *shift = select(tiny, at, *shift);
+    return true;
   }
 
   // Of the C library: T may hold subnormals.
