@@ -187,6 +187,42 @@ def test_a_kind_of_weight_zero_leaves_the_total_finite_beside_an_impossible_labe
 
 
 @EVERY
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_an_image_without_a_single_layer_has_a_loss_that_trains_and_gradients_of_zero(
+    backend: str, reduction: str
+) -> None:
+    """The reference had a constant there: backward raised."""
+    seg, cm = put(torch.randn(1, 3, 4, 5)).requires_grad_(), put(torch.randn(1, 3, 3, 2, 2)).requires_grad_()
+    transition = put(ck.uniform_transition(3)).requires_grad_()
+    none = put(torch.zeros(1, 0, 4, 5, dtype=torch.uint8))
+    kinds = [Drawings(none), Drawings(none, cm, transition, weight=0.5)]
+    out = ck.annotation_objective(seg, kinds, reduction=reduction, backend=backend)
+    assert out.loss.sum().item() == 0
+    for part in out.parts:
+        (grad,) = torch.autograd.grad(part.loss.sum(), seg, retain_graph=True)
+        assert torch.equal(grad, torch.zeros_like(seg))
+    out.loss.sum().backward()
+    for of in (seg, cm, transition):
+        assert of.grad is not None
+        assert torch.equal(of.grad, torch.zeros_like(of))
+
+
+@EVERY
+def test_minus_infinity_on_a_grid_is_lost_at_most_where_interpolation_loses_it(backend: str) -> None:
+    """Along an axis as long as the pixels' kernels do not read the neighbour that interpolation multiplies with 0."""
+    seg, labels = torch.zeros(1, 3, 4, 3), torch.zeros(1, 4, 9, dtype=torch.uint8)
+    seg[0, 1, 2, 0] = -torch.inf
+    ours, truth = (
+        ck.annotation_nll(put(seg), None, put(labels), reduction="none", backend=name).loss
+        for name in (backend, "reference")
+    )
+    assert truth.isnan().any()
+    assert not truth.isnan().all()
+    assert not ours[~truth.isnan()].isnan().any()
+    assert torch.allclose(ours[~truth.isnan()], truth[~truth.isnan()], rtol=1e-6)
+
+
+@EVERY
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_labels_that_were_made_in_inference_mode_train(backend: str, schedule: str) -> None:
     with torch.inference_mode():
