@@ -288,7 +288,8 @@ def label_map(seg_logits: Tensor, size: Sequence[int], *, backend: str | None = 
 
     Args:
         seg_logits: (B, C, *s) logits of the true class.
-        size: *S, the pixel grid; each axis at least as long as that of the logits.
+        size: *S, the pixel grid; each axis at least as long as that of the logits. Finer logits are an error, as they are in
+            `annotation_objective`; for their labels on a coarser grid write out the expression below.
         backend: as in `annotation_nll`.
 
     Returns:
