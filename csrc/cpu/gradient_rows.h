@@ -45,7 +45,6 @@ class GradientRows {
   }
 
   R* row(int64_t g, int64_t plane) const { return at(g) + plane * pitch_; }
-  int64_t pitch() const { return pitch_; }
 
  private:
   R* at(int64_t g) const { return rows_ + g % plan_->rows * planes_ * pitch_; }

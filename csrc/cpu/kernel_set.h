@@ -9,7 +9,7 @@
 
 namespace coarse {
 
-// The grid of a field along one axis: where each pixel reads it (Tap in coarse_math.h).
+// The grid of a field along one axis: where each pixel reads it (Tap in grid.h).
 template <class R>
 struct Axis {
   int64_t grid = 1;

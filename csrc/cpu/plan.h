@@ -94,7 +94,7 @@ class Planned {
   static Axis<R> describe_axis(int64_t grid, int64_t pixels, std::vector<int32_t>& points, std::vector<R>& lambdas) {
     points.resize(pixels);
     lambdas.resize(pixels);
-    const bool interpolated = grid > 1 && grid < pixels;
+    const bool interpolated = interpolates(grid, pixels);
     for (int64_t k = 0; k < pixels; ++k) {
       const Tap<R> tap = linear_tap<R>(k, grid, pixels);
       points[k] = static_cast<int32_t>(tap.i0);

@@ -103,14 +103,7 @@ class StridedGrid {
   // N pixels wide, as high as the band.
   void enter_strip(int64_t x0, int64_t x1) {
     lanes_ = x1 - x0;
-    node_ = g_->x.i0[x0];
-    for (int k = 0; k < N; ++k) {
-      const int64_t at = k < lanes_ ? x0 + k : x1 - 1;
-      left_[k] = g_->x.i0[at] - node_;
-      right_[k] = g_->x.next(at) - node_;
-      lambda_x_[k] = g_->x.lambda[at];
-    }
-    nodes_ = static_cast<int>(right_[N - 1]) + 1;
+    columns_.find(g_->x, x0, lanes_);
     touched_ = false;
     if (!want_cm_) return;
     const V zero = broadcast<V>(R(0));
@@ -234,51 +227,28 @@ class StridedGrid {
   const R* lower_row(int64_t ij) const { return (lower_ != cell_ ? grid_[1] : grid_[0]) + ij * pitch_; }
 
   V interpolate_x(const R* row) const {
-    const V low = load(row + node_), high = load(row + node_ + N);
-    const V a = permute<R>(low, high, left_);
-    if (!g_->x.interpolated) return a;  // 0 times -inf would be NaN
-    const V b = permute<R>(low, high, right_);
-    return (R(1) - lambda_x_) * a + lambda_x_ * b;
+    return columns_.read(load(row + columns_.node), load(row + columns_.node + N));
   }
 
   // Adds what top_sum_ and bottom_sum_ hold, lane by lane, to the grid points left and right of each lane.
   void scatter() {
-    for (int k = 0; k < 2 * N; ++k) scatter_[k] = broadcast<V>(R(0));
-    R* weights = reinterpret_cast<R*>(scatter_);  // [half][lane][point]: what a lane gives to point (half * N + point)
-    for (int k = 0; k < lanes_; ++k) {
-      const auto add = [&](int64_t point, R weight) { weights[(point / N * N + k) * N + point % N] += weight; };
-      add(left_[k], R(1) - lambda_x_[k]);
-      add(right_[k], lambda_x_[k]);
-    }
+    columns_.weigh(scatter_);
     if (lower_ == cell_) {  // both rows are one
       for (int64_t ij = 0; ij < entries(); ++ij) top_sum_[ij] += bottom_sum_[ij];
     }
     V w[N];
-    for (int half = 0; half * N < nodes_; ++half) {
+    for (int half = 0; half * N < columns_.nodes; ++half) {
       for (int k = 0; k < N; ++k) w[k] = scatter_[half * N + k];
-      R* to_top = sums_.row(cell_, 0) + node_ + half * N;
-      R* to_bottom = sums_.row(lower_, 0) + node_ + half * N;
+      R* to_top = sums_.row(cell_, 0) + columns_.node + half * N;
+      R* to_bottom = sums_.row(lower_, 0) + columns_.node + half * N;
       for (int64_t ij = 0; ij < entries(); ++ij, to_top += pitch_, to_bottom += pitch_) {
-        const R* top = reinterpret_cast<const R*>(top_sum_ + ij);
-        V even = load(to_top), odd = broadcast<V>(R(0));
+        const R* const top = reinterpret_cast<const R*>(top_sum_ + ij);
+        const R* const bottom = reinterpret_cast<const R*>(bottom_sum_ + ij);
         if (lower_ == cell_) {
-          for (int k = 0; k < N; k += 2) {
-            even += top[k] * w[k];
-            odd += top[k + 1] * w[k + 1];
-          }
-          store(to_top, even + odd);
-          continue;
+          give<R, 1>(w, {top}, {to_top});
+        } else {
+          give<R, 2>(w, {top, bottom}, {to_top, to_bottom});
         }
-        const R* bottom = reinterpret_cast<const R*>(bottom_sum_ + ij);
-        V even_bottom = load(to_bottom), odd_bottom = broadcast<V>(R(0));
-        for (int k = 0; k < N; k += 2) {
-          even += top[k] * w[k];
-          even_bottom += bottom[k] * w[k];
-          odd += top[k + 1] * w[k + 1];
-          odd_bottom += bottom[k + 1] * w[k + 1];
-        }
-        store(to_top, even + odd);
-        store(to_bottom, even_bottom + odd_bottom);
       }
     }
   }
@@ -613,10 +583,8 @@ class StridedGrid {
   GradientRows<R> sums_;
   R* deeper_;  // one row of the next slice of the grid
   // the strip
-  int64_t lanes_ = 0, node_ = 0;  // pixels, grid point left of the first pixel
-  int nodes_ = 0;                 // grid points in reach
-  I left_{}, right_{};            // each lane's grid points, from node_
-  V lambda_x_{};
+  int64_t lanes_ = 0;  // pixels
+  Columns<R> columns_;
   V *top_sum_, *bottom_sum_, *scatter_;  // (C * C) gradient at the upper and lower grid row, by lane
   // the segment
   const LabelRun<R>* layers_ = nullptr;

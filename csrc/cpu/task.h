@@ -20,10 +20,9 @@ class Kind {
     layers_ = arena.take<LabelRun<R>>(kind_->layers);
     // two vectors more: tiles of the pixel grid are padded
     slots_ = static_cast<int64_t>(plan.vectors + 2) * kLanes<R>;
-    int32_t* label = arena.take<int32_t>(kind_->layers * slots_);
-    R* valid = arena.take<R>(kind_->layers * slots_);
-    R* weight = arena.take<R>(kind_->layers * slots_);
-    labels_ = {label, valid, weight, false, false, -1};
+    label_ = arena.take<int32_t>(kind_->layers * slots_);
+    valid_ = arena.take<R>(kind_->layers * slots_);
+    weight_ = arena.take<R>(kind_->layers * slots_);
     switch (form_) {
       case Form::trusted: trusted_.init(problem, *kind_, arena); break;
       case Form::strided: strided_.init(problem, plan, index, arena); break;
@@ -39,8 +38,7 @@ class Kind {
     sums_ = {kind_->sums + 2 * task,
              kind_->transition_gradient == nullptr ? nullptr : kind_->transition_gradient + slice * c * c};
     for (int64_t l = 0; l < kind_->layers; ++l) {
-      layers_[l] = {
-          labels_.label + l * slots_, labels_.valid + l * slots_, labels_.weight + l * slots_, false, false, -1};
+      layers_[l] = {label_ + l * slots_, valid_ + l * slots_, weight_ + l * slots_, false, false, -1};
       memset(layers_[l].label, 0, sizeof(int32_t) * static_cast<size_t>(slots_));
       memset(layers_[l].valid, 0, sizeof(R) * static_cast<size_t>(slots_));
       memset(layers_[l].weight, 0, sizeof(R) * static_cast<size_t>(slots_));
@@ -103,7 +101,8 @@ class Kind {
   const Drawings<R>* kind_ = nullptr;
   Form form_ = Form::trusted;
   LabelRun<R>* layers_ = nullptr;
-  LabelRun<R> labels_{};  // of all layers, one after the other
+  int32_t* label_ = nullptr;  // of all layers, one after the other
+  R *valid_ = nullptr, *weight_ = nullptr;
   int64_t slots_ = 0;
   R* sum_ = nullptr;
   Sums sums_{};

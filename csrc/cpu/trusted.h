@@ -52,13 +52,9 @@ class Trusted {
   }
 
  private:
-  // Drawings are coherent: mostly one label for all lanes that have one. -1: several.
-  static int32_t common_label(const int32_t* label, const R* valid) {
-    int32_t most = 0;
-    for (int k = 0; k < N; ++k) most = label[k] > most ? label[k] : most;
-    int others = 0;
-    for (int k = 0; k < N; ++k) others += (label[k] != most) & (valid[k] != R(0));
-    return others == 0 ? most : -1;
+  // Of a vector.
+  static int32_t one_label(const LabelRun<R>& labels, int v) {
+    return labels.common >= 0 ? labels.common : common_label(labels.label + v * N, labels.valid + v * N, N);
   }
 
   void one_hot(ClassField<R>& field, const Slab& slab, const LabelRun<R>& labels, const Place& place) {
@@ -66,7 +62,7 @@ class Trusted {
     const V zero = broadcast<V>(R(0)), inf = broadcast<V>(std::numeric_limits<R>::infinity());
     const int32_t* const label = labels.label + v * N;
     const V valid = load(labels.valid + v * N), weight = load(labels.weight + v * N);
-    const int32_t y = labels.common >= 0 ? labels.common : common_label(label, labels.valid + v * N);
+    const int32_t y = one_label(labels, v);
     if (problem_->posterior != nullptr) {
       for (int j = 0; j < c; ++j) {
         V other = zero;
@@ -119,7 +115,7 @@ class Trusted {
     const V zero = broadcast<V>(R(0)), one = broadcast<V>(R(1)), inf = broadcast<V>(std::numeric_limits<R>::infinity());
     const int32_t* const label = labels.label + v * N;
     const V valid = load(labels.valid + v * N), weight = load(labels.weight + v * N);
-    look_up(label, labels.common >= 0 ? labels.common : common_label(label, labels.valid + v * N));
+    look_up(label, one_label(labels, v));
     if (problem_->posterior != nullptr) {
       for (int j = 0; j < c; ++j) field.joint[j * pitch + v] += select(valid != zero, log_of(reported_[j]), zero);
       return;
