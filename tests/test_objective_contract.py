@@ -51,14 +51,14 @@ def evaluate(seg: Tensor, kinds: list[Drawings], backend: str, dtype: torch.dtyp
     return loss.detach(), list(torch.autograd.grad(loss, leaves))
 
 
-def check(seg: Tensor, kinds: list[Drawings], backend: str) -> None:
+def check(seg: Tensor, kinds: list[Drawings], backend: str, floor: float = 1e-6) -> None:
     """At most 2x (loss) and 3x (gradients) the error of plain PyTorch in float32, and a floor, as in tests/helpers.py."""
     loss, grads = evaluate(seg, kinds, backend, torch.float32)
     plain_loss, plain = evaluate(seg, kinds, "reference", torch.float32)
     truth, expected = evaluate(seg, kinds, "reference", torch.float64)
     assert loss_error(loss, truth) <= 2 * loss_error(plain_loss, truth) + 5e-7
     for ours, usual, theirs in zip(grads, plain, expected, strict=True):
-        assert gradient_error(ours, theirs) <= 3 * gradient_error(usual, theirs) + 1e-6
+        assert gradient_error(ours, theirs) <= 3 * gradient_error(usual, theirs) + floor
 
 
 @FUSED
@@ -100,6 +100,35 @@ def test_rows_of_a_grid_between_two_tasks_get_the_gradient_of_both(backend: str,
         labels = torch.randint(0, 3, (2, *size), generator=gen)
         kinds = [Drawings(put(labels), put(shared)), Drawings(put(labels), put(torch.randn(2, 3, 3, *grid)))]
         check(put(seg), kinds, backend)
+
+
+@FUSED
+@pytest.mark.parametrize("points", [1, 2, 37, 2500, 5000])
+def test_points_of_a_line_between_two_tasks_get_the_gradient_of_both(backend: str, points: int) -> None:
+    """A signal of several tasks: one whole grid of points was one task, whatever its length."""
+    if backend != "cpu" and points != 37:
+        pytest.skip("seams of tasks are csrc/cpu/plan.h's; elsewhere a selection will do")
+    length, gen = 5001, generator(points)
+    seg, labels = torch.randn(2, 2, points, generator=gen), torch.randint(0, 2, (2, 1, length), generator=gen)
+    own, shared = torch.randn(2, 2, 2, points, generator=gen), torch.randn(1, 2, 2, points // 2 + 1, generator=gen)
+    kinds = [
+        Drawings(put(labels), put(own), trace_weight=0.1),
+        Drawings(put(labels[:, 0]), put(shared)),
+        Drawings(put(labels[:, 0]), transition=put(ck.uniform_transition(2))),
+    ]
+    on_pixels = [Drawings(put(labels), put(torch.randn(2, 2, 2, length, generator=gen)))]
+    for some in (kinds, on_pixels):
+        check(put(seg), some, backend, floor=1e-5)
+    if backend == "cpu":
+        assert "4 tasks" in ck.explain(seg, kinds[:1])
+        before, found = torch.get_num_threads(), []
+        try:
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                found.append(evaluate(seg, kinds, "cpu", torch.float32)[1])
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(ours, other) for ours, other in zip(*found, strict=True))
 
 
 def test_the_number_of_threads_changes_no_bit_of_an_objective() -> None:

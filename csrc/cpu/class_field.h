@@ -277,7 +277,7 @@ class ClassField {
         }
         for (int64_t g = first; g <= last; ++g) {
           const R* const lanes = reinterpret_cast<const R*>(scattered_ + (g - first));
-          R* const to = rows_.row(g, j) + columns_[m].node;
+          R* const to = rows_.row(g, j, columns_[m].node);
           for (int half = 0; half * N < columns_[m].nodes; ++half)
             give<R, 1>(weights + half * N, {lanes}, {to + half * N});
         }

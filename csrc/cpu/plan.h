@@ -86,7 +86,7 @@ class Planned {
     std::array<std::vector<R>, 3> lambdas;
   };
   struct Heads {
-    std::vector<int32_t> first, count;
+    std::vector<int32_t> first, count, x_first, x_count;
   };
 
   static int64_t kernels_lanes() { return sizeof(R) == 4 ? kernels().simd_bytes / 4 : 2; }
@@ -107,11 +107,12 @@ class Planned {
   static bool describe(FieldPlan<R>& to, const Field& field, const int64_t* size, Points& own) {
     to.on_pixels = std::equal(size, size + 3, field.grid);
     to.volume = size[0] > 1;
+    to.line = size[0] == 1 && size[1] == 1;
     if (to.on_pixels) return true;
     Axis<R>* const axes[3] = {&to.z, &to.y, &to.x};
     for (int axis = 0; axis < 3; ++axis)
       *axes[axis] = describe_axis(field.grid[axis], size[axis], own.points[axis], own.lambdas[axis]);
-    to.unit = to.volume ? field.grid[1] * field.grid[2] : field.grid[2];
+    to.unit = to.volume ? field.grid[1] * field.grid[2] : to.line ? 1 : field.grid[2];
     return false;
   }
 
@@ -179,7 +180,11 @@ class Planned {
     for (int64_t most = kMaxChunks;; most /= 2) {
       chunks_.clear();
       heads_.clear();
-      problem.depth > 1 ? cut_slices(problem, most) : cut_rows(problem, most);
+      if (problem.depth > 1) {
+        cut_slices(problem, most);
+      } else {
+        problem.height > 1 ? cut_rows(problem, most) : cut_columns(problem, most);
+      }
       int64_t seams = 0, gradients = 0;
       const auto find = [&](FieldPlan<R>& field, const Field& tensor, int64_t planes) {
         if (field.on_pixels) return;
@@ -203,6 +208,13 @@ class Planned {
     for (int64_t z = 0; z < problem.depth; z += slices)
       chunks_.push_back(
           {z, std::min(z + slices, problem.depth), 0, problem.width, 0, static_cast<int32_t>(bands_.size())});
+  }
+
+  // Of a line runs of pixels, in whole vectors.
+  void cut_columns(const Problem<R>& problem, int64_t most) {
+    const int64_t pixels = std::max(kPixelsPerChunk, ((problem.width + most - 1) / most + 63) / 64 * 64);
+    for (int64_t x = 0; x < problem.width; x += pixels)
+      chunks_.push_back({0, 1, x, std::min(x + pixels, problem.width), 0, static_cast<int32_t>(bands_.size())});
   }
 
   // Runs of bands. They begin where the largest field's cells do, so that a seam is one row.
@@ -229,22 +241,32 @@ class Planned {
     }
   }
 
-  // The units that a chunk has in common with those before it.
+  // The units that a chunk has in common with those before it, and the points of a row that it works on.
   void find_heads(FieldPlan<R>& field, const Problem<R>& problem, Heads& heads) const {
-    const bool volume = problem.depth > 1;
-    const Axis<R>& outer = volume ? field.z : field.y;
-    field.head_slots = 0;
+    const Axis<R>& outer = field.volume ? field.z : field.line ? field.x : field.y;
+    field.head_slots = field.span = 0;
     for (size_t n = 0; n < chunks_.size(); ++n) {
-      const int64_t at = volume ? chunks_[n].z0 : bands_[static_cast<size_t>(chunks_[n].begin)].y0;
+      const Chunk& chunk = chunks_[n];
+      const int64_t at = field.volume ? chunk.z0 : field.line ? chunk.x0 : bands_[static_cast<size_t>(chunk.begin)].y0;
       const int32_t first = outer.i0[at];
       const int64_t count = n == 0 ? 0 : std::max<int64_t>(0, outer.next(at - 1) - first + 1);
       heads.first.push_back(first);
       heads.count.push_back(static_cast<int32_t>(count));
       field.head_slots = std::max(field.head_slots, count);
+      // up to where the next one begins: float32 may leave out a point of a very long line
+      const int64_t left = chunk.x0 == 0 ? 0 : field.x.i0[chunk.x0];
+      const int64_t right = chunk.x1 == problem.width
+                                ? field.x.grid
+                                : std::max<int64_t>(field.x.next(chunk.x1 - 1) + 1, field.x.i0[chunk.x1]);
+      heads.x_first.push_back(static_cast<int32_t>(left));
+      heads.x_count.push_back(static_cast<int32_t>(right - left));
+      field.span = std::max(field.span, right - left);
     }
     field.head_first = heads.first.data();
     field.head_count = heads.count.data();
-    field.zeroed = volume;
+    field.x_first = heads.x_first.data();
+    field.x_count = heads.x_count.data();
+    field.zeroed = field.volume;
   }
 
   // Every image is a group of its own, but where images share a field whose gradient is wanted: each group has a copy

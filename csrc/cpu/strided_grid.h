@@ -51,7 +51,7 @@ class StridedGrid {
     kind_ = &problem.kinds[index];
     g_ = &plan.kinds[index];
     const int64_t c = problem.classes, rows = kMaxRows, layers = kind_->layers;
-    pitch_ = round_up(g_->x.grid, N) + 2 * N;  // a strip reads 2 N points from any point on
+    pitch_ = round_up(g_->span, N) + 2 * N;  // a strip reads 2 N points from any point on
     want_cm_ = kind_->field.gradient != nullptr;
     for (R*& grid : grid_) grid = arena.take<R>(c * c * pitch_);
     if (want_cm_) sums_.init(kind_->field, *g_, c * c, plan.chunk_count, arena);
@@ -79,6 +79,8 @@ class StridedGrid {
     if (image != image_ || z != z_) loaded_[0] = loaded_[1] = -1;
     image_ = image;
     z_ = z;
+    x_first_ = g_->x_first[chunk];
+    x_count_ = g_->x_count[chunk];
   }
 
   void enter(const Band& band) {
@@ -206,11 +208,13 @@ class StridedGrid {
   // --- grid rows -----------------------------------------------------------------------------------------------------
 
   void load_grid_row(int side, int64_t y) {
-    const int64_t w = g_->x.grid, points = kind_->field.points();
+    const int64_t w = x_count_, points = kind_->field.points();
     const int64_t z0 = g_->z.i0[z_], z1 = g_->z.next(z_);
     const R lambda = g_->z.interpolated ? g_->z.lambda[z_] : R(0);
     const int64_t image = kind_->field.images == 1 ? 0 : image_ * kind_->field.image_stride;
-    const auto offset = [&](int64_t plane, int64_t z) { return image + plane * points + (z * g_->y.grid + y) * w; };
+    const auto offset = [&](int64_t plane, int64_t z) {
+      return image + plane * points + (z * g_->y.grid + y) * g_->x.grid + x_first_;
+    };
     for (int64_t plane = 0; plane < entries(); ++plane) {
       R* row = grid_[side] + plane * pitch_;
       load_run(kind_->field.data, kind_->field.storage, offset(plane, z0), w, row);
@@ -227,7 +231,8 @@ class StridedGrid {
   const R* lower_row(int64_t ij) const { return (lower_ != cell_ ? grid_[1] : grid_[0]) + ij * pitch_; }
 
   V interpolate_x(const R* row) const {
-    return columns_.read(load(row + columns_.node), load(row + columns_.node + N));
+    const R* const first = row + (columns_.node - x_first_);
+    return columns_.read(load(first), load(first + N));
   }
 
   // Adds what top_sum_ and bottom_sum_ hold, lane by lane, to the grid points left and right of each lane.
@@ -239,8 +244,8 @@ class StridedGrid {
     V w[N];
     for (int half = 0; half * N < columns_.nodes; ++half) {
       for (int k = 0; k < N; ++k) w[k] = scatter_[half * N + k];
-      R* to_top = sums_.row(cell_, 0) + columns_.node + half * N;
-      R* to_bottom = sums_.row(lower_, 0) + columns_.node + half * N;
+      R* to_top = sums_.row(cell_, 0, columns_.node) + half * N;
+      R* to_bottom = sums_.row(lower_, 0, columns_.node) + half * N;
       for (int64_t ij = 0; ij < entries(); ++ij, to_top += pitch_, to_bottom += pitch_) {
         const R* const top = reinterpret_cast<const R*>(top_sum_ + ij);
         const R* const bottom = reinterpret_cast<const R*>(bottom_sum_ + ij);
@@ -578,6 +583,7 @@ class StridedGrid {
   const FieldPlan<R>* g_ = nullptr;
   bool want_cm_ = false, touched_ = false;
   int64_t pitch_ = 0, image_ = -1, z_ = -1;
+  int64_t x_first_ = 0, x_count_ = 0;                    // of the chunk, points of a row
   int64_t cell_ = 0, lower_ = 0, loaded_[2] = {-1, -1};  // the band's upper and lower grid row, and those in grid_
   R* grid_[2];                                           // (C * C, pitch) logits of the two rows
   GradientRows<R> sums_;
