@@ -118,7 +118,7 @@ def test_points_of_a_line_between_two_tasks_get_the_gradient_of_both(backend: st
     ]
     on_pixels = [Drawings(put(labels), put(torch.randn(2, 2, 2, length, generator=gen)))]
     for some in (kinds, on_pixels):
-        check(put(seg), some, backend, floor=1e-5)
+        check(put(seg), some, backend, floor=3e-5)  # 10,002 shares of one point cancel
     if backend == "cpu":
         assert "4 tasks" in ck.explain(seg, kinds[:1])
         before, found = torch.get_num_threads(), []
