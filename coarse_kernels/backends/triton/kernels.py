@@ -457,7 +457,9 @@ def log_q_kernel(
     px = program % blocks * BLOCK + pair % BLOCK
     b = (program // blocks).to(tl.int64)
     inside = px < pixels
-    y, labelled, _ = label_and_weight(labels, None, None, (b * layers + layer) * pixels + px, inside, ignore_index, C, R)
+    y, labelled, _ = label_and_weight(
+        labels, None, None, (b * layers + layer) * pixels + px, inside, ignore_index, C, R
+    )
     a = load_columns(
         cm + b * cm_stride, j, px, labelled, depth, height, width, grid_d, grid_h, grid_w,
         C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
@@ -494,8 +496,8 @@ def cell_range(index, first, grid, size, MODE: tl.constexpr):
 
 @triton.jit(do_not_specialize=[
     "ignore_index", "batch", "layers", "layer", "images", "cm_stride", "depth", "height", "width", "grid_d", "grid_h",
-    "grid_w", "seg_d", "seg_h", "seg_w", "first_d", "first_h", "first_w", "cells_d", "cells_h", "cells_w", "fields", "copies", "entry_stride", "node_stride",
-    "field_stride", "copy_stride",
+    "grid_w", "seg_d", "seg_h", "seg_w", "first_d", "first_h", "first_w", "cells_d", "cells_h", "cells_w", "fields",
+    "copies", "entry_stride", "node_stride", "field_stride", "copy_stride",
 ])  # fmt: skip
 def cell_kernel(
     seg, cm, labels, transition, class_weight, pixel_weight, scale, evidence, grad,
@@ -563,8 +565,9 @@ def cell_kernel(
         b = field + index // box
         px = (d_px * height + h_px) * width + w_px
         at_px = b * pixels + px
-        at = (b * layers + layer) * pixels + px
-        y, labelled, weight = label_and_weight(labels, class_weight, pixel_weight, at, inside, ignore_index, C, R)
+        y, labelled, weight = label_and_weight(
+            labels, class_weight, pixel_weight, (b * layers + layer) * pixels + px, inside, ignore_index, C, R
+        )  # fmt: skip
         w = tl.where(labelled, weight * factor, 0.0)
         joint_sum = tl.load(evidence + 2 * plane_size + at_px, mask=labelled, other=0.0)
         live = labelled & (w != 0) & (joint_sum != 0)

@@ -62,7 +62,10 @@ class Field:
 
     def as_seg(self) -> dict[str, int]:
         """The grid and how it meets the pixels, for kernels that have a second field."""
-        names = {**{f"grid_{axis}": f"seg_{axis}" for axis in "dhw"}, **{f"MODE_{axis}": f"SEG_{axis}" for axis in "DHW"}}
+        names = {
+            **{f"grid_{axis}": f"seg_{axis}" for axis in "dhw"},
+            **{f"MODE_{axis}": f"SEG_{axis}" for axis in "DHW"},
+        }
         values = {**self.sizes, **self.modes}
         return {new: values[name] for name, new in names.items()} | {"SEG_CORNERS": self.modes["CORNERS"]}
 

@@ -13,7 +13,18 @@ from torch import Tensor
 
 from ..operator import Arguments, cm_bit, transition_bit
 from . import kernels, launch, table
-from .launch import LINEAR, OPTIONS, Axis, ClassLogits, Field, contiguous_images, given, on_device, triton_dtype, two_floats
+from .launch import (
+    LINEAR,
+    OPTIONS,
+    Axis,
+    ClassLogits,
+    Field,
+    contiguous_images,
+    given,
+    on_device,
+    triton_dtype,
+    two_floats,
+)
 
 Range = tuple[int, int]
 
@@ -122,7 +133,9 @@ class ClassGradient(Sum):
         tile = table.gather_tile(logits.classes, cell, width, last - first, logits.interpreted)
         chunks = -(-logits.classes // tile.classes)
         programs = -(-(last - first) // tile.points) * logits.batch * chunks
-        limits = dict(zip(("first_d", "last_d", "first_h", "last_h", "first_w", "last_w"), sum(band.box, ()), strict=True))
+        limits = dict(
+            zip(("first_d", "last_d", "first_h", "last_h", "first_w", "last_w"), sum(band.box, ()), strict=True)
+        )
         grid = logits.field.as_seg()
         grid.pop("SEG_CORNERS")
         size = {name: logits.field.sizes[name] for name in ("depth", "height", "width")}
@@ -328,18 +341,28 @@ def run(kind: MatrixKind, call: Arguments, place: int, grad_seg: ClassGradient |
     want_cm = bool(call.wanted & cm_bit(place))
     want_transition = bool(call.wanted & transition_bit(place)) and kind.transition is not None
     logits, layers = kind.logits, range(kind.layers)
-    on_pixels = Sum(kind.cm, kind.dtype, kind.layers * (kind.batch if kind.shared else 1)) if want_cm and kind.field.on_pixels else None
+    on_pixels = (
+        Sum(kind.cm, kind.dtype, kind.layers * (kind.batch if kind.shared else 1))
+        if want_cm and kind.field.on_pixels
+        else None
+    )
     on_its_grid = FieldGradient(kind) if want_cm and not kind.field.on_pixels else None
     steps = whole_image(kind.field) if grad_seg is None else grad_seg.bands
     together = on_pixels is not None and kind.shared
     counts = [0 if kind.empty else kind.programs(band, together) for band in steps]
-    maps = (logits.new(*kind.labels.shape), logits.new(*kind.labels.shape), logits.new(*kind.labels.shape)) if call.per_pixel else None
+    maps = (
+        (logits.new(*kind.labels.shape), logits.new(*kind.labels.shape), logits.new(*kind.labels.shape))
+        if call.per_pixel
+        else None
+    )
     sums = None if call.per_pixel else logits.new(kind.layers * sum(counts), 2, dtype=torch.float64)
     # 12 bytes a pixel that the gradients of a grid and of a transition need and nobody else does.
     evidence = None
     if (on_its_grid is not None or want_transition) and kind.layers:
         evidence = logits.new(3, kind.batch, kind.field.pixels)
-    columns = torch.zeros(kind.classes, kind.classes, dtype=torch.float64, device=kind.device) if want_transition else None
+    columns = (
+        torch.zeros(kind.classes, kind.classes, dtype=torch.float64, device=kind.device) if want_transition else None
+    )
     written = 0
     for layer in layers if not kind.empty else ():
         for band, count in zip(steps, counts, strict=True):

@@ -125,9 +125,7 @@ class Result(NamedTuple):
     grad_transition: list[Tensor]
 
 
-def run(
-    call: Arguments, kinds: Sequence[int], dtype: torch.dtype, grad_seg: Tensor | None, weighted: Tensor
-) -> Result:
+def run(call: Arguments, kinds: Sequence[int], dtype: torch.dtype, grad_seg: Tensor | None, weighted: Tensor) -> Result:
     """The trusted ``kinds`` of a call. ``grad_seg`` is written, ``weighted`` (float64, one a kind) if there are sums."""
     of = TrustedKinds(call, kinds, dtype)
     learnt = [bool(call.wanted & transition_bit(kind)) and present(call.transition[kind]) for kind in kinds]
@@ -158,9 +156,7 @@ def run(
     return Result(of.finish(sums, weighted), grads)
 
 
-def posterior(
-    call: Arguments, kinds: Sequence[int], dtype: torch.dtype, log_q: Tensor | None, out: Tensor
-) -> None:
+def posterior(call: Arguments, kinds: Sequence[int], dtype: torch.dtype, log_q: Tensor | None, out: Tensor) -> None:
     """From log q of the others, which may be ``out`` itself, and the trusted ``kinds``."""
     of = TrustedKinds(call, kinds, dtype)
     tile = of.tile()
