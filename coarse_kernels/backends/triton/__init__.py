@@ -66,7 +66,7 @@ from typing import Any
 import torch
 
 from ...problem import Problem
-from .. import autograd, one_by_one, operator
+from .. import autograd, operator
 from ..fused import FusedBackend
 from .table import MAX_CLASSES
 
@@ -103,7 +103,7 @@ class TritonBackend(FusedBackend):
         return super().unsupported(problem)
 
 
-def _on_first_call(name: str, module: str = "launch") -> Callable[..., Any]:
+def _on_first_call(name: str, module: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         # imports Triton
         return getattr(importlib.import_module(f"{__name__}.{module}"), name)(*args)
@@ -115,14 +115,15 @@ def _define() -> torch.library.Library:
     library = operator.declare(NAMESPACE, single=True)
     autograd.register(NAMESPACE, library)
     keys = ("CUDA", "XPU", *(("CPU",) if INTERPRETED else ()))
-    for name in ("annotation_nll", "annotation_posterior", "labelled_weight", "scale_"):
+    for name, module in (
+        ("annotation_objective", "objective"),
+        ("objective_posterior", "objective"),
+        ("labelled_weight", "launch"),
+        ("label_map", "trusted"),
+        ("scale_", "launch"),
+    ):
         for key in keys:
-            library.impl(name, _on_first_call(name), key)
-    own = ("trusted", "label_map")
-    for name in own:
-        for key in keys:
-            library.impl(name, _on_first_call(name, "trusted"), key)
-    one_by_one.implement(library, NAMESPACE, keys, own=own)
+            library.impl(name, _on_first_call(name, module), key)
     return library
 
 
