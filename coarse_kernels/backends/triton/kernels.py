@@ -27,6 +27,7 @@ from .parts import (
     number,
     pixels_of_cell,
     plane_of,
+    scaled_exp,
     share_of,
     spread,
 )
@@ -657,7 +658,7 @@ def transition_kernel(
                 )  # fmt: skip
                 # p A / D in one exponential: each factor alone may leave the range
                 u = ((s - s_top) - log_d)[None, :] + (a - top[None, :])
-                reported = tl.where((live & (j < C))[None, :], tl.exp(u) * (w / z)[None, :], 0.0)
+                reported = tl.where((live & (j < C))[None, :], scaled_exp((w / z)[None, :], u), 0.0)
                 total -= tl.sum(reported.to(tl.float64), 1)
     at_i = tl.arange(0, CP)
     tl.store(partials + program.to(tl.int64) * C + at_i, total, mask=at_i < C)

@@ -100,7 +100,14 @@ def finite(top):
     return tl.where(top == float("-inf"), 0.0, top)
 
 
-# --- interpolation: linear, align_corners=False; `linear_tap` of csrc/coarse_math.h -------------------------------------
+@triton.jit
+def scaled_exp(factor, x):
+    """factor * exp(x), where the exponential alone may leave the range: what is beyond e^60 is multiplied last."""
+    beyond = tl.maximum(x - 60.0, 0.0)
+    return factor * tl.exp(x - beyond) * tl.exp(beyond)
+
+
+# --- interpolation: linear, align_corners=False; `linear_tap` of csrc/grid.h -------------------------------------
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from .parts import (
     number,
     pixels_of_cell,
     plane_of,
+    scaled_exp,
     share_of,
 )
 
@@ -422,7 +423,7 @@ def trusted_transition_kernel(
                 depth, height, width, grid_d, grid_h, grid_w, C, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
             )  # fmt: skip
             # p / D without p: the denominator of the softmax cancels
-            terms = tl.exp(s - shift[None, :]) * (w / tl.where(live, d_sum, 1.0))[None, :]
+            terms = scaled_exp((w / tl.where(live, d_sum, 1.0))[None, :], s - shift[None, :])
             total -= tl.sum(tl.where((j < C) & live[None, :], terms, 0.0).to(tl.float64), 1)
     at_entry = ((program // C).to(tl.int64) * C + wanted) * C + rows
     tl.store(partials + at_entry, total, mask=rows < C)
