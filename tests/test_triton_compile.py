@@ -335,8 +335,10 @@ def compile_only(self, *args, grid, warmup, **kwargs):
     seen.append((self.__name__, id(run(self, *args, grid=grid, warmup=True, **kwargs))))
 
 JITFunction.run = compile_only
-from coarse_kernels.backends.triton import launch, table, trusted
+from coarse_kernels.backends.triton import launch, objective, table, trusted
+folding = table.gather_tile
 pixel, cell, of_classes, of_points = table.pixel_tile, table.cell_tile, table.class_tile, table.class_grid_tile
+table.gather_tile = lambda *a: folding(*a[:-1], False)
 table.class_tile = lambda *a: of_classes(*a[:-1], False)
 table.class_grid_tile = lambda *a: of_points(*a[:-1], False)
 table.pixel_tile = lambda *a: pixel(*a[:-1], False)
@@ -344,24 +346,30 @@ table.cell_tile = lambda *a: cell(*a[:-1], False)
 """
 
 LAUNCHES = """
-def step(size, grid, fields, batch=2, classes=3, dtype=torch.float32, wanted=7):
+def step(size, grid, fields, seg_grid=None, batch=2, classes=3, dtype=torch.float32, wanted=7):
     seen.clear()
-    seg, cm = torch.randn(batch, classes, *size).to(dtype), torch.randn(fields, classes, classes, *grid).to(dtype)
-    labels, matrix = torch.zeros(batch, *size, dtype=torch.uint8), torch.ones(classes, classes)
-    weights = torch.ones(classes), torch.ones(batch, *size)
-    scale = torch.tensor(1.0)
-    launch.annotation_nll(seg, cm, labels, matrix, *weights, scale, 1.0, 0.1, 255, False, wanted)
-    launch.annotation_nll(seg, cm, labels, matrix, None, None, None, 1.0, 0.0, -100, True, 0)
-    launch.annotation_posterior(seg, cm, labels, matrix, 255)
+    seg, cm = torch.randn(batch, classes, *(seg_grid or size)), torch.randn(fields, classes, classes, *grid)
+    seg, cm = seg.to(dtype), cm.to(dtype)
+    labels, matrix = torch.zeros(batch, 2, *size, dtype=torch.uint8), torch.ones(classes, classes)
+    weights = torch.ones(classes), torch.ones(labels.shape)
+    scale, absent = torch.tensor(1.0), torch.empty(0)
+    kind = [labels], [cm], [matrix], [weights[0]], [weights[1]], [scale], [1.0], [0.1]
+    objective.annotation_objective(seg, *kind, 255, False, wanted)
+    objective.annotation_objective(seg, *kind[:3], [absent], [absent], [absent], *kind[6:], -100, True, 0)
+    objective.objective_posterior(seg, [labels[:, :1]], [cm], [matrix], 255)
+    objective.objective_posterior(seg, [labels, labels], [cm, absent], [matrix, absent], 255)
+    objective.objective_posterior(seg, [labels], [cm], [absent], 255)
     launch.labelled_weight(labels, *weights, classes, 2**40)
     return list(dict.fromkeys(seen))
 
 names = set()
 for (size, grid), fields in itertools.product((((8, 16), (8, 16)), ((8, 16), (2, 4)), ((8, 16), (1, 1))), (1, 2)):
     names |= {name for name, _ in step(size, grid, fields)}
+names |= {name for name, _ in step((8, 16), (2, 4), 1, (4, 8), dtype=torch.bfloat16)}
 print(sorted(names))
 # Sizes that divide by 16, that do not, and 1: the same kernels.
 print(step((16, 32), (2, 4), 2) == step((15, 31), (3, 5), 3, batch=3) == step((15, 31), (2, 2), 1, batch=1))
+print(step((16, 32), (2, 4), 2, (4, 8)) == step((15, 31), (3, 5), 3, (5, 9), batch=3))
 """
 
 TRUSTED = """
@@ -370,11 +378,11 @@ def step(size, grid, batch=2, classes=3, dtype=torch.float32, layers=2):
     seg, absent = torch.randn(batch, classes, *grid).to(dtype), torch.empty(0)
     labels = torch.zeros(batch, layers, *size, dtype=torch.uint8)
     kinds = (
-        [labels, labels.long()], [absent, torch.ones(classes, classes)], [torch.ones(classes), absent],
-        [absent, torch.ones(labels.shape)], [torch.tensor(1.0), absent], [0.1, 1.0], 255,
+        [labels, labels.long()], [absent] * 2, [absent, torch.ones(classes, classes)], [torch.ones(classes), absent],
+        [absent, torch.ones(labels.shape)], [torch.tensor(1.0), absent], [0.1, 1.0], [0.0, 0.0], 255,
     )
-    trusted.trusted(seg, *kinds, False, 17)
-    trusted.trusted(seg, *kinds, True, 0)
+    objective.annotation_objective(seg, *kinds, False, 17)
+    objective.annotation_objective(seg, *kinds, True, 0)
     trusted.label_map(seg, size)
     return list(dict.fromkeys(seen))
 
@@ -391,10 +399,10 @@ print(step((16, 32), (16, 32)) == step((15, 31), (15, 31), batch=3))
 def test_launches_bind_their_arguments_and_sizes_do_not_recompile(tmp_path: object) -> None:
     done = run_python(LAUNCH + LAUNCHES, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr[-4000:]
-    names, same = done.stdout.splitlines()[-2:]
-    kernels = ("cell", "finish", "labelled_weight", "pixel", "transition")
+    names, *same = done.stdout.splitlines()[-3:]
+    kernels = ("cell", "finish", "gather", "labelled_weight", "log_q", "pixel", "posterior", "transition")
     assert names == str([f"{name}_kernel" for name in kernels])
-    assert same == "True"
+    assert same == ["True", "True"]
 
 
 def test_launches_for_trusted_kinds_do_the_same(tmp_path: object) -> None:

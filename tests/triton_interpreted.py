@@ -593,15 +593,27 @@ def mixed_kinds(
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("field", ["pixel", "strided", "one_point"])
-@pytest.mark.parametrize("place", ["pixels", "odd", "one_point", "line_strided", "volume_strided"])
+FLOAT, HALF = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("place", "field", "dtype"),
+    [
+        ("pixels", "pixel", HALF),
+        ("pixels", "one_point", FLOAT),
+        ("odd", "pixel", HALF),
+        ("odd", "strided", FLOAT),
+        ("odd", "one_point", HALF),
+        ("one_point", "pixel", FLOAT),
+        ("one_point", "one_point", FLOAT),
+        ("line_strided", "strided", FLOAT),
+        ("volume_strided", "one_point", FLOAT),
+    ],
+)
 def test_kinds_with_a_matrix(monkeypatch: pytest.MonkeyPatch, place: str, field: str, dtype: torch.dtype) -> None:
     size, grid = PLACES[place]
-    if (dtype == torch.bfloat16 or len(size) != 2) and (place, field) == ("pixels", "strided"):
-        pytest.skip("float32 has it")
     points = {"pixel": size, "strided": tuple(min(2, s) for s in size), "one_point": tuple(1 for _ in size)}[field]
-    monkeypatch.setattr(launch, "INTERPRETED_BAND", 2 * 3 * 64 * 4)  # 64 pixels of both images
+    monkeypatch.setattr(launch, "INTERPRETED_BAND", 0)  # 64 pixels of both images
     hold(
         logits(3, grid).to(dtype), mixed_kinds(3, size, points, dtype), reduction="mean" if field == "pixel" else "sum"
     )
@@ -623,16 +635,22 @@ def test_bands_are_boxes_that_cover_the_image(most: int) -> None:
 
 @pytest.mark.parametrize(
     ("classes", "size", "grid"),
-    [(3, (9, 13), (4, 5)), (5, (9, 130), (2, 2)), (3, (40, 9), (1, 1)), (2, (2, 5, 6), (2, 2, 3))],
+    [(3, (6, 7), (3, 4)), (2, (5, 70), (1, 1)), (2, (3, 4, 6), (2, 2, 2)), (2, (2, 1024), (1, 512))],
 )
 def test_the_tiles_of_a_device_that_fold_a_band(
     monkeypatch: pytest.MonkeyPatch, classes: int, size: tuple[int, ...], grid: tuple[int, ...]
 ) -> None:
+    """Few points: a program for a class; and more of them."""
     tile = table.gather_tile
     monkeypatch.setattr(table, "gather_tile", lambda *a: tile(*a[:-1], False))
-    kind = drawn(classes, size, "positive", layers=[2])[0]
+    monkeypatch.setattr(launch, "INTERPRETED_BAND", 1 << 13)
+    kind = drawn(classes, size, "positive", batch=1)[0]
     cm = torch.randn(1, classes, classes, *(1 for _ in size), generator=generator(5))
-    hold(logits(classes, grid), (dataclasses.replace(kind, cm_logits=cm),))
+    call = arguments(logits(classes, grid, batch=1), [dataclasses.replace(kind, cm_logits=cm)], operator.SEG)
+    seg = call.seg_logits.double().requires_grad_()
+    kinds = of_dtype((dataclasses.replace(kind, cm_logits=cm),), torch.float64)
+    ck.annotation_objective(seg, kinds, backend="reference", reduction="sum").loss.backward()
+    assert gradient_error(run(call).grad_seg, seg.grad) < 2e-5  # of a sum that cancels
 
 
 def test_kinds_with_a_matrix_in_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -641,66 +659,62 @@ def test_kinds_with_a_matrix_in_64_bits(monkeypatch: pytest.MonkeyPatch) -> None
     call = call._replace(wanted=sum(bit for bit, _ in operator.differentiable(call)))
     posterior = torch.ops.coarse_kernels_triton.objective_posterior
     narrow, r = run(call), posterior(*call[:4], 255)
-    assert same(narrow, run(call))
     monkeypatch.setattr(launch, "WIDE_FROM", 0)
     assert same(narrow, run(call))
     assert torch.equal(r, posterior(*call[:4], 255))
 
 
-@pytest.mark.parametrize("bit", range(5))
-def test_only_what_is_wanted_of_kinds_with_a_matrix(bit: int) -> None:
+def test_only_what_is_wanted_of_kinds_with_a_matrix() -> None:
     size, grid = PLACES["stride_4"]
     call = arguments(logits(3, grid), mixed_kinds(3, size, (2, 2), torch.float32))
     bits = [bit for bit, _ in operator.differentiable(call)]
-    whole, ours = run(call._replace(wanted=sum(bits))), run(call._replace(wanted=bits[bit]))
-    assert torch.equal(ours.loss, whole.loss)
-    for own, of_all in zip((ours, whole), (whole, ours), strict=True):
-        assert len(own.grad_cm) == len(of_all.grad_cm) == 3
-    pairs = zip(*(torch.utils._pytree.tree_leaves(out[4:]) for out in (ours, whole)), strict=True)
-    assert sum(got.numel() > 0 for got, _ in pairs) == 1
-    for got, want in zip(*(torch.utils._pytree.tree_leaves(out[4:]) for out in (ours, whole)), strict=True):
-        assert got.numel() == 0 or torch.equal(got, want)
+    whole = run(call._replace(wanted=sum(bits)))
+    for bit in (0, *bits):
+        ours = run(call._replace(wanted=bit))
+        assert torch.equal(ours.loss, whole.loss)
+        formed = [torch.utils._pytree.tree_leaves(out[4:]) for out in (ours, whole)]
+        pairs = [(got, want) for got, want in zip(*formed, strict=True) if got.numel()]
+        assert len(pairs) == (bit > 0)
+        assert all(torch.equal(got, want) for got, want in pairs)
 
 
 def test_nothing_is_as_large_as_the_class_logits_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither them nor their gradient. The posterior is, and nothing beside it."""
-    size, grid, classes = (16, 24), (4, 6), 5
+    size, grid, classes = (8, 12), (2, 3), 5
     seg, kinds = logits(classes, grid), mixed_kinds(classes, size, (2, 2), torch.float32)
     monkeypatch.setattr(reference, "interpolate", None)
     with FloatsFormed() as formed:
         objective(seg, kinds, BACKEND)
-    assert formed.largest < 2 * classes * 16 * 24
+    assert formed.largest < 2 * classes * 8 * 12
     formed = FloatsFormed()
     with torch.no_grad(), formed:
         ck.annotation_posterior(seg, kinds, backend=BACKEND)
-    assert formed.largest == 2 * classes * 16 * 24
+    assert formed.largest == 2 * classes * 8 * 12
     assert sum(formed.calls[f"aten.{name}"] for name in ("new_empty", "empty", "empty_like")) <= 3, formed.calls
 
 
-def test_a_gradient_of_16_bits_that_is_a_sum_is_rounded_once() -> None:
-    """The rounding of each of six layers, added up, is seen: they pull a class up and down."""
-    for grid in ((6, 8), (3, 2)):
-        seg = logits(3, grid).bfloat16()
-        kind = drawn(3, (6, 8), "random", layers=[6], ignored="none")[0]
-        field = torch.randn(2, 3, 3, 6, 8, generator=generator(5)).bfloat16()
-        for cm in (field, field[..., :1, :1].contiguous()):
-            kinds = (dataclasses.replace(kind, cm_logits=cm),)
-            call = arguments(seg, kinds, ALL_OF_ONE)
-            wide = arguments(seg.float(), (dataclasses.replace(kind, cm_logits=cm.float()),), ALL_OF_ONE)
-            ours, exact = run(call), run(wide)
-            for got, want in ((ours.grad_seg, exact.grad_seg), (ours.grad_cm[0], exact.grad_cm[0])):
-                difference = (got.float() - want.bfloat16().float()).abs()
-                assert (difference <= 2**-8 * want.abs()).all()
-                assert (difference > 0).double().mean() < 0.01
-            assert gradient_error(ours.grad_transition[0], exact.grad_transition[0]) < 1e-6
+@pytest.mark.parametrize(("grid", "field"), [((6, 8), (6, 8)), ((3, 2), (1, 1))], ids=["pixel", "strided"])
+def test_a_gradient_of_16_bits_that_is_a_sum_is_rounded_once(grid: tuple[int, int], field: tuple[int, int]) -> None:
+    """Over layers, kinds and bands; that each were rounded would be seen in half of the numbers."""
+    first, second = drawn(3, (6, 8), "random", "positive", layers=[3, 1], ignored="none")
+    seg, cm = logits(3, grid).bfloat16(), torch.randn(2, 3, 3, *field, generator=generator(5)).bfloat16()
+    ours, exact = (
+        run(arguments(s, (dataclasses.replace(first, cm_logits=a), second), ALL_OF_ONE))
+        for s, a in ((seg, cm), (seg.float(), cm.float()))
+    )
+    for got, want in ((ours.grad_seg, exact.grad_seg), (ours.grad_cm[0], exact.grad_cm[0])):
+        assert got.dtype == torch.bfloat16
+        difference = (got.float() - want.bfloat16().float()).abs()
+        assert (difference <= 2**-7 * want.abs()).all()
+        assert (difference > 0).double().mean() < 0.02
+    assert gradient_error(ours.grad_transition[0], exact.grad_transition[0]) < 1e-6
 
 
-@pytest.mark.parametrize("classes", [3, 33])
-@pytest.mark.parametrize("place", ["pixels", "odd", "one_point", "line_strided", "volume_strided"])
+@pytest.mark.parametrize(
+    ("place", "classes"), [("pixels", 33), ("odd", 3), ("odd", 33), ("one_point", 3), ("volume_strided", 3)]
+)
 def test_posterior_of_kinds_and_layers(place: str, classes: int) -> None:
     size, grid = PLACES[place]
-    if classes == 33 and place not in ("pixels", "odd"):
-        pytest.skip("3 classes have it")
     seg, kinds = logits(classes, grid), mixed_kinds(classes, size, tuple(min(2, s) for s in size), torch.float32)
     wide = ck.annotation_posterior(seg.double(), of_dtype(kinds, torch.float64), backend="reference")
     assert gradient_error(ck.annotation_posterior(seg, kinds, backend=BACKEND), wide) < 3e-6
@@ -726,7 +740,7 @@ def test_posterior_where_a_product_underflows_and_where_nothing_explains_the_lab
         ours = ck.annotation_posterior(seg, kinds, backend=BACKEND)
         want = ck.annotation_posterior(seg.double(), of_dtype(kinds, torch.float64), backend="reference")
         assert torch.equal(ours.isnan(), want.isnan())
-        assert torch.allclose(ours.double(), want, rtol=1e-5, atol=0.0, equal_nan=True)
+        assert torch.allclose(ours.double(), want, rtol=1e-5, atol=1e-30, equal_nan=True)
 
 
 @pytest.mark.parametrize("shape", [(0, 1, 4, 6), (2, 0, 4, 6), (2, 1, 0, 6)], ids=["images", "layers", "pixels"])

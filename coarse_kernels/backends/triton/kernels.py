@@ -297,9 +297,9 @@ def pixel_kernel(
         tl.store(partials + 2 * program.to(tl.int64) + 1, tl.sum(trace_sum, 0))
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "slot"])
 def finish_kernel(
-    partials, scale, loss, nll, trace, weighted,
+    partials, scale, loss, nll, trace, weighted, slot,
     loss_scale, loss_scale_low, trace_weight, trace_weight_low, count, BLOCK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """The partial sums of a kind in fixed order and float64, then its scalars. One program; 65536 partials: 16 rounds."""
@@ -317,7 +317,7 @@ def finish_kernel(
     factor = plain * number(loss_scale, loss_scale_low, tl.float64)
     total_loss = total_nll + number(trace_weight, trace_weight_low, tl.float64) * total_trace
     # a weight of 0 counts for nothing, even if the sum is inf
-    tl.store(weighted, tl.where(factor == 0, 0.0, factor * total_loss))
+    tl.store(weighted + slot, tl.where(factor == 0, 0.0, factor * total_loss))
     tl.store(loss, tl.where(plain == 0, 0.0, plain * total_loss).to(R))
     tl.store(nll, tl.where(plain == 0, 0.0, plain * total_nll).to(R))
     tl.store(trace, tl.where(plain == 0, 0.0, plain * total_trace).to(R))

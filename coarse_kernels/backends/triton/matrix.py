@@ -229,12 +229,12 @@ class MatrixKind:
                 **self.field.modes, **self.types, num_warps=self.tile.warps, **OPTIONS,
             )  # fmt: skip
 
-    def finish(self, sums: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, nll, trace), 0-d; ``weighted``: for the loss times the kind's weight, in float64."""
+    def finish(self, sums: Tensor, weighted: Tensor, slot: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, nll, trace), 0-d; ``weighted[slot]``: for the loss times the kind's weight, in float64."""
         out = self.logits.new(), self.logits.new(), self.logits.new()
         with on_device(self.device):
             kernels.finish_kernel[(1,)](
-                sums, self.scale, *out, weighted, *self.constants, sums.shape[0],
+                sums, self.scale, *out, weighted, slot, *self.constants, sums.shape[0],
                 BLOCK=4096, R=self.types["R"], num_warps=8, **OPTIONS,
             )  # fmt: skip
         return out
@@ -336,36 +336,34 @@ class FieldGradient:
         return self.out
 
 
-def run(kind: MatrixKind, call: Arguments, place: int, grad_seg: ClassGradient | None, weighted: Tensor) -> Terms:
-    """Kind number ``place`` of a call: its terms, and its part of the class gradient."""
-    want_cm = bool(call.wanted & cm_bit(place))
-    want_transition = bool(call.wanted & transition_bit(place)) and kind.transition is not None
-    logits, layers = kind.logits, range(kind.layers)
-    on_pixels = (
-        Sum(kind.cm, kind.dtype, kind.layers * (kind.batch if kind.shared else 1))
-        if want_cm and kind.field.on_pixels
-        else None
-    )
-    on_its_grid = FieldGradient(kind) if want_cm and not kind.field.on_pixels else None
-    steps = whole_image(kind.field) if grad_seg is None else grad_seg.bands
-    together = on_pixels is not None and kind.shared
-    counts = [0 if kind.empty else kind.programs(band, together) for band in steps]
-    maps = (
-        (logits.new(*kind.labels.shape), logits.new(*kind.labels.shape), logits.new(*kind.labels.shape))
-        if call.per_pixel
-        else None
-    )
-    sums = None if call.per_pixel else logits.new(kind.layers * sum(counts), 2, dtype=torch.float64)
+def run(
+    kind: MatrixKind, call: Arguments, place: int, grad_seg: ClassGradient | None, weighted: Tensor, slot: int
+) -> Terms:
+    """Kind number ``place`` of a call, a layer after the other. Adds to ``grad_seg``; ``weighted[slot]``: see `finish`."""
+    logits = kind.logits
+    grad_cm: Sum | FieldGradient | None = None
+    if call.wanted & cm_bit(place):
+        terms = kind.layers * (kind.batch if kind.shared else 1)
+        grad_cm = Sum(kind.cm, kind.dtype, terms) if kind.field.on_pixels else FieldGradient(kind)
+    on_pixels = grad_cm if isinstance(grad_cm, Sum) else None
+    columns = None  # of the transition's gradient
+    if call.wanted & transition_bit(place) and kind.transition is not None:
+        columns = torch.zeros(kind.classes, kind.classes, dtype=torch.float64, device=kind.device)
     # 12 bytes a pixel that the gradients of a grid and of a transition need and nobody else does.
     evidence = None
-    if (on_its_grid is not None or want_transition) and kind.layers:
+    if isinstance(grad_cm, FieldGradient) or columns is not None:
         evidence = logits.new(3, kind.batch, kind.field.pixels)
-    columns = (
-        torch.zeros(kind.classes, kind.classes, dtype=torch.float64, device=kind.device) if want_transition else None
-    )
+
+    shape = kind.labels.shape
+    maps = (logits.new(*shape), logits.new(*shape), logits.new(*shape)) if call.per_pixel else None
+    steps = whole_image(kind.field) if grad_seg is None else grad_seg.bands
+    counts = [kind.programs(band, on_pixels is not None and kind.shared) for band in steps]
+    launches = list(zip(steps, counts, strict=True)) if not kind.empty else []
+    total = kind.layers * sum(count for _, count in launches)
+    sums = logits.new(total, 2, dtype=torch.float64) if maps is None else None
     written = 0
-    for layer in layers if not kind.empty else ():
-        for band, count in zip(steps, counts, strict=True):
+    for layer in range(kind.layers if launches else 0):
+        for band, count in launches:
             part = None if sums is None else sums[written : written + count]
             kind.pixels(layer, band, sums=part, maps=maps, evidence=evidence, grad_seg=grad_seg, grad_cm=on_pixels)
             written += count
@@ -373,16 +371,15 @@ def run(kind: MatrixKind, call: Arguments, place: int, grad_seg: ClassGradient |
                 grad_seg.written(band)
         if on_pixels is not None:
             on_pixels.begun = True
-        if evidence is not None and on_its_grid is not None:
-            on_its_grid.add(layer, evidence)
-        if evidence is not None and columns is not None:
+        if isinstance(grad_cm, FieldGradient) and evidence is not None:
+            grad_cm.add(layer, evidence)
+        if columns is not None and evidence is not None:
             columns += kind.transition_gradient(layer, evidence)
-    grad_cm = next((g.rounded() for g in (on_pixels, on_its_grid) if g is not None), None)
     if maps is None:
         assert sums is not None
-        maps = kind.finish(sums, weighted)
+        maps = kind.finish(sums, weighted, slot)
     return Terms(
         *maps,
-        logits.new(0) if grad_cm is None else grad_cm,
+        logits.new(0) if grad_cm is None else grad_cm.rounded(),
         logits.new(0) if columns is None else columns.t().to(kind.dtype).contiguous(),
     )

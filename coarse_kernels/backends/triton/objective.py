@@ -55,7 +55,7 @@ def annotation_objective(*args: Any) -> tuple[Any, ...]:
         for kind, nll, grad in zip(alone, result.nll, result.grad_transition, strict=True):
             terms[kind] = matrix.Terms(nll.clone(), nll, torch.zeros_like(nll), logits.new(0), grad)
     for slot, kind in enumerate(with_matrix, len(alone)):
-        terms[kind] = matrix.run(others[kind], call, kind, grad_seg, weighted[slot:])
+        terms[kind] = matrix.run(others[kind], call, kind, grad_seg, weighted, slot)
     parts = [terms[kind] for kind in range(len(call.labels))]
     return tuple(
         Outputs(
