@@ -275,7 +275,8 @@ def _check_grid(name: str, field: Tensor, size: torch.Size, labels_name: str) ->
     grid = field.shape[-len(size) :]
     if any(g > s for g, s in zip(grid, size, strict=True)):
         raise ValueError(
-            f"{name}: its grid {tuple(grid)} is larger than the image {tuple(size)} that {labels_name} define"
+            f"{name}: its grid {tuple(grid)} is larger than the image {tuple(size)} that {labels_name} define; "
+            "expected at most a point for each pixel (F.interpolate finer ones ahead)"
         )
     if any(g < 1 <= s for g, s in zip(grid, size, strict=True)):
         raise ValueError(f"{name}: expected a grid of at least 1 point on each axis, got {tuple(grid)}")

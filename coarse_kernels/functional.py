@@ -91,7 +91,8 @@ def annotation_objective(
 
     Returns:
         `Objective` in float32 (float64 for float64 logits), whatever the storage dtype of the logits. The losses of the parts
-        carry gradient, too; a backward through them, rather than through the total, computes gradients anew.
+        carry gradient, too; a backward through them, rather than through the total, computes gradients anew, for which they
+        hold the logits as long as they are kept.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `annotation_nll`.
@@ -287,7 +288,8 @@ def label_map(seg_logits: Tensor, size: Sequence[int], *, backend: str | None = 
 
     Args:
         seg_logits: (B, C, *s) logits of the true class.
-        size: *S, the pixel grid; each axis at least as long as that of the logits.
+        size: *S, the pixel grid; each axis at least as long as that of the logits. Finer logits are an error, as they are in
+            `annotation_objective`; for their labels on a coarser grid write out the expression below.
         backend: as in `annotation_nll`.
 
     Returns:

@@ -45,7 +45,7 @@ class AnnotationObjective(nn.Module):
 class AnnotationNLL(nn.Module):
     """`annotation_nll` with its settings fixed.
 
-    Shape: ``forward(seg_logits (B, C, *S), cm_logits (B or 1, C, C, *G) | None, labels (B, *S), transition (C, C) | None,
+    Shape: ``forward(seg_logits (B, C, *s), cm_logits (B or 1, C, C, *G) | None, labels (B, *S), transition (C, C) | None,
     pixel_weight (B, *S) | None, normalizer)`` -> `AnnotationLoss`.
     """
 

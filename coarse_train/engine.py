@@ -155,6 +155,7 @@ def fit(config: FitConfig) -> FitResult:
                     with torch.autocast(world.device.type, _DTYPES[config.precision], config.precision != "fp32"):
                         output = networks.call(batch.image)
                     part = criterion(output, batch, counts, scale=world.size)  # ranks average their gradients
+                    del output  # nor does the loss hold the logits: their gradients are formed
                     scaler.scale(part.loss).backward()
                 parts += torch.stack([part.loss.detach() / world.size, *part[1:]])
             loss, *nll = world.sum(parts).tolist()

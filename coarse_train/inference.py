@@ -72,14 +72,26 @@ def predict(segmentation: nn.Module, image: Tensor, config: InferenceConfig, num
     """The most probable class. Where one pass through the network holds the whole image there is nothing to average, and
     no probability and no logit at full resolution is formed; over windows or mirrored copies the sum of `probabilities` is.
 
-    Shape: (B, channels, H, W) -> (B, H, W) uint8.
+    The network's grid may be coarser or finer than the image: its logits are interpolated to it. (Finer ones are so by
+    PyTorch, at full resolution: `label_map` serves grids up to the pixels'.)
+
+    Shape: (B, channels, H, W) -> (B, H, W) uint8, or int64 above 256 classes.
     """
     height, width = image.shape[-2:]
     passes = (1 + config.flips) * len(list(_windows(height, width, config)))
     if passes > 1:
-        return probabilities(segmentation, image, config, num_classes).argmax(1).to(torch.uint8)
+        return _most_probable(probabilities(segmentation, image, config, num_classes))
     padded = _padded(image, config)
-    return label_map(_run(segmentation, padded, num_classes), padded.shape[-2:])[..., :height, :width]
+    logits = _run(segmentation, padded, num_classes)
+    if any(points > pixels for points, pixels in zip(logits.shape[-2:], padded.shape[-2:], strict=True)):
+        return _most_probable(_at(logits.float(), padded.shape[-2:]))[..., :height, :width]
+    return label_map(logits, padded.shape[-2:])[..., :height, :width]
+
+
+def _most_probable(scores: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H, W), in the dtype of `label_map`."""
+    labels = scores.argmax(1)
+    return labels.to(torch.uint8) if scores.shape[1] <= 256 else labels
 
 
 def _windows(height: int, width: int, config: InferenceConfig) -> Iterator[tuple[slice, slice]]:
@@ -116,10 +128,13 @@ def _run(segmentation: nn.Module, part: Tensor, num_classes: int) -> Tensor:
 
 
 def _logits(segmentation: nn.Module, part: Tensor, config: InferenceConfig, num_classes: int) -> Tensor:
-    """(B, channels, H, W) -> (B, C, H, W) float32; ``part`` is padded to the window, the network's grid may be coarser."""
+    """(B, channels, H, W) -> (B, C, H, W) float32; ``part`` is padded to the window, the network's grid may be another."""
     height, width = part.shape[-2:]
     padded = _padded(part, config)
-    logits = _run(segmentation, padded, num_classes).float()
-    if logits.shape[-2:] != padded.shape[-2:]:
-        logits = interpolate(logits, padded.shape[-2:], mode="bilinear", align_corners=False)
-    return logits[..., :height, :width]
+    return _at(_run(segmentation, padded, num_classes).float(), padded.shape[-2:])[..., :height, :width]
+
+
+def _at(logits: Tensor, size: tuple[int, ...]) -> Tensor:
+    if tuple(logits.shape[-2:]) == tuple(size):
+        return logits
+    return interpolate(logits, size, mode="bilinear", align_corners=False)

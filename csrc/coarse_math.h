@@ -22,6 +22,7 @@
 #include <cstring>
 #include <limits>
 
+#include "grid.h"
 #include "host_device.h"
 
 namespace coarse {
@@ -197,53 +198,19 @@ COARSE_HD V exp_wide(V x) {
   return select(x > limit, broadcast<V>(std::numeric_limits<R>::infinity()), exp_v(select(x > limit, limit, x)));
 }
 
+// factor * exp(x), where the exponential alone may leave the range: what is beyond e^60 is multiplied last.
+template <class V>
+COARSE_HD V scaled_exp(V factor, V x) {
+  using R = typename Lanes<V>::Scalar;
+  const V zero = broadcast<V>(R(0)), most = broadcast<V>(R(sizeof(R) == 4 ? 88.0 : 709.0));
+  const V over = x - broadcast<V>(R(sizeof(R) == 4 ? 60.0 : 600.0));
+  const V beyond = select(over > zero, select(over > most, most, over), zero);
+  return factor * exp_wide(x - beyond) * exp_v(beyond);
+}
+
 template <class V>
 COARSE_HD V max_v(V a, V b) {
   return select(a > b, a, b);
-}
-
-// --- interpolation ---------------------------------------------------------------------------------------------------
-
-// Where pixel `dst` of `out` reads an axis of `in` points: value = (1 - lambda) x[i0] + lambda x[i1]. Exactly the
-// linear mode of torch.nn.functional.interpolate with align_corners=False, in its arithmetic (float for float, double
-// for double).
-template <class R>
-struct Tap {
-  int64_t i0, i1;
-  R lambda;
-};
-
-// Where a pixel lies on the axis of grid points; below 0 and beyond in - 1 in the outer half cells.
-template <class R>
-COARSE_HD R grid_position(int64_t dst, int64_t in, int64_t out) {
-  const R scale = static_cast<R>(in) / static_cast<R>(out);
-  return scale * (static_cast<R>(dst) + R(0.5)) - R(0.5);
-}
-
-template <class R>
-COARSE_HD Tap<R> linear_tap(int64_t dst, int64_t in, int64_t out) {
-  if (in == out) return {dst, dst, R(0)};
-  R source = grid_position<R>(dst, in, out);
-  source = source < R(0) ? R(0) : source;
-  int64_t i0 = static_cast<int64_t>(source);
-  i0 = i0 < in - 1 ? i0 : in - 1;
-  R lambda = source - static_cast<R>(i0);
-  lambda = lambda < R(0) ? R(0) : lambda > R(1) ? R(1) : lambda;
-  return {i0, i0 + (i0 < in - 1 ? 1 : 0), lambda};
-}
-
-// The first pixel of an axis whose position is `cell` or beyond; `out` if there is none. Pixels before first_pixel(0)
-// are clamped to grid point 0.
-template <class R>
-COARSE_HD int64_t first_pixel(int64_t cell, int64_t in, int64_t out) {
-  if (in == out) return cell < 0 ? 0 : cell;
-  const R scale = static_cast<R>(in) / static_cast<R>(out), edge = static_cast<R>(cell);
-  const auto reaches = [&](int64_t dst) { return grid_position<R>(dst, in, out) >= edge; };
-  int64_t dst = static_cast<int64_t>((edge + R(0.5)) / scale - R(0.5));
-  dst = dst < 0 ? 0 : dst > out ? out : dst;
-  while (dst > 0 && reaches(dst - 1)) --dst;
-  while (dst < out && !reaches(dst)) ++dst;
-  return dst;
 }
 
 // --- one pixel, probability space ------------------------------------------------------------------------------------
@@ -288,10 +255,16 @@ template <class V>
 struct ColumnTerms {
   V top;        // max_i a[i,j]
   V inv_z;      // 1 / sum_i exp(a[i,j] - top)
-  V label_top;  // a[i,j] of the largest T[i,y] exp(a[i,j]), 0 where T allows none
+  V label_top;  // a[i,j] of the largest T[i,y] exp(a[i,j]), less kTinyReport where that T is tiny; 0 where T allows
+                // none
   V inv_q;      // 1 / sum_i T[i,y] exp(a[i,j] - label_top), 0 likewise
   V log_q;      // log q[j]
 };
+
+// Below e^-kTinyReport an entry of T counts as tiny: beside it, terms that matter would underflow, and so might the
+// entry.
+template <class R>
+constexpr R kTinyReport = sizeof(R) == 4 ? R(69) : R(667);  // as kSmallestEvidence
 
 // T[i,y] exp(x - label_top). The exponential alone may overflow where T is tiny, the product cannot.
 template <class V>
@@ -314,6 +287,8 @@ COARSE_HD ColumnTerms<V> column_terms(int classes, const Load& load, const Repor
     label_top = select(term > largest, x, label_top);
     largest = max_v(term, largest);
   }
+  // sums are then of the order of 1
+  label_top -= select(largest - label_top < broadcast<V>(-kTinyReport<R>), broadcast<V>(kTinyReport<R>), zero);
   V z = zero, q = zero;
   for (int i = 0; i < classes; ++i) {
     const V x = load(i);
@@ -395,7 +370,7 @@ COARSE_HD PixelTerms<V> pixel_log_space(int classes, const V* s, V* a, const Rep
       if (reported != nullptr) {
         // p A / D in one exponential: each factor alone may leave the range, and so may the result
         reported[i] -= select(live == zero, zero,
-                              live * exp_wide((s[j] - top - log_sum) + (x - column.top) - log_d) * column.inv_z);
+                              scaled_exp(live, (s[j] - top - log_sum) + (x - column.top) - log_d) * column.inv_z);
       }
       a[i * classes + j] = column_gradient_log_space(column, x, t[i], posterior, ajj, i == j, live, live_trace);
     }

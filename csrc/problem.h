@@ -42,7 +42,7 @@ struct Drawings {
   R* trace_map = nullptr;  // (B, layers, D, H, W): w tr A
   // One row per task, so that the sums do not depend on the number of threads.
   double* sums = nullptr;                 // (tasks, 2): sum w nll, sum w tr A
-  double* transition_gradient = nullptr;  // (tasks, C, C), zeros on arrival; null: not wanted
+  double* transition_gradient = nullptr;  // (slices of the tasks, C, C), zeros on arrival; null: not wanted
 };
 
 // What is asked of the pixel grid (B, D, H, W).

@@ -5,8 +5,10 @@ Second derivatives, torch.func, forward mode, scaled losses in 16 bits, subclass
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +21,7 @@ import coarse_kernels as ck
 from coarse_kernels.backends import autograd, operator
 from tests.helpers import (
     SCHEDULES,
+    Problem,
     device,
     generator,
     gradient_error,
@@ -26,6 +29,7 @@ from tests.helpers import (
     loss_error,
     make_problem,
     operators_of,
+    oracle,
     put,
     random_transition,
 )
@@ -521,6 +525,157 @@ def test_gradients_in_float16_are_formed_in_backward(
             ck.annotation_nll(seg, cm, problem.labels, backend=backend).loss.backward()
         assert len(seen) == (2 if half or schedule == "recompute" else 1)
         assert bool(seen[0]) == (len(seen) == 1)
+
+
+# --- what is held until backward --------------------------------------------------------------------------------------
+
+
+class Box:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class Held:
+    """Numbers in the tensors that live nodes of the graph have saved."""
+
+    def __init__(self) -> None:
+        self.boxes: weakref.WeakSet[Box] = weakref.WeakSet()
+
+    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, lambda box: box.tensor)
+
+    def pack(self, tensor: Tensor) -> Box:
+        box = Box(tensor.detach())  # an output would hold the node that saved it
+        self.boxes.add(box)
+        return box
+
+    def floats(self) -> int:
+        gc.collect()
+        return sum(box.tensor.numel() for box in self.boxes if box.tensor.is_floating_point())
+
+
+def two_kinds(seg: Tensor, cm: Tensor, labels: Tensor, backend: str, **options: Any) -> ck.Objective:
+    drawings = [ck.Drawings(labels, cm), ck.Drawings(labels, weight=0.5)]
+    return ck.annotation_objective(seg, drawings, backend=backend, **options)
+
+
+@FUSED
+@pytest.mark.parametrize("hooks", [False, True])
+def test_who_keeps_the_loss_alone_holds_the_gradients_alone(backend: str, hooks: bool) -> None:
+    """The logits of several kinds were held beside the gradients, for losses of parts that nobody had kept."""
+    problem = make_problem(3, (4, 5), (2, 3))
+    seg, cm = leaf(problem.seg), leaf(problem.cm)
+    assert seg is not None
+    assert cm is not None
+    held = Held()
+    logits, field = seg * 2, cm * 2
+    alive = weakref.ref(logits), weakref.ref(field)
+    with ck.use_schedule("one_pass"), held.hooks() if hooks else contextlib.nullcontext():
+        out = two_kinds(logits, field, problem.labels, backend)
+    loss = out.loss
+    gradients = seg.numel() + cm.numel()
+    if hooks:
+        assert held.floats() > 2 * gradients
+    del logits, field
+    gc.collect()
+    assert hooks or (alive[0]() is not None and alive[1]() is not None)
+    del out
+    assert held.floats() == hooks * gradients
+    assert alive[0]() is None
+    assert alive[1]() is None
+    loss.backward()
+    expected = leaf(problem.seg)
+    assert expected is not None
+    two_kinds(expected * 2, put(problem.cm * 2), problem.labels, "reference").loss.backward()  # type: ignore[operator]
+    assert seg.grad is not None
+    assert expected.grad is not None
+    assert gradient_error(seg.grad, expected.grad) < 2e-6
+
+
+@FUSED
+def test_who_keeps_a_part_alone_holds_no_gradient(backend: str) -> None:
+    problem = make_problem(3, (4, 5), (2, 3))
+    held = Held()
+    with ck.use_schedule("one_pass"), held.hooks():
+        part = two_kinds(leaf(problem.seg), leaf(problem.cm), problem.labels, backend).parts[0].loss  # type: ignore[arg-type]
+    assert held.floats() <= problem.seg.numel() + problem.cm.numel() + 2  # type: ignore[union-attr]
+    part.backward()
+
+
+@FUSED
+@SCHEDULE
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_total_and_its_parts_in_one_backward_or_in_several(backend: str, schedule: str, kept: bool) -> None:
+    problem = make_problem(3, (4, 5), (2, 3))
+
+    def evaluate(name: str, dtype: torch.dtype) -> list[Tensor]:
+        seg, cm = leaf(problem.seg.to(dtype)), leaf(problem.cm.to(dtype))  # type: ignore[union-attr]
+        assert seg is not None
+        assert cm is not None
+        with ck.use_schedule(schedule):
+            out = two_kinds(seg, cm, problem.labels, name)
+        if kept:
+            out.loss.backward(retain_graph=True)
+            (2 * out.parts[1].loss).backward(retain_graph=True)
+            (out.loss + out.parts[0].loss).backward()
+        else:
+            (2 * out.loss + out.parts[0].loss + 2 * out.parts[1].loss).backward()
+        assert seg.grad is not None
+        assert cm.grad is not None
+        return [seg.grad, cm.grad]
+
+    for ours, truth in zip(evaluate(backend, torch.float32), evaluate("reference", F64), strict=True):
+        assert gradient_error(ours, truth) < 2e-6
+
+
+# --- the operator itself ----------------------------------------------------------------------------------------------
+
+
+def arguments(problem: Problem, wanted: int) -> operator.Arguments:
+    absent = put(torch.empty(0))
+    return operator.Arguments(
+        seg_logits=leaf(problem.seg),  # type: ignore[arg-type]
+        labels=[problem.labels.unsqueeze(1)],
+        cm_logits=[leaf(problem.cm)],  # type: ignore[list-item]
+        transition=[absent],
+        class_weight=[absent],
+        pixel_weight=[absent],
+        scale=[absent],
+        weight=[1.0],
+        trace_weight=[0.1],
+        ignore_index=255,
+        per_pixel=False,
+        wanted=wanted,
+    )
+
+
+@FUSED
+@pytest.mark.parametrize("wanted", [0, operator.SEG, operator.cm_bit(0), operator.SEG | operator.cm_bit(0)])
+def test_the_operator_told_of_some_gradients_has_all_that_are_asked_for(backend: str, wanted: int) -> None:
+    """It ended in a KeyError. Its own outputs stay what they are, whatever backward is scaled with."""
+    problem = make_problem(3, (4, 5), (2, 3))
+    call = arguments(problem, wanted)
+    out = operator.Outputs(*operators_of(backend).annotation_objective(*call))
+    formed = [t.clone() for t in (out.grad_seg, *out.grad_cm)]
+    (3 * out.loss).backward()
+    truth = oracle(problem.with_options(trace_weight=0.1, reduction="sum"), 3.0)
+    for grad, name in ((call.seg_logits.grad, "seg"), (call.cm_logits[0].grad, "cm")):
+        assert grad is not None
+        assert gradient_error(grad, truth.gradients[name]) < 2e-6
+    for before, after in zip(formed, (out.grad_seg, *out.grad_cm), strict=True):
+        assert torch.equal(before, after)
+
+
+@FUSED
+@pytest.mark.parametrize("wanted", [0, operator.SEG | operator.cm_bit(0)])
+@pytest.mark.parametrize("by", ["seg_logits", "cm_logits"])
+def test_a_second_derivative_of_the_operator_itself_is_no_silent_zero(backend: str, wanted: int, by: str) -> None:
+    call = arguments(make_problem(3, (4, 5), (2, 3)), wanted)
+    out = operator.Outputs(*operators_of(backend).annotation_objective(*call))
+    of = {"seg_logits": call.seg_logits, "cm_logits": call.cm_logits[0]}[by]
+    for first in torch.autograd.grad(out.loss, (call.seg_logits, call.cm_logits[0]), create_graph=True):
+        with pytest.raises(RuntimeError, match='backend="reference"'):
+            torch.autograd.grad(first.pow(2).sum(), of, allow_unused=True, retain_graph=True)
 
 
 # --- subclasses of Tensor ---------------------------------------------------------------------------------------------

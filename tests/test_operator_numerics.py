@@ -265,3 +265,59 @@ def test_float16_gradients_need_loss_scaling(backend: str) -> None:
 def test_tall_image_with_an_odd_stride(backend: str, grid: tuple[int, int]) -> None:
     """Interpolation weights far from the origin: as exact as F.interpolate in float32, loss map and gradient."""
     check(make_problem(2, (2001, 3), grid, batch=1, ignored="none", scale=5.0, reduction="none"), backend)
+
+
+FORMS = pytest.mark.parametrize("form", ["trusted", "pixel", "strided"])
+
+
+def in_form(form: str, classes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Class logits at a scale where some labels are all but impossible, and a matrix that is all but I, or none."""
+    gen = generator(seed)
+    size = (8, 36)
+    seg = 40 * torch.randn(1, classes, *size, generator=gen)
+    grid = {"trusted": None, "pixel": size, "strided": (2, 9)}[form]
+    if grid is None:
+        return put(seg), None
+    cm = 5 * torch.randn(1, classes, classes, *grid, generator=gen)
+    cm[:, range(classes), range(classes)] += 150.0
+    return put(seg), put(cm)
+
+
+@pytest.mark.skipif("cpu" not in ck.available_backends("cpu"), reason="not built")
+@FORMS
+@pytest.mark.parametrize("entry", [1e-30, 1e-36, 1e-40, 1e-44, 0.0])
+def test_tiny_entries_of_a_transition_are_as_exact_as_others(form: str, entry: float) -> None:
+    """Below 1.2e-38 a float32 has no logarithm by its bits, and 1 over it is inf; a term beside it that counts was lost. On the
+    CPU: elsewhere such numbers are 0."""
+    backend = "cpu"
+    seg, cm = in_form(form, 3, 5)
+    transition = put(torch.tensor([[0.0, entry, 1.0], [entry, 0.5, 0.5], [0.5, 0.5, entry]]))
+    labels = put(torch.randint(0, 3, (1, 8, 36), generator=generator(1)))
+    problem = Problem(seg, cm, labels, transition, {"reduction": "none", "trace_weight": 0.1}, learn_transition=False)
+    ours, truth = evaluate(problem, backend), oracle(problem)
+    assert torch.allclose(ours.nll.double(), truth.nll, rtol=1e-5, atol=1e-4)
+    assert gradient_error(ours.gradients["seg"], truth.gradients["seg"]) < 1e-6
+    if cm is not None:  # differences of probabilities that are all but equal
+        assert torch.allclose(ours.gradients["cm"].double(), truth.gradients["cm"], rtol=0, atol=1e-5)
+    kinds = [ck.Drawings(labels, cm, transition)]
+    wide = [ck.Drawings(labels, None if cm is None else cm.double(), transition.double())]
+    posterior = ck.annotation_posterior(seg, kinds, backend=backend)
+    assert gradient_error(posterior, ck.annotation_posterior(seg.double(), wide, backend="reference")) < 1e-4
+
+
+@COMPILED
+@FORMS
+def test_the_gradient_of_a_transition_is_finite_where_only_its_weight_makes_it_so(backend: str, form: str) -> None:
+    """p / D leaves float32 at an all but impossible label, while the weight of a pixel, one of millions, brings it back."""
+    labels = put(torch.zeros(1, 4, 20, dtype=torch.uint8))
+    seg = put(torch.zeros(1, 3, 4, 20))
+    seg[:, 0] = 95.0 - torch.arange(20) / 10
+    cm = None
+    if form != "trusted":
+        cm = put(torch.zeros(1, 3, 3, *((4, 20) if form == "pixel" else (2, 4))))
+        cm[:, range(3), range(3)] = 100.0
+    transition = put(torch.tensor([[0.0, 0.5, 0.5], [1.0, 0.0, 0.0], [0.0, 0.5, 0.5]]))
+    problem = Problem(seg, cm, labels, transition, {"normalizer": 1e8})
+    ours, truth = evaluate(problem, backend), oracle(problem)
+    assert truth.gradients["transition"].abs().max() < 1e38
+    assert gradient_error(ours.gradients["transition"], truth.gradients["transition"]) < 2e-5

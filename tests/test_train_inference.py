@@ -213,3 +213,36 @@ def test_grey_images_fit_a_colour_network_and_not_the_other_way_round() -> None:
     colour = np.zeros((2, 2, 3), np.uint8)
     with pytest.raises(ValueError, match=r"a.png: expected an image of 1 channel\(s\) for this network, got 3"):
         to_input(colour, 1, "a.png")
+
+
+class _Fine(nn.Module):
+    """Logits at twice the resolution of the image, along one axis or both."""
+
+    def __init__(self, factor: tuple[int, int]):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits = torch.cat([image, 1 - image], 1)
+        return nn.functional.interpolate(logits, scale_factor=self.factor, mode="bilinear", align_corners=False)
+
+
+@pytest.mark.parametrize("factor", [(2, 2), (1, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("config", [WHOLE, InferenceConfig(window=(32, 40)), InferenceConfig(flips=True)], ids=str)
+def test_a_network_that_is_finer_than_the_image_is_resized_to_it(
+    factor: tuple[int, int], config: InferenceConfig
+) -> None:
+    """One pass over the image was refused, several were not."""
+    network = _Fine(factor)
+    assert torch.equal(predict(network, IMAGE, config, 6), probabilities(network, IMAGE, config, 6).argmax(1).byte())
+
+
+@pytest.mark.parametrize("config", [WHOLE, InferenceConfig(window=(16, 16))], ids=str)
+def test_more_than_256_classes_are_not_folded_into_a_byte(config: InferenceConfig) -> None:
+    class Last(nn.Module):
+        def forward(self, image: Tensor) -> Tensor:
+            logits = image.new_zeros(len(image), 300, *image.shape[2:])
+            logits[:, 299] = 1.0
+            return logits
+
+    assert (predict(Last(), IMAGE, config, 300) == 299).all()

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import coarse_kernels as ck
-from coarse_kernels.backends import one_by_one, operator
-from coarse_kernels.backends.triton import launch, table, trusted
+from coarse_kernels.backends import operator, reference
+from coarse_kernels.backends.triton import launch, matrix, table, trusted
+from tests.floats_formed import FloatsFormed
 from tests.helpers import (
     GRADIENT_FLOOR,
     LOSS_FLOOR,
@@ -31,6 +32,7 @@ from tests.helpers import (
 pytestmark = pytest.mark.usefixtures("poison")
 
 BACKEND = "triton"
+ALL_OF_ONE = operator.SEG | operator.cm_bit(0) | operator.transition_bit(0)
 
 
 @pytest.fixture
@@ -141,16 +143,38 @@ def test_too_many_classes_are_refused_by_name() -> None:
         ck.annotation_nll(seg, cm, labels, backend=BACKEND)
 
 
+def arguments(
+    seg: torch.Tensor, kinds: Sequence[ck.Drawings], wanted: int = 0, per_pixel: bool = False, **lists: Any
+) -> operator.Arguments:
+    """Of the operator; nothing is scaled."""
+    absent = seg.new_empty(0, dtype=torch.float64 if seg.dtype == torch.float64 else torch.float32)
+
+    def each(name: str) -> list[torch.Tensor]:
+        return [absent if getattr(k, name) is None else getattr(k, name) for k in kinds]
+
+    names = ("labels", "cm_logits", "transition", "class_weight", "pixel_weight")
+    numbers = [1.0 if per_pixel else k.weight for k in kinds], [k.trace_weight for k in kinds], 255, per_pixel, wanted
+    call = operator.Arguments(seg, *map(each, names), [absent] * len(kinds), *numbers)
+    return call._replace(**lists)
+
+
+def run(call: operator.Arguments) -> operator.Outputs:
+    return operator.Outputs(*torch.ops.coarse_kernels_triton.annotation_objective(*call))
+
+
+def same(first: operator.Outputs, second: operator.Outputs) -> bool:
+    leaves = torch.utils._pytree.tree_leaves
+    return all(torch.equal(a, b) for a, b in zip(leaves(first), leaves(second), strict=True))
+
+
 def test_a_wrong_argument_of_the_operator_is_named() -> None:
-    operator = torch.ops.coarse_kernels_triton.annotation_nll
-    seg, cm, labels = torch.randn(1, 3, 4), torch.randn(1, 3, 3, 2), torch.zeros(1, 4, dtype=torch.uint8)
-    rest = (1.0, 0.0, 255, False, 0)
-    with pytest.raises(TypeError, match="float64 goes with float64 only"):
-        operator(seg.double(), cm, labels, None, None, None, None, *rest)
+    seg, cm, labels = torch.randn(1, 3, 4), torch.randn(1, 3, 3, 2), torch.zeros(1, 1, 4, dtype=torch.uint8)
     with pytest.raises(TypeError, match=r"transition: expected torch\.float32"):
-        operator(seg, cm, labels, torch.eye(3).double(), None, None, None, *rest)
+        run(arguments(seg, [ck.Drawings(labels, cm, torch.eye(3).double())]))
     with pytest.raises(ValueError, match="cm_logits: expected a grid of 1 point"):
-        operator(seg, torch.randn(1, 3, 3, 5), labels, None, None, None, None, *rest)
+        run(arguments(seg, [ck.Drawings(labels, torch.randn(1, 3, 3, 5))]))
+    with pytest.raises(ValueError, match="seg_logits: expected a grid of 1 point"):
+        run(arguments(torch.randn(1, 3, 5), [ck.Drawings(labels, cm)]))
 
 
 @st.composite
@@ -185,18 +209,22 @@ def test_any_small_problem(problem: Any, schedule: str) -> None:
 def test_labels_out_of_range_are_no_labels() -> None:
     """Nobody looks at them on a GPU: they count in no sum and index nothing."""
     problem = make_problem(3, (4, 9), (2, 3), stream="random", ignored="none", label_dtype=torch.int64)
-    operator = torch.ops.coarse_kernels_triton.annotation_nll
     draw = torch.rand(problem.labels.shape, generator=generator(1))
     masked = problem.labels.masked_fill(draw < 0.4, 255)
     strange = masked.clone()
     strange[(masked == 255) & (draw < 0.2)] = 2**40 + 1
     strange[(masked == 255) & (draw < 0.1)] = -1
     runs = [
-        operator(problem.seg, problem.cm, labels, problem.transition, None, None, None, 1.0, 0.1, 255, False, 7)
+        run(
+            arguments(
+                problem.seg,
+                [ck.Drawings(labels.unsqueeze(1), problem.cm, problem.transition, trace_weight=0.1)],
+                ALL_OF_ONE,
+            )
+        )
         for labels in (masked, strange)
     ]
-    for ours, expected in zip(*runs, strict=True):
-        assert torch.equal(ours, expected)
+    assert same(*runs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -210,10 +238,10 @@ def test_a_saved_gradient_is_scaled_where_it_lies(dtype: torch.dtype) -> None:
     assert torch.equal(same, gradient)
 
 
-# --- trusted kinds: an operator of their own, class logits on their own grid --------------------------------------------------
+# --- trusted kinds: class logits on their own grid ----------------------------------------------------------------------------
 
 Kinds = tuple[ck.Drawings, ...]
-EVERYTHING = operator.SEG | operator.transition_bit(0) | operator.transition_bit(1)  # of two kinds
+EVERYTHING = operator.SEG | operator.transition_bit(0) | operator.transition_bit(1)  # of two trusted kinds
 
 
 def drawn(
@@ -259,19 +287,23 @@ def of_dtype(kinds: Kinds, dtype: torch.dtype) -> Kinds:
 def objective(
     seg: torch.Tensor, kinds: Kinds, backend: str, schedule: str = "one_pass", *, learn: bool = True, **options: Any
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Losses (total, then loss and nll of each part) and gradients (class logits, then each transition)."""
+    """Losses (total, then those of each part) and gradients (class logits, then transition and field of each kind)."""
     seg = seg.detach().clone().requires_grad_()
-    kinds = tuple(
-        k if k.transition is None else dataclasses.replace(k, transition=k.transition.clone().requires_grad_(learn))
-        for k in kinds
-    )
+
+    def leaves(k: ck.Drawings) -> ck.Drawings:
+        transition = None if k.transition is None else k.transition.clone().requires_grad_(learn)
+        cm = None if k.cm_logits is None else k.cm_logits.clone().requires_grad_()
+        return dataclasses.replace(k, transition=transition, cm_logits=cm)
+
+    kinds = tuple(map(leaves, kinds))
     with ck.use_schedule(schedule):
         out = ck.annotation_objective(seg, kinds, backend=backend, **options)
         (
             out.loss * torch.linspace(0.5, 1.5, max(1, out.loss.numel())).view(out.loss.shape).to(out.loss)
         ).sum().backward()
     losses = [out.loss.detach(), *(t.detach() for part in out.parts for t in (part.loss, part.nll, part.trace))]
-    return losses, [t.grad for t in (seg, *(k.transition for k in kinds)) if t is not None and t.grad is not None]
+    found = (seg, *(t for k in kinds for t in (k.transition, k.cm_logits)))
+    return losses, [t.grad for t in found if t is not None and t.grad is not None]
 
 
 def hold(
@@ -280,8 +312,11 @@ def hold(
     """Against the reference in float64, with the error of the reference in the same dtype as the measure."""
     dtype, real = seg.dtype, torch.float64 if seg.dtype == torch.float64 else torch.float32
     truth = objective(seg.double(), of_dtype(kinds, torch.float64), "reference", **options)
-    plain = objective(seg, of_dtype(kinds, real), "reference", **options)
-    ours = objective(seg, of_dtype(kinds, real), BACKEND, schedule, **options)
+    stored = tuple(
+        dataclasses.replace(wide, cm_logits=k.cm_logits) for wide, k in zip(of_dtype(kinds, real), kinds, strict=True)
+    )
+    plain = objective(seg, stored, "reference", **options)
+    ours = objective(seg, stored, BACKEND, schedule, **options)
     for got, want, usual in zip(ours[0], truth[0], plain[0], strict=True):
         assert got.dtype == real
         bound = 2 * loss_error(usual, want) + (floor or LOSS_FLOOR[dtype])
@@ -419,35 +454,23 @@ def test_a_nan_at_a_label_is_seen(place: str) -> None:
     assert gradients[0][1].isfinite().all()  # the other image
 
 
-def call_of(seg: torch.Tensor, kinds: Kinds, wanted: int) -> Any:
-    absent = seg.new_empty(0)
-
-    def each(name: str) -> list[torch.Tensor]:
-        return [absent if getattr(k, name) is None else getattr(k, name) for k in kinds]
-
-    return torch.ops.coarse_kernels_triton.trusted(
-        seg, each("labels"), each("transition"), each("class_weight"), each("pixel_weight"), [absent] * len(kinds),
-        [k.weight for k in kinds], 255, False, wanted,
-    )  # fmt: skip
+def call_of(seg: torch.Tensor, kinds: Kinds, wanted: int) -> operator.Outputs:
+    return run(arguments(seg, kinds, wanted))
 
 
-@pytest.mark.parametrize("wanted", [0, EVERYTHING])
+@pytest.mark.parametrize("wanted", [False, True])
 @pytest.mark.parametrize("per_pixel", [False, True])
-def test_opcheck_of_trusted(per_pixel: bool, wanted: int) -> None:
+def test_opcheck(per_pixel: bool, wanted: bool) -> None:
+    """A trusted kind, and one of two layers with a matrix."""
     size, grid = PLACES["stride_4"]
-    kinds, absent = drawn(3, size, "positive", "random"), torch.empty(0)
-    arguments = (
-        logits(3, grid).bfloat16(), [k.labels for k in kinds], [absent, kinds[1].transition], [absent] * 2, [absent] * 2,
-        [absent] * 2, [1.0, 0.5], 255, per_pixel, wanted,
-    )  # fmt: skip
-    torch.library.opcheck(
-        torch.ops.coarse_kernels_triton.trusted.default, arguments, test_utils=("test_schema", "test_faketensor")
-    )
-
-
-def same(first: Any, second: Any) -> bool:
-    flat = [[out[0], *out[1], out[2], *out[3]] for out in (first, second)]
-    return all(torch.equal(a, b) for a, b in zip(*flat, strict=True))
+    first, second = drawn(3, size, "random", "random", layers=[1, 2])
+    second = dataclasses.replace(second, cm_logits=torch.randn(1, 3, 3, 2, 2).bfloat16(), trace_weight=0.1)
+    call = arguments(logits(3, grid).bfloat16(), [first, second], per_pixel=per_pixel)
+    call = call._replace(wanted=sum(bit for bit, _ in operator.differentiable(call)) if wanted else 0)
+    overload = torch.ops.coarse_kernels_triton.annotation_objective.default
+    torch.library.opcheck(overload, tuple(call), test_utils=("test_schema", "test_faketensor"))
+    posterior = torch.ops.coarse_kernels_triton.objective_posterior.default
+    torch.library.opcheck(posterior, (*call[:4], 255), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("place", ["pixels", "stride_4", "one_point"])
@@ -487,13 +510,12 @@ def test_strange_labels_of_trusted_kinds_are_none() -> None:
 def test_only_what_is_wanted_of_trusted_kinds(wanted: int) -> None:
     size, grid = PLACES["stride_4"]
     seg, kinds = logits(3, grid), drawn(3, size, "random", "random")
-    loss, nll, grad_seg, grads = call_of(seg, kinds, wanted)
-    whole = call_of(seg, kinds, EVERYTHING)
-    assert torch.equal(loss, whole[0])
-    assert len(nll) == 2
-    assert torch.equal(grad_seg, whole[2]) if wanted & 1 else grad_seg.shape == (0,)
-    for k in (0, 1):
-        assert torch.equal(grads[k], whole[3][k]) if wanted & operator.transition_bit(k) else grads[k].shape == (0,)
+    ours, whole = call_of(seg, kinds, wanted), call_of(seg, kinds, EVERYTHING)
+    assert torch.equal(ours.loss, whole.loss)
+    assert len(ours.nll) == 2
+    assert torch.equal(ours.grad_seg, whole.grad_seg) if wanted & 1 else ours.grad_seg.shape == (0,)
+    for k, (got, want) in enumerate(zip(ours.grad_transition, whole.grad_transition, strict=True)):
+        assert torch.equal(got, want) if wanted & operator.transition_bit(k) else got.shape == (0,)
 
 
 @pytest.mark.parametrize("shape", [(0, 1, 4, 6), (2, 0, 4, 6), (2, 1, 0, 6)], ids=["images", "layers", "pixels"])
@@ -554,14 +576,187 @@ def test_trusted_kinds_beside_one_with_a_matrix(grid: tuple[int, int], dtype: to
     hold(logits(3, grid).to(dtype), kinds, floor=None if dtype == torch.float32 else 2e-2)
 
 
-def test_nothing_is_interpolated_ahead_of_trusted_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any) -> Any:
-        raise AssertionError("interpolated")
+# --- kinds with a matrix: class logits on their own grid, layers, several kinds -----------------------------------------------
 
+
+def mixed_kinds(
+    classes: int, size: tuple[int, ...], field: tuple[int, ...], dtype: torch.dtype, batch: int = 2
+) -> Kinds:
+    """Two layers with a field and a learned transition, a trusted kind, and one matrix for all images."""
+    kinds = drawn(classes, size, "random", "uniform", "positive", layers=[2, 1, 1], batch=batch, weighted=True)
+    cm = 2 * torch.randn(batch, classes, classes, *field, generator=generator(7))
+    one = 2 * torch.randn(1, classes, classes, *(1 for _ in size), generator=generator(8))
+    return (
+        dataclasses.replace(kinds[0], cm_logits=cm.to(dtype), trace_weight=0.1),
+        kinds[1],
+        dataclasses.replace(kinds[2], cm_logits=one.to(dtype)),
+    )
+
+
+FLOAT, HALF = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("place", "field", "dtype"),
+    [
+        ("pixels", "pixel", HALF),
+        ("pixels", "one_point", FLOAT),
+        ("odd", "pixel", HALF),
+        ("odd", "strided", FLOAT),
+        ("odd", "one_point", HALF),
+        ("one_point", "pixel", FLOAT),
+        ("one_point", "one_point", FLOAT),
+        ("line_strided", "strided", FLOAT),
+        ("volume_strided", "one_point", FLOAT),
+    ],
+)
+def test_kinds_with_a_matrix(monkeypatch: pytest.MonkeyPatch, place: str, field: str, dtype: torch.dtype) -> None:
+    size, grid = PLACES[place]
+    points = {"pixel": size, "strided": tuple(min(2, s) for s in size), "one_point": tuple(1 for _ in size)}[field]
+    monkeypatch.setattr(launch, "INTERPRETED_BAND", 0)  # 64 pixels of both images
+    hold(
+        logits(3, grid).to(dtype), mixed_kinds(3, size, points, dtype), reduction="mean" if field == "pixel" else "sum"
+    )
+
+
+@pytest.mark.parametrize("most", [1, 4, 9, 23, 30, 59, 60, 1000])
+def test_bands_are_boxes_that_cover_the_image(most: int) -> None:
+    size = (3, 5, 6)
+    axes = tuple(launch.Axis(s, 2) for s in size)
+    pixels = torch.arange(90).view(size)
+    seen = []
+    for band in matrix.bands(axes, most):
+        inside = pixels[tuple(slice(*limits) for limits in band.box)].flatten()
+        assert torch.equal(inside, torch.arange(band.begin, band.end))
+        assert len(inside) <= most
+        seen.append(inside)
+    assert torch.equal(torch.cat(seen), torch.arange(90))
+
+
+@pytest.mark.parametrize(
+    ("classes", "size", "grid"),
+    [(3, (6, 7), (3, 4)), (2, (5, 70), (1, 1)), (2, (3, 4, 6), (2, 2, 2)), (2, (2, 1024), (1, 512))],
+)
+def test_the_tiles_of_a_device_that_fold_a_band(
+    monkeypatch: pytest.MonkeyPatch, classes: int, size: tuple[int, ...], grid: tuple[int, ...]
+) -> None:
+    """Few points: a program for a class; and more of them."""
+    tile = table.gather_tile
+    monkeypatch.setattr(table, "gather_tile", lambda *a: tile(*a[:-1], False))
+    monkeypatch.setattr(launch, "INTERPRETED_BAND", 1 << 13)
+    kind = drawn(classes, size, "positive", batch=1)[0]
+    cm = torch.randn(1, classes, classes, *(1 for _ in size), generator=generator(5))
+    call = arguments(logits(classes, grid, batch=1), [dataclasses.replace(kind, cm_logits=cm)], operator.SEG)
+    seg = call.seg_logits.double().requires_grad_()
+    kinds = of_dtype((dataclasses.replace(kind, cm_logits=cm),), torch.float64)
+    ck.annotation_objective(seg, kinds, backend="reference", reduction="sum").loss.backward()
+    assert gradient_error(run(call).grad_seg, seg.grad) < 2e-5  # of a sum that cancels
+
+
+def test_kinds_with_a_matrix_in_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    size, grid = PLACES["odd"]
+    call = arguments(logits(3, grid), mixed_kinds(3, size, (2, 2), torch.float32))
+    call = call._replace(wanted=sum(bit for bit, _ in operator.differentiable(call)))
+    posterior = torch.ops.coarse_kernels_triton.objective_posterior
+    narrow, r = run(call), posterior(*call[:4], 255)
+    monkeypatch.setattr(launch, "WIDE_FROM", 0)
+    assert same(narrow, run(call))
+    assert torch.equal(r, posterior(*call[:4], 255))
+
+
+def test_only_what_is_wanted_of_kinds_with_a_matrix() -> None:
     size, grid = PLACES["stride_4"]
-    monkeypatch.setattr(one_by_one, "interpolate", refuse)
-    monkeypatch.setattr(one_by_one, "_trusted", refuse)
-    objective(logits(3, grid), drawn(3, size, "positive", "uniform"), BACKEND)
+    call = arguments(logits(3, grid), mixed_kinds(3, size, (2, 2), torch.float32))
+    bits = [bit for bit, _ in operator.differentiable(call)]
+    whole = run(call._replace(wanted=sum(bits)))
+    for bit in (0, *bits):
+        ours = run(call._replace(wanted=bit))
+        assert torch.equal(ours.loss, whole.loss)
+        formed = [torch.utils._pytree.tree_leaves(out[4:]) for out in (ours, whole)]
+        pairs = [(got, want) for got, want in zip(*formed, strict=True) if got.numel()]
+        assert len(pairs) == (bit > 0)
+        assert all(torch.equal(got, want) for got, want in pairs)
+
+
+def test_nothing_is_as_large_as_the_class_logits_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither them nor their gradient. The posterior is, and nothing beside it."""
+    size, grid, classes = (8, 12), (2, 3), 5
+    seg, kinds = logits(classes, grid), mixed_kinds(classes, size, (2, 2), torch.float32)
+    monkeypatch.setattr(reference, "interpolate", None)
+    with FloatsFormed() as formed:
+        objective(seg, kinds, BACKEND)
+    assert formed.largest < 2 * classes * 8 * 12
+    formed = FloatsFormed()
+    with torch.no_grad(), formed:
+        ck.annotation_posterior(seg, kinds, backend=BACKEND)
+    assert formed.largest == 2 * classes * 8 * 12
+    assert sum(formed.calls[f"aten.{name}"] for name in ("new_empty", "empty", "empty_like")) <= 3, formed.calls
+
+
+@pytest.mark.parametrize(("grid", "field"), [((6, 8), (6, 8)), ((3, 2), (1, 1))], ids=["pixel", "strided"])
+def test_a_gradient_of_16_bits_that_is_a_sum_is_rounded_once(grid: tuple[int, int], field: tuple[int, int]) -> None:
+    """Over layers, kinds and bands; that each were rounded would be seen in half of the numbers."""
+    first, second = drawn(3, (6, 8), "random", "positive", layers=[3, 1], ignored="none")
+    seg, cm = logits(3, grid).bfloat16(), torch.randn(2, 3, 3, *field, generator=generator(5)).bfloat16()
+    ours, exact = (
+        run(arguments(s, (dataclasses.replace(first, cm_logits=a), second), ALL_OF_ONE))
+        for s, a in ((seg, cm), (seg.float(), cm.float()))
+    )
+    for got, want in ((ours.grad_seg, exact.grad_seg), (ours.grad_cm[0], exact.grad_cm[0])):
+        assert got.dtype == torch.bfloat16
+        difference = (got.float() - want.bfloat16().float()).abs()
+        assert (difference <= 2**-7 * want.abs()).all()
+        assert (difference > 0).double().mean() < 0.02
+    assert gradient_error(ours.grad_transition[0], exact.grad_transition[0]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("place", "classes"), [("pixels", 33), ("odd", 3), ("odd", 33), ("one_point", 3), ("volume_strided", 3)]
+)
+def test_posterior_of_kinds_and_layers(place: str, classes: int) -> None:
+    size, grid = PLACES[place]
+    seg, kinds = logits(classes, grid), mixed_kinds(classes, size, tuple(min(2, s) for s in size), torch.float32)
+    wide = ck.annotation_posterior(seg.double(), of_dtype(kinds, torch.float64), backend="reference")
+    assert gradient_error(ck.annotation_posterior(seg, kinds, backend=BACKEND), wide) < 3e-6
+    assert gradient_error(ck.annotation_posterior(seg, kinds[:1], backend=BACKEND), ck.annotation_posterior(
+        seg.double(), of_dtype(kinds[:1], torch.float64), backend="reference")) < 3e-6  # fmt: skip
+
+
+def test_posterior_where_a_product_underflows_and_where_nothing_explains_the_labels() -> None:
+    size = (1, 4)
+    labels = torch.tensor([[0, 1, 2, 255]]).view(1, 1, *size)
+    cm = torch.zeros(1, 3, 3, 1, 1)
+    cm[:, :, 0], cm[:, 0] = (
+        torch.tensor([0.0, -80.0, -90.0]).view(3, 1, 1),
+        torch.tensor([0.0, -80.0, -81.0]).view(3, 1, 1),
+    )
+    seg = torch.tensor([[0.0, -300.0, 100.0]]).view(1, 3, 1, 1).expand(1, 3, *size).contiguous()
+    seg[..., 3] = math.nan  # is p, where there is no label
+    kind = ck.Drawings(torch.cat([labels] * 3, 1), cm)
+    trusted_kind = ck.Drawings(torch.tensor([[255, 0, 2, 255]]).view(1, 1, *size), None, torch.tensor([
+        [0.0, 0.5, 0.5], [0.0, 0.5, 0.5], [0.0, 0.5, 0.5]
+    ]))  # fmt: skip
+    for kinds in ((kind,), (kind, trusted_kind), (trusted_kind, ck.Drawings(labels), kind)):
+        ours = ck.annotation_posterior(seg, kinds, backend=BACKEND)
+        want = ck.annotation_posterior(seg.double(), of_dtype(kinds, torch.float64), backend="reference")
+        assert torch.equal(ours.isnan(), want.isnan())
+        assert torch.allclose(ours.double(), want, rtol=1e-5, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 4, 6), (2, 0, 4, 6), (2, 1, 0, 6)], ids=["images", "layers", "pixels"])
+def test_kinds_with_a_matrix_of_nothing(shape: tuple[int, ...]) -> None:
+    for grid in (shape[2:], tuple(min(2, s) for s in shape[2:])):
+        seg = torch.randn(shape[0], 3, *grid).requires_grad_()
+        cm = torch.randn(shape[0], 3, 3, *grid).requires_grad_()
+        labels = torch.zeros(shape, dtype=torch.uint8)
+        transition = random_transition(3, generator()).requires_grad_()
+        out = ck.annotation_objective(seg, [ck.Drawings(labels, cm, transition)], backend=BACKEND)
+        out.loss.backward()
+        assert out.loss == 0
+        for leaf in (seg, cm, transition):
+            assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+        r = ck.annotation_posterior(seg.detach(), [ck.Drawings(labels, cm.detach())], backend=BACKEND)
+        assert r.shape == (shape[0], 3, *shape[2:])
 
 
 @pytest.mark.parametrize("place", PLACES)

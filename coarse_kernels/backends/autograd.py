@@ -1,7 +1,8 @@
 """How the gradients of `annotation_objective` reach autograd. One operator serves all uses:
 
     forward without gradient      wanted = 0
-    one_pass                      forward: wanted = what autograd will ask for; backward hands it out
+    one_pass                      forward: wanted = what autograd will ask for; backward hands it out. Of several kinds
+                                  the losses of the parts are a node of their own, which recomputes
     recompute                     forward: wanted = 0; backward: the operator again, grad_output folded into scale
 
 In eager mode through `_Objective`, a function of the tensors that are differentiated. Under torch.compile through the
@@ -11,6 +12,7 @@ every call, which costs 0.3 ms.
 
 from __future__ import annotations
 
+import enum
 import functools
 from typing import Any, NamedTuple
 
@@ -32,44 +34,61 @@ Gradients = dict[int, Tensor]  # by bit of ``wanted``
 
 def run(operators: Any, call: Arguments, needed: dict[int, Tensor]) -> Outputs:
     """The operator in eager mode, differentiable in ``needed``; `Outputs` without gradients."""
-    if needed:
-        kinds = len(call.labels)
-        out = _Objective.apply(operators, call, tuple(needed), *needed.values())
-        losses, nll, trace = (list(out[1 + kinds * n : 1 + kinds * (n + 1)]) for n in range(3))
-        return Outputs(out[0], losses, nll, trace, grad_seg=call.seg_logits, grad_cm=[], grad_transition=[])
-    with torch._C._AutoDispatchBelowAutograd():
-        return Outputs(*operators.annotation_objective(*call))
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        out = Outputs(*operators.annotation_objective(*call))
+    if not needed:
+        return out
+
+    def node(of: _Of) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = _Objective.apply(operators, call, out, of, tuple(needed), *needed.values())
+        return results[:-1]  # without the anchor
+
+    if call.wanted and not _parts_follow(call):
+        # The losses of the parts need the inputs, their sum the gradients alone: who keeps one keeps nothing of the other.
+        (loss,), losses = node(_Of.LOSS), node(_Of.LOSSES)
+    else:
+        loss, *losses = node(_Of.BOTH)  # type: ignore[assignment]
+    return out._replace(loss=loss, losses=list(losses), grad_seg=call.seg_logits, grad_cm=[], grad_transition=[])
+
+
+class _Of(enum.Flag):
+    """Results of a node of the graph."""
+
+    LOSS = enum.auto()
+    LOSSES = enum.auto()
+    BOTH = LOSS | LOSSES
 
 
 class _Objective(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, operators: Any, call: Arguments, bits: tuple[int, ...], *needed: Tensor
-    ) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out = Outputs(*operators.annotation_objective(*call))
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*out.nll, *out.trace)
-        ctx.operators, ctx.bits = operators, bits
-        anchor = out.loss.new_empty(0)
-        _save(ctx, call, out, anchor)
-        return (out.loss, *out.losses, *out.nll, *out.trace, anchor)
+    """A node for results that have been computed."""
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-        bits = ctx.bits
-        asked = [bit for bit, wants in zip(bits, ctx.needs_input_grad[3:], strict=True) if wants]
-        grads = _gradients(ctx.operators, ctx, asked, grad_loss, list(others[: ctx.state.kinds]))
-        return (None, None, None, *(grads.get(bit) for bit in bits))
+    def forward(
+        ctx: Any, operators: Any, call: Arguments, out: Outputs, of: _Of, bits: tuple[int, ...], *needed: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.operators, ctx.bits, ctx.of = operators, bits, of
+        anchor = out.loss.new_empty(0)
+        _save(ctx, call, out, of, anchor)
+        return (*((out.loss,) if _Of.LOSS in of else ()), *(out.losses if _Of.LOSSES in of else ()), anchor)
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_losses = list(incoming[:-1])
+        grad_loss = grad_losses.pop(0) if _Of.LOSS in ctx.of else None
+        grad_losses = grad_losses or [None] * ctx.state.kinds
+        asked = [bit for bit, wants in zip(ctx.bits, ctx.needs_input_grad[5:], strict=True) if wants]
+        found = _gradients(ctx.operators, ctx, asked, grad_loss, grad_losses)
+        return (None,) * 5 + tuple(found.get(bit) for bit in ctx.bits)
 
 
 # --- second derivatives: a clear error ----------------------------------------------------------------------------------
 
 
 # What makes a gradient depend on the inputs that it is a function of is one more output of `_Objective`, without elements,
-# which backward gets back with its graph: an ``anchor``, for one_pass saves no logits. Autograd then finds the way from a
-# gradient to the inputs, and on it `_FirstDerivative`, which says that there is none; a node on no such way would be left
-# out in silence.
+# which backward gets back with its graph: an ``anchor``, for one_pass saves no logits. (The operator's own autograd saves its
+# inputs, which do as well.) Autograd then finds the way from a gradient to the inputs, and on it `_FirstDerivative`, which
+# says that there is none; a node on no such way would be left out in silence.
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -94,15 +113,22 @@ class _State(NamedTuple):
     has_inputs: bool  # then the tensors of the call
     has_anchor: bool  # and last the anchor
 
+    def formed_all(self, asked: list[int]) -> bool:
+        return all(bit in self.formed for bit in asked)
 
-def _save(ctx: Any, call: Arguments, out: Outputs, anchor: Tensor | None) -> None:
-    kinds = len(call.labels)
-    saved: list[Tensor] = []
-    formed = [bit for bit, _ in differentiable(call) if call.wanted & bit]
-    saved += [_of(bit, out) for bit in formed]
-    # Gradients of the parts' own losses are not to be had from that of their sum. A single kind's is its total's over its
-    # weight, if that leaves the gradient in the range of float32.
-    has_inputs = not call.wanted or kinds > 1 or not 1e-20 < call.weight[0] < 1e20
+
+def _parts_follow(call: Arguments) -> bool:
+    """Whether the gradient of the parts' own losses is to be had from that of their sum: a single kind's is its total's over
+    its weight, if that leaves the gradient in the range of float32.
+    """
+    return len(call.labels) == 1 and 1e-20 < call.weight[0] < 1e20
+
+
+def _save(ctx: Any, call: Arguments, out: Outputs, of: _Of, anchor: Tensor | None) -> None:
+    formed = [bit for bit, _ in differentiable(call) if call.wanted & bit and _Of.LOSS in of]
+    saved = [_of(bit, out) for bit in formed]
+    # The operator itself may be asked for other gradients than it was told. It has no anchor, so the inputs stand for it.
+    has_inputs = not formed or anchor is None or (_Of.LOSSES in of and not _parts_follow(call))
     if has_inputs:
         inputs = [call.seg_logits]
         for name in _TENSOR_LISTS:
@@ -112,7 +138,7 @@ def _save(ctx: Any, call: Arguments, out: Outputs, anchor: Tensor | None) -> Non
         saved.append(anchor)
     absent: dict[str, Any] = dict.fromkeys(("seg_logits", *_TENSOR_LISTS))
     bare = call._replace(**absent)
-    ctx.state = _State(bare, kinds, tuple(formed), has_inputs, anchor is not None)
+    ctx.state = _State(bare, len(call.labels), tuple(formed), has_inputs, anchor is not None)
     ctx.save_for_backward(*saved)
 
 
@@ -142,22 +168,24 @@ def _gradients(
         assert grad_losses[0] is not None
         own = grad_losses[0] / state.call.weight[0]
         grad_loss, own_losses = own if grad_loss is None else grad_loss + own, False
-    if formed and not own_losses:
+    if formed and not own_losses and state.formed_all(asked):
         assert grad_loss is not None
-        grads = dict(zip(state.formed, _handed_out(operators, tuple(formed), grad_loss), strict=True))
+        kept = anchor is None or _graph_is_kept()  # without an anchor: who called the operator has the gradients, too
+        grads = dict(zip(state.formed, _handed_out(operators, tuple(formed), grad_loss, kept), strict=True))
     else:
         grads = _recomputed(operators, state, inputs, grad_loss, grad_losses, asked)
-    if anchor is not None and torch.is_grad_enabled():  # create_graph=True: somebody may want to go on from here
-        return {bit: _FirstDerivative.apply(grads[bit], anchor, *incoming) for bit in asked}
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # create_graph=True: somebody may want to go on from here
+        of = [t for t in inputs if t.requires_grad] if anchor is None else [anchor]
+        return {bit: _FirstDerivative.apply(grads[bit], *of, *incoming) for bit in asked}
     return {bit: grads[bit] for bit in asked}
 
 
-def _handed_out(operators: Any, saved: tuple[Tensor, ...], grad_loss: Tensor) -> tuple[Tensor, ...]:
+def _handed_out(operators: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, kept: bool) -> tuple[Tensor, ...]:
     """The gradients saved in forward, times ``grad_loss`` in the compute dtype: in the storage dtype the factor itself may be
-    inf. They are given away, or scaled in place, only where nobody can ask for them again: under retain_graph a second
-    backward would find them changed (by whoever owns them by then, ``param.grad`` first of all).
+    inf. They are given away, or scaled in place, only where they are not ``kept``, so that nobody can ask for them again:
+    under retain_graph a second backward would find them changed (by whoever owns them by then, ``param.grad`` first of all).
     """
-    kept = _graph_is_kept()
     if not wrapped.readable(grad_loss):  # symbolic, or one of a batch of factors
         return tuple(_times(grad, grad_loss) for grad in saved)
     if grad_loss.device.type == "cpu":
@@ -251,7 +279,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     call, out = Arguments(*inputs), Outputs(*output)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*out.nll, *out.trace, out.grad_seg, *out.grad_cm, *out.grad_transition)
-    _save(ctx, call, out, None)
+    _save(ctx, call, out, _Of.BOTH, None)
 
 
 def _backward(
@@ -264,8 +292,6 @@ def _backward(
         asked += [cm_bit(kind)] if wants.cm_logits[kind] else []
         asked += [transition_bit(kind)] if wants.transition[kind] else []
     grads = _gradients(operators, ctx, asked, grad_loss, grad_losses)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the operator itself, called in eager mode
-        grads = {bit: _FirstDerivative.apply(grad, torch.zeros((), requires_grad=True)) for bit, grad in grads.items()}
     lists: dict[str, Any] = {name: [None] * kinds for name in _TENSOR_LISTS}
     lists["cm_logits"] = [grads.get(cm_bit(kind)) for kind in range(kinds)]
     lists["transition"] = [grads.get(transition_bit(kind)) for kind in range(kinds)]

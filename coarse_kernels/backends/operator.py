@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..problem import compute_dtype
-
 ONLY_REFERENCE = 'the fused operators do not know {}; use backend="reference", which is plain PyTorch'
 
 
@@ -82,18 +80,6 @@ SCHEMAS = (
     "-> Tensor",
     "label_map(Tensor seg_logits, int[] size) -> Tensor",
 )
-# Of the devices whose kernels take one kind of drawings, with a matrix, at a time (`one_by_one`):
-SINGLE_SCHEMAS = (
-    "annotation_nll(Tensor seg_logits, Tensor cm_logits, Tensor labels, Tensor? transition, Tensor? class_weight, "
-    "Tensor? pixel_weight, Tensor? scale, float loss_scale, float trace_weight, int ignore_index, bool per_pixel, "
-    "int wanted) -> (Tensor loss, Tensor nll, Tensor trace, Tensor grad_seg, Tensor grad_cm, Tensor grad_transition)",
-    "annotation_posterior(Tensor seg_logits, Tensor cm_logits, Tensor labels, Tensor? transition, int ignore_index) "
-    "-> Tensor",
-    # All kinds without a matrix, as in `Arguments`; class logits on a grid of their own.
-    "trusted(Tensor seg_logits, Tensor[] labels, Tensor[] transition, Tensor[] class_weight, Tensor[] pixel_weight, "
-    "Tensor[] scale, float[] weight, int ignore_index, bool per_pixel, int wanted) -> (Tensor loss, Tensor[] nll, "
-    "Tensor grad_seg, Tensor[] grad_transition)",
-)
 # And where gradients of 3 GB are formed on a device that the host must not wait for (`_handed_out`):
 SCALE = "scale_(Tensor(a!) gradient, Tensor factor) -> ()"
 
@@ -155,92 +141,20 @@ def _label_map_fake(seg_logits: Tensor, size: Sequence[int]) -> Tensor:
     return seg_logits.new_empty((seg_logits.shape[0], *size), dtype=dtype)
 
 
-def _nll_fake(
-    seg_logits: Tensor,
-    cm_logits: Tensor,
-    labels: Tensor,
-    transition: Tensor | None,
-    class_weight: Tensor | None,
-    pixel_weight: Tensor | None,
-    scale: Tensor | None,
-    loss_scale: float,
-    trace_weight: float,
-    ignore_index: int,
-    per_pixel: bool,
-    wanted: int,
-) -> tuple[Tensor, ...]:
-    dtype = torch.float64 if cm_logits.dtype == torch.float64 else torch.float32
-    shape = labels.shape if per_pixel else ()
-
-    def gradient(of: Tensor | None, bit: int) -> Tensor:
-        if of is None or not wanted & bit:
-            return seg_logits.new_empty((0,), dtype=dtype)
-        return of.new_empty(of.shape)
-
-    return (
-        *(labels.new_empty(shape, dtype=dtype) for _ in range(3)),
-        gradient(seg_logits, SEG),
-        gradient(cm_logits, cm_bit(0)),
-        gradient(transition, transition_bit(0)),
-    )
-
-
-def _trusted_fake(
-    seg_logits: Tensor,
-    labels: list[Tensor],
-    transition: list[Tensor],
-    class_weight: list[Tensor],
-    pixel_weight: list[Tensor],
-    scale: list[Tensor],
-    weight: Sequence[float],
-    ignore_index: int,
-    per_pixel: bool,
-    wanted: int,
-) -> tuple[Any, ...]:
-    dtype = compute_dtype(seg_logits.dtype)
-
-    def gradient(of: Tensor, bit: int) -> Tensor:
-        if not wanted & bit or not present(of):
-            return seg_logits.new_empty((0,), dtype=dtype)
-        return of.new_empty(of.shape)
-
-    return (
-        seg_logits.new_empty((0,) if per_pixel else (), dtype=dtype),
-        [y.new_empty(y.shape if per_pixel else (), dtype=dtype) for y in labels],
-        gradient(seg_logits, SEG),
-        [gradient(t, transition_bit(k)) for k, t in enumerate(transition)],
-    )
-
-
-def _single_posterior_fake(
-    seg_logits: Tensor, cm_logits: Tensor, labels: Tensor, transition: Tensor | None, ignore_index: int
-) -> Tensor:
-    return seg_logits.new_empty(seg_logits.shape)
-
-
 # --- registration -------------------------------------------------------------------------------------------------------
 
 
-def declare(namespace: str, *, single: bool = False) -> torch.library.Library:
-    """The operators of a namespace: schemas and fake kernels. They live as long as what is returned. ``single``: with
-    those that take one kind of drawings at a time."""
+def declare(namespace: str) -> torch.library.Library:
+    """The operators of a namespace: schemas and fake kernels. They live as long as what is returned."""
     library = torch.library.Library(namespace, "DEF")
+    for schema in (*SCHEMAS, SCALE):
+        library.define(schema)
     fakes: dict[str, Any] = {
         "annotation_objective": _objective_fake,
         "objective_posterior": _posterior_fake,
         "labelled_weight": _labelled_weight_fake,
         "label_map": _label_map_fake,
     }
-    schemas: tuple[str, ...] = (*SCHEMAS, SCALE)
-    if single:
-        schemas = (*schemas, *SINGLE_SCHEMAS)
-        fakes |= {
-            "annotation_nll": _nll_fake,
-            "annotation_posterior": _single_posterior_fake,
-            "trusted": _trusted_fake,
-        }
-    for schema in schemas:
-        library.define(schema)
     for name, fake in fakes.items():
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
     return library

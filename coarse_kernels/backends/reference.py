@@ -21,7 +21,12 @@ _MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 def interpolate(field: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
-    """(B, K, *G) -> (B, K, *S), linear, align_corners=False; the field itself where G = S."""
+    """(B, K, *G) -> (B, K, *S), linear, align_corners=False; the field itself where G = S.
+
+    -inf is exact there, and for a field of one point. On a grid between, all that read it become NaN, those that read it with
+    weight 0 (beside it along an axis as long as the pixels') included: `F.interpolate` has it so. Kernels that do not read
+    a neighbour of weight 0 are exact along such an axis; nobody should count on either.
+    """
     if tuple(field.shape[2:]) == tuple(size):
         return field
     if all(points == 1 for points in field.shape[2:]):
@@ -145,8 +150,12 @@ class ReferenceBackend:
         weight = label_weights(problem, drawings)
         weighs = weight != 0  # 0 * inf is not 0
 
+        # without a layer there is nothing to sum, but a gradient all the same: zeros
+        inputs = (problem.seg_logits, drawings.cm_logits, drawings.transition)
+        nothing = [weight, *(t[:0].sum().to(weight.dtype) for t in inputs if t is not None and not layers)]
+
         def weighted(terms: list[Tensor]) -> Tensor:
-            stacked = torch.stack(terms, 1) if terms else weight
+            stacked = torch.stack(terms, 1) if terms else sum(nothing)
             return torch.where(weighs, weight * torch.where(weighs, stacked, 0.0), 0.0)
 
         nll, trace = weighted([pixels.nll for pixels in layers]), weighted([pixels.trace for pixels in layers])

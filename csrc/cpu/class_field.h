@@ -8,6 +8,7 @@
 // kind adds log q[j] to joint[j] = log p[j].
 #pragma once
 
+#include "columns.h"
 #include "common.h"
 #include "gradient_rows.h"
 
@@ -33,10 +34,9 @@ class ClassField {
     problem_ = &problem;
     plan_ = &plan.seg;
     const int64_t c = problem.classes, n = plan.vectors;
-    // one vector more: the last columns of a tile may be read beyond the slab
-    s = arena.take<V>(c * n + 1);
-    p = arena.take<V>(c * n + 1);
-    own = arena.take<V>(c * n + 1);
+    s = arena.take<V>(c * n);
+    p = arena.take<V>(c * n);
+    own = arena.take<V>(c * n);
     joint = problem.posterior != nullptr ? arena.take<V>(c * n) : nullptr;
     mass = arena.take<V>(n);
     log_sum = arena.take<V>(n);
@@ -46,7 +46,8 @@ class ClassField {
       want_log_sum_ = want_log_sum_ || problem.kinds[k].field.data == nullptr;
     lines_ = arena.take<V>(plan.seg.rows);
     scattered_ = arena.take<V>(plan.seg.rows);
-    weights_ = arena.take<V>(2 * N);
+    columns_ = arena.take<Columns<R>>(plan.per_row);
+    weights_ = arena.take<V>(2 * N * plan.per_row);
     if (gathers()) rows_.init(problem.seg, plan.seg, c, plan.chunk_count, arena);
   }
 
@@ -75,10 +76,10 @@ class ClassField {
     }
     const Axis<R>& y = plan_->y;
     const int64_t first = y.i0[slab.y0], last = y.next(slab.y0 + slab.rows - 1);
+    find_columns(slab);
     for (int m = 0; m < slab.per_row; ++m) {
-      find_columns(slab, m);
       for (int j = 0; j < c; ++j) {
-        for (int64_t g = first; g <= last; ++g) lines_[g - first] = line(slab, j, g);
+        for (int64_t g = first; g <= last; ++g) lines_[g - first] = line(slab, columns_[m], j, g);
         for (int r = 0; r < slab.rows; ++r) {
           const int64_t upper = y.i0[slab.y0 + r], lower = y.after(upper);
           V x = lines_[upper - first];
@@ -212,36 +213,22 @@ class ClassField {
 
   // --- a grid of its own ---------------------------------------------------------------------------------------------
 
-  // The grid points that the lanes of vector m of a row read: left_ and right_, from node_ on.
-  void find_columns(const Slab& slab, int m) {
-    const Axis<R>& x = plan_->x;
-    const int64_t begin = slab.x0 + static_cast<int64_t>(m) * N;
-    if (begin == begin_ && slab.x1 == end_) return;
-    begin_ = begin;
+  // Of the vectors of a row, once for the slabs below one another.
+  void find_columns(const Slab& slab) {
+    if (slab.x0 == begin_ && slab.x1 == end_) return;
+    begin_ = slab.x0;
     end_ = slab.x1;
-    const int64_t lanes = slab.x1 - begin < N ? slab.x1 - begin : N;
-    node_ = x.i0[begin];
-    for (int k = 0; k < N; ++k) {
-      const int64_t at = k < lanes ? begin + k : begin + lanes - 1;
-      left_[k] = x.i0[at] - node_;
-      right_[k] = x.next(at) - node_;
-      lambda_[k] = x.lambda[at];
-    }
-    nodes_ = static_cast<int>(right_[N - 1]) + 1;
-    if (!gathers()) return;
-    R* weights = reinterpret_cast<R*>(weights_);  // [half][lane] a vector of points: what a lane gives to them
-    // (as [half * N + lane], so that a vector of points is contiguous)
-    for (int k = 0; k < 2 * N; ++k) weights_[k] = broadcast<V>(R(0));
-    for (int k = 0; k < lanes; ++k) {
-      const auto add = [&](int64_t point, R weight) { weights[(point / N * N + k) * N + point % N] += weight; };
-      add(left_[k], R(1) - lambda_[k]);
-      if (x.interpolated) add(right_[k], lambda_[k]);
+    for (int m = 0; m < slab.per_row; ++m) {
+      const int64_t begin = slab.x0 + static_cast<int64_t>(m) * N;
+      columns_[m] = Columns<R>{};
+      columns_[m].find(plan_->x, begin, slab.x1 - begin < N ? slab.x1 - begin : N);
+      if (gathers()) columns_[m].weigh(weights_ + 2 * N * m);
     }
   }
 
-  V points(int64_t row, int64_t half) const {
-    const int64_t first = node_ + half * N, offset = row + first;
-    const int64_t left = plan_->x.grid - first;  // of the row
+  // N points of a row of the grid from `first` on.
+  V points(int64_t row, int64_t first) const {
+    const int64_t offset = row + first, left = plan_->x.grid - first;  // of the row
     const Field& seg = problem_->seg;
     if (seg.storage == own_storage_ && offset + N <= seg.images * problem_->classes * seg.points())
       return load(static_cast<const R*>(seg.data) + offset);
@@ -250,29 +237,21 @@ class ClassField {
     return load(run);
   }
 
-  V along_x(int64_t row) const {
-    const V low = points(row, 0);
-    if (nodes_ <= N) {
-      const V a = permute_one<R>(low, left_);
-      if (!plan_->x.interpolated) return a;  // 0 times -inf would be NaN
-      return (R(1) - lambda_) * a + lambda_ * permute_one<R>(low, right_);
-    }
-    const V high = points(row, 1);
-    const V a = permute<R>(low, high, left_);
-    if (!plan_->x.interpolated) return a;
-    return (R(1) - lambda_) * a + lambda_ * permute<R>(low, high, right_);
+  V along_x(const Columns<R>& columns, int64_t row) const {
+    const V low = points(row, columns.node);
+    return columns.nodes <= N ? columns.read(low) : columns.read(low, points(row, columns.node + N));
   }
 
-  V line(const Slab& slab, int j, int64_t g) const {
+  V line(const Slab& slab, const Columns<R>& columns, int j, int64_t g) const {
     const Axis<R>& z = plan_->z;
     const auto row = [&](int64_t slice) {
       return (slab.image * problem_->classes + j) * problem_->seg.points() +
              (slice * plan_->y.grid + g) * plan_->x.grid;
     };
-    const V a = along_x(row(z.i0[slab.z]));
+    const V a = along_x(columns, row(z.i0[slab.z]));
     if (!z.interpolated) return a;
     const R lambda = z.lambda[slab.z];
-    return (R(1) - lambda) * a + lambda * along_x(row(z.next(slab.z)));
+    return (R(1) - lambda) * a + lambda * along_x(columns, row(z.next(slab.z)));
   }
 
   // own, summed onto the rows of the grid: over the rows of the slab first, then from lanes to points.
@@ -280,8 +259,9 @@ class ClassField {
     const Axis<R>& y = plan_->y;
     const int c = problem_->classes;
     const int64_t first = y.i0[slab.y0], last = y.next(slab.y0 + slab.rows - 1);
+    find_columns(slab);
     for (int m = 0; m < slab.per_row; ++m) {
-      find_columns(slab, m);
+      const V* const weights = weights_ + 2 * N * m;
       for (int j = 0; j < c; ++j) {
         for (int64_t g = first; g <= last; ++g) scattered_[g - first] = broadcast<V>(R(0));
         for (int r = 0; r < slab.rows; ++r) {
@@ -297,16 +277,9 @@ class ClassField {
         }
         for (int64_t g = first; g <= last; ++g) {
           const R* const lanes = reinterpret_cast<const R*>(scattered_ + (g - first));
-          R* const to = rows_.row(g, j) + node_;
-          for (int half = 0; half * N < nodes_; ++half) {
-            const V* const w = weights_ + half * N;
-            V even = load(to + half * N), odd = broadcast<V>(R(0));
-            for (int k = 0; k < N; k += 2) {
-              even += lanes[k] * w[k];
-              odd += lanes[k + 1] * w[k + 1];
-            }
-            store(to + half * N, even + odd);
-          }
+          R* const to = rows_.row(g, j, columns_[m].node);
+          for (int half = 0; half * N < columns_[m].nodes; ++half)
+            give<R, 1>(weights + half * N, {lanes}, {to + half * N});
         }
       }
     }
@@ -339,10 +312,8 @@ class ClassField {
   const FieldPlan<R>* plan_ = nullptr;
   bool want_log_sum_ = false;
   GradientRows<R> rows_;
-  int64_t begin_ = -1, end_ = -1, node_ = 0;
-  int nodes_ = 0;
-  I left_{}, right_{};
-  V lambda_{};
+  int64_t begin_ = -1, end_ = -1;  // pixels that columns_ are of
+  Columns<R>* columns_;            // of each vector of a row
   V *lines_, *scattered_, *weights_;
 };
 

@@ -59,6 +59,16 @@ COARSE_HD void for_each_vector(const Problem<R>& problem, const Slab& slab, cons
   }
 }
 
+// The label of all of n pixels that have one, -1 where there are several. Drawings are coherent: mostly it is one.
+template <class R>
+inline int32_t common_label(const int32_t* label, const R* valid, int64_t n) {
+  int32_t most = 0;
+  for (int64_t k = 0; k < n; ++k) most = label[k] > most ? label[k] : most;
+  int64_t others = 0;
+  for (int64_t k = 0; k < n; ++k) others += (label[k] != most) & (valid[k] != R(0));
+  return others == 0 ? most : -1;
+}
+
 // Labels and weights of the vectors of a slab in one layer of drawings.
 template <class R>
 struct LabelRun {
@@ -66,13 +76,7 @@ struct LabelRun {
   R* valid;        // 1 or 0
   R* weight;       // class_weight[label] * pixel_weight, 0 where ignored
   bool any_valid, all_valid;
-  int32_t common;  // the label of all that have one: drawings are coherent. -1: there are several
-
-  void take(Arena& arena, int64_t n) {
-    label = arena.take<int32_t>(n);
-    valid = arena.take<R>(n);
-    weight = arena.take<R>(n);
-  }
+  int32_t common;  // `common_label` of them all
 
   // Pixels [at, at + n) of the flattened label maps; lanes up to `padded` count as ignored. Written from position `to`
   // on.
@@ -120,13 +124,13 @@ struct LabelRun {
   }
 
   // `common`, of n positions.
-  void find_common(int64_t n) {
-    int32_t most = 0;
-    for (int64_t k = 0; k < n; ++k) most = label[k] > most ? label[k] : most;
-    int64_t others = 0;
-    for (int64_t k = 0; k < n; ++k) others += (label[k] != most) & (valid[k] != R(0));
-    common = others == 0 ? most : -1;
-  }
+  void find_common(int64_t n) { common = common_label(label, valid, n); }
+};
+
+// Where a task adds what it has of one kind of drawings.
+struct Sums {
+  double* terms;       // nll, trace
+  double* transition;  // (C, C), the gradient of T; null: not wanted
 };
 
 // Loss terms of one kind of drawings: vector by vector into its maps, and, slab by slab, into the sums of the task.
@@ -148,9 +152,9 @@ class Terms {
       kind.trace_map[at + k] = trace[k];
     }
   }
-  void leave(const Drawings<R>& kind, int64_t task) {
-    kind.sums[2 * task] += sum_lanes<R>(nll_);
-    kind.sums[2 * task + 1] += sum_lanes<R>(trace_);
+  void leave(const Sums& sums) {
+    sums.terms[0] += sum_lanes<R>(nll_);
+    sums.terms[1] += sum_lanes<R>(trace_);
     nll_ = trace_ = V{};
   }
 

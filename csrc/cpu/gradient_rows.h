@@ -17,7 +17,7 @@ class GradientRows {
     points_ = field.points();
     one_for_all_ = field.images == 1;
     chunks_ = chunks;
-    pitch_ = round_up(plan.x.grid, kLanes<R>) + 2 * kLanes<R>;  // vectors of points begin anywhere
+    pitch_ = round_up(plan.span, kLanes<R>) + 2 * kLanes<R>;  // vectors of points begin anywhere
     rows_ = arena.take<R>(plan.rows * planes * pitch_);
   }
 
@@ -28,6 +28,8 @@ class GradientRows {
     heads_ = plan_->heads + (own * chunks_ + chunk) * plan_->head_slots * planes_ * plan_->unit;
     head_first_ = plan_->head_first[chunk];
     head_end_ = head_first_ + plan_->head_count[chunk];
+    x_first_ = plan_->x_first[chunk];
+    x_count_ = plan_->x_count[chunk];
     z_ = z;
     adds_ = plan_->zeroed || (one_for_all_ && !first);
     first_ = end_ = 0;
@@ -44,20 +46,32 @@ class GradientRows {
     while (first_ < end_) leave(first_++);
   }
 
-  R* row(int64_t g, int64_t plane) const { return at(g) + plane * pitch_; }
-  int64_t pitch() const { return pitch_; }
+  // Row g from point `node` on.
+  R* row(int64_t g, int64_t plane, int64_t node) const { return at(g) + plane * pitch_ + (node - x_first_); }
 
  private:
   R* at(int64_t g) const { return rows_ + g % plan_->rows * planes_ * pitch_; }
 
   void leave(int64_t g) {
     const Axis<R>& z = plan_->z;
+    if (plan_->line) return leave_line();
     if (plan_->volume) {
       const R lambda = z.interpolated ? z.lambda[z_] : R(0);
       add(g, z.i0[z_], z.i0[z_], g * plan_->x.grid, R(1) - lambda);
       if (lambda != R(0)) add(g, z.next(z_), z.next(z_), g * plan_->x.grid, lambda);
     } else {
       add(g, g, 0, 0, R(1));
+    }
+  }
+
+  // The one row of a line: its first points are heads.
+  void leave_line() {
+    const int64_t heads = head_end_ - head_first_;
+    const auto leave = [&](R* to, R x) { *to = adds_ ? *to + x : x; };
+    for (int64_t plane = 0; plane < planes_; ++plane) {
+      const R* const from = at(0) + plane * pitch_;
+      for (int64_t k = 0; k < heads; ++k) leave(heads_ + k * planes_ + plane, from[k]);
+      for (int64_t k = heads; k < x_count_; ++k) leave(sum_ + plane * points_ + x_first_ + k, from[k]);
     }
   }
 
@@ -82,7 +96,7 @@ class GradientRows {
   int64_t planes_ = 0, points_ = 0, chunks_ = 0, pitch_ = 0;
   bool one_for_all_ = false, adds_ = false;
   R *rows_ = nullptr, *sum_ = nullptr, *heads_ = nullptr;
-  int64_t head_first_ = 0, head_end_ = 0, z_ = 0, first_ = 0, end_ = 0;
+  int64_t head_first_ = 0, head_end_ = 0, z_ = 0, first_ = 0, end_ = 0, x_first_ = 0, x_count_ = 0;
 };
 
 }  // namespace

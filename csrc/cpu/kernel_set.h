@@ -9,7 +9,7 @@
 
 namespace coarse {
 
-// The grid of a field along one axis: where each pixel reads it (Tap in coarse_math.h).
+// The grid of a field along one axis: where each pixel reads it (Tap in grid.h).
 template <class R>
 struct Axis {
   int64_t grid = 1;
@@ -45,12 +45,12 @@ struct Chunk {
 };
 
 // A field on its grid, and where the sums over pixels go that are its gradient. A unit of the grid is a row, of a
-// volume a slice. Chunks that run at the same time share the units at their seams: what a chunk has for the `head`
-// units that an earlier one reads too goes to `heads`, and is added afterwards in the order of the chunks; everything
-// else has one writer.
+// volume a slice, of a line (an image of one row) a point. Chunks that run at the same time share the units at their
+// seams: what a chunk has for the `head` units that an earlier one reads too goes to `heads`, and is added afterwards
+// in the order of the chunks; everything else has one writer.
 template <class R>
 struct FieldPlan {
-  bool volume = false;  // units are slices
+  bool volume = false, line = false;  // units are slices, or points
   bool on_pixels =
       true;  // a point for each pixel: nothing is interpolated, and gradients are written where they belong
   Axis<R> z, y, x;
@@ -61,6 +61,8 @@ struct FieldPlan {
   R* heads = nullptr;   // (images or groups, chunks, head_slots, planes, unit)
   int64_t head_slots = 0, unit = 0;
   const int32_t *head_first = nullptr, *head_count = nullptr;  // (chunks)
+  const int32_t *x_first = nullptr, *x_count = nullptr;        // (chunks) the points of a row that a chunk works on
+  int64_t span = 0;                                            // most of them
 };
 
 template <class R>
@@ -74,7 +76,11 @@ struct Plan {
   int per_row = 1;         // vectors of a row that are worked on together
   int vectors = kMaxRows;  // at most, of a slab: rows * per_row
 
+  int64_t slices = 1;  // of the tasks: those of a slice run one after the other and share one gradient of T
+
   int64_t tasks() const { return chunk_count * groups; }
+  int64_t slice_of(int64_t task) const { return task * slices / tasks(); }
+  int64_t first_task(int64_t slice) const { return (slice * tasks() + slices - 1) / slices; }
 };
 
 // The kernels of a kind of drawings, in the order in which they are asked.

@@ -79,8 +79,8 @@ class PixelGrid {
   }
 
   // The vectors of a slab, as tiles of neighbouring pixels.
-  void run(ClassField<R>& field, const Slab& slab, const LabelRun<R>* layers, int64_t task) {
-    task_ = task;
+  void run(ClassField<R>& field, const Slab& slab, const LabelRun<R>* layers, const Sums& sums) {
+    totals_ = sums;
     class_field_ = &field;
     pitch_ = static_cast<int64_t>(slab.pitch) * N;
     for (int r = 0; r < slab.rows; ++r) {
@@ -344,7 +344,7 @@ class PixelGrid {
       for (int64_t l = 0; l < layers; ++l) {
         const V d = kOneLayer ? first_evidence : evidence_[l], inv_d = one / d, weight = load(labels_[l].weight + k);
         const V scaled = weight * gradient_scale, scaled_trace = scaled * trace_weight;
-        if (kind_->transition_gradient != nullptr) add_transition_gradient(l, k, scaled * inv_d);
+        if (totals_.transition != nullptr) add_transition_gradient(l, k, scaled * inv_d);
         for (int j = 0; j < c; ++j) {
           const int64_t slot = j * tile + k;
           const V pj = load(p0 + j * pitch + k), r = pj * load(q0 + l * c * tile + slot) * inv_d;
@@ -358,7 +358,7 @@ class PixelGrid {
         add(t, l, k, -log_v(d), trace);
       }
     }
-    terms_.leave(*kind_, task_);
+    terms_.leave(totals_);
   }
 
   COARSE_HD void add(const Tile& t, int64_t layer, int64_t k, V nll, V trace) {
@@ -407,13 +407,13 @@ class PixelGrid {
   void log_space(const Tile& t, int64_t k) {
     const int c = classes();
     const V zero = broadcast<V>(R(0)), inf = broadcast<V>(std::numeric_limits<R>::infinity());
-    const bool want_reported = kind_->transition_gradient != nullptr;
+    const bool want_reported = totals_.transition != nullptr;
     for (int64_t l = 0; l < kind_->layers; ++l) {
       const V weight = load(labels_[l].weight + k);
       const V scaled = weight * kind_->gradient_scale, scaled_trace = scaled * kind_->trace_weight;
       fetch(t, k);
       const auto terms = slow_.run(c, kind_->transition, labels_[l].label + k, scaled, scaled_trace, want_reported);
-      if (want_reported) slow_.add_reported(c, labels_[l].label + k, kind_->transition_gradient + task_ * c * c);
+      if (want_reported) slow_.add_reported(c, labels_[l].label + k, totals_.transition);
       const V live = select(terms.nll == inf, zero, scaled);
       for (int j = 0; j < c; ++j)
         *of_class_field(class_field_->own, j, k) -= select(live == zero, zero, live * slow_.r[j]);
@@ -437,7 +437,7 @@ class PixelGrid {
   // d loss / dT[i, y] -= weight / D * sum_j A[i,j] p[j], lane by lane into column y
   void add_transition_gradient(int64_t layer, int64_t k, V scaled_inv_d) {
     const int c = classes();
-    double* sum = kind_->transition_gradient + task_ * c * c;
+    double* const sum = totals_.transition;
     for (int i = 0; i < c; ++i) {
       V ap = broadcast<V>(R(0));
       for (int j = 0; j < c; ++j) ap += load(column(i, j) + k) * (load(inv_z_ + j * tile_ + k) * load(p(j) + k));
@@ -565,7 +565,7 @@ class PixelGrid {
   const Problem<R>* problem_ = nullptr;
   const Drawings<R>* kind_ = nullptr;
   ClassField<R>* class_field_ = nullptr;
-  int64_t tile_ = 0, task_ = 0;
+  int64_t tile_ = 0;
   int64_t pitch_ = 0, first_ = 0;  // of the class field, in elements: between its planes; of the tile in a plane
   bool want_cm_ = false, keep_field_ = false, accumulate_ = false, own_storage_ = false, own_gradient_ = false;
   bool aligned_planes_ = false, all_valid_ = false;
@@ -576,6 +576,7 @@ class PixelGrid {
   R *field_, *reported_[2], *q_, *inv_z_, *ajj_, *keep_, *drop_, *diag_, *row_, *staged_;
   V *evidence_, *summed_;
   Terms<R> terms_;
+  Sums totals_{};
   V* top_;               // per vector of pixels: the column's maximum
   LabelRun<R>* labels_;  // of each layer, from the tile's first pixel on
   LogSpace<R> slow_;

@@ -20,7 +20,10 @@ constexpr int64_t kMaxChunks = 32;         // of an image: seams that are added 
 constexpr int64_t kRowsPerChunk = 16;      // at least
 constexpr int64_t kPixelsPerChunk = 4096;  // where nothing is interpolated
 constexpr int64_t kCopyBytes = int64_t{16} << 20;  // of a gradient that all images share: groups of them have their own
-constexpr int64_t kHeadBytes = int64_t{64} << 20;  // of the seams of a volume
+constexpr int64_t kHeadBytes = int64_t{64} << 20;  // of seams, or a quarter of what the gradients themselves take
+constexpr int64_t kTransitionBytes = int64_t{32}
+                                     << 20;  // of gradients of T, which each slice of the tasks has of its own
+constexpr int64_t kMinSlices = 4;            // all the same: threads that are kept busy
 
 // A Plan and what it points into.
 template <class R>
@@ -54,6 +57,7 @@ class Planned {
       plan.vectors = kMaxRows;
     }
     cut_bands(problem);
+    plan.groups = groups(problem);
     if (flat) {
       for (int64_t x = 0; x < problem.width; x += kPixelsPerChunk)
         chunks_.push_back(
@@ -65,11 +69,14 @@ class Planned {
     plan.bands = bands_.data();
     plan.chunks = chunks_.data();
     plan.chunk_count = static_cast<int64_t>(chunks_.size());
-    if (!plan.seg.on_pixels) find_heads(plan.seg, problem, heads_.emplace_back());
-    for (int k : strided_) find_heads(plan.kinds[k], problem, heads_.emplace_back());
     slopes_.resize(strided_.size());
     for (size_t n = 0; n < strided_.size(); ++n) find_slopes(plan.kinds[strided_[n]], slopes_[n]);
-    plan.groups = groups(problem);
+    plan.slices = plan.tasks();
+  }
+  // Tasks have a gradient of `learned` matrices T, C x C doubles each.
+  void learn_transitions(int64_t learned, int64_t classes) {
+    const int64_t bytes = learned * classes * classes * static_cast<int64_t>(sizeof(double));
+    if (bytes > 0) plan.slices = std::min(plan.tasks(), std::max(kMinSlices, kTransitionBytes / bytes));
   }
   Planned(const Planned&) = delete;
 
@@ -79,7 +86,7 @@ class Planned {
     std::array<std::vector<R>, 3> lambdas;
   };
   struct Heads {
-    std::vector<int32_t> first, count;
+    std::vector<int32_t> first, count, x_first, x_count;
   };
 
   static int64_t kernels_lanes() { return sizeof(R) == 4 ? kernels().simd_bytes / 4 : 2; }
@@ -87,7 +94,7 @@ class Planned {
   static Axis<R> describe_axis(int64_t grid, int64_t pixels, std::vector<int32_t>& points, std::vector<R>& lambdas) {
     points.resize(pixels);
     lambdas.resize(pixels);
-    const bool interpolated = grid > 1 && grid < pixels;
+    const bool interpolated = interpolates(grid, pixels);
     for (int64_t k = 0; k < pixels; ++k) {
       const Tap<R> tap = linear_tap<R>(k, grid, pixels);
       points[k] = static_cast<int32_t>(tap.i0);
@@ -100,11 +107,12 @@ class Planned {
   static bool describe(FieldPlan<R>& to, const Field& field, const int64_t* size, Points& own) {
     to.on_pixels = std::equal(size, size + 3, field.grid);
     to.volume = size[0] > 1;
+    to.line = size[0] == 1 && size[1] == 1;
     if (to.on_pixels) return true;
     Axis<R>* const axes[3] = {&to.z, &to.y, &to.x};
     for (int axis = 0; axis < 3; ++axis)
       *axes[axis] = describe_axis(field.grid[axis], size[axis], own.points[axis], own.lambdas[axis]);
-    to.unit = to.volume ? field.grid[1] * field.grid[2] : field.grid[2];
+    to.unit = to.volume ? field.grid[1] * field.grid[2] : to.line ? 1 : field.grid[2];
     return false;
   }
 
@@ -166,30 +174,57 @@ class Planned {
     field.slopes = slopes.data();
   }
 
-  // Chunks: runs of bands; of a volume runs of slices. They begin where the largest field's cells do, so that a seam is
-  // one row.
+  // Chunks, as many as may be useful, and fewer where their seams take too much: those of large fields with few rows
+  // are a good part of the gradient, and every image has its own.
   void cut_chunks(const Problem<R>& problem) {
-    const auto bands = static_cast<int32_t>(bands_.size());
-    if (problem.depth > 1) {
-      int64_t most = kMaxChunks;
-      const auto limit = [&](const FieldPlan<R>& field, const Field& tensor, int64_t planes) {
-        if (field.on_pixels || tensor.gradient == nullptr) return;
-        const int64_t bytes = 2 * planes * field.unit * static_cast<int64_t>(sizeof(R)) * tensor.images;
-        most = std::min(most, std::max<int64_t>(1, kHeadBytes / std::max<int64_t>(1, bytes)));
+    for (int64_t most = kMaxChunks;; most /= 2) {
+      chunks_.clear();
+      heads_.clear();
+      if (problem.depth > 1) {
+        cut_slices(problem, most);
+      } else {
+        problem.height > 1 ? cut_rows(problem, most) : cut_columns(problem, most);
+      }
+      int64_t seams = 0, gradients = 0;
+      const auto find = [&](FieldPlan<R>& field, const Field& tensor, int64_t planes) {
+        if (field.on_pixels) return;
+        find_heads(field, problem, heads_.emplace_back());
+        if (tensor.gradient == nullptr) return;
+        const int64_t owners = tensor.images == 1 ? plan.groups : tensor.images;
+        const int64_t chunks = static_cast<int64_t>(chunks_.size()), bytes = planes * static_cast<int64_t>(sizeof(R));
+        seams += owners * chunks * field.head_slots * field.unit * bytes;
+        gradients += tensor.images * tensor.points() * bytes;
       };
-      const int64_t c = problem.classes;
-      limit(plan.seg, problem.seg, c);
-      for (int k : strided_) limit(plan.kinds[k], problem.kinds[k].field, c * c);
-      const int64_t slices = (problem.depth + most - 1) / most;
-      for (int64_t z = 0; z < problem.depth; z += slices)
-        chunks_.push_back({z, std::min(z + slices, problem.depth), 0, problem.width, 0, bands});
-      return;
+      find(plan.seg, problem.seg, problem.classes);
+      for (int k : strided_)
+        find(plan.kinds[k], problem.kinds[k].field, static_cast<int64_t>(problem.classes) * problem.classes);
+      if (most == 1 || seams <= std::max(kHeadBytes, gradients / 4)) return;
     }
+  }
+
+  // Of a volume runs of slices.
+  void cut_slices(const Problem<R>& problem, int64_t most) {
+    const int64_t slices = (problem.depth + most - 1) / most;
+    for (int64_t z = 0; z < problem.depth; z += slices)
+      chunks_.push_back(
+          {z, std::min(z + slices, problem.depth), 0, problem.width, 0, static_cast<int32_t>(bands_.size())});
+  }
+
+  // Of a line runs of pixels, in whole vectors.
+  void cut_columns(const Problem<R>& problem, int64_t most) {
+    const int64_t pixels = std::max(kPixelsPerChunk, ((problem.width + most - 1) / most + 63) / 64 * 64);
+    for (int64_t x = 0; x < problem.width; x += pixels)
+      chunks_.push_back({0, 1, x, std::min(x + pixels, problem.width), 0, static_cast<int32_t>(bands_.size())});
+  }
+
+  // Runs of bands. They begin where the largest field's cells do, so that a seam is one row.
+  void cut_rows(const Problem<R>& problem, int64_t most) {
+    const auto bands = static_cast<int32_t>(bands_.size());
     int largest = -1;
     for (int k : strided_) {
       if (largest < 0 || problem.kinds[k].field.points() > problem.kinds[largest].field.points()) largest = k;
     }
-    const int64_t rows = std::max(kRowsPerChunk, (problem.height + kMaxChunks - 1) / kMaxChunks);
+    const int64_t rows = std::max(kRowsPerChunk, (problem.height + most - 1) / most);
     int32_t begin = 0;
     for (int32_t b = 1; b <= bands; ++b) {
       const bool end = b == bands;
@@ -206,21 +241,32 @@ class Planned {
     }
   }
 
-  // The units that a chunk has in common with those before it.
+  // The units that a chunk has in common with those before it, and the points of a row that it works on.
   void find_heads(FieldPlan<R>& field, const Problem<R>& problem, Heads& heads) const {
-    const bool volume = problem.depth > 1;
-    const Axis<R>& outer = volume ? field.z : field.y;
+    const Axis<R>& outer = field.volume ? field.z : field.line ? field.x : field.y;
+    field.head_slots = field.span = 0;
     for (size_t n = 0; n < chunks_.size(); ++n) {
-      const int64_t at = volume ? chunks_[n].z0 : bands_[static_cast<size_t>(chunks_[n].begin)].y0;
+      const Chunk& chunk = chunks_[n];
+      const int64_t at = field.volume ? chunk.z0 : field.line ? chunk.x0 : bands_[static_cast<size_t>(chunk.begin)].y0;
       const int32_t first = outer.i0[at];
       const int64_t count = n == 0 ? 0 : std::max<int64_t>(0, outer.next(at - 1) - first + 1);
       heads.first.push_back(first);
       heads.count.push_back(static_cast<int32_t>(count));
       field.head_slots = std::max(field.head_slots, count);
+      // up to where the next one begins: float32 may leave out a point of a very long line
+      const int64_t left = chunk.x0 == 0 ? 0 : field.x.i0[chunk.x0];
+      const int64_t right = chunk.x1 == problem.width
+                                ? field.x.grid
+                                : std::max<int64_t>(field.x.next(chunk.x1 - 1) + 1, field.x.i0[chunk.x1]);
+      heads.x_first.push_back(static_cast<int32_t>(left));
+      heads.x_count.push_back(static_cast<int32_t>(right - left));
+      field.span = std::max(field.span, right - left);
     }
     field.head_first = heads.first.data();
     field.head_count = heads.count.data();
-    field.zeroed = volume;
+    field.x_first = heads.x_first.data();
+    field.x_count = heads.x_count.data();
+    field.zeroed = field.volume;
   }
 
   // Every image is a group of its own, but where images share a field whose gradient is wanted: each group has a copy

@@ -20,17 +20,17 @@ Bytes workspace(int64_t bytes) {
   return {std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)), &std::free};
 }
 
-// `task(k, workspace)` for every k, in parallel.
-template <class F>
-void run_tasks(int64_t count, int64_t workspace_bytes, const F& task) {
+// `task(k, workspace)` for every k: slices in parallel, the tasks of a slice in their order.
+template <class R, class F>
+void run_tasks(const coarse::Plan<R>& plan, int64_t workspace_bytes, const F& task) {
   std::atomic<bool> out_of_memory{false};  // an exception could not leave a worker thread
-  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, plan.slices, 1, [&](int64_t first, int64_t last) {
     const Bytes space = workspace(std::max<int64_t>(workspace_bytes, 64));
     if (space == nullptr) {
       out_of_memory = true;
       return;
     }
-    for (int64_t k = first; k < last; ++k) task(k, space.get());
+    for (int64_t k = plan.first_task(first); k < plan.first_task(last); ++k) task(k, space.get());
   });
   STD_TORCH_CHECK(!out_of_memory, "out of memory: a thread's workspace of ", workspace_bytes, " bytes");
 }
@@ -75,18 +75,19 @@ class Run {
       const bool shared = kinds_[k].field.images == 1 && problem_.batch > 1;
       book(plan.kinds[k], kinds_[k].field, entries, plan, shared);
     }
+    planned.learn_transitions(std::count(want_transition_.begin(), want_transition_.end(), true), c);
     const int64_t tasks = plan.tasks();
     std::vector<std::vector<double>> sums(count), transitions(count);
     for (size_t k = 0; k < count; ++k) {
       sums[k].resize(2 * static_cast<size_t>(tasks));
-      transitions[k].resize(want_transition_[k] ? static_cast<size_t>(tasks * entries) : 0);
+      transitions[k].resize(want_transition_[k] ? static_cast<size_t>(plan.slices * entries) : 0);
       kinds_[k].sums = sums[k].data();
       kinds_[k].transition_gradient = want_transition_[k] ? transitions[k].data() : nullptr;
     }
     std::vector<unsigned char> bad(static_cast<size_t>(tasks), 0);
     problem_.bad_label = bad.data();
     const auto& kernels = kernel_set<R>();
-    run_tasks(tasks, kernels.workspace(problem_, plan),
+    run_tasks(plan, kernels.workspace(problem_, plan),
               [&](int64_t task, void* space) { kernels.run(problem_, plan, task, space); });
     for (unsigned char b : bad)
       STD_TORCH_CHECK(b == 0, "labels: expected in [0, C) or ignore_index, got one out of range");
@@ -94,8 +95,10 @@ class Run {
       for (int64_t t = 0; t < tasks; ++t) {
         totals[k].nll += sums[k][2 * t];
         totals[k].trace += sums[k][2 * t + 1];
+      }
+      for (int64_t slice = 0; slice < plan.slices; ++slice) {
         for (size_t n = 0; n < totals[k].transition_gradient.size(); ++n)
-          totals[k].transition_gradient[n] += transitions[k][t * entries + static_cast<int64_t>(n)];
+          totals[k].transition_gradient[n] += transitions[k][slice * entries + static_cast<int64_t>(n)];
       }
     }
     for (const Booking& booking : bookings_) settle(booking, plan);

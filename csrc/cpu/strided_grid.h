@@ -51,7 +51,7 @@ class StridedGrid {
     kind_ = &problem.kinds[index];
     g_ = &plan.kinds[index];
     const int64_t c = problem.classes, rows = kMaxRows, layers = kind_->layers;
-    pitch_ = round_up(g_->x.grid, N) + 2 * N;  // a strip reads 2 N points from any point on
+    pitch_ = round_up(g_->span, N) + 2 * N;  // a strip reads 2 N points from any point on
     want_cm_ = kind_->field.gradient != nullptr;
     for (R*& grid : grid_) grid = arena.take<R>(c * c * pitch_);
     if (want_cm_) sums_.init(kind_->field, *g_, c * c, plan.chunk_count, arena);
@@ -79,6 +79,8 @@ class StridedGrid {
     if (image != image_ || z != z_) loaded_[0] = loaded_[1] = -1;
     image_ = image;
     z_ = z;
+    x_first_ = g_->x_first[chunk];
+    x_count_ = g_->x_count[chunk];
   }
 
   void enter(const Band& band) {
@@ -103,14 +105,7 @@ class StridedGrid {
   // N pixels wide, as high as the band.
   void enter_strip(int64_t x0, int64_t x1) {
     lanes_ = x1 - x0;
-    node_ = g_->x.i0[x0];
-    for (int k = 0; k < N; ++k) {
-      const int64_t at = k < lanes_ ? x0 + k : x1 - 1;
-      left_[k] = g_->x.i0[at] - node_;
-      right_[k] = g_->x.next(at) - node_;
-      lambda_x_[k] = g_->x.lambda[at];
-    }
-    nodes_ = static_cast<int>(right_[N - 1]) + 1;
+    columns_.find(g_->x, x0, lanes_);
     touched_ = false;
     if (!want_cm_) return;
     const V zero = broadcast<V>(R(0));
@@ -122,9 +117,9 @@ class StridedGrid {
   }
 
   // A segment: up to kMaxRows rows of a strip.
-  void run(ClassField<R>& field, const Slab& slab, const LabelRun<R>* layers, int64_t task) {
+  void run(ClassField<R>& field, const Slab& slab, const LabelRun<R>* layers, const Sums& sums) {
     const int c = classes();
-    task_ = task;
+    totals_ = sums;
     layers_ = layers;
     field_ = &field;
     bool any_valid = false;
@@ -151,7 +146,7 @@ class StridedGrid {
     } else if (want_cm_) {
       with_rows(slab.rows, [&](auto rows) { return gradients<rows.value>(slope); });
     }
-    terms_.leave(*kind_, task);
+    terms_.leave(sums);
     touched_ = true;
   }
 
@@ -213,11 +208,13 @@ class StridedGrid {
   // --- grid rows -----------------------------------------------------------------------------------------------------
 
   void load_grid_row(int side, int64_t y) {
-    const int64_t w = g_->x.grid, points = kind_->field.points();
+    const int64_t w = x_count_, points = kind_->field.points();
     const int64_t z0 = g_->z.i0[z_], z1 = g_->z.next(z_);
     const R lambda = g_->z.interpolated ? g_->z.lambda[z_] : R(0);
     const int64_t image = kind_->field.images == 1 ? 0 : image_ * kind_->field.image_stride;
-    const auto offset = [&](int64_t plane, int64_t z) { return image + plane * points + (z * g_->y.grid + y) * w; };
+    const auto offset = [&](int64_t plane, int64_t z) {
+      return image + plane * points + (z * g_->y.grid + y) * g_->x.grid + x_first_;
+    };
     for (int64_t plane = 0; plane < entries(); ++plane) {
       R* row = grid_[side] + plane * pitch_;
       load_run(kind_->field.data, kind_->field.storage, offset(plane, z0), w, row);
@@ -234,51 +231,29 @@ class StridedGrid {
   const R* lower_row(int64_t ij) const { return (lower_ != cell_ ? grid_[1] : grid_[0]) + ij * pitch_; }
 
   V interpolate_x(const R* row) const {
-    const V low = load(row + node_), high = load(row + node_ + N);
-    const V a = permute<R>(low, high, left_);
-    if (!g_->x.interpolated) return a;  // 0 times -inf would be NaN
-    const V b = permute<R>(low, high, right_);
-    return (R(1) - lambda_x_) * a + lambda_x_ * b;
+    const R* const first = row + (columns_.node - x_first_);
+    return columns_.read(load(first), load(first + N));
   }
 
   // Adds what top_sum_ and bottom_sum_ hold, lane by lane, to the grid points left and right of each lane.
   void scatter() {
-    for (int k = 0; k < 2 * N; ++k) scatter_[k] = broadcast<V>(R(0));
-    R* weights = reinterpret_cast<R*>(scatter_);  // [half][lane][point]: what a lane gives to point (half * N + point)
-    for (int k = 0; k < lanes_; ++k) {
-      const auto add = [&](int64_t point, R weight) { weights[(point / N * N + k) * N + point % N] += weight; };
-      add(left_[k], R(1) - lambda_x_[k]);
-      add(right_[k], lambda_x_[k]);
-    }
+    columns_.weigh(scatter_);
     if (lower_ == cell_) {  // both rows are one
       for (int64_t ij = 0; ij < entries(); ++ij) top_sum_[ij] += bottom_sum_[ij];
     }
     V w[N];
-    for (int half = 0; half * N < nodes_; ++half) {
+    for (int half = 0; half * N < columns_.nodes; ++half) {
       for (int k = 0; k < N; ++k) w[k] = scatter_[half * N + k];
-      R* to_top = sums_.row(cell_, 0) + node_ + half * N;
-      R* to_bottom = sums_.row(lower_, 0) + node_ + half * N;
+      R* to_top = sums_.row(cell_, 0, columns_.node) + half * N;
+      R* to_bottom = sums_.row(lower_, 0, columns_.node) + half * N;
       for (int64_t ij = 0; ij < entries(); ++ij, to_top += pitch_, to_bottom += pitch_) {
-        const R* top = reinterpret_cast<const R*>(top_sum_ + ij);
-        V even = load(to_top), odd = broadcast<V>(R(0));
+        const R* const top = reinterpret_cast<const R*>(top_sum_ + ij);
+        const R* const bottom = reinterpret_cast<const R*>(bottom_sum_ + ij);
         if (lower_ == cell_) {
-          for (int k = 0; k < N; k += 2) {
-            even += top[k] * w[k];
-            odd += top[k + 1] * w[k + 1];
-          }
-          store(to_top, even + odd);
-          continue;
+          give<R, 1>(w, {top}, {to_top});
+        } else {
+          give<R, 2>(w, {top, bottom}, {to_top, to_bottom});
         }
-        const R* bottom = reinterpret_cast<const R*>(bottom_sum_ + ij);
-        V even_bottom = load(to_bottom), odd_bottom = broadcast<V>(R(0));
-        for (int k = 0; k < N; k += 2) {
-          even += top[k] * w[k];
-          even_bottom += bottom[k] * w[k];
-          odd += top[k + 1] * w[k + 1];
-          odd_bottom += bottom[k + 1] * w[k + 1];
-        }
-        store(to_top, even + odd);
-        store(to_bottom, even_bottom + odd_bottom);
       }
     }
   }
@@ -438,7 +413,7 @@ class StridedGrid {
       if (kind_->layers > 1) {
         for (int r = 0; r < slab.rows; ++r) evidence_[r] = evidence(l, r);
       }
-      if (kind_->transition_gradient != nullptr) add_transition_gradient(slab, l);
+      if (totals_.transition != nullptr) add_transition_gradient(slab, l);
       for (int r = 0; r < slab.rows; ++r) {
         const V d = evidence_[r], inv_d = one / d;
         const V scaled = weight(l, r) * kind_->gradient_scale, scaled_trace = scaled * kind_->trace_weight;
@@ -551,7 +526,7 @@ class StridedGrid {
   // d loss / dT[i, y] -= weight / D * sum_j A[i,j] p[j]
   void add_transition_gradient(const Slab& slab, int64_t layer) {
     const int c = classes();
-    double* sum = kind_->transition_gradient + task_ * c * c;
+    double* const sum = totals_.transition;
     for (int i = 0; i < c; ++i) {
       V ap[kMaxRows];
       for (int r = 0; r < slab.rows; ++r) ap[r] = broadcast<V>(R(0));
@@ -573,7 +548,7 @@ class StridedGrid {
   void log_space(const Slab& slab, const Slope<R>& slope) {
     const int c = classes(), pitch = slab.pitch;
     const V zero = broadcast<V>(R(0));
-    const bool want_reported = kind_->transition_gradient != nullptr;
+    const bool want_reported = totals_.transition != nullptr;
     for (int r = 0; r < slab.rows; ++r) {
       const V lambda = broadcast<V>(slope.lambda0 + static_cast<R>(r) * slope.step);
       for (int64_t l = 0; l < kind_->layers; ++l) {
@@ -591,7 +566,7 @@ class StridedGrid {
             field_->joint[j * pitch + r] += select(valid(l, r) != zero, slow_.columns[j].log_q, zero);
           continue;
         }
-        if (want_reported) slow_.add_reported(c, layers_[l].label + r * N, kind_->transition_gradient + task_ * c * c);
+        if (want_reported) slow_.add_reported(c, layers_[l].label + r * N, totals_.transition);
         add(slab, l, r, terms.nll, terms.trace);
         const V impossible = broadcast<V>(std::numeric_limits<R>::infinity());
         const V live = select(terms.nll == impossible, zero, scaled);
@@ -607,21 +582,21 @@ class StridedGrid {
   const Drawings<R>* kind_ = nullptr;
   const FieldPlan<R>* g_ = nullptr;
   bool want_cm_ = false, touched_ = false;
-  int64_t pitch_ = 0, task_ = 0, image_ = -1, z_ = -1;
+  int64_t pitch_ = 0, image_ = -1, z_ = -1;
+  int64_t x_first_ = 0, x_count_ = 0;                    // of the chunk, points of a row
   int64_t cell_ = 0, lower_ = 0, loaded_[2] = {-1, -1};  // the band's upper and lower grid row, and those in grid_
   R* grid_[2];                                           // (C * C, pitch) logits of the two rows
   GradientRows<R> sums_;
   R* deeper_;  // one row of the next slice of the grid
   // the strip
-  int64_t lanes_ = 0, node_ = 0;  // pixels, grid point left of the first pixel
-  int nodes_ = 0;                 // grid points in reach
-  I left_{}, right_{};            // each lane's grid points, from node_
-  V lambda_x_{};
+  int64_t lanes_ = 0;  // pixels
+  Columns<R> columns_;
   V *top_sum_, *bottom_sum_, *scatter_;  // (C * C) gradient at the upper and lower grid row, by lane
   // the segment
   const LabelRun<R>* layers_ = nullptr;
   ClassField<R>* field_ = nullptr;
   Terms<R> terms_;
+  Sums totals_{};
   Reports reports_ = Reports::mixed;
   int32_t* few_;    // (layers, C) labels of each layer, and how many
   int* few_count_;  // (layers)

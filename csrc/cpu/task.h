@@ -20,10 +20,9 @@ class Kind {
     layers_ = arena.take<LabelRun<R>>(kind_->layers);
     // two vectors more: tiles of the pixel grid are padded
     slots_ = static_cast<int64_t>(plan.vectors + 2) * kLanes<R>;
-    int32_t* label = arena.take<int32_t>(kind_->layers * slots_);
-    R* valid = arena.take<R>(kind_->layers * slots_);
-    R* weight = arena.take<R>(kind_->layers * slots_);
-    labels_ = {label, valid, weight, false, false, -1};
+    label_ = arena.take<int32_t>(kind_->layers * slots_);
+    valid_ = arena.take<R>(kind_->layers * slots_);
+    weight_ = arena.take<R>(kind_->layers * slots_);
     switch (form_) {
       case Form::trusted: trusted_.init(problem, *kind_, arena); break;
       case Form::strided: strided_.init(problem, plan, index, arena); break;
@@ -34,10 +33,12 @@ class Kind {
   }
 
   // With the workspace in place.
-  void begin() {
+  void begin(int64_t task, int64_t slice) {
+    const int64_t c = problem_->classes;
+    sums_ = {kind_->sums + 2 * task,
+             kind_->transition_gradient == nullptr ? nullptr : kind_->transition_gradient + slice * c * c};
     for (int64_t l = 0; l < kind_->layers; ++l) {
-      layers_[l] = {
-          labels_.label + l * slots_, labels_.valid + l * slots_, labels_.weight + l * slots_, false, false, -1};
+      layers_[l] = {label_ + l * slots_, valid_ + l * slots_, weight_ + l * slots_, false, false, -1};
       memset(layers_[l].label, 0, sizeof(int32_t) * static_cast<size_t>(slots_));
       memset(layers_[l].valid, 0, sizeof(R) * static_cast<size_t>(slots_));
       memset(layers_[l].weight, 0, sizeof(R) * static_cast<size_t>(slots_));
@@ -86,12 +87,12 @@ class Kind {
   const LabelRun<R>* layers() const { return layers_; }
   int64_t layer_count() const { return kind_->layers; }
 
-  void run(ClassField<R>& field, const Slab& slab, int64_t task) {
+  void run(ClassField<R>& field, const Slab& slab) {
     switch (form_) {
-      case Form::trusted: trusted_.run(field, slab, layers_, task); break;
-      case Form::strided: strided_.run(field, slab, layers_, task); break;
-      case Form::two_classes: two_.run(field, slab, layers_, task); break;
-      case Form::pixels: pixels_.run(field, slab, layers_, task); break;
+      case Form::trusted: trusted_.run(field, slab, layers_, sums_); break;
+      case Form::strided: strided_.run(field, slab, layers_, sums_); break;
+      case Form::two_classes: two_.run(field, slab, layers_, sums_); break;
+      case Form::pixels: pixels_.run(field, slab, layers_, sums_); break;
     }
   }
 
@@ -100,9 +101,11 @@ class Kind {
   const Drawings<R>* kind_ = nullptr;
   Form form_ = Form::trusted;
   LabelRun<R>* layers_ = nullptr;
-  LabelRun<R> labels_{};  // of all layers, one after the other
+  int32_t* label_ = nullptr;  // of all layers, one after the other
+  R *valid_ = nullptr, *weight_ = nullptr;
   int64_t slots_ = 0;
   R* sum_ = nullptr;
+  Sums sums_{};
   Trusted<R> trusted_;
   StridedGrid<R> strided_;
   PixelGrid<R, 2> two_;  // two classes are common, and cheap enough for the loops over classes to show
@@ -132,7 +135,7 @@ class Task {
     const int64_t group = task / plan_.chunk_count, chunk = task % plan_.chunk_count;
     const Chunk& part = plan_.chunks[chunk];
     const int64_t b0 = problem_.batch * group / plan_.groups, b1 = problem_.batch * (group + 1) / plan_.groups;
-    for_each([](Kind<R>& kind) { kind.begin(); });
+    for_each([&](Kind<R>& kind) { kind.begin(task, plan_.slice_of(task)); });
     for (int64_t image = b0; image < b1; ++image) {
       for (int64_t z = part.z0; z < part.z1; ++z) {
         field_.start(image, group, chunk, z, image == b0);
@@ -175,11 +178,11 @@ class Task {
     bool all_drawn = true;
     if (!find_drawn(slab, &all_drawn) && problem_.posterior == nullptr) {
       field_.write_zeros(slab);
-      for_each([&](Kind<R>& kind) { kind.run(field_, slab, task_); });  // zeros of its own
+      for_each([&](Kind<R>& kind) { kind.run(field_, slab); });  // zeros of its own
       return;
     }
     field_.read(slab, all_drawn);
-    for_each([&](Kind<R>& kind) { kind.run(field_, slab, task_); });
+    for_each([&](Kind<R>& kind) { kind.run(field_, slab); });
     field_.write(slab);
   }
 

@@ -35,7 +35,7 @@ class Trusted {
       for (int y = 0; y < 2 * N; ++y) table_[i * 2 * N + y] = y < c ? kind_->transition[i * c + y] : R(0);
   }
 
-  void run(ClassField<R>& field, const Slab& slab, const LabelRun<R>* layers, int64_t task) {
+  void run(ClassField<R>& field, const Slab& slab, const LabelRun<R>* layers, const Sums& sums) {
     for (int64_t layer = 0; layer < kind_->layers; ++layer) {
       const LabelRun<R>& labels = layers[layer];
       if (!labels.any_valid) {
@@ -45,20 +45,16 @@ class Trusted {
       const int64_t map = (slab.image * kind_->layers + layer) * problem_->pixels();
       for_each_vector(*problem_, slab, [&](Place place) {
         place.at += map;
-        kind_->transition == nullptr ? one_hot(field, slab, labels, place) : mixed(field, slab, labels, place, task);
+        kind_->transition == nullptr ? one_hot(field, slab, labels, place) : mixed(field, slab, labels, place, sums);
       });
     }
-    terms_.leave(*kind_, task);
+    terms_.leave(sums);
   }
 
  private:
-  // Drawings are coherent: mostly one label for all lanes that have one. -1: several.
-  static int32_t common_label(const int32_t* label, const R* valid) {
-    int32_t most = 0;
-    for (int k = 0; k < N; ++k) most = label[k] > most ? label[k] : most;
-    int others = 0;
-    for (int k = 0; k < N; ++k) others += (label[k] != most) & (valid[k] != R(0));
-    return others == 0 ? most : -1;
+  // Of a vector.
+  static int32_t one_label(const LabelRun<R>& labels, int v) {
+    return labels.common >= 0 ? labels.common : common_label(labels.label + v * N, labels.valid + v * N, N);
   }
 
   void one_hot(ClassField<R>& field, const Slab& slab, const LabelRun<R>& labels, const Place& place) {
@@ -66,7 +62,7 @@ class Trusted {
     const V zero = broadcast<V>(R(0)), inf = broadcast<V>(std::numeric_limits<R>::infinity());
     const int32_t* const label = labels.label + v * N;
     const V valid = load(labels.valid + v * N), weight = load(labels.weight + v * N);
-    const int32_t y = labels.common >= 0 ? labels.common : common_label(label, labels.valid + v * N);
+    const int32_t y = one_label(labels, v);
     if (problem_->posterior != nullptr) {
       for (int j = 0; j < c; ++j) {
         V other = zero;
@@ -114,12 +110,12 @@ class Trusted {
     }
   }
 
-  void mixed(ClassField<R>& field, const Slab& slab, const LabelRun<R>& labels, const Place& place, int64_t task) {
+  void mixed(ClassField<R>& field, const Slab& slab, const LabelRun<R>& labels, const Place& place, const Sums& sums) {
     const int c = problem_->classes, pitch = slab.pitch, v = place.v;
     const V zero = broadcast<V>(R(0)), one = broadcast<V>(R(1)), inf = broadcast<V>(std::numeric_limits<R>::infinity());
     const int32_t* const label = labels.label + v * N;
     const V valid = load(labels.valid + v * N), weight = load(labels.weight + v * N);
-    look_up(label, labels.common >= 0 ? labels.common : common_label(label, labels.valid + v * N));
+    look_up(label, one_label(labels, v));
     if (problem_->posterior != nullptr) {
       for (int j = 0; j < c; ++j) field.joint[j * pitch + v] += select(valid != zero, log_of(reported_[j]), zero);
       return;
@@ -134,9 +130,13 @@ class Trusted {
       // s[j] is at most 0; of the classes that T allows, relative to the largest
       V top = -inf, sum = zero;
       for (int j = 0; j < c; ++j) top = max_v(select(reported_[j] > zero, field.s[j * pitch + v], -inf), top);
-      const V shift = select(top == -inf, zero, top);
+      V shift = select(top == -inf, zero, top);
+      const bool tiny = shift_tiny(field, slab, v, &shift);
       for (int j = 0; j < c; ++j) {
-        r_[j] = select(reported_[j] > zero, reported_[j] * exp_v(field.s[j * pitch + v] - shift), zero);
+        const V x = field.s[j * pitch + v];
+        const V term =
+            tiny ? reported_term<V>({reported_[j], log_of(reported_[j])}, x, shift) : reported_[j] * exp_v(x - shift);
+        r_[j] = select(reported_[j] > zero, term, zero);
         // a NaN is to be seen, wherever it is
         r_[j] = select(field.s[j * pitch + v] == field.s[j * pitch + v], r_[j], field.s[j * pitch + v]);
         sum += r_[j];
@@ -153,16 +153,32 @@ class Trusted {
     }
     field.mass[v] += live;
     for (int j = 0; j < c; ++j) field.own[j * pitch + v] -= select(live == zero, zero, live * r_[j]);
-    if (kind_->transition_gradient != nullptr) {
-      double* const sum = kind_->transition_gradient + task * c * c;
+    if (double* const sum = sums.transition; sum != nullptr) {
       for (int i = 0; i < c; ++i) {
-        const V share =
-            small ? exp_wide(field.s[i * pitch + v] - field.log_sum[v] - log_d) : field.p[i * pitch + v] / d;
-        const V each = select(live == zero, zero, live * share);
+        const V share = small ? scaled_exp(live, field.s[i * pitch + v] - field.log_sum[v] - log_d)
+                              : live * (field.p[i * pitch + v] / d);
+        const V each = select(live == zero, zero, share);
         for (int k = 0; k < N; ++k) sum[i * c + label[k]] -= static_cast<double>(each[k]);
       }
     }
     terms_.add(*kind_, place.at, place.lanes, weight, nll, zero);
+  }
+
+  // Where T has tiny entries: what its largest term is to be relative to, as in `column_terms`. False: there are none.
+  bool shift_tiny(const ClassField<R>& field, const Slab& slab, int v, V* shift) const {
+    const V zero = broadcast<V>(R(0)), smallest = broadcast<V>(kSmallestEvidence<R>);
+    I tiny = zero != zero;
+    for (int j = 0; j < problem_->classes; ++j) tiny |= (reported_[j] > zero) & (reported_[j] < smallest);
+    if (!any(tiny)) return false;
+    V largest = broadcast<V>(-std::numeric_limits<R>::infinity()), at = zero;
+    for (int j = 0; j < problem_->classes; ++j) {
+      const V x = field.s[j * slab.pitch + v], term = x + log_of(reported_[j]);
+      at = select(term > largest, x, at);
+      largest = max_v(term, largest);
+    }
+    at -= select(largest - at < broadcast<V>(-kTinyReport<R>), broadcast<V>(kTinyReport<R>), zero);
+    *shift = select(tiny, at, *shift);
+    return true;
   }
 
   // Of the C library: T may hold subnormals.

@@ -22,7 +22,8 @@ __device__ void add_transition_gradient(const Layer<R>& s, const ColumnShare<R>&
                                         const LogSpaceResult<R>& pixel, const Seg& seg, const Logit& logit) {
   const int classes = s.classes, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   double* const sum = s.transition_gradient + static_cast<int64_t>(blockIdx.x) * classes * classes;
-  // p[j] A[i,j] / D = exp((a[i,j] - top[j]) + base[j]): each factor alone may leave the range, and so may the result
+  // p[j] A[i,j] / D = exp((a[i,j] - top[j]) + base[j]): each factor alone may leave the range, and so may
+  // the result before it has its weight
   R* const top = share.joint + static_cast<int64_t>(classes) * share.pitch;
   for (int j = share.first; j < classes; j += share.step) {
     const auto column =
@@ -35,7 +36,7 @@ __device__ void add_transition_gradient(const Layer<R>& s, const ColumnShare<R>&
       R part = 0;
       if (i0 + k < classes && !(live == R(0))) {
         for (int j = share.first; j < classes; j += share.step)
-          part += exp_wide((logit(i0 + k, j) - top[j * share.pitch]) + share.joint[j * share.pitch]);
+          part += scaled_exp(live, (logit(i0 + k, j) - top[j * share.pitch]) + share.joint[j * share.pitch]);
       }
       reported[(warp * kWarps + k) * kWarp + lane] = part;
     }
@@ -44,7 +45,6 @@ __device__ void add_transition_gradient(const Layer<R>& s, const ColumnShare<R>&
     if (i < classes) {
       R value = 0;
       for (int w = 0; w < kWarps; ++w) value += reported[(w * kWarps + warp) * kWarp + lane];
-      value = live == R(0) ? R(0) : live * value;
       unsigned left = __ballot_sync(kAllLanes, label >= 0);
       while (left != 0) {
         const int y = __shfl_sync(kAllLanes, label, __ffs(left) - 1);

@@ -513,8 +513,8 @@ class Run {
   bool seg_on_pixels_ = true;
   Sum<R> seg_gradient_;
   bool seg_written_ = false;  // what comes adds to what is there
-  // Workspace of the launches since the last `release`. PyTorch's allocator hands out again what is freed in the order of
-  // the stream, so nobody waits for them.
+  // Workspace of the launches since the last `release`. PyTorch's allocator hands out again what is freed in the order
+  // of the stream, so nobody waits for them.
   std::vector<Tensor> kept_;
 };
 

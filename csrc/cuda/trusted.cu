@@ -546,7 +546,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<R, false>)
       if (!__any_sync(kAllLanes, label >= 0)) continue;
       const R top = label >= 0 ? t.layer_top[at] : R(0);
       for (int i = warp; i < classes; i += kWarps) {
-        const R value = label >= 0 ? share * exp_wide(logits(i) - top) : R(0);
+        const R value = label >= 0 ? scaled_exp(share, logits(i) - top) : R(0);
         unsigned left = __ballot_sync(kAllLanes, label >= 0);
         while (left != 0) {
           const int y = __shfl_sync(kAllLanes, label, __ffs(left) - 1);

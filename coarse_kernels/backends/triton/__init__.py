@@ -65,8 +65,8 @@ from typing import Any
 
 import torch
 
-from ...problem import Problem
-from .. import autograd, one_by_one, operator
+from ...problem import Drawings, Problem
+from .. import autograd, operator
 from ..fused import FusedBackend
 from .table import MAX_CLASSES
 
@@ -93,6 +93,9 @@ def _missing() -> str | None:
 _MISSING = _missing()
 
 
+ONE_TILE = 32  # classes whose matrix fits the registers of a program (`table.pixel_tile`)
+
+
 class TritonBackend(FusedBackend):
     def unavailable(self) -> str | None:
         return _MISSING
@@ -102,8 +105,32 @@ class TritonBackend(FusedBackend):
             return f"it serves up to {MAX_CLASSES} classes, got {problem.num_classes}"
         return super().unsupported(problem)
 
+    def kernels(self, problem: Problem) -> list[str]:
+        if problem.seg_logits.shape[0] == 0 or problem.size.numel() == 0:
+            return ["none: there is no pixel"] * len(problem.drawings)
+        return [_kernel_of(problem, drawings) for drawings in problem.drawings]
 
-def _on_first_call(name: str, module: str = "launch") -> Callable[..., Any]:
+
+def _kernel_of(problem: Problem, drawings: Drawings) -> str:
+    own = problem.seg_logits.shape[2:] != problem.size
+    if drawings.cm_logits is None:
+        return "trusted: one kernel for all such kinds, class logits read " + ("from their own grid" if own else "once")
+    cells = drawings.cm_logits.shape[3:] != problem.size
+    line = (
+        "cells: corners read for each pixel and interpolated, the gradient gathered from the cells around each grid point"
+        if cells
+        else "pixels: every logit read once and every gradient written once"
+    )
+    if problem.num_classes > ONE_TILE:
+        line += f"; logits read twice, as there are more than {ONE_TILE} classes"
+    if own:
+        line += "; class logits read from their own grid, their gradient folded onto it a band of the image at a time"
+    if drawings.labels.shape[1] > 1:
+        line += f"; {drawings.labels.shape[1]} layers one after the other"
+    return line
+
+
+def _on_first_call(name: str, module: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         # imports Triton
         return getattr(importlib.import_module(f"{__name__}.{module}"), name)(*args)
@@ -112,17 +139,18 @@ def _on_first_call(name: str, module: str = "launch") -> Callable[..., Any]:
 
 
 def _define() -> torch.library.Library:
-    library = operator.declare(NAMESPACE, single=True)
+    library = operator.declare(NAMESPACE)
     autograd.register(NAMESPACE, library)
     keys = ("CUDA", "XPU", *(("CPU",) if INTERPRETED else ()))
-    for name in ("annotation_nll", "annotation_posterior", "labelled_weight", "scale_"):
+    for name, module in (
+        ("annotation_objective", "objective"),
+        ("objective_posterior", "objective"),
+        ("labelled_weight", "launch"),
+        ("label_map", "trusted"),
+        ("scale_", "launch"),
+    ):
         for key in keys:
-            library.impl(name, _on_first_call(name), key)
-    own = ("trusted", "label_map")
-    for name in own:
-        for key in keys:
-            library.impl(name, _on_first_call(name, "trusted"), key)
-    one_by_one.implement(library, NAMESPACE, keys, own=own)
+            library.impl(name, _on_first_call(name, module), key)
     return library
 
 

@@ -18,13 +18,17 @@ from .parts import (
     ONE_POINT,
     cm_gradient,
     column_terms,
+    first_pixel,
     fold,
     gradient_factor,
     label_and_weight,
     load_columns,
+    load_scores,
     number,
+    pixels_of_cell,
     plane_of,
-    source_of,
+    scaled_exp,
+    share_of,
     spread,
 )
 
@@ -56,8 +60,8 @@ def columns_of_pixels(
 @triton.jit
 def write_columns(
     grad_seg, grad_cm, posterior, e, inv_z, h, ajj, s, joint, j, px, y, s_sum, shift, joint_sum, inside, labelled, w, wt,
-    pixels, image, C: tl.constexpr, CP: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
-    IDENTITY: tl.constexpr, SHARED: tl.constexpr, WIDE: tl.constexpr,
+    begin, seg_pixels, pixels, image, C: tl.constexpr, CP: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
+    IDENTITY: tl.constexpr, SHARED: tl.constexpr, ADD_SEG: tl.constexpr, ADD_CM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The outputs of columns j. Everything inside the image is written: zeros where the pixel does not count."""
     joint_sum = spread(joint_sum, BJ, BLOCK)
@@ -65,18 +69,24 @@ def write_columns(
     r = tl.exp(joint - spread(shift, BJ, BLOCK)) / joint_sum
     known = labelled & (joint_sum != 0)
     live = known & (w != 0)
-    at = plane_of(j, pixels, WIDE) + px
     mask = (j < C) & inside
     if posterior is not None:
+        at = plane_of(j, pixels, WIDE) + px
         tl.store(posterior + at, tl.where(known, r, p).to(posterior.dtype.element_ty), mask=mask)
     if grad_seg is not None:
-        tl.store(grad_seg + at, tl.where(live, w * (p - r), 0.0).to(grad_seg.dtype.element_ty), mask=mask)
+        at_seg = grad_seg + (plane_of(j, seg_pixels, WIDE) + (px - begin))
+        gradient = tl.where(live, w * (p - r), 0.0)
+        if ADD_SEG:  # to that of other kinds and layers
+            gradient += tl.load(at_seg, mask=mask, other=0.0)
+        tl.store(at_seg, gradient.to(grad_seg.dtype.element_ty), mask=mask)
     if grad_cm is not None:
         i = tl.arange(0, CP)[:, None]
         gradient = cm_gradient(e, inv_z, h, r, ajj, j, y, live, w, wt, IDENTITY, C, CP)
         at_cm = grad_cm + (plane_of(i * C + j[None, :], pixels, WIDE) + px[None, :])
         mask_cm = (i < C) & mask[None, :]
-        if SHARED:  # this thread's own sum, image after image
+        if ADD_CM:
+            gradient += tl.load(at_cm, mask=mask_cm, other=0.0)
+        elif SHARED:  # this thread's own sum, image after image
             gradient += tl.load(at_cm, mask=mask_cm & (image > 0), other=0.0)
         tl.store(at_cm, gradient.to(grad_cm.dtype.element_ty), mask=mask_cm)
 
@@ -86,19 +96,21 @@ def one_image(
     seg, cm, labels, transition, class_weight, pixel_weight,
     loss_map, nll_map, trace_map, evidence, grad_seg, grad_cm, posterior,
     factor, trace_factor, ignore_index, b, image, first,
-    batch, cm_stride, grad_cm_stride, depth, height, width, grid_d, grid_h, grid_w, pixels_again,
+    batch, layers, layer, begin, end, cm_stride, grad_cm_stride, depth, height, width, grid_d, grid_h, grid_w,
+    seg_d, seg_h, seg_w, seg_pixels, pixels_again,
     C: tl.constexpr, CP: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
     MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr, CORNERS: tl.constexpr,
-    SHARED: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
+    SEG_D: tl.constexpr, SEG_H: tl.constexpr, SEG_W: tl.constexpr, SEG_CORNERS: tl.constexpr,
+    SHARED: tl.constexpr, ADD_SEG: tl.constexpr, ADD_CM: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """BLOCK pixels of image ``b``. Returns their weighted nll and trace."""
     ONE_TILE: tl.constexpr = BJ >= C
     IDENTITY: tl.constexpr = transition is None
     pixels = depth * height * width
-    seg += b * pixels * C
+    seg += b * C * (seg_d * seg_h * seg_w)
     cm += b * cm_stride
     if grad_seg is not None:
-        grad_seg += b * pixels * C
+        grad_seg += b * seg_pixels * C
     if posterior is not None:
         posterior += b * pixels * C
     if grad_cm is not None:
@@ -108,9 +120,10 @@ def one_image(
     pair = tl.arange(0, BJ * BLOCK)
     px = first + pair % BLOCK
     j = pair // BLOCK
-    inside = px < pixels
+    inside = px < end
+    at_layer = (b * layers + layer) * pixels
     y, labelled, w = label_and_weight(
-        labels, class_weight, pixel_weight, b * pixels + px, inside, ignore_index, C, R
+        labels, class_weight, pixel_weight, at_layer + px, inside, ignore_index, C, R
     )  # fmt: skip
     w = tl.where(labelled, w * factor, 0.0)
     wt = w * trace_factor
@@ -119,23 +132,28 @@ def one_image(
         use = inside  # p is wanted where there is no label, too
 
     own_px = first + tl.arange(0, BLOCK)
-    own = own_px < pixels
-    at_px = b * pixels + own_px
+    own = own_px < end
+    at_own = at_layer + own_px
     _, own_labelled, weight = label_and_weight(
-        labels, class_weight, pixel_weight, at_px, own, ignore_index, C, R
+        labels, class_weight, pixel_weight, at_own, own, ignore_index, C, R
     )  # fmt: skip
 
     if ONE_TILE:
-        s = tl.load(seg + (plane_of(j, pixels, WIDE) + px), mask=(j < C) & use, other=0.0).to(R)
+        s = load_scores(
+            seg, j, px, use, depth, height, width, seg_d, seg_h, seg_w,
+            C, SEG_D, SEG_H, SEG_W, SEG_CORNERS, WIDE, R,
+        )  # fmt: skip
         s = tl.where(j < C, s, float("-inf"))
         scores = fold(s, BJ, BLOCK)
     else:
         every_j = tl.arange(0, CP)[:, None]
-        at_scores = plane_of(every_j, pixels, WIDE) + own_px[None, :]
         wanted = own
         if posterior is None:
             wanted = own_labelled
-        scores = tl.load(seg + at_scores, mask=(every_j < C) & wanted[None, :], other=0.0).to(R)
+        scores = load_scores(
+            seg, every_j, own_px, wanted, depth, height, width, seg_d, seg_h, seg_w,
+            C, SEG_D, SEG_H, SEG_W, SEG_CORNERS, WIDE, R,
+        )  # fmt: skip
         scores = tl.where(every_j < C, scores, float("-inf"))
     s_top = tl.max(scores, 0)
     s_sum = tl.sum(tl.exp(scores - s_top[None, :]), 0)
@@ -155,8 +173,11 @@ def one_image(
     else:
         trace = tl.zeros((BLOCK,), R)
         for j0 in range(0, C, BJ):
-            at = plane_of(j0 + j, pixels, WIDE) + px
-            s = tl.load(seg + at, mask=(j0 + j < C) & use, other=0.0).to(R) - s_tops
+            s = load_scores(
+                seg, j0 + j, px, use, depth, height, width, seg_d, seg_h, seg_w,
+                C, SEG_D, SEG_H, SEG_W, SEG_CORNERS, WIDE, R,
+            )  # fmt: skip
+            s -= s_tops
             e, inv_z, h, ajj, joint = columns_of_pixels(
                 seg, cm, j0 + j, px, y, transition, labelled, s, depth, height, width, grid_d, grid_h, grid_w,
                 C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
@@ -172,10 +193,11 @@ def one_image(
     weighted_trace = tl.where(weighs, weight * trace, 0.0)
     if nll_map is not None:
         loss = factor * (weighted_nll + trace_factor * weighted_trace)
-        tl.store(loss_map + at_px, tl.where(factor == 0, 0.0, loss), mask=own)
-        tl.store(nll_map + at_px, weighted_nll, mask=own)
-        tl.store(trace_map + at_px, weighted_trace, mask=own)
+        tl.store(loss_map + at_own, tl.where(factor == 0, 0.0, loss), mask=own)
+        tl.store(nll_map + at_own, weighted_nll, mask=own)
+        tl.store(trace_map + at_own, weighted_trace, mask=own)
     if evidence is not None:
+        at_px = b * pixels + own_px
         plane_size = batch.to(tl.int64) * pixels
         tl.store(evidence + at_px, s_top, mask=own)
         tl.store(evidence + plane_size + at_px, shift, mask=own)
@@ -185,26 +207,31 @@ def one_image(
         if ONE_TILE:
             write_columns(
                 grad_seg, grad_cm, posterior, e, inv_z, h, ajj, s, joint, j, px, y, s_sum, shift, joint_sum,
-                inside, labelled, w, wt, pixels_again, image, C, CP, BJ, BLOCK, IDENTITY, SHARED, WIDE,
+                inside, labelled, w, wt, begin, seg_pixels, pixels_again, image, C, CP, BJ, BLOCK,
+                IDENTITY, SHARED, ADD_SEG, ADD_CM, WIDE,
             )  # fmt: skip
         else:
             for j0 in range(0, C, BJ):
                 # The same arithmetic on the same values as above, so that joint - joint_top cancels exactly.
-                at = plane_of(j0 + j, pixels, WIDE) + px
-                s = tl.load(seg + at, mask=(j0 + j < C) & use, other=0.0).to(R) - s_tops
+                s = load_scores(
+                    seg, j0 + j, px, use, depth, height, width, seg_d, seg_h, seg_w,
+                    C, SEG_D, SEG_H, SEG_W, SEG_CORNERS, WIDE, R,
+                )  # fmt: skip
+                s -= s_tops
                 e, inv_z, h, ajj, joint = columns_of_pixels(
                     seg, cm, j0 + j, px, y, transition, labelled, s, depth, height, width, grid_d, grid_h, grid_w,
                     C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
                 )  # fmt: skip
                 write_columns(
                     grad_seg, grad_cm, posterior, e, inv_z, h, ajj, s, joint, j0 + j, px, y, s_sum, shift, joint_sum,
-                    inside, labelled, w, wt, pixels_again, image, C, CP, BJ, BLOCK, IDENTITY, SHARED, WIDE,
+                    inside, labelled, w, wt, begin, seg_pixels, pixels_again, image, C, CP, BJ, BLOCK,
+                    IDENTITY, SHARED, ADD_SEG, ADD_CM, WIDE,
                 )  # fmt: skip
     return weighted_nll, weighted_trace
 
 
-PIXEL_SIZES = ["ignore_index", "batch", "cm_stride", "grad_cm_stride", "depth", "height", "width", "grid_d",
-               "grid_h", "grid_w", "pixels_again"]  # fmt: skip
+PIXEL_SIZES = ["ignore_index", "batch", "layers", "layer", "begin", "end", "cm_stride", "grad_cm_stride", "depth", "height",
+               "width", "grid_d", "grid_h", "grid_w", "seg_d", "seg_h", "seg_w", "seg_pixels", "pixels_again"]  # fmt: skip
 
 
 # No size is specialised on: a width known to divide by 16 would give a lane four neighbouring pixels, and four times the
@@ -214,22 +241,27 @@ def pixel_kernel(
     seg, cm, labels, transition, class_weight, pixel_weight, scale,
     partials, loss_map, nll_map, trace_map, evidence, grad_seg, grad_cm, posterior,
     loss_scale, loss_scale_low, trace_weight, trace_weight_low, ignore_index,
-    batch, cm_stride, grad_cm_stride, depth, height, width, grid_d, grid_h, grid_w, pixels_again,
+    batch, layers, layer, begin, end, cm_stride, grad_cm_stride, depth, height, width, grid_d, grid_h, grid_w,
+    seg_d, seg_h, seg_w, seg_pixels, pixels_again,
     C: tl.constexpr, CP: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
     MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr, CORNERS: tl.constexpr,
-    SHARED: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
+    SEG_D: tl.constexpr, SEG_H: tl.constexpr, SEG_W: tl.constexpr, SEG_CORNERS: tl.constexpr,
+    SHARED: tl.constexpr, ADD_SEG: tl.constexpr, ADD_CM: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK pixels of one image, or of all images one after the other where they share the field's gradient (SHARED).
+    """BLOCK of the pixels from ``begin`` to ``end`` of one image, one layer of its labels; or of all images one after the other
+    where they share the field's gradient (SHARED).
+
+    ``grad_seg`` has ``seg_pixels`` pixels an image: all, or, where the class logits have a grid of their own, those from
+    ``begin`` to ``end``, which `gather_kernel` then folds onto the grid. ADD_SEG, ADD_CM: to what the gradients hold.
 
     The pairs of a tile are BJ columns of BLOCK pixels: a pixel is a lane and a column a warp. Only the sums over j go
     from warp to warp. Up to 32 classes BJ holds every column and the logits are read once. Beyond, columns come BJ at a
     time and twice: first for the evidence, then for the gradient. The second reading is meant to hit L2: a block is 32
     pixels, the fewest that fill a warp, and 32 C^2 logits (139 KB at C = 33 in float32).
     """
-    pixels = depth * height * width
-    blocks = tl.cdiv(pixels, BLOCK)
+    blocks = tl.cdiv(end - begin, BLOCK)
     program = tl.program_id(0)
-    first = program % blocks * BLOCK
+    first = begin + program % blocks * BLOCK
     factor = gradient_factor(scale, loss_scale, loss_scale_low, R)
     trace_factor = number(trace_weight, trace_weight_low, R)
     if SHARED:
@@ -240,8 +272,10 @@ def pixel_kernel(
                 seg, cm, labels, transition, class_weight, pixel_weight,
                 loss_map, nll_map, trace_map, evidence, grad_seg, grad_cm, posterior,
                 factor, trace_factor, ignore_index, (program * 0 + image).to(tl.int64), image, first,
-                batch, cm_stride, grad_cm_stride, depth, height, width, grid_d, grid_h, grid_w, pixels_again,
-                C, CP, BJ, BLOCK, MODE_D, MODE_H, MODE_W, CORNERS, SHARED, WIDE, R,
+                batch, layers, layer, begin, end, cm_stride, grad_cm_stride, depth, height, width, grid_d, grid_h, grid_w,
+                seg_d, seg_h, seg_w, seg_pixels, pixels_again,
+                C, CP, BJ, BLOCK, MODE_D, MODE_H, MODE_W, CORNERS, SEG_D, SEG_H, SEG_W, SEG_CORNERS,
+                SHARED, ADD_SEG, ADD_CM, WIDE, R,
             )  # fmt: skip
             nll_sum += nll.to(tl.float64)
             trace_sum += trace.to(tl.float64)
@@ -251,8 +285,10 @@ def pixel_kernel(
             seg, cm, labels, transition, class_weight, pixel_weight,
             loss_map, nll_map, trace_map, evidence, grad_seg, grad_cm, posterior,
             factor, trace_factor, ignore_index, (program // blocks).to(tl.int64), 0, first,
-            batch, cm_stride, grad_cm_stride, depth, height, width, grid_d, grid_h, grid_w, pixels_again,
-            C, CP, BJ, BLOCK, MODE_D, MODE_H, MODE_W, CORNERS, SHARED, WIDE, R,
+            batch, layers, layer, begin, end, cm_stride, grad_cm_stride, depth, height, width, grid_d, grid_h, grid_w,
+            seg_d, seg_h, seg_w, seg_pixels, pixels_again,
+            C, CP, BJ, BLOCK, MODE_D, MODE_H, MODE_W, CORNERS, SEG_D, SEG_H, SEG_W, SEG_CORNERS,
+            SHARED, ADD_SEG, ADD_CM, WIDE, R,
         )  # fmt: skip
         nll_sum = nll.to(tl.float64)  # over pixels of very different weight
         trace_sum = trace.to(tl.float64)
@@ -261,12 +297,12 @@ def pixel_kernel(
         tl.store(partials + 2 * program.to(tl.int64) + 1, tl.sum(trace_sum, 0))
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "slot"])
 def finish_kernel(
-    partials, scale, loss, nll, trace, loss_scale, loss_scale_low, trace_weight, trace_weight_low, count,
-    BLOCK: tl.constexpr, R: tl.constexpr,
+    partials, scale, loss, nll, trace, weighted, slot,
+    loss_scale, loss_scale_low, trace_weight, trace_weight_low, count, BLOCK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """The partial sums in fixed order and float64, then the three scalars. One program; 65536 partials: 16 rounds."""
+    """The partial sums of a kind in fixed order and float64, then its scalars. One program; 65536 partials: 16 rounds."""
     nll_sum = tl.zeros((BLOCK,), tl.float64)
     trace_sum = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, count, BLOCK):
@@ -281,7 +317,8 @@ def finish_kernel(
     factor = plain * number(loss_scale, loss_scale_low, tl.float64)
     total_loss = total_nll + number(trace_weight, trace_weight_low, tl.float64) * total_trace
     # a weight of 0 counts for nothing, even if the sum is inf
-    tl.store(loss, tl.where(factor == 0, 0.0, factor * total_loss).to(R))
+    tl.store(weighted + slot, tl.where(factor == 0, 0.0, factor * total_loss))
+    tl.store(loss, tl.where(plain == 0, 0.0, plain * total_loss).to(R))
     tl.store(nll, tl.where(plain == 0, 0.0, plain * total_nll).to(R))
     tl.store(trace, tl.where(plain == 0, 0.0, plain * total_trace).to(R))
 
@@ -312,16 +349,132 @@ def scale_kernel(values, factor, count, BLOCK: tl.constexpr):
             tl.store(values + at, (value.to(by.dtype) * by).to(value.dtype), mask=at < count)
 
 
-# --- gradient of a field on its own grid --------------------------------------------------------------------------------
+# --- gradient of class logits on a grid of their own --------------------------------------------------------------------
 
 
 @triton.jit
-def first_pixel(point, grid, size):
-    """Of the cell that begins at a grid point: the first pixel at or beyond it. Cell 0 has all before point 1, too."""
-    doubled = (2 * point + 1).to(tl.int64) * size - grid  # source >= point, times 2 grid
-    first = (doubled + 2 * grid - 1) // (2 * grid)
-    first = tl.where(point == 0, 0, first)
-    return tl.where(point >= grid, size, first).to(tl.int32)
+def support(point, first, last, grid, size, MODE: tl.constexpr, WIDE: tl.constexpr):
+    """(first pixel, number of pixels) of an axis that a grid point has a share of, among those from ``first`` to ``last``."""
+    begin, length = pixels_of_cell(point, grid, size, MODE, WIDE)
+    end = begin + length
+    if MODE == LINEAR:  # the cell before it, too
+        before, length = pixels_of_cell(point - 1, grid, size, MODE, WIDE)
+        begin = tl.where(length > 0, before, begin)
+    begin = tl.maximum(begin, first)
+    return begin, tl.maximum(tl.minimum(end, last) - begin, 0)
+
+
+@triton.jit
+def share_of_point(position, point, grid, size, MODE: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr):
+    """Of a pixel in the `support` of a point: its weight there."""
+    first, _ = pixels_of_cell(point, grid, size, MODE, WIDE)
+    second = tl.where(position < first, 1, 0)  # the point is the second of the cell before it
+    return share_of(position, point - second, second, grid, size, MODE, R)
+
+
+GATHER_SIZES = ["begin", "seg_pixels", "first_point", "last_point", "first_d", "last_d", "first_h", "last_h", "first_w",
+                "last_w", "depth", "height", "width", "seg_d", "seg_h", "seg_w"]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=GATHER_SIZES)
+def gather_kernel(
+    band, grad, begin, seg_pixels, first_point, last_point, first_d, last_d, first_h, last_h, first_w, last_w,
+    depth, height, width, seg_d, seg_h, seg_w,
+    C: tl.constexpr, CB: tl.constexpr, POINTS: tl.constexpr, PIX: tl.constexpr,
+    SEG_D: tl.constexpr, SEG_H: tl.constexpr, SEG_W: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """grad[b, c, point] += sum of share * band[b, c, pixel - begin] over a box of pixels: CB classes of POINTS points.
+
+    A point has PIX lanes, which go through its pixels in fixed order, and is written by one program.
+    """
+    points = seg_d * seg_h * seg_w
+    blocks = tl.cdiv(last_point - first_point, POINTS)
+    chunks: tl.constexpr = (C + CB - 1) // CB
+    program = tl.program_id(0)
+    first = first_point + program % blocks * POINTS
+    program = program // blocks
+    rows = program % chunks * CB + tl.arange(0, CB)[:, None]
+    b = (program // chunks).to(tl.int64)
+
+    lane = tl.arange(0, POINTS * PIX)
+    point = first + lane // PIX
+    exists = point < last_point
+    point = tl.where(exists, point, 0)
+    w_point = point % seg_w
+    h_point = point // seg_w % seg_h
+    d_point = point // (seg_w * seg_h)
+    w_begin, w_length = support(w_point, first_w, last_w, seg_w, width, SEG_W, WIDE)
+    h_begin, h_length = support(h_point, first_h, last_h, seg_h, height, SEG_H, WIDE)
+    d_begin, d_length = support(d_point, first_d, last_d, seg_d, depth, SEG_D, WIDE)
+    box = tl.where(exists, d_length * h_length * w_length, 0)
+    w_length = tl.maximum(w_length, 1)  # divisors
+    h_length = tl.maximum(h_length, 1)
+    plane = plane_of(rows, seg_pixels, WIDE)
+    band += b * C * seg_pixels
+    total = tl.zeros((CB, POINTS * PIX), R)
+    for step in range(tl.cdiv(tl.max(box, 0), PIX)):
+        index = step * PIX + lane % PIX
+        inside = (index >= 0) & (index < box)  # below 0: beyond 2^31
+        w_px = w_begin + index % w_length
+        h_px = h_begin + index // w_length % h_length
+        d_px = d_begin + index // (w_length * h_length)
+        share = (
+            share_of_point(d_px, d_point, seg_d, depth, SEG_D, WIDE, R)
+            * share_of_point(h_px, h_point, seg_h, height, SEG_H, WIDE, R)
+            * share_of_point(w_px, w_point, seg_w, width, SEG_W, WIDE, R)
+        )
+        px = (d_px * height + h_px) * width + w_px - begin
+        values = tl.load(band + (plane + px[None, :]), mask=(rows < C) & inside[None, :], other=0.0)
+        total += values * tl.where(inside, share, 0.0)[None, :]
+
+    summed = tl.sum(tl.reshape(total, (CB, POINTS, PIX)), 2)
+    out = first + tl.arange(0, POINTS)[None, :]
+    at = grad + b * C * points + (plane_of(rows, points, WIDE) + out)
+    mask = (rows < C) & (out < last_point)
+    tl.store(at, tl.load(at, mask=mask, other=0.0) + summed, mask=mask)
+
+
+# --- the posterior of several kinds -------------------------------------------------------------------------------------
+
+
+LOG_Q_SIZES = ["ignore_index", "layers", "layer", "cm_stride", "depth", "height", "width", "grid_d", "grid_h", "grid_w"]
+
+
+@triton.jit(do_not_specialize=LOG_Q_SIZES)
+def log_q_kernel(
+    cm, labels, transition, out, ignore_index, layers, layer, cm_stride, depth, height, width, grid_d, grid_h, grid_w,
+    C: tl.constexpr, CP: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
+    MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr, CORNERS: tl.constexpr,
+    ADD: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """log q[j] of one layer of labels, 0 where there is none: BJ columns of BLOCK pixels. ADD: to what ``out`` holds."""
+    pixels = depth * height * width
+    blocks = tl.cdiv(pixels, BLOCK)
+    chunks: tl.constexpr = (C + BJ - 1) // BJ
+    program = tl.program_id(0)
+    pair = tl.arange(0, BJ * BLOCK)
+    j = program % chunks * BJ + pair // BLOCK
+    program = program // chunks
+    px = program % blocks * BLOCK + pair % BLOCK
+    b = (program // blocks).to(tl.int64)
+    inside = px < pixels
+    y, labelled, _ = label_and_weight(
+        labels, None, None, (b * layers + layer) * pixels + px, inside, ignore_index, C, R
+    )
+    a = load_columns(
+        cm + b * cm_stride, j, px, labelled, depth, height, width, grid_d, grid_h, grid_w,
+        C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
+    )  # fmt: skip
+    _, _, _, log_q, _ = column_terms(a, j, y, transition, C, CP)
+    log_q = tl.where(labelled, log_q, 0.0)
+    at = out + b * C * pixels + (plane_of(j, pixels, WIDE) + px)
+    mask = (j < C) & inside
+    if ADD:
+        log_q += tl.load(at, mask=mask, other=0.0)
+    tl.store(at, log_q, mask=mask)
+
+
+# --- gradient of a field on its own grid --------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -342,30 +495,20 @@ def cell_range(index, first, grid, size, MODE: tl.constexpr):
     return point, begin, length
 
 
-@triton.jit
-def share_of(position, point, bit, grid, size, MODE: tl.constexpr, R: tl.constexpr):
-    """Weight of each corner (K, 1) at each pixel (1, P) along an axis; a last cell has no second point."""
-    share = (position * 0).to(R) + 1.0
-    if MODE == LINEAR:
-        weight = tl.minimum(tl.maximum(source_of(position, grid, size, R) - point.to(R), 0.0), 1.0)
-        weight = tl.where(point + 1 < grid, weight, 0.0)
-        share = tl.where(bit == 1, weight, 1.0 - weight)
-    return share
-
-
 @triton.jit(do_not_specialize=[
-    "ignore_index", "batch", "images", "cm_stride", "depth", "height", "width", "grid_d", "grid_h", "grid_w",
-    "first_d", "first_h", "first_w", "cells_d", "cells_h", "cells_w", "fields", "copies", "entry_stride", "node_stride",
-    "field_stride", "copy_stride",
+    "ignore_index", "batch", "layers", "layer", "images", "cm_stride", "depth", "height", "width", "grid_d", "grid_h",
+    "grid_w", "seg_d", "seg_h", "seg_w", "first_d", "first_h", "first_w", "cells_d", "cells_h", "cells_w", "fields",
+    "copies", "entry_stride", "node_stride", "field_stride", "copy_stride",
 ])  # fmt: skip
 def cell_kernel(
     seg, cm, labels, transition, class_weight, pixel_weight, scale, evidence, grad,
     loss_scale, loss_scale_low, trace_weight, trace_weight_low, ignore_index,
-    batch, images, cm_stride, depth, height, width, grid_d, grid_h, grid_w,
+    batch, layers, layer, images, cm_stride, depth, height, width, grid_d, grid_h, grid_w, seg_d, seg_h, seg_w,
     first_d, first_h, first_w, cells_d, cells_h, cells_w, fields, copies,
     entry_stride, node_stride, field_stride, copy_stride,
     C: tl.constexpr, CP: tl.constexpr, BJ: tl.constexpr, P: tl.constexpr,
     MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr, CORNERS: tl.constexpr,
+    SEG_D: tl.constexpr, SEG_H: tl.constexpr, SEG_W: tl.constexpr, SEG_CORNERS: tl.constexpr,
     WIDE: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one cell's corners from its pixels, or from one of ``copies`` shares of them; BJ columns.
@@ -423,14 +566,19 @@ def cell_kernel(
         b = field + index // box
         px = (d_px * height + h_px) * width + w_px
         at_px = b * pixels + px
-        y, labelled, weight = label_and_weight(labels, class_weight, pixel_weight, at_px, inside, ignore_index, C, R)
+        y, labelled, weight = label_and_weight(
+            labels, class_weight, pixel_weight, (b * layers + layer) * pixels + px, inside, ignore_index, C, R
+        )  # fmt: skip
         w = tl.where(labelled, weight * factor, 0.0)
         joint_sum = tl.load(evidence + 2 * plane_size + at_px, mask=labelled, other=0.0)
         live = labelled & (w != 0) & (joint_sum != 0)
         if tl.max(live.to(tl.int32), 0) > 0:  # drawings are coarse: whole cells have no label
             s_top = tl.load(evidence + at_px, mask=live, other=0.0)
             joint_top = tl.load(evidence + plane_size + at_px, mask=live, other=0.0)
-            s = tl.load(seg + (b * C + j) * pixels + px, mask=live & (j < C), other=0.0).to(R)
+            s = load_scores(
+                seg + b * C * (seg_d * seg_h * seg_w), j, px, live, depth, height, width, seg_d, seg_h, seg_w,
+                C, SEG_D, SEG_H, SEG_W, SEG_CORNERS, WIDE, R,
+            )  # fmt: skip
             shares = (
                 share_of(d_px[None, :], d_point, d_bit[:, None], grid_d, depth, MODE_D, R)
                 * share_of(h_px[None, :], h_point, h_bit[:, None], grid_h, height, MODE_H, R)
@@ -457,14 +605,16 @@ def cell_kernel(
 
 
 @triton.jit(do_not_specialize=[
-    "ignore_index", "batch", "cm_stride", "depth", "height", "width", "grid_d", "grid_h", "grid_w", "programs",
+    "ignore_index", "batch", "layers", "layer", "cm_stride", "depth", "height", "width", "grid_d", "grid_h", "grid_w",
+    "seg_d", "seg_h", "seg_w", "programs",
 ])  # fmt: skip
 def transition_kernel(
     seg, cm, labels, class_weight, pixel_weight, scale, evidence, partials,
     loss_scale, loss_scale_low, ignore_index,
-    batch, cm_stride, depth, height, width, grid_d, grid_h, grid_w, programs,
+    batch, layers, layer, cm_stride, depth, height, width, grid_d, grid_h, grid_w, seg_d, seg_h, seg_w, programs,
     C: tl.constexpr, CP: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
     MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr, CORNERS: tl.constexpr,
+    SEG_D: tl.constexpr, SEG_H: tl.constexpr, SEG_W: tl.constexpr, SEG_CORNERS: tl.constexpr,
     WIDE: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """partials[share, y, i] = -sum over a share of the blocks' pixels labelled y of w (sum_j A[i,j] p[j]) / D.
@@ -484,7 +634,7 @@ def transition_kernel(
         b = (block // blocks).to(tl.int64)
         at = b * pixels + px
         y, labelled, weight = label_and_weight(
-            labels, class_weight, pixel_weight, at, px < pixels, ignore_index, C, R
+            labels, class_weight, pixel_weight, (b * layers + layer) * pixels + px, px < pixels, ignore_index, C, R
         )  # fmt: skip
         w = tl.where(labelled, weight * factor, 0.0)
         mine = labelled & (y == wanted) & (w != 0)
@@ -502,10 +652,13 @@ def transition_kernel(
                 )  # fmt: skip
                 top = tl.max(a, 0)
                 z = tl.sum(tl.exp(a - top[None, :]), 0)
-                s = tl.load(seg + (b * C + j) * pixels + px, mask=live & (j < C), other=0.0).to(R)
+                s = load_scores(
+                    seg + b * C * (seg_d * seg_h * seg_w), j, px, live, depth, height, width, seg_d, seg_h, seg_w,
+                    C, SEG_D, SEG_H, SEG_W, SEG_CORNERS, WIDE, R,
+                )  # fmt: skip
                 # p A / D in one exponential: each factor alone may leave the range
                 u = ((s - s_top) - log_d)[None, :] + (a - top[None, :])
-                reported = tl.where((live & (j < C))[None, :], tl.exp(u) * (w / z)[None, :], 0.0)
+                reported = tl.where((live & (j < C))[None, :], scaled_exp((w / z)[None, :], u), 0.0)
                 total -= tl.sum(reported.to(tl.float64), 1)
     at_i = tl.arange(0, CP)
     tl.store(partials + program.to(tl.int64) * C + at_i, total, mask=at_i < C)

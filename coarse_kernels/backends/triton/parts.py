@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# How an axis of the confusion matrices' grid meets the pixels.
+# How an axis of a field's grid meets the pixels.
 EQUAL, ONE_POINT, LINEAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -94,7 +94,20 @@ def cm_gradient(e, inv_z, h, r, ajj, j, y, live, w, wt, IDENTITY: tl.constexpr, 
     return tl.where(live[None, :] & (i < C), gradient, 0.0)  # beyond C a zero that the compiler sees
 
 
-# --- interpolation: linear, align_corners=False; `linear_tap` of csrc/coarse_math.h -------------------------------------
+@triton.jit
+def finite(top):
+    """-inf - -inf must not become NaN."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def scaled_exp(factor, x):
+    """factor * exp(x), where the exponential alone may leave the range: what is beyond e^60 is multiplied last."""
+    beyond = tl.maximum(x - 60.0, 0.0)
+    return factor * tl.exp(x - beyond) * tl.exp(beyond)
+
+
+# --- interpolation: linear, align_corners=False; `linear_tap` of csrc/grid.h -------------------------------------
 
 
 @triton.jit
@@ -138,22 +151,33 @@ def corner_of(first, second, weight, CORNER: tl.constexpr, BIT: tl.constexpr, MO
 
 
 @triton.jit
-def load_columns(
-    cm, j, px, use, depth, height, width, grid_d, grid_h, grid_w,
-    C: tl.constexpr, CP: tl.constexpr, MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr,
-    CORNERS: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    """a[:, j] of one image at pixels px: (CP, N); rows beyond C: -inf. Nothing is read where ``use`` is not."""
-    i = tl.arange(0, CP)[:, None]
-    points = grid_d * grid_h * grid_w
-    mask = (i < C) & ((j < C) & use)[None, :]
-    entry = i * C + j[None, :]
-    if WIDE:
-        plane = entry.to(tl.int64) * points
+def beside(x, plane):
+    """x (N,) with the axes that ``plane`` has."""
+    if len(plane.shape) == 2:
+        return x[None, :]
     else:
-        plane = entry * points
+        return x
+
+
+@triton.jit
+def at_node(plane, node):
+    if len(plane.shape) == 2:
+        return tl.max_contiguous(plane + node[None, :], [1, 2])
+    else:
+        return plane + node
+
+
+@triton.jit
+def load_field(
+    field, plane, px, mask, other, depth, height, width, grid_d, grid_h, grid_w,
+    MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr, CORNERS: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """A field at pixels px (N,) of its image; ``plane``: where the planes begin, (N,), or (rows, N) or (rows, 1).
+
+    Nothing is read where ``mask`` is not. There it is ``other`` on the pixel grid, and 0 on a grid of its own.
+    """
     if (MODE_D == EQUAL) & (MODE_H == EQUAL) & (MODE_W == EQUAL):
-        return tl.load(cm + (plane + px[None, :]), mask=mask, other=float("-inf")).to(R)
+        return tl.load(field + (plane + beside(px, plane)), mask=mask, other=other).to(R)
     else:
         d0, d1, d_weight = tap(px // (height * width), grid_d, depth, MODE_D, R)
         h0, h1, h_weight = tap(px // width % height, grid_h, height, MODE_H, R)
@@ -164,17 +188,99 @@ def load_columns(
         h, h_share = corner_of(h0, h1, h_weight, 0, BIT_H, MODE_H)
         w, w_share = corner_of(w0, w1, w_weight, 0, 0, MODE_W)
         node = (d * grid_h + h) * grid_w + w
-        a = tl.load(cm + tl.max_contiguous(plane + node[None, :], [1, 2]), mask=mask, other=0.0).to(R)
+        value = tl.load(field + at_node(plane, node), mask=mask, other=0.0).to(R)
         if CORNERS > 1:
-            a *= (d_share * h_share * w_share)[None, :]
+            value *= beside(d_share * h_share * w_share, plane)
             for corner in tl.static_range(1, CORNERS):
                 d, d_share = corner_of(d0, d1, d_weight, corner, BIT_D, MODE_D)
                 h, h_share = corner_of(h0, h1, h_weight, corner, BIT_H, MODE_H)
                 w, w_share = corner_of(w0, w1, w_weight, corner, 0, MODE_W)
                 node = (d * grid_h + h) * grid_w + w
-                x = tl.load(cm + tl.max_contiguous(plane + node[None, :], [1, 2]), mask=mask, other=0.0).to(R)
-                a += x * (d_share * h_share * w_share)[None, :]
+                x = tl.load(field + at_node(plane, node), mask=mask, other=0.0).to(R)
+                value += x * beside(d_share * h_share * w_share, plane)
+        return value
+
+
+@triton.jit
+def load_columns(
+    cm, j, px, use, depth, height, width, grid_d, grid_h, grid_w,
+    C: tl.constexpr, CP: tl.constexpr, MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr,
+    CORNERS: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """a[:, j] of one image at pixels px: (CP, N); rows beyond C: -inf. Nothing is read where ``use`` is not."""
+    i = tl.arange(0, CP)[:, None]
+    mask = (i < C) & ((j < C) & use)[None, :]
+    a = load_field(
+        cm, plane_of(i * C + j[None, :], grid_d * grid_h * grid_w, WIDE), px, mask, float("-inf"),
+        depth, height, width, grid_d, grid_h, grid_w, MODE_D, MODE_H, MODE_W, CORNERS, R,
+    )  # fmt: skip
+    if (MODE_D == EQUAL) & (MODE_H == EQUAL) & (MODE_W == EQUAL):
+        return a
+    else:
         return tl.where(i < C, a, float("-inf"))
+
+
+@triton.jit
+def load_scores(
+    seg, j, px, use, depth, height, width, grid_d, grid_h, grid_w,
+    C: tl.constexpr, MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr,
+    CORNERS: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """s[j] of one image at pixels px (N,): j (N,), or (rows, N) or (rows, 1). 0 beyond C, and where ``use`` is not: nothing is
+    read there.
+    """
+    return load_field(
+        seg, plane_of(j, grid_d * grid_h * grid_w, WIDE), px, (j < C) & beside(use, j), 0.0,
+        depth, height, width, grid_d, grid_h, grid_w, MODE_D, MODE_H, MODE_W, CORNERS, R,
+    )  # fmt: skip
+
+
+# --- the cells between grid points --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def first_pixel(point, grid, size):
+    """Of the cell that begins at a grid point: the first pixel at or beyond it. Cell 0 has all before point 1, too."""
+    doubled = (2 * point + 1).to(tl.int64) * size - grid  # source >= point, times 2 grid
+    first = (doubled + 2 * grid - 1) // (2 * grid)
+    first = tl.where(point == 0, 0, first)
+    return tl.where(point >= grid, size, first).to(tl.int32)
+
+
+@triton.jit
+def first_pixel_of(point, grid, size, WIDE: tl.constexpr):
+    """`first_pixel`. A division in 64 bits is a call, for which registers are saved."""
+    if WIDE:
+        return first_pixel(point, grid, size)
+    else:
+        first = ((2 * point + 1) * size + grid - 1) // (2 * grid)
+        return tl.where(point == 0, 0, tl.where(point >= grid, size, first))
+
+
+@triton.jit
+def pixels_of_cell(cell, grid, size, MODE: tl.constexpr, WIDE: tl.constexpr):
+    """(first pixel, number of pixels) of an axis of the cell that begins at a grid point; none of one before point 0."""
+    begin = cell * 0
+    length = begin + size
+    if MODE == EQUAL:
+        begin = cell
+        length = cell * 0 + 1
+    if MODE == LINEAR:
+        start = tl.maximum(cell, 0)
+        begin = first_pixel_of(start, grid, size, WIDE)
+        length = tl.where(cell < 0, 0, first_pixel_of(start + 1, grid, size, WIDE) - begin)
+    return begin, length
+
+
+@triton.jit
+def share_of(position, point, bit, grid, size, MODE: tl.constexpr, R: tl.constexpr):
+    """Weight of each corner (K, 1) at each pixel (1, P) along an axis; a last cell has no second point."""
+    share = (position * 0).to(R) + 1.0
+    if MODE == LINEAR:
+        weight = tl.minimum(tl.maximum(source_of(position, grid, size, R) - point.to(R), 0.0), 1.0)
+        weight = tl.where(point + 1 < grid, weight, 0.0)
+        share = tl.where(bit == 1, weight, 1.0 - weight)
+    return share
 
 
 # --- every pixel: sums, maps, posterior, gradient of the class logits, and of a field on the pixel grid -----------------

@@ -113,3 +113,16 @@ def class_grid_tile(classes: int, corners: int, cell: int, width: int, points: i
     row = 1 << (min(width, lanes).bit_length() - 1)
     pixels = max(row, lanes // min(lanes, power_of_two(points)))
     return GridTile(columns, lanes // pixels, pixels, 4)
+
+
+def gather_tile(classes: int, cell: int, width: int, points: int, interpreted: bool) -> GridTile:
+    """For adding up pixels, of which a point has ``cell`` and a row of them ``width``."""
+    if interpreted:
+        pixels = min(4096, power_of_two(max(1, cell)))
+        columns = min(power_of_two(classes), _INTERPRETED // pixels)
+        return GridTile(columns, min(power_of_two(points), max(1, _INTERPRETED // (columns * pixels))), pixels, 4)
+    lanes = 128
+    pixels = min(power_of_two(width), lanes)
+    if points * pixels < 16 * lanes:  # few points: all lanes for each, and a program for each class
+        return GridTile(1, 1, min(1024, power_of_two(cell)), 4)
+    return GridTile(min(power_of_two(classes), 8), lanes // pixels, pixels, 4)

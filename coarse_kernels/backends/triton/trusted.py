@@ -1,83 +1,43 @@
-"""The operators `trusted` and `label_map` of `torch.ops.coarse_kernels_triton`. No host synchronisation."""
+"""All kinds of drawings without a matrix, in one go; and label maps. No host synchronisation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..operator import SEG, present, transition_bit
+from ..operator import Arguments, present, transition_bit
 from . import launch, table
 from . import trusted_kernels as kernels
-from .launch import OPTIONS, Field, on_device, triton_dtype, two_floats
+from .launch import OPTIONS, ClassLogits, given, on_device, two_floats
 
 # Programs of `trusted_grid_kernel` (4 warps) that keep a device busy. A constant, as `launch.BUSY`.
 BUSY = 1024
 
 
-def _given(t: Tensor) -> Tensor | None:
-    return t.contiguous() if present(t) else None
+class TrustedKinds(ClassLogits):
+    """The ``kinds`` of a call that have no matrix."""
 
+    def __init__(self, call: Arguments, kinds: Sequence[int], dtype: torch.dtype):
+        super().__init__(call.seg_logits, call.labels[0].shape[2:], dtype)
 
-class _Logits:
-    """Class logits and how they meet the pixels."""
+        def of(tensors: list[Tensor]) -> tuple[Tensor | None, ...]:
+            return tuple(given(tensors[kind]) for kind in kinds)
 
-    def __init__(self, seg_logits: Tensor, size: Sequence[int]):
-        self.device = seg_logits.device
-        self.batch, self.classes = seg_logits.shape[:2]
-        self.dtype = torch.float64 if seg_logits.dtype == torch.float64 else torch.float32
-        self.seg = seg_logits.contiguous()
-        self.field = Field(torch.Size(size), seg_logits.shape[2:], "seg_logits")
-        if self.field.pixels >= 2**31:
-            raise ValueError(f"labels: expected fewer than 2**31 pixels an image, got {self.field.pixels}")
-        self.interpreted = self.device.type == "cpu"
-        # Offsets within an image, and where a cell begins (times 2 grid), fit in 32 bits: cheaper addresses.
-        longest = max(axis.size for axis in self.field.axes)
-        extent = max(table.power_of_two(self.classes) * max(self.field.pixels, self.field.points), 4 * longest**2)
-        self.types = {"WIDE": extent >= launch.WIDE_FROM, "R": triton_dtype(self.dtype)}
-        self.shape = {**self.field.modes, **self.types}
-
-    def tile(self) -> table.PixelTile:
-        return table.class_tile(self.classes, self.field.pixels, self.interpreted)
-
-    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
-
-
-class _Call(_Logits):
-    def __init__(
-        self,
-        seg_logits: Tensor,
-        labels: list[Tensor],
-        transition: list[Tensor],
-        class_weight: list[Tensor],
-        pixel_weight: list[Tensor],
-        scale: list[Tensor],
-        weight: Sequence[float],
-        ignore_index: int,
-    ):
-        super().__init__(seg_logits, labels[0].shape[2:])
-        for name, tensors in (
-            ("transition", transition), ("class_weight", class_weight), ("pixel_weight", pixel_weight), ("scale", scale)
-        ):  # fmt: skip
-            for tensor in tensors:
-                if present(tensor) and tensor.dtype != self.dtype:
-                    raise TypeError(f"{name}: expected {self.dtype}, got {tensor.dtype}")
-        self.labels = tuple(t.contiguous() for t in labels)
-        self.layers = tuple(t.shape[1] for t in labels)
-        self.transition = tuple(_given(t.detach()) for t in transition)
-        self.weights = tuple(map(_given, class_weight)), tuple(map(_given, pixel_weight))
-        self.scale = tuple(map(_given, scale))
+        self.labels = tuple(call.labels[kind].contiguous() for kind in kinds)
+        self.layers = tuple(labels.shape[1] for labels in self.labels)
+        self.transition = of(call.transition)
+        self.weights = of(call.class_weight), of(call.pixel_weight)
+        self.scale = of(call.scale)
+        weight = [1.0 if call.per_pixel else call.weight[kind] for kind in kinds]
         self.factors = tuple(zip(*(two_floats(w) for w in weight), strict=True))
-        self.ignore_index = ignore_index
-        self.empty = self.batch * self.field.pixels == 0
         # What all kernels begin with, but for the logits.
         self.kinds = (
             self.labels, self.transition, *self.weights, self.scale, *self.factors, self.layers
         )  # fmt: skip
-        self.sizes = {"ignore_index": ignore_index, "batch": self.batch, **self.field.sizes}
+        self.sizes = {"ignore_index": call.ignore_index, "batch": self.batch, **self.field.sizes}
 
     def forward(
         self,
@@ -99,14 +59,15 @@ class _Call(_Logits):
                 )  # fmt: skip
         return sums
 
-    def finish(self, sums: Tensor) -> tuple[Tensor, list[Tensor]]:
-        loss, nll = self.new(), [self.new() for _ in self.labels]
+    def finish(self, sums: Tensor, weighted: Tensor) -> list[Tensor]:
+        """nll of each kind, 0-d; ``weighted``: for the loss of each times its weight."""
+        nll = [self.new() for _ in self.labels]
         with on_device(self.device):
             kernels.trusted_finish_kernel[(1,)](
-                sums, self.scale, *self.factors, loss, tuple(nll), sums.shape[0],
+                sums, self.scale, *self.factors, weighted, tuple(nll), sums.shape[0],
                 KINDS=len(nll), BLOCK=4096, R=self.types["R"], num_warps=8, **OPTIONS,
             )  # fmt: skip
-        return loss, nll
+        return nll
 
     def gradient(self, evidence: Tensor, mixed: tuple[Tensor | None, ...], grad: Tensor) -> None:
         """Of the class logits, from what `forward` has left."""
@@ -157,53 +118,58 @@ class _Call(_Logits):
         return partials.sum(0).t().to(self.dtype).contiguous()
 
 
-def trusted(
-    seg_logits: Tensor,
-    labels: list[Tensor],
-    transition: list[Tensor],
-    class_weight: list[Tensor],
-    pixel_weight: list[Tensor],
-    scale: list[Tensor],
-    weight: list[float],
-    ignore_index: int,
-    per_pixel: bool,
-    wanted: int,
-) -> tuple[Any, ...]:
-    call = _Call(seg_logits, labels, transition, class_weight, pixel_weight, scale, weight, ignore_index)
-    kinds = range(len(labels))
-    learnt = [bool(wanted & transition_bit(k)) and call.transition[k] is not None for k in kinds]
-    want_seg = bool(wanted & SEG)
-    at_once = call.field.on_pixels and call.tile().columns >= call.classes
-    from_evidence = want_seg and not at_once and not call.empty
-    evidence = call.new(2, call.batch, call.field.pixels) if from_evidence else None
+class Result(NamedTuple):
+    """Lists have an element for each trusted kind."""
+
+    nll: list[Tensor]
+    grad_transition: list[Tensor]
+
+
+def run(call: Arguments, kinds: Sequence[int], dtype: torch.dtype, grad_seg: Tensor | None, weighted: Tensor) -> Result:
+    """The trusted ``kinds`` of a call. ``grad_seg`` is written, ``weighted`` (float64, one a kind) if there are sums."""
+    of = TrustedKinds(call, kinds, dtype)
+    learnt = [bool(call.wanted & transition_bit(kind)) and present(call.transition[kind]) for kind in kinds]
+    at_once = of.field.on_pixels and of.tile().columns >= of.classes
+    from_evidence = grad_seg is not None and not at_once and not of.empty
+    evidence = of.new(2, of.batch, of.field.pixels) if from_evidence else None
     mixed = tuple(
-        call.new(2, *labels[k].shape) if call.transition[k] is not None and (from_evidence or learnt[k]) else None
-        for k in kinds
+        of.new(2, *labels.shape) if transition is not None and (from_evidence or wants) else None
+        for labels, transition, wants in zip(of.labels, of.transition, learnt, strict=True)
     )
-    grad_seg = torch.empty(seg_logits.shape, dtype=seg_logits.dtype, device=call.device) if want_seg else call.new(0)
-    maps = tuple(call.new(*y.shape) for y in labels) if per_pixel else None
-    sums = call.forward(not per_pixel, maps, evidence, mixed, grad_seg if want_seg and at_once else None)
-    if evidence is not None:
-        call.gradient(evidence, mixed, grad_seg)
-    elif want_seg and call.empty:
+    maps = tuple(of.new(*labels.shape) for labels in of.labels) if call.per_pixel else None
+    sums = of.forward(not call.per_pixel, maps, evidence, mixed, grad_seg if at_once else None)
+    if grad_seg is not None and evidence is not None:
+        of.gradient(evidence, mixed, grad_seg)
+    elif grad_seg is not None and of.empty:
         grad_seg.zero_()
     grads = []
-    for k, terms in enumerate(mixed):
-        if not learnt[k] or terms is None:
-            grads.append(call.new(0))
-        elif call.empty or call.layers[k] == 0:
-            grads.append(torch.zeros(transition[k].shape, dtype=call.dtype, device=call.device))
+    for place, (terms, wants) in enumerate(zip(mixed, learnt, strict=True)):
+        if not wants or terms is None:
+            grads.append(of.new(0))
+        elif of.empty or of.layers[place] == 0:
+            grads.append(torch.zeros(of.classes, of.classes, dtype=of.dtype, device=of.device))
         else:
-            grads.append(call.transition_gradient(k, terms))
+            grads.append(of.transition_gradient(place, terms))
     if maps is not None:
-        return call.new(0), list(maps), grad_seg, grads
+        return Result(list(maps), grads)
     assert sums is not None
-    loss, nll = call.finish(sums)
-    return loss, nll, grad_seg, grads
+    return Result(of.finish(sums, weighted), grads)
+
+
+def posterior(call: Arguments, kinds: Sequence[int], dtype: torch.dtype, log_q: Tensor | None, out: Tensor) -> None:
+    """From log q of the others, which may be ``out`` itself, and the trusted ``kinds``."""
+    of = TrustedKinds(call, kinds, dtype)
+    tile = of.tile()
+    programs = -(-of.field.pixels // tile.pixels) * of.batch
+    with on_device(of.device):
+        kernels.posterior_kernel[(programs,)](
+            of.seg, of.labels, of.transition, of.layers, log_q, out, **of.sizes, KINDS=len(of.labels), C=of.classes,
+            CB=tile.columns, BLOCK=tile.pixels, **of.shape, num_warps=tile.warps, **OPTIONS,
+        )  # fmt: skip
 
 
 def label_map(seg_logits: Tensor, size: Sequence[int]) -> Tensor:
-    call = _Logits(seg_logits, size)
+    call = ClassLogits(seg_logits, size)
     dtype = torch.uint8 if call.classes <= 256 else torch.int64
     out = call.new(call.batch, *size, dtype=dtype)
     tile = call.tile()

@@ -15,42 +15,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import first_pixel, share_of
-from .parts import EQUAL, LINEAR, corner_of, gradient_factor, label_and_weight, number, plane_of, tap
-
-
-@triton.jit
-def load_scores(
-    seg, j, px, use, depth, height, width, grid_d, grid_h, grid_w,
-    C: tl.constexpr, MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr,
-    CORNERS: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    """s[j] of one image at pixels px: (rows of j, N); 0 beyond C, and where ``use`` is not: nothing is read there."""
-    mask = (j < C) & use[None, :]
-    plane = plane_of(j, grid_d * grid_h * grid_w, WIDE)
-    if (MODE_D == EQUAL) & (MODE_H == EQUAL) & (MODE_W == EQUAL):
-        return tl.load(seg + (plane + px[None, :]), mask=mask, other=0.0).to(R)
-    else:
-        d0, d1, d_weight = tap(px // (height * width), grid_d, depth, MODE_D, R)
-        h0, h1, h_weight = tap(px // width % height, grid_h, height, MODE_H, R)
-        w0, w1, w_weight = tap(px % width, grid_w, width, MODE_W, R)
-        BIT_H: tl.constexpr = MODE_W // 2
-        BIT_D: tl.constexpr = MODE_W // 2 + MODE_H // 2
-        d, d_share = corner_of(d0, d1, d_weight, 0, BIT_D, MODE_D)
-        h, h_share = corner_of(h0, h1, h_weight, 0, BIT_H, MODE_H)
-        w, w_share = corner_of(w0, w1, w_weight, 0, 0, MODE_W)
-        node = (d * grid_h + h) * grid_w + w
-        s = tl.load(seg + tl.max_contiguous(plane + node[None, :], [1, 2]), mask=mask, other=0.0).to(R)
-        if CORNERS > 1:
-            s *= (d_share * h_share * w_share)[None, :]
-            for corner in tl.static_range(1, CORNERS):
-                d, d_share = corner_of(d0, d1, d_weight, corner, BIT_D, MODE_D)
-                h, h_share = corner_of(h0, h1, h_weight, corner, BIT_H, MODE_H)
-                w, w_share = corner_of(w0, w1, w_weight, corner, 0, MODE_W)
-                node = (d * grid_h + h) * grid_w + w
-                x = tl.load(seg + tl.max_contiguous(plane + node[None, :], [1, 2]), mask=mask, other=0.0).to(R)
-                s += x * (d_share * h_share * w_share)[None, :]
-        return s
+from .parts import (
+    finite,
+    gradient_factor,
+    label_and_weight,
+    load_scores,
+    number,
+    pixels_of_cell,
+    plane_of,
+    scaled_exp,
+    share_of,
+)
 
 
 @triton.jit
@@ -78,12 +53,6 @@ def load_reported(transition, j, y, labelled, C: tl.constexpr):
 def mixed_terms(t, s, shift):
     """T exp(s - shift). T is a factor: beside a logit of 1e4 its logarithm is lost. Where it is 0, s may be anything."""
     return tl.where(t != 0, t * tl.exp(s - shift[None, :]), 0.0)
-
-
-@triton.jit
-def finite(top):
-    """-inf - -inf must not become NaN."""
-    return tl.where(top == float("-inf"), 0.0, top)
 
 
 # --- every pixel: sums, maps, evidence, and the gradient of logits on the pixel grid ------------------------------------
@@ -211,10 +180,9 @@ def trusted_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def trusted_finish_kernel(
-    partials, scale, weight, weight_low, loss, nll, count, KINDS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr
+    partials, scale, weight, weight_low, weighted, nll, count, KINDS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr
 ):
     """The partial sums of each kind in fixed order and float64, then the scalars. One program."""
-    loss_sum = tl.full((), 0.0, tl.float64)
     for kind in tl.static_range(KINDS):
         sums = tl.zeros((BLOCK,), tl.float64)
         for start in range(0, count, BLOCK):
@@ -226,9 +194,8 @@ def trusted_finish_kernel(
             plain = tl.load(scale[kind]).to(tl.float64)
         factor = plain * number(weight[kind], weight_low[kind], tl.float64)
         # a weight of 0 counts for nothing, even if the sum is inf
-        loss_sum += tl.where(factor == 0, 0.0, factor * total)
+        tl.store(weighted + kind, tl.where(factor == 0, 0.0, factor * total))
         tl.store(nll[kind], tl.where(plain == 0, 0.0, plain * total).to(R))
-    tl.store(loss, loss_sum.to(R))
 
 
 # --- gradient of the class logits, from the evidence --------------------------------------------------------------------
@@ -309,31 +276,6 @@ def trusted_pixel_kernel(
     )  # fmt: skip
     at = grad + b * C * pixels + (plane_of(j, pixels, WIDE) + px[None, :])
     tl.store(at, gradient.to(grad.dtype.element_ty), mask=(j < C) & inside[None, :])
-
-
-@triton.jit
-def first_pixel_of(point, grid, size, WIDE: tl.constexpr):
-    """`first_pixel`. A division in 64 bits is a call, for which registers are saved."""
-    if WIDE:
-        return first_pixel(point, grid, size)
-    else:
-        first = ((2 * point + 1) * size + grid - 1) // (2 * grid)
-        return tl.where(point == 0, 0, tl.where(point >= grid, size, first))
-
-
-@triton.jit
-def pixels_of_cell(cell, grid, size, MODE: tl.constexpr, WIDE: tl.constexpr):
-    """(first pixel, number of pixels) of an axis of the cell that begins at a grid point; none of one before point 0."""
-    begin = cell * 0
-    length = begin + size
-    if MODE == EQUAL:
-        begin = cell
-        length = cell * 0 + 1
-    if MODE == LINEAR:
-        start = tl.maximum(cell, 0)
-        begin = first_pixel_of(start, grid, size, WIDE)
-        length = tl.where(cell < 0, 0, first_pixel_of(start + 1, grid, size, WIDE) - begin)
-    return begin, length
 
 
 @triton.jit(do_not_specialize=[*SIZES, "copies", "copy_stride"])
@@ -481,10 +423,91 @@ def trusted_transition_kernel(
                 depth, height, width, grid_d, grid_h, grid_w, C, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
             )  # fmt: skip
             # p / D without p: the denominator of the softmax cancels
-            terms = tl.exp(s - shift[None, :]) * (w / tl.where(live, d_sum, 1.0))[None, :]
+            terms = scaled_exp((w / tl.where(live, d_sum, 1.0))[None, :], s - shift[None, :])
             total -= tl.sum(tl.where((j < C) & live[None, :], terms, 0.0).to(tl.float64), 1)
     at_entry = ((program // C).to(tl.int64) * C + wanted) * C + rows
     tl.store(partials + at_entry, total, mask=rows < C)
+
+
+# --- the posterior, of any kinds ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def joint_of(
+    s, log_q, labels, transition, layers, j, b, px, inside, ignore_index, pixels,
+    KINDS: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """log(p[j] prod q[j]) up to a constant of the pixel, for a tile s of its logits."""
+    if log_q is not None:  # of the kinds with a matrix
+        s += tl.load(log_q + (plane_of(j, pixels, WIDE) + px[None, :]), mask=(j < C) & inside[None, :], other=0.0)
+    for kind in tl.static_range(KINDS):
+        for layer in range(layers[kind]):
+            at = (b * layers[kind] + layer) * pixels + px
+            y, labelled, _ = label_and_weight(labels[kind], None, None, at, inside, ignore_index, C, R)
+            if transition[kind] is None:
+                own = tl.where(j == y[None, :], 0.0, float("-inf"))
+            else:
+                t = load_reported(transition[kind], j, y, labelled, C)
+                own = tl.where(t == 0, float("-inf"), tl.log(tl.where(t == 0, 1.0, t)))
+            s += tl.where(labelled[None, :], own, 0.0)
+    return tl.where(j < C, s, float("-inf"))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def posterior_kernel(
+    seg, labels, transition, layers, log_q, out, ignore_index, batch, depth, height, width, grid_d, grid_h, grid_w,
+    KINDS: tl.constexpr, C: tl.constexpr, CB: tl.constexpr, BLOCK: tl.constexpr,
+    MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr, CORNERS: tl.constexpr,
+    WIDE: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """p[j] prod q[j], normalised; p where no class explains all labels. ``labels``, ``transition``: of the trusted kinds.
+
+    ``log_q`` may be ``out``: a thread reads its elements before it writes them.
+    """
+    pixels = depth * height * width
+    blocks = tl.cdiv(pixels, BLOCK)
+    program = tl.program_id(0)
+    b = (program // blocks).to(tl.int64)
+    px = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = px < pixels
+    seg += b * C * (grid_d * grid_h * grid_w)
+    out += b * C * pixels
+    if log_q is not None:
+        log_q += b * C * pixels
+    rows = tl.arange(0, CB)[:, None]
+    top = tl.full((BLOCK,), float("-inf"), R)
+    s_sum = tl.zeros((BLOCK,), R)
+    joint_top = tl.full((BLOCK,), float("-inf"), R)
+    joint_sum = tl.zeros((BLOCK,), R)
+    for j0 in range(0, C, CB):
+        j = j0 + rows
+        s = load_scores(
+            seg, j, px, inside, depth, height, width, grid_d, grid_h, grid_w,
+            C, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
+        )  # fmt: skip
+        s = tl.where(j < C, s, float("-inf"))
+        above = tl.maximum(top, tl.max(s, 0))
+        s_sum = s_sum * tl.exp(top - finite(above)) + tl.sum(tl.exp(s - finite(above)[None, :]), 0)
+        top = above
+        joint = joint_of(
+            s, log_q, labels, transition, layers, j, b, px, inside, ignore_index, pixels, KINDS, C, WIDE, R
+        )  # fmt: skip
+        above = tl.maximum(joint_top, tl.max(joint, 0))
+        joint_sum = joint_sum * tl.exp(joint_top - finite(above)) + tl.sum(tl.exp(joint - finite(above)[None, :]), 0)
+        joint_top = above
+    for j0 in range(0, C, CB):
+        j = j0 + rows
+        s = load_scores(
+            seg, j, px, inside, depth, height, width, grid_d, grid_h, grid_w,
+            C, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
+        )  # fmt: skip
+        joint = joint_of(
+            s, log_q, labels, transition, layers, j, b, px, inside, ignore_index, pixels, KINDS, C, WIDE, R
+        )  # fmt: skip
+        p = tl.exp(s - top[None, :]) / s_sum[None, :]  # NaN where all logits are -inf, as softmax has it
+        r = tl.exp(joint - finite(joint_top)[None, :]) / joint_sum[None, :]
+        value = tl.where((joint_sum != 0)[None, :], r, p).to(out.dtype.element_ty)
+        tl.store(out + (plane_of(j, pixels, WIDE) + px[None, :]), value, mask=(j < C) & inside[None, :])
 
 
 # --- the most probable class --------------------------------------------------------------------------------------------
