@@ -1,9 +1,9 @@
 # `make train` and `make test` do everything on a fresh machine with Python >= 3.10 and a C++ compiler.
 #
-#   make train       the demo: six ways to train on coarse drawings of MNIST digits, under four minutes on two cores
+#   make train       the demo: ways to train on coarse drawings of MNIST digits, under four minutes on two cores
 #   make test        the test suite
 #   make bench       speed table of the CPU kernels, under five minutes; make bench-full for every case
-#   make tune        how the demo's settings were chosen (long)
+#   make tune        how the one setting of the demo that is tuned was chosen
 #   make check-cuda  nvcc over every CUDA kernel: registers and spills; needs nvcc, no GPU (also part of make test)
 #   make test-gpu    the operator's tests on a GPU, and what only a GPU can get wrong (tests/gpu/README.md)
 #   make bench-gpu   speed table of the GPU kernels, about eight minutes; fails where there is no GPU
@@ -69,7 +69,7 @@ highres: $(READY)
 	$(RUN) -m benchmarks.highres $(ARGS)
 
 tune: $(READY)
-	$(RUN) -m coarse_train tune-demo $(ARGS)
+	$(RUN) -m coarse_train demo --tune --out runs/tune $(ARGS)
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
