@@ -464,7 +464,7 @@ def test_opcheck(per_pixel: bool, wanted: bool) -> None:
     """A trusted kind, and one of two layers with a matrix."""
     size, grid = PLACES["stride_4"]
     first, second = drawn(3, size, "random", "random", layers=[1, 2])
-    second = dataclasses.replace(second, cm_logits=torch.randn(1, 3, 3, 2, 2).bfloat16(), trace_weight=0.1)
+    second = dataclasses.replace(second, cm_logits=torch.randn(1, 3, 3, 1, 1).bfloat16(), trace_weight=0.1)
     call = arguments(logits(3, grid).bfloat16(), [first, second], per_pixel=per_pixel)
     call = call._replace(wanted=sum(bit for bit, _ in operator.differentiable(call)) if wanted else 0)
     overload = torch.ops.coarse_kernels_triton.annotation_objective.default
@@ -655,7 +655,7 @@ def test_the_tiles_of_a_device_that_fold_a_band(
 
 def test_kinds_with_a_matrix_in_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     size, grid = PLACES["odd"]
-    call = arguments(logits(3, grid), mixed_kinds(3, size, (2, 2), torch.float32))
+    call = arguments(logits(3, grid), mixed_kinds(3, size, (1, 1), torch.float32))
     call = call._replace(wanted=sum(bit for bit, _ in operator.differentiable(call)))
     posterior = torch.ops.coarse_kernels_triton.objective_posterior
     narrow, r = run(call), posterior(*call[:4], 255)
@@ -666,7 +666,7 @@ def test_kinds_with_a_matrix_in_64_bits(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_only_what_is_wanted_of_kinds_with_a_matrix() -> None:
     size, grid = PLACES["stride_4"]
-    call = arguments(logits(3, grid), mixed_kinds(3, size, (2, 2), torch.float32))
+    call = arguments(logits(3, grid), mixed_kinds(3, size, (1, 1), torch.float32))
     bits = [bit for bit, _ in operator.differentiable(call)]
     whole = run(call._replace(wanted=sum(bits)))
     for bit in (0, *bits):

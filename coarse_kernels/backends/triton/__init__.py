@@ -6,15 +6,25 @@ Equations: csrc/coarse_math.h, `pixel_log_space`. Per pixel, everything in log s
     D = sum_j p[j] q[j]    nll = -log D    r[j] = p[j] q[j] / D
     dL/ds = w (p - r)    dL/da[i,j] = w (r[j] (A[i,j] - h[i,j]) + trace_weight A[j,j] ([i = j] - A[i,j]))
 
-Schedule, by the grid of the field:
+A call (`objective`): all trusted kinds in one go (`trusted`), then each kind with a matrix, a layer of its labels at a time
+(`matrix`). They add to the same gradients, in the compute dtype: the first writes, the others read, add and write, and what
+is stored in 16 bits is rounded once. Labels and weights of a layer are read where they lie.
+
+Schedule of a layer of a kind with a matrix, by the grid G of its field:
 
     G = S       `pixel_kernel`: one reading of the logits and one writing of the gradients (C <= 32; two readings beyond).
-                Bytes a pixel: (2 C^2 + 2 C) of storage and the label. Exponentials: C^2, and as many again with a
-                transition; padding columns to a power of two makes 19 into 32.
+                Bytes a pixel: (2 C^2 + 2 C) of storage and the label; a second layer or kind reads C^2 + C, or C, more.
+                Exponentials: C^2, and as many again with a transition; padding columns to a power of two makes 19 into 32.
     G < S       `pixel_kernel` reads each pixel's corners (from the caches) and interpolates; it leaves 12 bytes a pixel
                 of evidence. `cell_kernel` goes through the pixels between neighbouring grid points, with their corners
                 in registers, and adds up the gradient. Exponentials: C^2 twice. Nothing grows with H W C^2.
     dL/dT       `transition_kernel`, also from the evidence. Only when asked for.
+
+Class logits on a grid of their own, of P points: each of these kernels interpolates them where it needs them, C times 2^rank
+reads a pixel, from the caches. Their gradient at pixel resolution goes into a buffer of `launch.BAND` (32 MiB, or 64 pixels
+of each image), for a band of the images at a time: planes, rows or parts of a row. `gather_kernel` then adds to each grid
+point its pixels in the band, in fixed order. 4 C bytes a pixel written, and 4 C 2^rank read, mostly from the caches: a pixel
+has as many corners.
 
 Sums are in fixed order, without atomics: two runs agree bit for bit. The scalars: a float64 partial sum per program, then
 one program. The gradient of a grid: cells of one colour (every second along each axis, 2^rank launches) share no point,
@@ -23,7 +33,8 @@ copies take at most `launch.WORKSPACE` (64 MiB) beyond the first. Cells with par
 gathers them would read and write the corners the same number of times and want a buffer of 2^rank the size.
 Memory beyond inputs and outputs, for a field on its own grid whose gradient is wanted: a copy of it with the C x C
 entries of a point together, and its gradient in float32. For one on the pixel grid: none, or the gradient in float32
-where images share a field in 16 bits.
+where several images or layers share a field in 16 bits. The same for class logits in 16 bits: none where one launch writes
+their gradient, else the gradient in float32. And a band, where their grid is coarser.
 
 Trusted drawings (A = I: cross-entropy after upsampling, complementary labels) have kernels of their own in
 `trusted_kernels`: all kinds and layers of a call in one go, class logits on their own grid of P points for S pixels,
@@ -43,14 +54,19 @@ interpolated where they are read. K layers in all, M of them with a transition; 
     dL/dT            `trusted_transition_kernel`, from the evidence: p / D = exp(s - shift) / sum. Only when asked for.
     label_map        `label_map_kernel`: 4 C P / S read and 1 written (8 above 256 classes).
 
-No tensor of C planes of pixels exists where the grid is coarser; without gradients there is no evidence either. This is
-counted, not measured.
+The posterior of one layer of one kind is written by `pixel_kernel`. Of several: `log_q_kernel` adds up log q of the layers with
+a matrix where the posterior will be (beside it, in float32, where that has 16 bits), and `posterior_kernel` adds that of the
+trusted ones and normalises. 4 C written for the first layer, 8 C for each further one, 12 C at the end.
+
+No tensor of C planes of pixels exists where the class logits' grid is coarser, neither logits nor gradient: a band of it, where
+a kind has a matrix. Without gradients there is no evidence either. This is counted, not measured.
 
 Copies are made of logits that are not contiguous (an expanded batch of one field is none), of labels and of weights.
 
 Where it does not help: a field at nearly the image's size (G = S - 1) has a pixel or two a cell, and the kernel is busy
 with the corners; the gradient of a transition reads the logits once for every label in a block of pixels; float64, and
-more than 32 classes, spill registers.
+more than 32 classes, spill registers. A kind of K layers pays for its exponentials K times. Class logits of a few points: their
+gradient is folded by as many programs as there are points and classes.
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ def columns_of_pixels(
 def write_columns(
     grad_seg, grad_cm, posterior, e, inv_z, h, ajj, s, joint, j, px, y, s_sum, shift, joint_sum, inside, labelled, w, wt,
     begin, seg_pixels, pixels, image, C: tl.constexpr, CP: tl.constexpr, BJ: tl.constexpr, BLOCK: tl.constexpr,
-    IDENTITY: tl.constexpr, SHARED: tl.constexpr, ADD_SEG: tl.constexpr, ADD_CM: tl.constexpr, WIDE: tl.constexpr,
+    IDENTITY: tl.constexpr, SHARED: tl.constexpr, BAND: tl.constexpr, ADD_SEG: tl.constexpr, ADD_CM: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """The outputs of columns j. Everything inside the image is written: zeros where the pixel does not count."""
     joint_sum = spread(joint_sum, BJ, BLOCK)
@@ -69,12 +70,14 @@ def write_columns(
     r = tl.exp(joint - spread(shift, BJ, BLOCK)) / joint_sum
     known = labelled & (joint_sum != 0)
     live = known & (w != 0)
+    at = plane_of(j, pixels, WIDE) + px
     mask = (j < C) & inside
     if posterior is not None:
-        at = plane_of(j, pixels, WIDE) + px
         tl.store(posterior + at, tl.where(known, r, p).to(posterior.dtype.element_ty), mask=mask)
     if grad_seg is not None:
-        at_seg = grad_seg + (plane_of(j, seg_pixels, WIDE) + (px - begin))
+        at_seg = grad_seg + at
+        if BAND:
+            at_seg = grad_seg + (plane_of(j, seg_pixels, WIDE) + (px - begin))
         gradient = tl.where(live, w * (p - r), 0.0)
         if ADD_SEG:  # to that of other kinds and layers
             gradient += tl.load(at_seg, mask=mask, other=0.0)
@@ -106,6 +109,7 @@ def one_image(
     """BLOCK pixels of image ``b``. Returns their weighted nll and trace."""
     ONE_TILE: tl.constexpr = BJ >= C
     IDENTITY: tl.constexpr = transition is None
+    BAND: tl.constexpr = not ((SEG_D == EQUAL) & (SEG_H == EQUAL) & (SEG_W == EQUAL))
     pixels = depth * height * width
     seg += b * C * (seg_d * seg_h * seg_w)
     cm += b * cm_stride
@@ -208,7 +212,7 @@ def one_image(
             write_columns(
                 grad_seg, grad_cm, posterior, e, inv_z, h, ajj, s, joint, j, px, y, s_sum, shift, joint_sum,
                 inside, labelled, w, wt, begin, seg_pixels, pixels_again, image, C, CP, BJ, BLOCK,
-                IDENTITY, SHARED, ADD_SEG, ADD_CM, WIDE,
+                IDENTITY, SHARED, BAND, ADD_SEG, ADD_CM, WIDE,
             )  # fmt: skip
         else:
             for j0 in range(0, C, BJ):
@@ -225,7 +229,7 @@ def one_image(
                 write_columns(
                     grad_seg, grad_cm, posterior, e, inv_z, h, ajj, s, joint, j0 + j, px, y, s_sum, shift, joint_sum,
                     inside, labelled, w, wt, begin, seg_pixels, pixels_again, image, C, CP, BJ, BLOCK,
-                    IDENTITY, SHARED, ADD_SEG, ADD_CM, WIDE,
+                    IDENTITY, SHARED, BAND, ADD_SEG, ADD_CM, WIDE,
                 )  # fmt: skip
     return weighted_nll, weighted_trace
 
