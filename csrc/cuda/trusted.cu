@@ -418,12 +418,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(R) == 8 ? 1 : 2)
         if (cell < cells) {
           const int own_y = cell / cells_x, own_x = cell - own_y * cells_x;
           const int cy = first_y + own_y, cx = first_x + own_x;
-          // on an axis as long as the pixels' the neighbour is not read, as in `Corners`: 0 * -inf is NaN
-          const bool two_y = grid_y < height && cy + 1 < grid_y, two_x = grid_x < width && cx + 1 < grid_x;
+          const bool two_y = cy + 1 < grid_y, two_x = cx + 1 < grid_x;
           const int row_end = begin_y[own_y + 1], column_end = begin_x[own_x + 1];
           for (int z = begin_z; z < end_z; ++z) {
             const int cz = z < middle_z ? gz - 1 : gz;
-            const bool two_z = grid_z < depth && cz + 1 < grid_z;
+            const bool two_z = cz + 1 < grid_z;
             const R lambda_z = lambda_in(z, cz, grid_z, depth, scale_z);
             const R of_z = cz == gz ? R(1) - lambda_z : lambda_z;
             if (of_z == R(0)) continue;
