@@ -549,7 +549,16 @@ def _bar_cells(bar: Bar, rows: Sequence[Row], quick: bool) -> list[str]:
         gradients = _find(rows, bar.job, bar.own, "gradients")
         beside = [] if other is None else [f"{bar.other} {other['value']:.1f} MB"]
         beside += [] if gradients is None else [f"gradients {gradients['value']:.1f} MB"]
-        return [bar.what, conditions, bar.words, f"{value:.1f} MB{judged}", own["kernels"], "", "; ".join(beside), ""]
+        return [
+            bar.what,
+            conditions,
+            bar.words,
+            f"{value:.1f} MB{judged}",
+            own["kernels"],
+            "",
+            "; ".join(beside),
+            "",
+        ]
     pair = [row for name in (bar.own, bar.other) if (row := _find(rows, bar.job, name, "time")) is not None]
     scale = 1e6 / scene_of(job, quick).pixels
     shares = [f"{row['cpu_share']:.2f}" for row in pair if is_disturbed(row)]

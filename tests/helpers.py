@@ -14,7 +14,7 @@ import dataclasses
 import math
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -209,6 +209,18 @@ def check(
         error = gradient_error(got, truth.gradients[name])
         assert error <= bound, f"gradient of {name}: {error:.2e} > {bound:.2e}"
     return ours
+
+
+def on_threads(counts: Sequence[int], run: Callable[[], Any]) -> list[Any]:
+    """What ``run`` gives on each number of threads."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in counts:
+            torch.set_num_threads(threads)
+            found.append(run())
+    finally:
+        torch.set_num_threads(before)
+    return found
 
 
 def generator(seed: int = 0) -> torch.Generator:

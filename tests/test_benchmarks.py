@@ -297,7 +297,8 @@ def test_objective_wrong_contestant_is_not_measured(job: str, monkeypatch: pytes
 
 def _measurement(job: str, contestant: str, value: float, quantity: str = "time", **more: object) -> dict[str, object]:
     about = {"job": job, "contestant": contestant, "quantity": quantity, "value": value, "p20": value, "p80": value}
-    return {**environment(), "load_before": 0.0, "buffers": "reused", "threads": 1, "cpu_share": 1.0, **about, **more}
+    known = {"load_before": 0.0, "buffers": "reused", "threads": 1, "cpu_share": 1.0, "kernels": "strided"}
+    return {**environment(), **known, **about, **more}
 
 
 def test_objective_bars_are_held_to_medians() -> None:
@@ -311,8 +312,8 @@ def test_objective_bars_are_held_to_medians() -> None:
         _measurement(jobs[2].name, "3 layers", 17.0, cpu_share=0.6),
     ]
     text = objective.markdown(rows, jobs, False, 1.0)
-    assert "| <= 85 MB | 86.0 MB **missed** |  | gradients 57.3 MB |" in text
-    assert "| >= 5x faster | 6.00x met | 10.0 (10.0 to 10.0); 4.8 ns per pixel |" in text
+    assert "| <= 85 MB | 86.0 MB **missed** | strided |  | gradients 57.3 MB |" in text
+    assert "| >= 5x faster | 6.00x met | strided | 10.0 (10.0 to 10.0); 4.8 ns per pixel |" in text
     assert "| <= 1.6x | 1.70x **missed** |" in text
     assert "disturbed: 0.60 of 1 cores" in text
     assert "1 of 4 times were disturbed" in text

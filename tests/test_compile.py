@@ -229,6 +229,29 @@ def test_seg_logits_on_a_coarser_grid_and_a_trusted_source() -> None:
     both(use, problem.seg, problem.cm, problem.labels, backend="aot_eager")
 
 
+@pytest.mark.every
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("seg_grid", [None, (2, 5)], ids=["pixel", "strided"])
+def test_an_objective_of_several_kinds_in_layers(
+    seg_grid: tuple[int, int] | None, reduction: str, backend: str
+) -> None:
+    first = make_problem(3, (4, 9), (2, 3), seg_grid=seg_grid, stream="random")
+    other = make_problem(3, (4, 9), (1, 1), seed=1)
+    layers = torch.stack([first.labels, other.labels], 1)
+
+    def use(seg: Tensor, cm: Tensor, field: Tensor, transition: Tensor | None, labels: Tensor, two: Tensor) -> Tensor:
+        kinds = [
+            ck.Drawings(two, cm, transition, trace_weight=0.1),
+            ck.Drawings(labels, field, weight=0.5),
+            ck.Drawings(two, transition=transition, weight=0.3),
+        ]
+        found = ck.annotation_objective(seg, kinds, reduction=reduction, backend=backend)
+        return found.loss.sum() + 0.7 * found.parts[1].loss.sum()  # a part alone, too
+
+    tensors = first.seg, first.cm, other.cm, first.transition, first.labels, layers
+    both(use, *tensors, backend="aot_eager")
+
+
 def test_modules() -> None:
     """Criterion with a learned transition, and its gradient through the compiled graph."""
     problem = make_problem(3, (4, 9), (2, 3))

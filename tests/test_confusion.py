@@ -103,15 +103,17 @@ def test_no_warning_where_there_is_nothing_to_warn_of() -> None:
     bad = torch.randn(2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     minority = confusion_logits(4).clone()
     minority[:, 1] = minority[:, 1].roll(1)  # one class is mostly drawn as another: not a start without a diagonal
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        loss_with(ConfusionHead(4, channels=3, stride=2)(torch.randn(2, 3, 8, 8)))
-        confusion._looked_at.clear()
-        loss_with(minority.view(1, 4, 4, 1, 1).requires_grad_())
-        confusion._looked_at.clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for good in (ConfusionHead(4, channels=3, stride=2)(torch.randn(2, 3, 8, 8)), minority.view(1, 4, 4, 1, 1)):
+            loss_with(good if good.requires_grad else good.requires_grad_())
+            assert confusion._looked_at  # it was looked at, and found good
+            confusion._looked_at.clear()
         loss_with(bad)  # not trained
         with torch.no_grad():
             loss_with(bad.requires_grad_())
+        assert not confusion._looked_at
+    assert not said
 
 
 def test_a_start_without_a_diagonal_is_what_permutes_classes() -> None:

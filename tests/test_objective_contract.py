@@ -17,6 +17,7 @@ from tests.helpers import (
     gradient_error,
     leaf,
     loss_error,
+    on_threads,
     put,
     random_transition,
 )
@@ -121,14 +122,8 @@ def test_points_of_a_line_between_two_tasks_get_the_gradient_of_both(backend: st
         check(put(seg), some, backend, floor=3e-5)  # 10,002 shares of one point cancel
     if backend == "cpu":
         assert "4 tasks" in ck.explain(seg, kinds[:1])
-        before, found = torch.get_num_threads(), []
-        try:
-            for threads in (1, 3):
-                torch.set_num_threads(threads)
-                found.append(evaluate(seg, kinds, "cpu", torch.float32)[1])
-        finally:
-            torch.set_num_threads(before)
-        assert all(torch.equal(ours, other) for ours, other in zip(*found, strict=True))
+        (_, one), (_, other) = on_threads((1, 3), lambda: evaluate(seg, kinds, "cpu", torch.float32))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(one, other, strict=True))
 
 
 def test_the_number_of_threads_changes_no_bit_of_an_objective() -> None:
@@ -142,13 +137,7 @@ def test_the_number_of_threads_changes_no_bit_of_an_objective() -> None:
     ]
     if "cpu" not in ck.available_backends():
         pytest.skip("not built")
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found.append(evaluate(seg, kinds, "cpu", torch.float32))
-    finally:
-        torch.set_num_threads(before)
+    found = on_threads((1, 2, 5), lambda: evaluate(seg, kinds, "cpu", torch.float32))
     for loss, grads in found[1:]:
         assert torch.equal(loss, found[0][0])
         for ours, first in zip(grads, found[0][1], strict=True):
@@ -161,16 +150,10 @@ def test_the_gradient_of_a_transition_of_many_classes_is_right_and_the_same_on_a
     classes, gen = 150, generator(0)
     seg, labels = torch.randn(16, classes, 16, 1, generator=gen), torch.randint(0, classes, (16, 320, 4), generator=gen)
     kinds = [Drawings(labels, transition=random_transition(classes, gen))]
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            found.append(evaluate(seg, kinds, "cpu", torch.float32)[1])
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(ours, other) for ours, other in zip(*found, strict=True))
+    (_, one), (_, other) = on_threads((1, 3), lambda: evaluate(seg, kinds, "cpu", torch.float32))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(one, other, strict=True))
     _, truth = evaluate(seg, kinds, "reference", torch.float64)
-    assert all(gradient_error(ours, theirs) < 2e-6 for ours, theirs in zip(found[0], truth, strict=True))
+    assert all(gradient_error(ours, theirs) < 2e-6 for ours, theirs in zip(one, truth, strict=True))
 
 
 @EVERY

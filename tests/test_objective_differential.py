@@ -496,7 +496,7 @@ def test_label_map(
 @pytest.mark.fused
 def test_label_map_with_ties_and_nan(backend: str, grid: tuple[int, ...], size: tuple[int, ...]) -> None:
     """The first of equals wins, and NaN over all, as in torch.argmax."""
-    logits = torch.randint(0, 2, (2, 3, *grid), generator=generator(0)).float()
+    logits = torch.randn(2, 3, *grid, generator=generator(0))
     logits = torch.cat([logits, logits.flip(1)], 1)  # each class twice, bit for bit
     expected = ck.label_map(logits, size, backend="reference")
     assert torch.equal(ck.label_map(put(logits), size, backend=backend).cpu(), expected)

@@ -27,6 +27,7 @@ from tests.helpers import (
     leaf,
     loss_error,
     make_problem,
+    on_threads,
     operators_of,
     oracle,
     put,
@@ -658,14 +659,7 @@ def test_the_number_of_threads_changes_no_bit(
     problem = make_problem(
         3, size, grid, batch=3, cm_batch=cm_batch, stream="random", trace_weight=0.1, pixel_weight=torch.rand(3, *size)
     )
-    before = torch.get_num_threads()
-    runs = []
-    try:
-        for threads in (1, 2, 2, 4):
-            torch.set_num_threads(threads)
-            runs.append(evaluate(problem, backend, schedule))
-    finally:
-        torch.set_num_threads(before)
+    runs = on_threads((1, 2, 2, 4), lambda: evaluate(problem, backend, schedule))
     for other in runs[1:]:
         assert torch.equal(runs[0].loss, other.loss)
         assert torch.equal(runs[0].trace, other.trace)

@@ -20,7 +20,7 @@ LIVE = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_MMAP_MAX_": str(1 << 20)
 # Workspaces of the threads, label scans, bookkeeping of Python, huge pages that are rounded up.
 SLACK = 8 << 20
 
-MEASURE = """
+PEAK = """
 import gc, json, torch, coarse_kernels as ck
 from pathlib import Path
 
@@ -30,41 +30,48 @@ def status(name):
             return 1024 * int(line.split()[1])
 
 torch.set_num_threads(2)
-size, grid, classes = {size}, {grid}, {classes}
-
-def inputs(size, grid):
-    gen = torch.Generator().manual_seed(0)
-    seg = torch.randn(1, classes, *size, generator=gen).requires_grad_()
-    cm = torch.randn(1, classes, classes, *(grid or size), generator=gen).requires_grad_()
-    return seg, cm, torch.randint(0, classes, (1, *size), generator=gen, dtype=torch.uint8)
-
-def step(seg, cm, labels):
-    if {train}:
-        ck.annotation_nll(seg, cm, labels, trace_weight=0.01).loss.backward()
-    else:
-        with torch.no_grad():
-            ck.annotation_nll(seg, cm, labels, trace_weight=0.01)
-
-with ck.use_schedule({schedule!r}):
-    step(*inputs((32, 32), (4, 4) if grid else None))  # code, threads and autograd are loaded
-    seg, cm, labels = inputs(size, grid)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    step(seg, cm, labels)
-    print(json.dumps({{"peak": status("VmHWM") - before, "seg": seg.nbytes, "cm": cm.nbytes}}))
+{inputs}
+{step}
+step(*inputs(True))
+given = inputs(False)
+gc.collect()
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+step(*given)
+print(json.dumps({{"peak": status("VmHWM") - before, "gradients": sum(t.nbytes for t in given if t.requires_grad)}}))
 """
+
+
+def measure_step(inputs: str, step: str) -> dict[str, int]:
+    """``inputs(small)`` -> tensors, ``step(*tensors)``: a small one ahead loads code, threads and autograd."""
+    done = run_python(PEAK.format(inputs=inputs, step=step), **LIVE)
+    if "PermissionError" in done.stderr:
+        pytest.skip("the kernel does not let us reset the high-water mark")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def measure(
     size: tuple[int, int], grid: tuple[int, int] | None, train: bool, schedule: str = "one_pass", classes: int = 19
 ) -> dict[str, int]:
-    code = MEASURE.format(size=size, grid=grid, train=train, schedule=schedule, classes=classes)
-    done = run_python(code, **LIVE)
-    if "PermissionError" in done.stderr:
-        pytest.skip("the kernel does not let us reset the high-water mark")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    inputs = f"""
+def inputs(small):
+    size, grid = ((32, 32), {(4, 4) if grid else None}) if small else ({size}, {grid})
+    seg = torch.randn(1, {classes}, *size).requires_grad_()
+    cm = torch.randn(1, {classes}, {classes}, *(grid or size)).requires_grad_()
+    return seg, cm, torch.randint(0, {classes}, (1, *size), dtype=torch.uint8)
+"""
+    step = f"""
+def step(seg, cm, labels):
+    with ck.use_schedule({schedule!r}), torch.set_grad_enabled({train}):
+        loss = ck.annotation_nll(seg, cm, labels, trace_weight=0.01).loss
+        if {train}:
+            loss.backward()
+"""
+    height, width = grid or size
+    pixels = size[0] * size[1]
+    found = measure_step(inputs, step)
+    return {**found, "seg": 4 * classes * pixels, "cm": 4 * classes**2 * height * width}
 
 
 @pytest.mark.parametrize("schedule", ["one_pass", "recompute"])
@@ -95,75 +102,23 @@ def test_one_matrix_for_the_image_costs_the_class_gradient() -> None:
     assert found["peak"] <= found["seg"] + 2 * SLACK, found
 
 
-OBJECTIVE = """
-import gc, json, torch, coarse_kernels as ck
-from pathlib import Path
-
-def status(name):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return 1024 * int(line.split()[1])
-
-torch.set_num_threads(2)
-def inputs(h, w):
+def test_class_logits_never_exist_at_full_resolution() -> None:
+    """40 MB they would be, and as much their gradient."""
+    inputs = """
+def inputs(small):
+    h, w = (64, 64) if small else (512, 1024)
     seg = torch.randn(1, 19, h // 4, w // 4).requires_grad_()
     cm = torch.randn(1, 19, 19, h // 16, w // 16).requires_grad_()
     return seg, cm, *(torch.randint(0, 19, (1, k, h, w), dtype=torch.uint8) for k in (1, 2))
-
+"""
+    step = """
 def step(seg, cm, positive, negative):
     kinds = [ck.Drawings(positive, cm), ck.Drawings(negative, transition=ck.uniform_transition(19))]
     ck.annotation_objective(seg, kinds).loss.backward()
     ck.label_map(seg, positive.shape[2:])
-
-step(*inputs(64, 64))
-given = inputs(512, 1024)
-gc.collect()
-Path("/proc/self/clear_refs").write_text("5")
-before = status("VmRSS")
-step(*given)
-print(json.dumps({"peak": status("VmHWM") - before, "gradients": given[0].nbytes + given[1].nbytes}))
 """
-
-
-def test_class_logits_never_exist_at_full_resolution() -> None:
-    """40 MB they would be, and as much their gradient."""
-    done = run_python(OBJECTIVE, **LIVE)
-    if "PermissionError" in done.stderr:
-        pytest.skip("the kernel does not let us reset the high-water mark")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = measure_step(inputs, step)
     assert found["peak"] <= found["gradients"] + 2 * SLACK, found
-
-
-PEAK = """
-import gc, json, torch, coarse_kernels as ck
-from pathlib import Path
-
-def status(name):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return 1024 * int(line.split()[1])
-
-torch.set_num_threads(2)
-{inputs}
-{step}
-step(*inputs(True))
-given = inputs(False)
-gc.collect()
-Path("/proc/self/clear_refs").write_text("5")
-before = status("VmRSS")
-step(*given)
-print(json.dumps({{"peak": status("VmHWM") - before, "gradients": sum(t.nbytes for t in given if t.requires_grad)}}))
-"""
-
-
-def measure_step(inputs: str, step: str) -> dict[str, int]:
-    """``inputs(small)`` -> tensors, ``step(*tensors)``: a small one ahead loads code, threads and autograd."""
-    done = run_python(PEAK.format(inputs=inputs, step=step), **LIVE)
-    if "PermissionError" in done.stderr:
-        pytest.skip("the kernel does not let us reset the high-water mark")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def test_a_learned_transition_of_many_classes_does_not_cost_a_gradient_for_each_task() -> None:

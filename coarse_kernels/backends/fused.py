@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from .operator import MAX_KINDS, ONLY_REFERENCE, Arguments, Outputs, differentia
 from .reference import Terms, label_weights
 
 
-class FusedBackend:
+class FusedBackend(abc.ABC):
     """A `Backend` whose work is done by the operators of ``torch.ops.<namespace>``."""
 
     def __init__(self, name: str, device_types: tuple[str, ...], namespace: str):
@@ -33,9 +34,9 @@ class FusedBackend:
     def unsupported_tensor(self, tensor: Tensor) -> str | None:
         return _untransformed((tensor,))
 
+    @abc.abstractmethod
     def kernels(self, problem: Problem) -> list[str]:
         """Which kernel each kind of drawings gets, and why not a faster one."""
-        raise NotImplementedError
 
     def _chosen(self, problem: Problem) -> list[list[int]]:
         """What the compiled operator `kernels_of` says, for all gradients that may be wanted."""

@@ -41,7 +41,10 @@ inline Error text(cudaError_t code) { return code == cudaSuccess ? nullptr : cud
 template <class Kernel>
 Error allow_shared(Kernel kernel, size_t bytes) {
   if (bytes <= 48 * 1024) return nullptr;
-  return text(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  const auto code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (code == cudaSuccess) return nullptr;
+  cudaGetLastError();  // or the next launch, whoever's, would be told
+  return "so many classes need more shared memory than a block may have on this device";
 }
 
 // Blocks that run at the same time: what a grid has whose blocks loop over their work. None of these calls waits.

@@ -89,8 +89,11 @@ Error strided_grid(const Layer<float>& s, const Grid& grid, float* class_gradien
 
 // The posterior of several kinds and layers (posterior.cu): any logits, any number of classes. `log_transition` has an
 // element for each kind, null where its transition is.
+// `scratch`: as many numbers as posterior_scratch says; null where that is 0.
 template <class R>
-Error posterior_of_all(const Problem<R>& problem, const R* const* log_transition, void* stream);
+int64_t posterior_scratch(const Problem<R>& problem);
+template <class R>
+Error posterior_of_all(const Problem<R>& problem, const R* const* log_transition, R* scratch, void* stream);
 
 // --- small ones (reduce.cu) ------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ template <class R>
 struct AllEvidence {
   Layer<R> image;  // sizes and class logits; the rest is not in use
   int kinds;
+  R* joint;  // (blocks, C, kWarp); null: in shared memory
   Evidence<R> of[kMaxKinds];
 };
 
@@ -54,7 +55,8 @@ __global__ void __launch_bounds__(kThreads) posterior_of_all(const __grid_consta
   const R inf = std::numeric_limits<R>::infinity();
   const Layer<R>& s = all.image;
   const int classes = s.classes, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  R* const joint = reinterpret_cast<R*>(dynamic_shared()) + lane;
+  R* const own_joint = all.joint + static_cast<int64_t>(blockIdx.x) * classes * kWarp;
+  R* const joint = (all.joint != nullptr ? own_joint : reinterpret_cast<R*>(dynamic_shared())) + lane;
   const int64_t pixels = s.pixels(), per_image = (pixels + kWarp - 1) / kWarp;
   const int depth = static_cast<int>(s.depth), height = static_cast<int>(s.height), width = static_cast<int>(s.width);
   for (int64_t word = blockIdx.x; word < per_image * s.batch; word += gridDim.x) {
@@ -101,8 +103,16 @@ __global__ void __launch_bounds__(kThreads) posterior_of_all(const __grid_consta
 
 namespace cuda {
 
+// Where a block's share does not fit in shared memory (48 KB need no leave on any device).
 template <class R>
-Error posterior_of_all(const Problem<R>& problem, const R* const* log_transition, void* stream) {
+int64_t posterior_scratch(const Problem<R>& problem) {
+  const int64_t each = static_cast<int64_t>(problem.classes) * kWarp;
+  if (each * static_cast<int64_t>(sizeof(R)) <= 48 * 1024) return 0;
+  return 4 * resident_blocks(coarse::posterior_of_all<R>, kThreads, 0) * each;
+}
+
+template <class R>
+Error posterior_of_all(const Problem<R>& problem, const R* const* log_transition, R* scratch, void* stream) {
   AllEvidence<R> all{};
   all.image = layer_of(problem, 0, 0);
   all.image.class_out = problem.posterior;
@@ -123,14 +133,17 @@ Error posterior_of_all(const Problem<R>& problem, const R* const* log_transition
     of.transition = kind.transition;
     of.log_transition = log_transition[k];
   }
-  const size_t bytes = sizeof(R) * problem.classes * kWarp;
+  all.joint = scratch;
+  const size_t bytes = scratch != nullptr ? 0 : sizeof(R) * problem.classes * kWarp;
   const int64_t words = (problem.pixels() + kWarp - 1) / kWarp * problem.batch;
   const int64_t most = 4 * resident_blocks(coarse::posterior_of_all<R>, kThreads, bytes);
   return launch(coarse::posterior_of_all<R>, words < most ? words : most, kThreads, bytes, stream, all);
 }
 
-template Error posterior_of_all(const Problem<float>&, const float* const*, void*);
-template Error posterior_of_all(const Problem<double>&, const double* const*, void*);
+template int64_t posterior_scratch(const Problem<float>&);
+template int64_t posterior_scratch(const Problem<double>&);
+template Error posterior_of_all(const Problem<float>&, const float* const*, float*, void*);
+template Error posterior_of_all(const Problem<double>&, const double* const*, double*, void*);
 
 }  // namespace cuda
 }  // namespace coarse

@@ -107,7 +107,8 @@ class Run {
     }
     std::vector<const R*> logs;
     for (const Drawings<R>& kind : call_.kinds) logs.push_back(log_of(kind.transition));
-    check(cuda::posterior_of_all(problem_, logs.data(), stream_));
+    const int64_t wanted = cuda::posterior_scratch(problem_);
+    check(cuda::posterior_of_all(problem_, logs.data(), wanted > 0 ? scratch(wanted) : nullptr, stream_));
   }
 
   // Of a kind: its way (0: trusted; 1: cells; 2: pixels; 3: pieces), why not cells, why not pixels, why the general

@@ -50,7 +50,8 @@ constexpr int kStridedThreads = kMost * kWarp;
 __device__ __forceinline__ float class_logit(const Layer<float>& s, const ClassTile& tile, int64_t image, int j,
                                              int lane, int r) {
   const int columns = s.seg_grid[2], x0 = tile.x0 + tile.column[lane], y0 = tile.y0 + tile.row[r];
-  const bool two_x = x0 + 1 < columns, two_y = y0 + 1 < s.seg_grid[1];
+  const bool two_x = columns < s.width && x0 + 1 < columns;  // else the neighbour is not read, as in `Corners`
+  const bool two_y = s.seg_grid[1] < s.height && y0 + 1 < s.seg_grid[1];
   const float right = tile.right[lane], below = tile.below[r];
   const int64_t upper = (image * s.classes + j) * s.seg_points() + static_cast<int64_t>(y0) * columns + x0;
   const auto along_x = [&](int64_t at) {
@@ -479,12 +480,14 @@ Tiling tiling_of(const Layer<float>& s, const cuda::Grid& grid) {
   t.tiles_y = t.y.cells;
   t.tiles_x = (t.x.cells + kWarp / t.lanes - 1) / (kWarp / t.lanes);
   t.copy_stride = static_cast<int64_t>(s.classes) * s.classes * grid.points() * s.cm_batch;
-  t.class_rows = points_read(kRows, s.seg_grid[1], s.height);
-  t.class_columns = points_read(kWarp, s.seg_grid[2], s.width);
+  const int64_t height = widest(t.y), most = t.splits > 1 ? t.lanes : kWarp / t.lanes * width;
+  t.class_rows = points_read(height < kRows ? height : kRows, s.seg_grid[1], s.height);
+  t.class_columns = points_read(most < kWarp ? most : kWarp, s.seg_grid[2], s.width);
   return t;
 }
 
-constexpr int64_t kMostCopyBytes = int64_t{64} << 20;
+constexpr int64_t kMostCopyBytes = int64_t{64} << 20;  // of several images in one launch
+constexpr int64_t kMostCopies = int64_t{256} << 20;    // bytes of one image, beyond which the general way is taken
 
 int64_t within(int64_t most, int64_t n) { return most < 1 ? 1 : most < n ? most : n; }
 
@@ -524,7 +527,7 @@ StridedPlan plan_strided(const Layer<float>& s, const Grid& grid, bool want_cm, 
   plan.copies = want_cm ? own * (s.cm_batch == 1 ? images : 1) : 1;
   plan.mask_words = t.all_tiles() * s.batch;
   if (class_tiles) plan.class_floats = images * t.all_tiles() * s.classes * t.class_points();
-  if (plan.copies > 1 && t.copy_stride * plan.copies > kMostCopyBytes) plan.refusal = Refusal::copies;
+  if (plan.copies > 1 && 4 * t.copy_stride * plan.copies > kMostCopies) plan.refusal = Refusal::copies;
   return plan;
 }
 

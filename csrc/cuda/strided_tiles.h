@@ -138,6 +138,9 @@ struct StridedPlace {
   int64_t field = 0;                          // this image's CM logits
   int64_t gradient = 0;                       // and where their gradient is gathered
   int64_t cell_y = 0, y0 = 0;
+  // The lanes of a warp read theirs side by side from shared memory: an odd number of words of 8 bytes, or
+  // all 32 would be in one bank.
+  int64_t padding = 0;
   CornerSum corners{};
 
   StridedPlace() = default;
@@ -226,6 +229,8 @@ struct StridedPlace {
     return (1.0f - lambda_x) * a + lambda_x * load_as<float>(s.cm_logits, s.cm_storage, row + right);
   }
 };
+
+static_assert(sizeof(StridedPlace) / 8 % 2 == 1, "bank conflicts");
 
 }  // namespace
 }  // namespace coarse

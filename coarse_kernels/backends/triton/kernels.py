@@ -16,8 +16,10 @@ from .parts import (
     EQUAL,
     LINEAR,
     ONE_POINT,
+    add_exp,
     cm_gradient,
     column_terms,
+    finite,
     first_pixel,
     fold,
     gradient_factor,
@@ -31,15 +33,6 @@ from .parts import (
     share_of,
     spread,
 )
-
-
-@triton.jit
-def add_evidence(joint_top, joint_sum, joint):
-    """(max, sum of exp(joint - max)) over the columns so far and those of joint (BJ, BLOCK)."""
-    top = tl.maximum(joint_top, tl.max(joint, 0))
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    joint_sum = joint_sum * tl.exp(joint_top - shift) + tl.sum(tl.exp(joint - shift[None, :]), 0)
-    return top, joint_sum
 
 
 @triton.jit
@@ -172,7 +165,7 @@ def one_image(
             seg, cm, j, px, y, transition, labelled, s, depth, height, width, grid_d, grid_h, grid_w,
             C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
         )  # fmt: skip
-        joint_top, joint_sum = add_evidence(joint_top, joint_sum, fold(joint, BJ, BLOCK))
+        joint_top, joint_sum = add_exp(joint_top, joint_sum, fold(joint, BJ, BLOCK))
         trace = tl.sum(fold(ajj, BJ, BLOCK), 0)
     else:
         trace = tl.zeros((BLOCK,), R)
@@ -186,10 +179,10 @@ def one_image(
                 seg, cm, j0 + j, px, y, transition, labelled, s, depth, height, width, grid_d, grid_h, grid_w,
                 C, CP, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
             )  # fmt: skip
-            joint_top, joint_sum = add_evidence(joint_top, joint_sum, fold(joint, BJ, BLOCK))
+            joint_top, joint_sum = add_exp(joint_top, joint_sum, fold(joint, BJ, BLOCK))
             trace += tl.sum(fold(ajj, BJ, BLOCK), 0)
 
-    shift = tl.where(joint_top == float("-inf"), 0.0, joint_top)
+    shift = finite(joint_top)
     # A label that no class can explain: D = 0. NaN is no such thing: it has to be seen.
     nll = tl.where(joint_sum != 0, tl.log(s_sum) - (shift + tl.log(joint_sum)), float("inf"))
     weighs = own_labelled & (weight != 0)  # 0 * inf is not 0

@@ -101,6 +101,14 @@ def finite(top):
 
 
 @triton.jit
+def add_exp(top, total, x):
+    """(max, sum of exp(x - max)) over the rows so far, (BLOCK,) each, and those of x (rows, BLOCK)."""
+    above = tl.maximum(top, tl.max(x, 0))
+    shift = finite(above)
+    return above, total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift[None, :]), 0)
+
+
+@triton.jit
 def scaled_exp(factor, x):
     """factor * exp(x), where the exponential alone may leave the range: what is beyond e^60 is multiplied last."""
     beyond = tl.maximum(x - 60.0, 0.0)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .parts import (
+    add_exp,
     finite,
     gradient_factor,
     label_and_weight,
@@ -98,9 +99,7 @@ def trusted_kernel(
                 C, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
             )  # fmt: skip
             s = tl.where(j0 + rows < C, s, float("-inf"))
-            above = tl.maximum(top, tl.max(s, 0))
-            s_sum = s_sum * tl.exp(top - finite(above)) + tl.sum(tl.exp(s - finite(above)[None, :]), 0)
-            top = above
+            top, s_sum = add_exp(top, s_sum, s)
         s_sum = tl.where(top == float("-inf"), float("nan"), s_sum)  # what softmax makes of it
 
     if grad is not None:
@@ -486,15 +485,11 @@ def posterior_kernel(
             C, MODE_D, MODE_H, MODE_W, CORNERS, WIDE, R,
         )  # fmt: skip
         s = tl.where(j < C, s, float("-inf"))
-        above = tl.maximum(top, tl.max(s, 0))
-        s_sum = s_sum * tl.exp(top - finite(above)) + tl.sum(tl.exp(s - finite(above)[None, :]), 0)
-        top = above
+        top, s_sum = add_exp(top, s_sum, s)
         joint = joint_of(
             s, log_q, labels, transition, layers, j, b, px, inside, ignore_index, pixels, KINDS, C, WIDE, R
         )  # fmt: skip
-        above = tl.maximum(joint_top, tl.max(joint, 0))
-        joint_sum = joint_sum * tl.exp(joint_top - finite(above)) + tl.sum(tl.exp(joint - finite(above)[None, :]), 0)
-        joint_top = above
+        joint_top, joint_sum = add_exp(joint_top, joint_sum, joint)
     for j0 in range(0, C, CB):
         j = j0 + rows
         s = load_scores(
