@@ -14,14 +14,14 @@ from typing import Any
 
 import tyro
 
-from .checkpoint import CheckpointError
+from .commands.evaluate import EvaluateConfig, run_evaluate
+from .commands.predict import PredictConfig, run_predict
+from .commands.simulate import SimulateConfig, run_simulate
 from .config import FitConfig, load_toml, recipe
 from .data import DATASETS
 from .engine import NonFiniteStep, fit
-from .evaluate import EvaluateConfig, run_evaluate
 from .experiments.demo import DemoConfig, run_demo
-from .predict import PredictConfig, run_predict
-from .simulate.command import SimulateConfig, run_simulate
+from .run import CheckpointError
 
 # the user's to mend: one line on stderr and exit status 1; anything else is a bug of ours and shows its traceback
 _EXPECTED = (ValueError, OSError, CheckpointError, NonFiniteStep)

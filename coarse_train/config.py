@@ -6,6 +6,7 @@ FitConfig -> `fit(config)`        coarse-train fit camvid --root DIR --steps 500
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,10 +16,15 @@ import cattrs
 import tomli_w
 import tyro
 
+import coarse_kernels
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+_LARGEST_SEED = 2**31 - 1  # `engine.step_seed` stays below 2 ** 64
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,8 @@ class DrawingsConfig:
     change per place; tied: one diagonal and one off-diagonal value for all classes."""
     diagonal: float = 0.7
     """p(drawn as j | true j) to start from."""
+    missing: float | None = None
+    """structure=full, where class 0 is the background: p(drawn as background | object) to start from."""
     floor: float = 0.2
     """structure=floor: the least p(drawn as j | true j)."""
     rank: int = 2
@@ -134,9 +142,11 @@ class FitConfig:
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
     positive: DrawingsConfig = field(default_factory=lambda: DrawingsConfig(cm="global"))
     negative: DrawingsConfig = field(default_factory=DrawingsConfig)
-    transition: Literal["uniform", "estimated", "learned"] | Path = "uniform"
-    """How negative drawings name a class: uniform, estimated from where the two kinds of drawings meet, learned from
-    uniform, or a (C, C) .npy file with zero diagonal, [true, named]."""
+    transition: Literal["uniform", "objects", "estimated", "learned"] | Path = "uniform"
+    """How negative drawings name a class: uniform, objects (uniform but for class 0, a background that no drawing names),
+    estimated from where the two kinds of drawings meet, learned from uniform, or a (C, C) .npy file with zero diagonal,
+    [true, named]. Where class 0 is never named, objects and estimated pull towards objects: cross-entropy on drawings that
+    leave parts of them out gains by it, together with a confusion matrix it is too much."""
     mask_weight: float = 1.0
     """Weight of the dense masks in the loss (supervision masks or mixed)."""
 
@@ -175,6 +185,62 @@ class FitConfig:
     select_steps: int | None = None
     """Steps of the two short runs that choose the trusted side; without it a fifth of the run. 0: masks choose the checkpoint
     alone."""
+
+
+def check_config(config: FitConfig) -> None:
+    """Raises ValueError naming the field, what came and what was expected."""
+    at_least_one = ("steps", "batch_size", "accumulate", "save_every")
+    optional = ("evaluate_every", "threads")
+    if config.data.workers < 0:
+        raise ValueError(f"workers: expected a number >= 0, got {config.data.workers}")
+    for name in (*at_least_one, *optional):
+        value = getattr(config, name)
+        if value is None and name in optional:
+            continue
+        if value < 1:
+            raise ValueError(f"{name}: expected a number >= 1, got {value}")
+    for owner, name, low, high in (
+        (config.optim, "warmup", 0.0, 1.0),
+        (config.optim, "hold", 0.0, 1.0),
+        (config.optim, "lr", 0.0, None),
+        (config.optim, "cm_lr", 0.0, None),
+        (config.optim, "weight_decay", 0.0, None),
+        (config.optim, "clip", 0.0, None),
+        (config, "seed", 0, _LARGEST_SEED),
+        (config.optim, "ema", 0.0, 1.0),
+        (config.optim, "momentum", 0.0, 1.0),
+        (config.data, "colour", 0.0, 1.0),
+        (config, "mask_weight", 0.0, None),
+        (config, "select_with", 0, None),
+        (config, "select_steps", 0, None),
+    ):
+        value = getattr(owner, name)
+        if value is not None and not (math.isfinite(value) and low <= value and (high is None or value <= high)):
+            bound = f"from {low:g} to {high:g}" if high is not None else f">= {low:g}"
+            raise ValueError(f"{name}: expected a number {bound}, got {value}")
+    for side in ("positive", "negative"):
+        kind = getattr(config, side)
+        for name in ("weight", "trace_weight"):
+            value = getattr(kind, name)
+            if not (math.isfinite(value) and (value >= 0 or name == "trace_weight")):
+                raise ValueError(f"{side}.{name}: expected a number >= 0, got {value}")
+        if kind.weight == 0 and kind.cm != "none":
+            raise ValueError(f"{side}.cm: expected none where {side}.weight is 0, got {kind.cm!r}")
+        if kind.stride < 1:
+            raise ValueError(f"{side}.stride: expected a number >= 1, got {kind.stride}")
+    if config.negative.weight == 0 and config.transition == "learned":
+        raise ValueError("transition: expected none to be learned where negative.weight is 0, got 'learned'")
+    if config.select_steps is not None and not config.select_with:
+        raise ValueError(f"select_steps: expected --select-with, which it belongs to, got {config.select_steps} alone")
+    if config.data.supervision == "masks" and config.mask_weight == 0:
+        raise ValueError("mask_weight: expected a number above 0 with supervision masks, got 0")
+    mixed, dense = config.data.supervision == "mixed", config.data.dense_images
+    if mixed != (dense > 0):
+        expected = "a number >= 1 with supervision mixed" if mixed else "0 unless supervision is mixed"
+        raise ValueError(f"dense_images: expected {expected}, got {dense}")
+    available = coarse_kernels.available_backends()
+    if config.backend is not None and config.backend not in available:
+        raise ValueError(f"backend: expected one that can run here {available}, got {config.backend!r}")
 
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -249,7 +315,7 @@ def _exactly(kind: type) -> Any:
 
 
 def _transition(value: Any, _: Any) -> Any:
-    return value if value in ("uniform", "estimated", "learned") else Path(value)
+    return value if value in ("uniform", "objects", "estimated", "learned") else Path(value)
 
 
 _CONVERTER = cattrs.Converter(forbid_extra_keys=True)
@@ -258,7 +324,7 @@ for _kind in (int, bool, str):
     _CONVERTER.register_structure_hook(_kind, _exactly(_kind))
 _CONVERTER.register_structure_hook(Path, lambda value, _: Path(value))
 _CONVERTER.register_unstructure_hook(Path, str)
-_CONVERTER.register_structure_hook(Literal["uniform", "estimated", "learned"] | Path, _transition)
+_CONVERTER.register_structure_hook(Literal["uniform", "objects", "estimated", "learned"] | Path, _transition)
 
 __all__ = [
     "DataConfig",
@@ -266,8 +332,10 @@ __all__ = [
     "FitConfig",
     "ModelConfig",
     "OptimConfig",
+    "check_config",
     "from_dict",
     "load_toml",
+    "recipe",
     "replace",
     "to_dict",
     "to_toml",

@@ -12,16 +12,22 @@ share p, which is formed once, at the resolution of the drawings from logits tha
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from coarse_kernels import Drawings, annotation_objective
+from coarse_kernels import Drawings, TransitionMatrix, annotation_objective
 
 from .config import FitConfig
-from .data import IGNORE, Sample
+from .data import IGNORE, Sample, Source
+from .data.segmentation import SegmentationData
 from .model import ModelOutput
+from .simulate import others
+
+_TRANSITION_IMAGES = 200  # enough for C x C counts: 35 million pixels of CamVid
 
 
 class Counts(NamedTuple):
@@ -93,3 +99,51 @@ class Criterion:
         # a kind of weight 0 may have labels and a matrix: its nll is a share of no mean
         shares = (nll[name] if count else loss.new_zeros(()) for name, count in counts._asdict().items())
         return StepLoss(loss, *shares)
+
+
+def open_transition(config: FitConfig, source: Source) -> TransitionMatrix:
+    """(C, C) [true, named], as the config says."""
+    classes = len(source.classes)
+    kind = config.transition
+    if isinstance(kind, Path):
+        try:
+            values = np.load(kind, allow_pickle=False)
+            if values.dtype.kind not in "fiub":
+                raise TypeError(f"dtype {values.dtype}")
+            matrix = torch.from_numpy(values.astype(np.float32))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"transition: expected a .npy file with a ({classes}, {classes}) matrix, got {kind} ({error})"
+            ) from error
+        if matrix.shape != (classes, classes):
+            raise ValueError(f"transition: expected shape ({classes}, {classes}), got {tuple(matrix.shape)} in {kind}")
+        try:
+            return TransitionMatrix.fixed(matrix)
+        except ValueError as error:
+            raise ValueError(f"transition: {kind}: {error}") from error
+    if kind == "objects":
+        return TransitionMatrix.fixed(torch.tensor(others(classes, background=0)))
+    if kind == "learned":
+        return TransitionMatrix.learned(classes)
+    if kind == "estimated":
+        return TransitionMatrix.estimated(*_meeting_labels(config, source), classes, ignore_index=IGNORE)
+    return TransitionMatrix.uniform(classes)
+
+
+def _meeting_labels(config: FitConfig, source: Source) -> tuple[Tensor, Tensor]:
+    """Positive and negative labels, (N,) each, of the pixels that have both, in the first training images."""
+    plain = replace(config.data, crop=None, scale=(1.0, 1.0), flip=False, colour=0.0)
+    dataset = SegmentationData(source, plain, seed=config.seed, training=True)
+    positives, negatives = [], []
+    for index in range(min(len(dataset), _TRANSITION_IMAGES)):
+        sample = dataset[index]
+        for layer in sample.negative:
+            both = (sample.positive != IGNORE) & (layer != IGNORE)
+            positives.append(sample.positive[both])
+            negatives.append(layer[both])
+    positive = torch.cat(positives)
+    if not len(positive):
+        raise ValueError(
+            "transition: expected pixels with a positive and a negative drawing to estimate it from, got none"
+        )
+    return positive, torch.cat(negatives)

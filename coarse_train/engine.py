@@ -21,30 +21,18 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from . import checkpoint
-from .config import FitConfig, OptimConfig, from_dict, to_dict, to_toml
-from .criterion import Counts, Criterion
-from .data import Sample, open_split
+from . import run
+from .config import FitConfig, OptimConfig, check_config, from_dict, to_dict, to_toml
+from .criterion import Counts, Criterion, open_transition
+from .data import Sample, count_channels, describe_source, open_split
 from .data.sampler import StepSampler
 from .data.segmentation import SegmentationData
 from .distributed import World, join_world
-from .evaluate import score
+from .inference import score, transition_of
 from .model import architecture_of, build_model, parameter_groups
 from .parallel import Networks
 from .pictures import draw_progress
-from .prepare import (
-    check_config,
-    check_same_data,
-    count_channels,
-    describe_data,
-    describe_source,
-    open_transition,
-    open_validation,
-    prepare_out,
-    read_resume,
-)
-from .runlog import RunLog
-from .selection import choose_trusted_side, describe_risk, describe_selection
+from .selection import choose_trusted_side, describe_risk, describe_selection, open_validation
 
 _LEAST_SCALE = 2.0**-10  # of float16 losses: it begins at 65536, and such a gradient is no accident any more
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,26 +60,26 @@ def fit(config: FitConfig) -> FitResult:
         ValueError, FileNotFoundError: what is wrong with the config or the data, before the first step; what is wrong in a
             file, when a step reads it (``data.skip_bad`` reads all files first).
         NonFiniteStep: after the batch has been saved in the run folder.
-        coarse_train.checkpoint.CheckpointError: a checkpoint cannot be written; the last good one is intact.
+        coarse_train.run.CheckpointError: a checkpoint cannot be written; the last good one is intact.
     """
     config = from_dict(to_dict(config))  # paths that came as text, and types that do not fit
     check_config(config)
     with join_world(config.device) as world, ExitStack() as stack:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        stack.enter_context(prepare_out(config, world))
+        stack.enter_context(run.open_run(config, world))
         source = open_split(config.data, "train")
         config, selection = choose_trusted_side(config, source, world, fit)
-        resumed = read_resume(config)
+        resumed = run.read_resume(config)
         start = resumed["step"] if resumed else 0
 
         # ---- data
         channels, classes = count_channels(source), len(source.classes)
         dataset = SegmentationData(source, config.data, seed=config.seed, training=True, channels=channels)
         validation = open_validation(config)
-        facts = describe_data(source, validation, channels)
+        facts = run.describe_data(source, validation, channels)
         if resumed:
-            check_same_data(resumed["data"], facts)
+            run.check_same_data(resumed["data"], facts)
         sampler = StepSampler(
             len(dataset),
             config.batch_size,
@@ -112,7 +100,7 @@ def fit(config: FitConfig) -> FitResult:
 
         # ---- networks
         torch.manual_seed(config.seed)
-        transition = checkpoint.transition_of(resumed["model"]) if resumed else open_transition(config, source)
+        transition = transition_of(resumed["model"]) if resumed else open_transition(config, source)
         architecture = resumed["architecture"] if resumed else None
         model = build_model(config, channels, classes, transition, architecture=architecture).to(world.device)
         networks = Networks(model, config, world)
@@ -125,8 +113,8 @@ def fit(config: FitConfig) -> FitResult:
             scaler.load_state_dict(resumed["scaler"])
             best_score, last_score = resumed["best_score"], resumed["last_score"]
         if world.is_main and not resumed:
-            checkpoint.write_text(config.out / "config.toml", to_toml(replace(config, resume=False)))
-        log = stack.enter_context(RunLog(config, start, enabled=world.is_main))
+            run.write_text(config.out / "config.toml", to_toml(replace(config, resume=False)))
+        log = stack.enter_context(run.RunLog(config, start, enabled=world.is_main))
         log.say(f"{describe_source(source)}, {classes} classes; {world.size} process(es) on {world.device.type}")
         if config.resume and not resumed:
             log.say(f"no last.pt in {config.out}: a new run")
@@ -200,9 +188,9 @@ def fit(config: FitConfig) -> FitResult:
                     **networks.state(optimizer),
                 }
                 if world.is_main and improved:  # before last.pt, which says how good it is
-                    checkpoint.save(config.out / "best.pt", content)
+                    run.save(config.out / "best.pt", content)
                 if world.is_main:
-                    checkpoint.save(config.out / "last.pt", content)
+                    run.save(config.out / "last.pt", content)
         if left_out:
             log.say(f"note: {left_out} of {config.steps - start} steps overflowed in float16 and were left out")
         world.wait()  # nobody returns before the checkpoint is there
@@ -254,8 +242,8 @@ def _keep_bad_step(
     content = {"step": step, "loss": loss, "grad_norm": norm, "batch": batch, "model": networks.parameters()}
     what = f"the loss became {loss}" if not math.isfinite(loss) else f"the norm of the gradient became {norm}"
     try:
-        checkpoint.save(path, content)
+        run.save(path, content)
         where = f"its batch is in {path}"
-    except checkpoint.CheckpointError as error:
+    except run.CheckpointError as error:
         where = str(error)
     return f"{what} at step {step}; {where}. A lower --lr or --cm-lr, or --precision bf16 instead of fp16, may help"

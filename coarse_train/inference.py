@@ -1,18 +1,30 @@
-"""Class probabilities and classes of whole images: in one piece, in overlapping windows, and with mirrored copies."""
+"""What a trained network says: of an image in one piece, in overlapping windows and with mirrored copies; of a data set,
+one image after the other, and scored against its dense masks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from coarse_kernels import label_map
+from coarse_kernels import TransitionMatrix, label_map
 
+from . import run
+from .config import DataConfig, FitConfig, from_dict
+from .data import Classes, Record, Source, open_split
 from .data.images import with_channels
+from .distributed import World
+from .metrics import ConfusionMeter
+from .model import CoarseModel, build_model
 
 
 @dataclass(frozen=True)
@@ -138,3 +150,156 @@ def _at(logits: Tensor, size: tuple[int, ...]) -> Tensor:
     if tuple(logits.shape[-2:]) == tuple(size):
         return logits
     return interpolate(logits, size, mode="bilinear", align_corners=False)
+
+
+# ---- a trained network -------------------------------------------------------------------------------------------
+
+
+def classes_from_dict(content: dict[str, Any]) -> Classes:
+    colours = tuple((int(r), int(g), int(b)) for r, g, b in content["colours"])
+    return Classes(tuple(content["names"]), colours, tuple(content["ids"]), tuple(content["ignored"]))
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained network and all that is needed to use it. With an exponential moving average ``model`` has that one."""
+
+    model: CoarseModel
+    config: FitConfig
+    classes: Classes
+    channels: int
+    step: int
+
+
+def load_model(path: Path, device: torch.device | str = "cpu") -> LoadedModel:
+    """Network, config and class table from a checkpoint alone, in evaluation mode on ``device``."""
+    content = run.load(path)
+    config = from_dict(content["config"])
+    classes = classes_from_dict(content["classes"])
+    transition, architecture = transition_of(content["model"]), content["architecture"]
+    model = build_model(config, content["channels"], len(classes), transition, architecture=architecture)
+    model.load_state_dict(content["ema"] if content["ema"] is not None else content["model"])
+    return LoadedModel(model.to(device).eval(), config, classes, content["channels"], content["step"])
+
+
+def transition_of(state: dict[str, Any]) -> TransitionMatrix | None:
+    """A TransitionMatrix of the kind that is in ``state``, which then fills it."""
+    if "transition.logits" in state:
+        return TransitionMatrix.learned(len(state["transition.logits"]))
+    return TransitionMatrix.fixed(state["transition.matrix"]) if "transition.matrix" in state else None
+
+
+def open_trained_split(
+    loaded: LoadedModel,
+    split: str,
+    *,
+    root: Path | None = None,
+    dataset: str | None = None,
+    variant: str | None = None,
+    skip_bad: bool = False,
+) -> Source:
+    """Images and masks of the data set that a network was trained on, or of another one with the same classes.
+
+    Root and variant are those of the training unless given; its drawings, limits and exceptions do not apply.
+    """
+    trained = loaded.config.data
+    if dataset not in (None, trained.dataset):
+        trained = DataConfig()
+    data = DataConfig(
+        dataset=dataset or trained.dataset,
+        root=root or trained.root,
+        variant=trained.variant if variant is None else variant,
+        skip_bad=skip_bad,
+    )
+    source = open_split(data, split)
+    if source.classes.names != loaded.classes.names:
+        raise ValueError(
+            f"{data.dataset}: expected the classes of the checkpoint {loaded.classes.names}, got {source.classes.names}"
+        )
+    return source
+
+
+def predictions(
+    segmentation: nn.Module,
+    source: Source,
+    indices: Sequence[int],
+    world: World,
+    *,
+    channels: int | None,
+    config: InferenceConfig,
+    workers: int = 0,
+) -> Iterator[tuple[Record, Tensor]]:
+    """The records at ``indices``, in order, each with its predicted classes, (H, W) uint8 on the device of ``world``.
+
+    One image at a time, in evaluation mode: sizes may differ. ``channels``: of the network; None: as the image has.
+    """
+    was_training = segmentation.training
+    segmentation.eval()
+    try:
+        for record in DataLoader(_Records(source, indices), batch_size=None, collate_fn=_as_it_is, num_workers=workers):
+            if isinstance(record, Exception):
+                raise record
+            image = to_input(record.image, channels or record.image.shape[2], record.name).to(world.device)
+            yield record, predict(segmentation, image, config, len(source.classes))[0]
+    finally:
+        segmentation.train(was_training)
+
+
+class _Records(Dataset["Record | Exception"]):
+    """An exception is handed over like a record: a worker's own way wraps it in a traceback of many lines."""
+
+    def __init__(self, source: Source, indices: Sequence[int]):
+        self.source, self.indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> Record | Exception:
+        try:
+            return self.source.load(self.indices[place])
+        except (ValueError, OSError) as error:
+            return error
+
+
+def _as_it_is(record: Any) -> Any:
+    return record
+
+
+def score(
+    segmentation: nn.Module,
+    source: Source,
+    *,
+    world: World,
+    channels: int | None = None,
+    config: InferenceConfig | None = None,
+    workers: int = 0,
+    limit: int | None = None,
+    on_prediction: Callable[[Record, np.ndarray], None] | None = None,
+) -> ConfusionMeter:
+    """Count predictions against masks, over all processes of ``world``; all get the same meter.
+
+    Every process runs the network on equally many images, since one that is sharded waits for all; those that some do
+    to no purpose are not counted. ``channels``: of the network; None: as the images have. ``on_prediction`` gets the
+    images that are counted, with their (H, W) uint8 classes.
+
+    Raises ValueError naming an image that has no mask, before the first is read.
+    """
+    count = len(source) if limit is None else min(limit, len(source))
+    bare = [source.name(index) for index in range(count) if "mask" not in source.kinds(index)]
+    if bare:
+        raise ValueError(f"evaluate needs dense masks; {len(bare)} of {count} images have none, such as {bare[0]}")
+    places = range(world.rank, math.ceil(count / world.size) * world.size, world.size)
+    own = [place % count for place in places]
+    meter = ConfusionMeter(len(source.classes))
+    how = config or InferenceConfig()
+    found = predictions(segmentation, source, own, world, channels=channels, config=how, workers=workers)
+    bar = tqdm(found, total=len(own), unit="image", leave=False, disable=None if world.is_main else True)
+    for place, (record, predicted) in zip(places, bar, strict=True):
+        if place < count:
+            assert record.mask is not None  # `kinds` says so
+            meter.update(predicted, torch.from_numpy(record.mask).to(world.device))
+            if on_prediction is not None:
+                on_prediction(record, predicted.cpu().numpy())
+    if world.size > 1:
+        meter.reduce()
+    return meter

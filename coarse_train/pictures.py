@@ -11,7 +11,7 @@ from coarse_kernels import Drawings, annotation_posterior, label_map
 from .data import IGNORE
 from .data.segmentation import SegmentationData
 from .model import CoarseModel, ModelOutput, mean_confusion
-from .runlog import RunLog
+from .run import RunLog
 
 _CELL = 16  # pixels per entry of a confusion matrix
 

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from . import checkpoint
+import numpy as np
+
 from .config import FitConfig, from_dict, to_dict
-from .data import Source
+from .data import FolderNotFound, Source, Subset, open_split
 from .distributed import World
-from .prepare import check_same_run
+from .run import check_same_run, write_text
 
 
 def kinds_of_drawings(config: FitConfig, source: Source) -> tuple[str, ...]:
@@ -75,7 +76,7 @@ def choose_trusted_side(
                 "mean_iou": scores,
                 "negative_trusted": to_dict(candidates["negative"]),
             }
-            checkpoint.write_text(path, json.dumps(content, indent=2) + "\n")
+            write_text(path, json.dumps(content, indent=2) + "\n")
     return candidates[max(scores, key=lambda name: scores[name])], scores
 
 
@@ -104,3 +105,23 @@ def describe_selection(config: FitConfig, validation: Source | None, scores: dic
     found = ", ".join(f"{name} trusted {value:.2f}" for name, value in scores.items())
     chosen = max(scores, key=lambda name: scores[name])
     return f"{sentence} and the trusted side, and nothing else: mean IoU {found}; the {chosen} drawings are trusted"
+
+
+def open_validation(config: FitConfig) -> Source | None:
+    """The images that are scored during training: ``select_with`` of those with masks, chosen by the seed, or, where masks
+    choose nothing, all of them. None: there are no masks."""
+    try:
+        source = open_split(config.data, "val")
+    except FolderNotFound:
+        if config.select_with:
+            raise
+        return None
+    with_mask = [index for index in range(len(source)) if "mask" in source.kinds(index)]
+    if not config.select_with:
+        return Subset(source, with_mask) if with_mask else None
+    if len(with_mask) < config.select_with:
+        raise ValueError(
+            f"select_with: expected at most the {len(with_mask)} masks of the split, got {config.select_with}"
+        )
+    chosen = np.random.default_rng([config.seed, 7]).permutation(len(with_mask))[: config.select_with]
+    return Subset(source, [with_mask[k] for k in sorted(chosen)])

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from coarse_train.checkpoint import save
 from coarse_train.config import DataConfig, FitConfig, ModelConfig, to_dict
 from coarse_train.data import Classes
 from coarse_train.model import CoarseModel, build_model
+from coarse_train.run import save
 
 # values in label files that are not the classes themselves, so that a missing translation shows
 CLASSES = Classes(

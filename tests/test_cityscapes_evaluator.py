@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from coarse_train.commands.evaluate import EvaluateConfig, run_evaluate
+from coarse_train.commands.predict import PredictConfig, run_predict
 from coarse_train.config import DataConfig
 from coarse_train.data.cityscapes import CLASSES
-from coarse_train.evaluate import EvaluateConfig, run_evaluate
-from coarse_train.predict import PredictConfig, run_predict
 from tests.nearest_colour import write_checkpoint
 
 official = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")

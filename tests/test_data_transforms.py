@@ -14,12 +14,13 @@ from PIL import Image
 from scipy import ndimage
 from torch.utils.data import DataLoader
 
+from coarse_train.commands import simulate as command
 from coarse_train.config import DataConfig
 from coarse_train.data import IGNORE, Record, Sample, open_split, segmentation
 from coarse_train.data.classes import Classes
 from coarse_train.data.segmentation import SegmentationData
 from coarse_train.data.transforms import Augment, Geometry, transform, untouched
-from coarse_train.simulate import command, draw_coarse, generator_for, level
+from coarse_train.simulate import draw_coarse, generator_for, level
 
 CAMVID = Path(os.environ.get("COARSE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "camvid"
 ALL = ("positive", "negative", "mask")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import contourpy
@@ -15,22 +16,23 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from coarse_train.data import Record, Source
+from coarse_train.commands import simulate as command
+from coarse_train.commands.simulate import SimulateConfig, run_simulate
+from coarse_train.data import IGNORE, Record, Source
 from coarse_train.data.classes import Classes
 from coarse_train.simulate import (
-    IGNORE,
     LEVELS,
     Mix,
     Process,
     Strokes,
-    command,
     draw_coarse,
     generator_for,
     level,
-    true_confusion,
-    true_transition,
+    others,
+    pair_counts,
+    shares,
+    swapped,
 )
-from coarse_train.simulate.command import SimulateConfig, run_simulate
 from coarse_train.simulate.shapes import KINDS, douglas_peucker
 
 CAMVID = Path(os.environ.get("COARSE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "camvid"
@@ -212,6 +214,16 @@ def test_a_scribble_is_as_wide_as_the_pen_and_follows_a_bent_region() -> None:
         assert 350 < drawn.sum() < 600
 
 
+def _confusion(drawing: np.ndarray, mask: np.ndarray, classes: int) -> np.ndarray:
+    """(C, C) [drawn, true]."""
+    return shares(pair_counts(drawing, mask, classes))
+
+
+def _transition(negative: np.ndarray, mask: np.ndarray, classes: int) -> np.ndarray:
+    """(C, C) [true, named] of (..., K, H, W) on (..., H, W)."""
+    return shares(pair_counts(negative, np.broadcast_to(mask[..., None, :, :], negative.shape), classes)).T
+
+
 def _exact_process(confusion: np.ndarray, **options: float | np.ndarray) -> Process:
     process = level("full", len(confusion), confusion=confusion, **options)  # type: ignore[arg-type]
     return Process("exact", EXACT, EXACT, process.confusion, process.transition, process.error, 4)
@@ -224,21 +236,18 @@ def test_classes_are_confused_as_the_matrix_says(true: int) -> None:
     process, rng = _exact_process(confusion), np.random.default_rng(true)
     mask = np.stack([_squares(true)] * 10)
     drawn = np.stack([draw_coarse(one, process, rng)[0] for one in mask])
-    noise = true_confusion(drawn, mask, process)
-    np.testing.assert_array_equal(noise.nominal, confusion)
     expected = confusion[:, true]
-    assert np.all(np.abs(noise.counted[:, true] - expected) <= 4 * np.sqrt(expected * (1 - expected) / 600))
+    assert np.all(
+        np.abs(_confusion(drawn, mask, 3)[:, true] - expected) <= 4 * np.sqrt(expected * (1 - expected) / 600)
+    )
 
 
 def test_confusion_and_transition_are_counted_as_by_hand() -> None:
     mask = np.array([[0, 0, 1, 1, 2, IGNORE]], np.uint8)
     positive = np.array([[0, 1, 1, IGNORE, 0, 2]], np.uint8)
     negative = np.array([[[1, 2, 0, IGNORE, 1, 0]], [[2, IGNORE, 2, 2, 0, 0]]], np.uint8)
-    process = level("coarse", 3)
-    confusion = true_confusion(positive, mask, process).counted
-    np.testing.assert_allclose(confusion, [[0.5, 0, 1], [0.5, 1, 0], [0, 0, 0]])
-    transition = true_transition(negative, mask, process).counted
-    np.testing.assert_allclose(transition, [[0, 1 / 3, 2 / 3], [1 / 3, 0, 2 / 3], [0.5, 0.5, 0]])
+    np.testing.assert_allclose(_confusion(positive, mask, 3), [[0.5, 0, 1], [0.5, 1, 0], [0, 0, 0]])
+    np.testing.assert_allclose(_transition(negative, mask, 3), [[0, 1 / 3, 2 / 3], [1 / 3, 0, 2 / 3], [0.5, 0.5, 0]])
 
 
 @pytest.mark.parametrize("error", [0.0, 0.3])
@@ -247,10 +256,131 @@ def test_negatives_name_classes_as_the_transition_says(error: float) -> None:
     process, rng = _exact_process(np.eye(3), transition=transition, error=error), np.random.default_rng(0)
     mask = np.concatenate([_squares(true, 80) for true in range(3)])
     negative = np.stack([draw_coarse(mask, process, rng)[1] for _ in range(2)])
-    noise = true_transition(negative, np.stack([mask] * 2), process)
+    found = _transition(negative, np.stack([mask] * 2), 3)
     expected = (1 - error) * transition + error * np.eye(3)
-    np.testing.assert_allclose(noise.nominal, expected)
-    assert np.all(np.abs(noise.counted - expected) <= 4 * np.sqrt(expected * (1 - expected) / 640))
+    np.testing.assert_allclose(process.naming, expected)
+    assert np.all(np.abs(found - expected) <= 4 * np.sqrt(expected * (1 - expected) / 640))
+
+
+# ---- objects on a background ------------------------------------------------------------------------------------
+
+
+def _on_background(positive: Strokes = EXACT, negative: Strokes = EXACT, **options: object) -> Process:
+    confusion, classes = swapped(3, {}, 0.0), others(3, 0)
+    return Process("objects", positive, negative, confusion, classes, layers=1, background=0, **options)  # type: ignore[arg-type]
+
+
+def _two_objects() -> np.ndarray:
+    mask = np.zeros((40, 60), np.uint8)
+    mask[10:30, 5:25], mask[10:30, 32:52] = 1, 2
+    return mask
+
+
+def test_the_background_is_not_drawn_and_the_paper_says_what_is_left() -> None:
+    mask = _two_objects()
+    mask[:3] = IGNORE
+    positive, negative = draw_coarse(mask, _on_background(replace(EXACT, paper=0)), np.random.default_rng(0))
+    np.testing.assert_array_equal(positive, mask)
+    assert set(np.unique(negative[0][mask == 0])) == {IGNORE}
+    assert set(negative[0][mask == 1]) == {2}  # never the background, never itself
+    assert set(negative[0][mask == 2]) == {1}
+
+
+def test_objects_are_drawn_as_one_however_many_parts_they_have() -> None:
+    mask = np.zeros((30, 60), np.uint8)
+    mask[5:25, 2:12] = mask[5:25, 16:26] = 1
+    mask[5:25, 34:44] = mask[5:25, 48:58] = 1
+    objects = np.where(mask, 1 + (np.arange(60) > 30), 0)
+    process = Process("swap", replace(EXACT, paper=0), EXACT, swapped(3, {1: 2}, 0.5), others(3, 0), 0.0, 0, 0)
+    seen = set()
+    for seed in range(20):
+        positive, negative = draw_coarse(mask, process, np.random.default_rng(seed), objects=objects)
+        assert negative.shape == (0, 30, 60)
+        names = [set(positive[objects == number]) for number in (1, 2)]
+        assert all(len(name) == 1 for name in names)
+        seen.add((*names[0], *names[1]))
+    assert seen == {(1, 1), (1, 2), (2, 1), (2, 2)}
+
+
+def test_an_object_number_that_nothing_has_is_passed_over() -> None:
+    mask = _two_objects()
+    objects = np.where(mask == 2, 7, mask)
+    positive, _ = draw_coarse(mask, _on_background(replace(EXACT, paper=0)), np.random.default_rng(0), objects=objects)
+    np.testing.assert_array_equal(positive, mask)
+
+
+def test_objects_need_a_background_and_the_size_of_the_mask() -> None:
+    mask = _two_objects()
+    with pytest.raises(
+        ValueError, match=r"objects: expected \(40, 60\) and a process with a background, got \(40, 60\)"
+    ):
+        draw_coarse(mask, level("full", 3), np.random.default_rng(0), objects=mask)
+    with pytest.raises(ValueError, match=r"objects: expected \(40, 60\).*got \(2, 2\)"):
+        draw_coarse(mask, _on_background(), np.random.default_rng(0), objects=mask[:2, :2])
+
+
+@pytest.mark.parametrize("kind", ["eroded", "fractured"])
+def test_kept_is_the_part_that_is_drawn(kind: str) -> None:
+    mask = np.zeros((80, 80), np.uint8)
+    mask[10:70, 10:70] = 1
+    strokes = Strokes(1.0, Mix(**{kind: 1.0}), balance=1.0, kept=(0.3, 0.7), paper=0)
+    shares_drawn = [
+        (draw_coarse(mask, _on_background(strokes), np.random.default_rng(seed))[0] == 1).sum() / 3600
+        for seed in range(40)
+    ]
+    assert 0.28 < min(shares_drawn) < 0.38
+    assert 0.62 < max(shares_drawn) < 0.72
+    assert abs(np.mean(shares_drawn) - 0.5) < 0.08
+
+
+def test_the_margin_widens_by_that_many_pixels_and_keeps_off_what_is_named() -> None:
+    mask = _two_objects()
+    wide = replace(EXACT, margin=(3, 3))
+    _, negative = draw_coarse(mask, _on_background(negative=wide), np.random.default_rng(0))
+    drawn = np.argwhere(negative[0] != IGNORE)
+    assert drawn.min(0).tolist() == [7, 2]
+    assert drawn.max(0).tolist() == [32, 54]
+    assert not (negative[0] == mask)[negative[0] != IGNORE].any()
+    distances = {
+        tuple(
+            np.ptp(
+                np.argwhere(
+                    draw_coarse(
+                        mask, _on_background(negative=replace(EXACT, margin=(1, 4))), np.random.default_rng(seed)
+                    )[1][0]
+                    != IGNORE
+                ),
+                0,
+            )
+        )
+        for seed in range(30)
+    }
+    assert len(distances) > 4
+
+
+def test_careless_negatives_reach_over_what_they_name() -> None:
+    mask = np.where(_two_objects() == 1, 1, 0).astype(np.uint8)
+    confusion, classes = swapped(2, {}, 0.0), others(2)
+    wide = replace(EXACT, margin=(2, 2), paper=1)
+    for careful, wrong in ((True, 0), (False, 1)):
+        process = Process("two", EXACT, wide, confusion, classes, layers=1, background=0, careful=careful)
+        _, negative = draw_coarse(mask, process, np.random.default_rng(0))
+        assert set(np.unique(negative)) == {0, 1}  # the object is not background, the rest is not an object
+        assert bool(((negative[0] == 0) & (mask == 0)).sum()) == wrong
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "match"),
+    [
+        ("kept", (0.0, 0.5), r"kept: expected two numbers above 0"),
+        ("kept", (0.7, 0.5), r"kept: expected .* the smaller first, got \(0.7, 0.5\)"),
+        ("margin", (3, 2), r"margin: expected two numbers >= 0, the smaller first, got \(3, 2\)"),
+        ("margin", (-1, 2), r"margin: expected"),
+    ],
+)
+def test_strokes_that_make_no_sense_are_refused(field: str, value: object, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        replace(EXACT, **{field: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", LEVELS)
@@ -462,11 +592,14 @@ def test_noise_json_holds_what_the_files_hold(tmp_path: Path, scenes: dict[str, 
         masks += part_masks
         positives += part_positives
         negatives += part_negatives
-    confusion = true_confusion(np.stack(positives), np.stack(masks), process)
-    transition = true_transition(np.stack(negatives), np.stack(masks), process)
-    for key, value in (("confusion", confusion), ("transition", transition)):
-        np.testing.assert_allclose(noise[key]["nominal"], value.nominal, atol=1e-6)
-        np.testing.assert_allclose(noise[key]["counted"], value.counted, atol=1e-6)
+    confusion = _confusion(np.stack(positives), np.stack(masks), 3)
+    transition = _transition(np.stack(negatives), np.stack(masks), 3)
+    for key, nominal, counted in (
+        ("confusion", np.array(process.confusion), confusion),
+        ("transition", process.naming, transition),
+    ):
+        np.testing.assert_allclose(noise[key]["nominal"], nominal, atol=1e-6)
+        np.testing.assert_allclose(noise[key]["counted"], counted, atol=1e-6)
 
 
 def test_equal_seeds_give_equal_bytes_whatever_else_is_drawn_and_by_whom(
@@ -486,7 +619,7 @@ def test_drawings_are_replaced_only_when_asked_for(tmp_path: Path, scenes: dict[
     config = SimulateConfig(out=tmp_path / "drawn", negatives=2)
     (tmp_path / "drawn").mkdir()  # empty: may be used
     before = _files(run_simulate(config))
-    with pytest.raises(ValueError, match="out: expected a new or empty folder or --overwrite"):
+    with pytest.raises(ValueError, match="out: expected an empty or new folder, or --overwrite"):
         run_simulate(config)
     assert _files(config.out) == before
     run_simulate(SimulateConfig(out=config.out, negatives=1, overwrite=True))

@@ -16,17 +16,17 @@ import pytest
 
 from coarse_train.cli import main
 from coarse_train.config import FitConfig, from_dict
+from coarse_train.data.mnist import PROCESSES
 from coarse_train.experiments.demo import CROSS_ENTROPIES, TRIALS, TUNED, DemoConfig, conclude, rows_of, run_demo
 from coarse_train.experiments.table import Cell, Summary, digest, run_table, text
-from coarse_train.simulate import PRESETS
 
 TINY = DemoConfig(steps=4, limit=24, jobs=1)
 HERE = Path(__file__).resolve().parents[1]
 
 
-def cell(row: str, seed: int, score: float, **more: Any) -> Cell:
-    known = {"validation": None, "best": None, "seconds": 1.0, "iou": {}, "cm_error": None, "believed": None}
-    return Cell(row, seed, score, **{**known, "observed": None, "reads": "scores", "folder": "", **more})
+def cell(row: str, seed: int, miou: float, **more: Any) -> Cell:
+    known = {"miou_validation": None, "miou_best": None, "seconds": 1.0, "iou": {}, "cm_error": None, "believed": None}
+    return Cell(row, seed, miou, **{**known, "observed": None, "reads": "scores", "folder": "", **more})
 
 
 def _finite(value: Any) -> bool:
@@ -46,13 +46,13 @@ def test_demo_writes_results_and_figure(tmp_path: Path, task: str, capsys: pytes
     cells = run_demo(config)
     results = json.loads((out / "results.json").read_text())
     names = list(config.rows or rows_of(task))
-    assert [row["row"] for row in results["rows"]] == names
+    assert [row["method"] for row in results["rows"]] == names
     for row in results["rows"]:
-        assert 0 <= row["score"] <= 100
-        assert row["validation"] <= row["best"] <= 100
+        assert 0 <= row["miou"] <= 100
+        assert row["miou_validation"] <= row["miou_best"] <= 100
         assert row["seconds"] > 0
-        assert (row["cm_error"] is not None) == row["row"].startswith("coarse")
-        assert ("masks" in row["reads"]) == (row["row"] == "supervised")
+        assert (row["cm_error"] is not None) == row["method"].startswith("coarse")
+        assert ("masks" in row["reads"]) == (row["method"] == "supervised")
         assert set(row["iou"]) == {"background", *(("digit",) if task == "binary" else "0347")}
     assert {row: from_dict({k: v for k, v in c.items() if v is not None}) for row, c in results["configs"].items()}
     assert results["task"] == task
@@ -74,11 +74,11 @@ def test_a_table_goes_on_where_it_was_and_shares_rows(tmp_path: Path) -> None:
     written = kept.stat().st_mtime_ns
     again = run_table({"another name": row, "more": replace(row, steps=3)}, (0,), tmp_path, jobs=1, said=said.append)
     assert kept.stat().st_mtime_ns == written
-    assert (again[0].row, again[0].score, again[0].folder) == ("another name", first.score, first.folder)
+    assert (again[0].method, again[0].miou, again[0].folder) == ("another name", first.miou, first.folder)
     assert again[1].folder != first.folder
     kept.unlink()  # as a run that was killed before it was scored
     (last,) = run_table({"one": row}, (0,), tmp_path, jobs=1, said=said.append)
-    assert last.score == first.score
+    assert last.miou == first.miou
     assert len(said) == 4
 
 
@@ -90,7 +90,7 @@ def test_equal_seeds_give_equal_numbers_in_any_number_of_processes(tmp_path: Pat
     ]
     for one, two in zip(*tables, strict=True):
         assert replace(one, seconds=0, folder="") == replace(two, seconds=0, folder="")
-    assert tables[0][0].score != tables[0][1].score
+    assert tables[0][0].miou != tables[0][1].miou
 
 
 def test_what_changes_no_score_changes_no_folder() -> None:
@@ -102,7 +102,7 @@ def test_what_changes_no_score_changes_no_folder() -> None:
 
 
 def test_rows_share_everything_but_what_they_are_about() -> None:
-    for task in PRESETS:
+    for task in PROCESSES:
         rows = rows_of(task)
         assert set(CROSS_ENTROPIES) | {"coarse_positive", "coarse_both", "supervised"} == set(rows)
         for config in rows.values():
@@ -133,9 +133,21 @@ def test_the_conclusion_says_so_also_where_it_is_not_ahead(score: float, words: 
 
 
 def test_the_printed_table_has_every_seed_their_mean_and_spread() -> None:
-    cells = [cell("a", 0, 80.0), cell("a", 1, 84.0), cell("longer", 0, 60.0, best=61.0), cell("longer", 1, 61.0)]
+    cells = [cell("a", 0, 80.0), cell("a", 1, 84.0), cell("longer", 0, 60.0, miou_best=61.0), cell("longer", 1, 61.0)]
     lines = text(cells, "test").splitlines()
-    assert re.split(r"\s+", lines[0]) == "row seed 0 seed 1 mean spread best CM error seconds".split()
+    assert re.split(r"\s+", lines[0]) == [
+        "row",
+        "seed",
+        "0",
+        "seed",
+        "1",
+        "mean",
+        "spread",
+        "best",
+        "CM",
+        "error",
+        "seconds",
+    ]
     assert re.split(r"\s+", lines[1]) == ["a", "80.0", "84.0", "82.0", "4.0", "-", "-", "1"]
     assert re.split(r"\s+", lines[2])[:6] == ["longer", "60.0", "61.0", "60.5", "1.0", "61.0"]
     assert Summary.of(cells, "a") == Summary(82.0, 4.0)
@@ -145,9 +157,9 @@ def test_tuning_tries_every_setting_on_the_validation_canvases(tmp_path: Path) -
     cells = run_demo(replace(TINY, steps=1, tune=True, out=tmp_path))
     assert len(cells) == len(TRIALS)
     results = json.loads((tmp_path / "tuning.json").read_text())
-    best = max(cells, key=lambda cell: cell.score).row
+    best = max(cells, key=lambda cell: cell.miou).method
     assert results["conclusion"] == [f"majority: best of {len(TRIALS)}: {best}"]
-    assert all(cell.score == cell.validation for cell in cells)
+    assert all(cell.miou == cell.miou_validation for cell in cells)
 
 
 def test_bad_input_is_one_line_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,13 +16,13 @@ import tyro
 from PIL import Image
 
 from coarse_kernels import available_backends, use_backend
-from coarse_train.checkpoint import CheckpointError, load_model
+from coarse_train.commands.evaluate import EvaluateConfig, run_evaluate
 from coarse_train.config import DataConfig
 from coarse_train.data import IGNORE, Classes
 from coarse_train.data.folder import open_split
 from coarse_train.distributed import World
-from coarse_train.evaluate import EvaluateConfig, run_evaluate, score
-from coarse_train.inference import InferenceConfig, to_input
+from coarse_train.inference import InferenceConfig, load_model, score, to_input
+from coarse_train.run import CheckpointError
 from tests.floats_formed import FloatsFormed, assert_most_probable
 from tests.nearest_colour import (
     CLASSES,

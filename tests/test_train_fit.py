@@ -26,11 +26,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from coarse_kernels import Drawings, Objective, TransitionMatrix, annotation_objective
-from coarse_train import checkpoint
+from coarse_train import run as run_folder
 from coarse_train.cli import main
+from coarse_train.commands.evaluate import EvaluateConfig, run_evaluate
 from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, ModelConfig, OptimConfig, load_toml, to_toml
 from coarse_train.engine import NonFiniteStep, fit, schedule
-from coarse_train.evaluate import EvaluateConfig, run_evaluate
+from coarse_train.inference import load_model
 from coarse_train.model import build_model
 from tests import data_trees
 
@@ -81,7 +82,7 @@ def _assert_same_bits(one: Any, other: Any, where: str = "") -> None:
 
 
 def _state(out: Path, name: str = "last.pt") -> dict[str, Any]:
-    content = checkpoint.load(out / name)
+    content = run_folder.load(out / name)
     del content["config"]
     return content
 
@@ -237,22 +238,22 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(tmp_path: Path) ->
     (path,) = tmp_path.glob("nonfinite_step*.pt")
     saved = torch.load(path, weights_only=True)
     assert saved["batch"][0]["image"].shape == (4, 1, 48, 48)
-    assert set(saved["model"]) == set(checkpoint.load(tmp_path / "last.pt")["model"])
-    assert checkpoint.load(tmp_path / "last.pt")["step"] == saved["step"] - 1
-    assert all(x.isfinite().all() for x in checkpoint.load(tmp_path / "last.pt")["model"].values())
+    assert set(saved["model"]) == set(run_folder.load(tmp_path / "last.pt")["model"])
+    assert run_folder.load(tmp_path / "last.pt")["step"] == saved["step"] - 1
+    assert all(x.isfinite().all() for x in run_folder.load(tmp_path / "last.pt")["model"].values())
 
 
 def test_a_disk_that_is_full_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
-    checkpoint.save(path, {"step": 1})
+    run_folder.save(path, {"step": 1})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
     try:
-        with pytest.raises(checkpoint.CheckpointError, match=r"last.pt: expected to write it, got .*File too large"):
-            checkpoint.save(path, {"step": 2, "weights": torch.zeros(1 << 18)})
+        with pytest.raises(run_folder.CheckpointError, match=r"last.pt: expected to write it, got .*File too large"):
+            run_folder.save(path, {"step": 2, "weights": torch.zeros(1 << 18)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert checkpoint.load(path)["step"] == 1
+    assert run_folder.load(path)["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
@@ -265,12 +266,12 @@ def test_a_run_folder_that_cannot_be_written_stops_before_the_first_step(tmp_pat
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"not a checkpoint", lambda b: b""])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "last.pt"
-    checkpoint.save(path, {"step": 1})
+    run_folder.save(path, {"step": 1})
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(
-        checkpoint.CheckpointError, match=r"last.pt: expected a checkpoint, got a damaged or foreign file"
+        run_folder.CheckpointError, match=r"last.pt: expected a checkpoint, got a damaged or foreign file"
     ):
-        checkpoint.load(path)
+        run_folder.load(path)
 
 
 # ---- settings --------------------------------------------------------------------------------------------------
@@ -293,10 +294,10 @@ def test_settings_run_and_are_restored_from_the_checkpoint(tmp_path: Path, chang
     config = _config(tmp_path, steps=3, **changes)
     result = fit(config)
     assert np.isfinite(result.loss)
-    loaded = checkpoint.load_model(result.checkpoint)
+    loaded = load_model(result.checkpoint)
     assert loaded.config == config
     assert loaded.step == 3
-    content = checkpoint.load(result.checkpoint)
+    content = run_folder.load(result.checkpoint)
     kept = content["ema"] if config.optim.ema is not None else content["model"]
     for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, kept[name])
@@ -441,7 +442,7 @@ def test_every_kind_of_run_can_be_resumed_from_its_own_config(tmp_path: Path, ch
     fit(_config(tmp_path / "whole", **changes))
     config = _config(tmp_path / "parts", **changes)
     fit(config)
-    last = checkpoint.load(tmp_path / "parts" / "last.pt")
+    last = run_folder.load(tmp_path / "parts" / "last.pt")
     stop_after(config, 4)
     written = load_toml(config.out / "config.toml")
     assert not written.resume
@@ -459,7 +460,7 @@ def test_every_kind_of_run_can_be_resumed_from_its_own_config(tmp_path: Path, ch
 def stop_after(config: FitConfig, step: int) -> None:
     """Make the run folder what it was when the checkpoint of ``step`` had been written."""
     kept: list[dict[str, Any]] = []
-    real = checkpoint.save
+    real = run_folder.save
 
     def save(path: Path, content: dict[str, Any]) -> None:
         real(path, content)
@@ -469,7 +470,7 @@ def stop_after(config: FitConfig, step: int) -> None:
 
     shutil.rmtree(config.out)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save", save)
+        patch.setattr(run_folder, "save", save)
         with pytest.raises(KeyboardInterrupt):
             fit(config)
     assert len(kept) == 1
@@ -646,8 +647,8 @@ def test_a_run_does_not_go_on_with_other_classes_or_images(tmp_path: Path) -> No
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     hold = (
         "import sys; from pathlib import Path; import torch; from coarse_train.config import FitConfig\n"
-        "from coarse_train.distributed import World; from coarse_train.prepare import prepare_out\n"
-        "with prepare_out(FitConfig(out=Path(sys.argv[1])), World(0, 1, torch.device('cpu'))):\n"
+        "from coarse_train.distributed import World; from coarse_train.run import open_run\n"
+        "with open_run(FitConfig(out=Path(sys.argv[1])), World(0, 1, torch.device('cpu'))):\n"
         "    print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", hold, str(tmp_path)]
@@ -681,7 +682,7 @@ def test_a_grey_image_in_front_of_colour_ones_is_repeated(tmp_path: Path) -> Non
     grey = sorted((root / "train").iterdir())[0]
     Image.open(grey).convert("L").save(grey)
     result = fit(_config(tmp_path / "run", data=DataConfig(dataset="camvid", root=root, simulate="full"), steps=2))
-    assert checkpoint.load(result.checkpoint)["channels"] == 3
+    assert run_folder.load(result.checkpoint)["channels"] == 3
 
 
 def _at_start(config: FitConfig) -> dict[str, torch.Tensor]:
@@ -741,7 +742,7 @@ def test_weights_of_a_backbone_are_not_needed_again(tmp_path: Path) -> None:
     config = _config(tmp_path / "run", model=ModelConfig(network="segformer", weights=tmp_path / "weights"), steps=2)
     fit(config)
     shutil.rmtree(tmp_path / "weights")
-    loaded = checkpoint.load_model(tmp_path / "run" / "last.pt")
+    loaded = load_model(tmp_path / "run" / "last.pt")
     _assert_same_bits(dict(loaded.model.state_dict()), _state(tmp_path / "run")["model"])
     fit(replace(config, resume=True))
 

@@ -12,10 +12,9 @@ import tyro
 from PIL import Image
 
 from coarse_kernels import available_backends, use_backend
-from coarse_train.checkpoint import load_model
+from coarse_train.commands.predict import PredictConfig, find_images, run_predict
 from coarse_train.config import DataConfig
-from coarse_train.inference import InferenceConfig, to_input
-from coarse_train.predict import PredictConfig, find_images, run_predict
+from coarse_train.inference import InferenceConfig, load_model, to_input
 from tests.floats_formed import FloatsFormed, assert_most_probable
 from tests.nearest_colour import CLASSES, random_maps, write_checkpoint, write_folder, write_street_checkpoint
 

@@ -122,6 +122,18 @@ def open_split(config: DataConfig, split: str) -> Source:
     return opener(config, split)
 
 
+def count_channels(source: Source) -> int:
+    """1, or 3 where one of the first images has colours; grey ones among them are repeated."""
+    return max(source.load(index).image.shape[2] for index in range(min(len(source), 8)))
+
+
+def describe_source(source: Source) -> str:
+    """How many images there are, and with what."""
+    found = [source.kinds(index) for index in range(len(source))]
+    counts = {kind: sum(kind in kinds for kinds in found) for kind in ("positive", "negative", "mask")}
+    return f"{len(source)} training images, " + ", ".join(f"{count} with {kind}" for kind, count in counts.items())
+
+
 __all__ = [
     "DATASETS",
     "IGNORE",
@@ -131,5 +143,7 @@ __all__ = [
     "Sample",
     "Source",
     "Subset",
+    "count_channels",
+    "describe_source",
     "open_split",
 ]

@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ..checkpoint import load_model
 from ..data import IGNORE, Record, Source, open_split
+from ..inference import load_model
 from ..pictures import posterior
 from .table import Cell, Summary
 
@@ -23,7 +23,7 @@ _SHOWN = 4
 
 def save_figure(path: Path, cells: Sequence[Cell], task: str) -> None:
     """Of the first seed. Without the row coarse_both: the scores alone."""
-    first = {cell.row: cell for cell in reversed(cells)}
+    first = {cell.method: cell for cell in reversed(cells)}
     figure = Figure(figsize=(14, 2.0 * _SHOWN + 5.2 if "coarse_both" in first else 4), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"Coarse drawings of MNIST digits, task {task}")
@@ -121,7 +121,7 @@ def _matrix(axis: Any, matrix: Sequence[Sequence[float]] | None, names: Sequence
 
 
 def _bars(axis: Any, cells: Sequence[Cell]) -> None:
-    rows = list(dict.fromkeys(cell.row for cell in cells))
+    rows = list(dict.fromkeys(cell.method for cell in cells))
     means = [Summary.of(cells, row).mean for row in rows]
     colours = ["0.65" if row.startswith("ce_") else "tab:blue" if row.startswith("coarse") else "0.4" for row in rows]
     axis.bar_label(axis.barh(rows, means, color=colours), [f"{mean:.1f}" for mean in means], padding=3, fontsize=12)

@@ -20,18 +20,20 @@ from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import load_model, write_text
 from ..config import FitConfig, from_dict, to_dict
 from ..data import Source, open_split
 from ..data.segmentation import SegmentationData
 from ..distributed import join_world
 from ..engine import fit
-from ..evaluate import score
+from ..inference import load_model, score
 from ..metrics import ConfusionMeter
 from ..model import confusion_sums
+from ..run import write_text
+from ..simulate import pair_counts, shares
 
 # They change no score: where a run lies, what it may be interrupted by, who computes.
 _FREE = ("out", "resume", "save_every", "backend", "device", "threads")
@@ -42,20 +44,20 @@ _MATRIX_IMAGES = 512  # of the training split, over which the believed matrix is
 class Cell:
     """One row with one seed. Scores in percent.
 
-    score: mean IoU at the last step on the split that the table asks for, with its dense masks.
-    validation, best: mean IoU on the validation masks at the last step, and the best of all evaluations (which chose
-        nothing); None where there are none.
-    iou: of each class, as ``score``; None for a class that occurs nowhere.
+    method: the row. miou: mean IoU at the last step on the split that the table asks for, with its dense masks.
+    miou_validation, miou_best: on the validation masks at the last step, and the best of all evaluations on them (which
+        chose nothing); None where there are none.
+    iou: of each class, as ``miou``; None for a class that occurs nowhere.
     believed, observed: p(drawn | true) of the positive drawings, [drawn][true]: of the model where it has matrices, and
         counted on the training images that have a mask. cm_error: mean absolute difference of their entries.
     reads: what looked at dense masks.
     """
 
-    row: str
+    method: str
     seed: int
-    score: float
-    validation: float | None
-    best: float | None
+    miou: float
+    miou_validation: float | None
+    miou_best: float | None
     seconds: float
     iou: dict[str, float | None]
     cm_error: float | None
@@ -94,8 +96,8 @@ def run_table(
 
 
 def _collect(cells: dict[tuple[str, int], Cell], cell: Cell, said: Callable[[str], None]) -> None:
-    cells[cell.row, cell.seed] = cell
-    said(f"{cell.row}, seed {cell.seed}: mean IoU {cell.score:.1f} after {cell.seconds:.0f} s")
+    cells[cell.method, cell.seed] = cell
+    said(f"{cell.method}, seed {cell.seed}: mean IoU {cell.miou:.1f} after {cell.seconds:.0f} s")
 
 
 def digest(config: FitConfig) -> str:
@@ -118,7 +120,7 @@ def _run(row: str, content: dict[str, object], split: str) -> Cell:
             fit(config)
             cell = _cell(row, config, split)
         write_text(kept, json.dumps(asdict(cell), indent=2) + "\n")
-    return replace(Cell(**json.loads(kept.read_text())), row=row, folder=str(config.out))
+    return replace(Cell(**json.loads(kept.read_text())), method=row, folder=str(config.out))
 
 
 def _cell(row: str, config: FitConfig, split: str) -> Cell:
@@ -164,16 +166,13 @@ def _matrices(model: torch.nn.Module, source: Source, config: FitConfig, channel
     dataset = SegmentationData(source, plain, seed=config.seed, training=False, channels=channels)
     classes = len(source.classes)
     weighted, weight = torch.zeros(classes, classes), torch.zeros(classes)
-    counts = ConfusionMeter(classes)
+    counts = np.zeros((classes, classes), np.int64)
     for index in range(min(len(dataset), _MATRIX_IMAGES)):
         sample = dataset[index]
         sums = confusion_sums(model(sample.image[None]), "positive")
         weighted, weight = weighted + sums[0], weight + sums[1]
-        drawn = sample.positive < classes
-        counts.update(torch.where(drawn, sample.positive, 0)[None], torch.where(drawn, sample.mask, 255)[None])
-    observed = counts.counts.double()  # [true, drawn]
-    observed = (observed / observed.sum(1, keepdim=True).clamp_min(1)).T
-    return (weighted / weight).double(), observed
+        counts += pair_counts(sample.positive.numpy(), sample.mask.numpy(), classes)
+    return (weighted / weight).double(), torch.from_numpy(shares(counts))
 
 
 # --- what it says -------------------------------------------------------------------------------------------------------
@@ -188,27 +187,27 @@ class Summary:
 
     @staticmethod
     def of(cells: Sequence[Cell], row: str) -> Summary:
-        scores = [cell.score for cell in cells if cell.row == row]
+        scores = [cell.miou for cell in cells if cell.method == row]
         return Summary(statistics.fmean(scores), max(scores) - min(scores))
 
 
 def text(cells: Sequence[Cell], split: str) -> str:
     """Aligned: a line for each row, with every seed where there are several."""
-    rows = list(dict.fromkeys(cell.row for cell in cells))
+    rows = list(dict.fromkeys(cell.method for cell in cells))
     seeds = sorted({cell.seed for cell in cells})
     wide = max(map(len, rows))
     several = len(seeds) > 1
     head = f"{'row':<{wide}}" + "".join(f"{'seed ' + str(seed):>9}" for seed in seeds)
     lines = [head + (f"{'mean':>7}{'spread':>8}" if several else "") + f"{'best':>7}{'CM error':>10}{'seconds':>9}"]
     for row in rows:
-        own = {cell.seed: cell for cell in cells if cell.row == row}
-        line = f"{row:<{wide}}" + "".join(f"{own[seed].score:>9.1f}" for seed in seeds)
+        own = {cell.seed: cell for cell in cells if cell.method == row}
+        line = f"{row:<{wide}}" + "".join(f"{own[seed].miou:>9.1f}" for seed in seeds)
         if several:
             summary = Summary.of(cells, row)
             line += f"{summary.mean:>7.1f}{summary.spread:>8.1f}"
         errors = [cell.cm_error for cell in own.values() if cell.cm_error is not None]
         error = f"{statistics.fmean(errors):.3f}" if errors else "-"
-        bests = [cell.best for cell in own.values() if cell.best is not None]
+        bests = [cell.miou_best for cell in own.values() if cell.miou_best is not None]
         best = f"{statistics.fmean(bests):.1f}" if bests else "-"
         lines.append(f"{line}{best:>7}{error:>10}{statistics.fmean(c.seconds for c in own.values()):>9.0f}")
     lines.append(

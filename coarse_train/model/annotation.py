@@ -248,8 +248,10 @@ def build_annotation(
 
 
 def _structure(config: DrawingsConfig, num_classes: int) -> Structure:
+    if config.missing is not None and config.structure != "full":
+        raise ValueError(f"missing: expected None with structure {config.structure!r}, got {config.missing}")
     if config.structure == "full":
-        return Full(num_classes, config.diagonal)
+        return Full(num_classes, config.diagonal, config.missing)
     if config.structure == "floor":
         return Floor(num_classes, config.diagonal, config.floor)
     if config.structure == "lowrank":

@@ -1,51 +1,24 @@
-"""Coarse drawings from dense masks, by noise processes that are known.
+"""Coarse drawings from dense masks, by a noise process that is known.
 
-`presets`: those of the MNIST demo, with distortions of a pixel or two, where class 0 is the background.
-`process`, `drawing`, `shapes`: drawings as a hurried person makes them on any dense mask, from scribbles to everything.
-`command`: the same for a whole data set, into a folder.
+`noise`: the settings of a process, five levels from a scribble to everything. `shapes`: one region as a hurried person draws
+it. `drawing`: a whole mask. `coarse-train simulate` does it for a data set, into a folder.
 """
 
 from __future__ import annotations
 
 from .drawing import draw_coarse, generator_for
-from .presets import (
-    BINARY,
-    HASTY,
-    IGNORE,
-    MAJORITY,
-    PRESETS,
-    Preset,
-    ShapeNoise,
-    cyclic_swap,
-    distort,
-    draw,
-    look_alikes,
-    objects_of,
-    observed_confusion,
-)
-from .process import LEVELS, Mix, Process, Strokes, level, true_confusion, true_transition
+from .noise import LEVELS, Mix, Process, Strokes, level, others, pair_counts, shares, swapped
 
 __all__ = [
-    "BINARY",
-    "HASTY",
-    "IGNORE",
     "LEVELS",
-    "MAJORITY",
-    "PRESETS",
     "Mix",
-    "Preset",
     "Process",
-    "ShapeNoise",
     "Strokes",
-    "cyclic_swap",
-    "distort",
-    "draw",
     "draw_coarse",
     "generator_for",
     "level",
-    "look_alikes",
-    "objects_of",
-    "observed_confusion",
-    "true_confusion",
-    "true_transition",
+    "others",
+    "pair_counts",
+    "shares",
+    "swapped",
 ]

@@ -2,11 +2,12 @@
 
     positive, negative = draw_coarse(mask, level("sketch", num_classes=11, confusion=0.1), np.random.default_rng(0))
 
-A region is an 8-connected component of one class; no class is a background. A positive drawing covers a region, badly, with
+A region is an 8-connected component of one class, unless objects are given; no class is a background, unless the process has
+one. A positive drawing covers a region, badly, with
 the class that the confusion matrix [drawn, true] gives. A negative drawing covers one, more generously, with a class
 that it is not: the transition [true, named] gives it. Large regions are drawn first and smaller ones on top of them, as
 one colours a picture in: so a pole in front of a building stays, and a region that is drawn too wide takes from larger
-neighbours only, where a person would have coloured over them too. What is drawn nowhere is `IGNORE`.
+neighbours only, where a person would have coloured over them too. What is drawn nowhere is `IGNORE`, or what the paper says.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from zlib import crc32
 import numpy as np
 from scipy import ndimage
 
-from .presets import IGNORE
-from .process import Process, Strokes
+from ..data.classes import IGNORE
+from .noise import Process, Strokes
 from .shapes import KINDS, REACH, size_of
 
 _SPECK = 1e-4  # of the image's area: 17 pixels of CamVid, which has hundreds of unlabelled pixels strewn over the road
@@ -30,23 +31,32 @@ def generator_for(seed: int, name: str) -> np.random.Generator:
     return np.random.default_rng([seed, crc32(name.encode())])
 
 
-def draw_coarse(mask: np.ndarray, process: Process, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def draw_coarse(
+    mask: np.ndarray, process: Process, rng: np.random.Generator, *, objects: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Positive (H, W) and negative (K, H, W) drawings, uint8, of a dense mask (H, W) uint8 of classes.
 
-    Where the mask is `IGNORE` nothing is drawn. More layers do not change the first ones.
+    Where the mask is `IGNORE` nothing is drawn. More layers do not change the first ones. ``objects`` (H, W) numbers from 1
+    what is drawn as one region, however many components it has; 0: the background, which the process then has.
     """
     if mask.ndim != 2 or mask.dtype != np.uint8:
         raise ValueError(f"mask: expected (H, W) uint8, got {mask.shape} {mask.dtype}")
     known = mask[mask != IGNORE]
     if known.size and known.max() >= process.num_classes:
         raise ValueError(f"mask: expected classes below {process.num_classes} or {IGNORE}, got {known.max()}")
-    scene = _Scene(mask)
+    if objects is not None and (objects.shape != mask.shape or process.background is None):
+        raise ValueError(f"objects: expected {mask.shape} and a process with a background, got {objects.shape}")
+    scene = _Scene(mask, process.background, objects)
     confusion, naming = np.array(process.confusion), process.naming
     positive = _paint(scene, process.positive, lambda true: int(rng.choice(len(confusion), p=confusion[:, true])), rng)
     negative = np.full((process.layers, *mask.shape), IGNORE, np.uint8)
     for layer in negative:
         layer[:] = _paint(
-            scene, process.negative, lambda true: int(rng.choice(len(naming), p=naming[true])), rng, keep_off=True
+            scene,
+            process.negative,
+            lambda true: int(rng.choice(len(naming), p=naming[true])),
+            rng,
+            keep_off=process.careful,
         )
     return positive, negative
 
@@ -55,25 +65,43 @@ class _Scene:
     """A mask as a person sees it: regions, largest first, with what, where and how large, and the depth of every pixel in
     its own. Specks are not seen, holes of unknown class neither: they belong to the region around them."""
 
-    def __init__(self, mask: np.ndarray):
+    def __init__(self, mask: np.ndarray, background: int | None, objects: np.ndarray | None):
         self.mask = mask
-        numbers = np.zeros(mask.shape, np.int32)
-        classes: list[int] = [IGNORE]
-        for label in np.unique(mask):
-            components, count = ndimage.label(mask == label, structure=np.ones((3, 3)))
-            numbers += np.where(components > 0, components + (len(classes) - 1), 0).astype(np.int32)
-            classes += [int(label)] * count
+        numbers, classes = _components(mask) if objects is None else _given(objects, mask)
         speck = np.bincount(numbers.ravel(), minlength=len(classes)) < _SPECK * mask.size
         if speck[numbers].any() and not speck[numbers].all():
             rows, columns = ndimage.distance_transform_edt(speck[numbers], return_distances=False, return_indices=True)
             numbers = numbers[rows, columns]
         areas = np.bincount(numbers.ravel(), minlength=len(classes))
         boxes = ndimage.find_objects(numbers)
-        order = [n for n in np.argsort(-areas, kind="stable").tolist() if areas[n] and classes[n] != IGNORE]
+        order = np.argsort(-areas, kind="stable").tolist()
+        order = [n for n in order if areas[n] and classes[n] not in (IGNORE, background)]
         self.numbers, self.depth = numbers, _depth(numbers)
         self.seen = np.array(classes, np.uint8)[numbers]
         self.regions = [(n, classes[n], boxes[n - 1]) for n in order]
         self.areas = areas[order].astype(np.float64)
+
+
+def _components(mask: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """(H, W) numbers of regions from 1, and the class of each number."""
+    numbers = np.zeros(mask.shape, np.int32)
+    classes: list[int] = [IGNORE]
+    for label in np.unique(mask):
+        components, count = ndimage.label(mask == label, structure=np.ones((3, 3)))
+        numbers += np.where(components > 0, components + (len(classes) - 1), 0).astype(np.int32)
+        classes += [int(label)] * count
+    return numbers, classes
+
+
+def _given(objects: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """The same of objects, with what is none of them as regions behind theirs."""
+    classes = [IGNORE]
+    for number in range(1, int(objects.max(initial=0)) + 1):
+        found = mask[objects == number]
+        classes.append(int(found[0]) if len(found) else IGNORE)
+    rest, behind = _components(np.where(objects == 0, mask, IGNORE))
+    numbers = np.where(objects > 0, objects, rest + (rest > 0) * (len(classes) - 1)).astype(np.int32)
+    return numbers, classes + behind[1:]
 
 
 def _depth(numbers: np.ndarray) -> np.ndarray:
@@ -100,7 +128,7 @@ def _paint(
     """One layer (H, W). ``name``: true class -> class to write; with ``keep_off`` away from where that is the truth, unless
     it is the truth of the region itself."""
     mask = scene.mask
-    layer = np.full(mask.shape, IGNORE, np.uint8)
+    layer = np.where(mask == IGNORE, IGNORE, strokes.paper).astype(np.uint8)
     known = np.count_nonzero(mask != IGNORE)
     drawn_at_all = (scene.areas >= strokes.smallest * mask.size) & (rng.random(len(scene.areas)) >= strokes.skipped)
     drawn_at_all[:1] = True
@@ -114,28 +142,31 @@ def _paint(
         area = min(plan[place] * np.clip(behind, 0.5, 2), strokes.most * scene.areas[index])
         number, true, box = scene.regions[index]
         label = name(true)
-        window = _window(box, scene.areas[index], mask.shape)
+        margin = int(rng.integers(strokes.margin[0], strokes.margin[1] + 1)) if strokes.margin[1] else 0
+        window = _window(box, scene.areas[index], margin, mask.shape)
         region, depth = scene.numbers[window] == number, scene.depth[window]
         kind = list(KINDS)[int(rng.choice(len(KINDS), p=strokes.mix.chances))]
-        shape = KINDS[kind](region, depth, max(1.0, area), pen, rng) & (mask[window] != IGNORE)
+        if kind in ("eroded", "fractured") and strokes.kept != (1, 1):
+            area *= rng.uniform(*strokes.kept)
+        shape = _near(KINDS[kind](region, depth, max(1.0, area), pen, rng), margin) & (mask[window] != IGNORE)
         if keep_off and label != true:
             shape &= ~_near(scene.seen[window] == label, max(1.5, 0.015 * size_of(region, depth)))
             shape &= mask[window] != label
         part = layer[window]
-        labelled += np.count_nonzero(shape & (part == IGNORE))
+        labelled += np.count_nonzero(shape & (part == strokes.paper))
         part[shape] = label
     if strokes.fill:
         _fill(layer, mask, round(strokes.ratio * known) - labelled)
     return layer
 
 
-def _window(box: tuple[slice, ...], area: float, shape: tuple[int, ...]) -> tuple[slice, ...]:
-    reach = int(REACH * sqrt(area)) + 3
+def _window(box: tuple[slice, ...], area: float, margin: int, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    reach = int(REACH * sqrt(area)) + 3 + margin
     return tuple(slice(max(0, s.start - reach), min(n, s.stop + reach)) for s, n in zip(box, shape, strict=True))
 
 
 def _near(where: np.ndarray, distance: float) -> np.ndarray:
-    return ndimage.distance_transform_edt(~where) <= distance if where.any() else where
+    return ndimage.distance_transform_edt(~where) <= distance if distance and where.any() else where
 
 
 def _shares(areas: np.ndarray, total: float, balance: float, most: float) -> np.ndarray:

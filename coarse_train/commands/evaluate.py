@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,17 +15,13 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
-from torch import nn
-from tqdm import tqdm
 
-from .checkpoint import LoadedModel, load_model
-from .data import Record, Source
-from .distributed import World, join_world
-from .inference import InferenceConfig
-from .metrics import ConfusionMeter
-from .predict import open_trained_split, predictions, prepare_folder, write_labels
-
-WHOLE_IMAGES = InferenceConfig()
+from ..data import Record
+from ..distributed import World, join_world
+from ..inference import InferenceConfig, LoadedModel, load_model, open_trained_split, score
+from ..metrics import ConfusionMeter
+from ..run import look_at_folder, make_folder
+from .predict import write_labels
 
 
 @dataclass(frozen=True)
@@ -114,46 +109,9 @@ def _prepare_out(config: EvaluateConfig, world: World) -> None:
             raise ValueError(f"out: expected a file to write, got the folder {config.out}")
         config.out.parent.mkdir(parents=True, exist_ok=True)
     if config.export is not None:
-        prepare_folder("export", config.export, world, overwrite=config.overwrite)
-
-
-def score(
-    segmentation: nn.Module,
-    source: Source,
-    *,
-    world: World,
-    channels: int | None = None,
-    config: InferenceConfig = WHOLE_IMAGES,
-    workers: int = 0,
-    limit: int | None = None,
-    on_prediction: Callable[[Record, np.ndarray], None] | None = None,
-) -> ConfusionMeter:
-    """Count predictions against masks, over all processes of ``world``; all get the same meter.
-
-    Every process runs the network on equally many images, since one that is sharded waits for all; those that some do
-    to no purpose are not counted. ``channels``: of the network; None: as the images have. ``on_prediction`` gets the
-    images that are counted, with their (H, W) uint8 classes.
-
-    Raises ValueError naming an image that has no mask, before the first is read.
-    """
-    count = len(source) if limit is None else min(limit, len(source))
-    bare = [source.name(index) for index in range(count) if "mask" not in source.kinds(index)]
-    if bare:
-        raise ValueError(f"evaluate needs dense masks; {len(bare)} of {count} images have none, such as {bare[0]}")
-    places = range(world.rank, math.ceil(count / world.size) * world.size, world.size)
-    own = [place % count for place in places]
-    meter = ConfusionMeter(len(source.classes))
-    found = predictions(segmentation, source, own, world, channels=channels, config=config, workers=workers)
-    bar = tqdm(found, total=len(own), unit="image", leave=False, disable=None if world.is_main else True)
-    for place, (record, predicted) in zip(places, bar, strict=True):
-        if place < count:
-            assert record.mask is not None  # `kinds` says so
-            meter.update(predicted, torch.from_numpy(record.mask).to(world.device))
-            if on_prediction is not None:
-                on_prediction(record, predicted.cpu().numpy())
-    if world.size > 1:
-        meter.reduce()
-    return meter
+        look_at_folder("export", config.export, overwrite=config.overwrite)
+        world.wait()  # every process looks before any writes
+        make_folder("export", config.export)
 
 
 def _result(config: EvaluateConfig, loaded: LoadedModel, images: int, meter: ConfusionMeter) -> dict[str, Any]:

@@ -1,16 +1,32 @@
-"""The noise of coarse drawings: settings, five levels from a scribble to everything, and what is true of a drawing made."""
+"""The noise of coarse drawings: settings, five levels from a scribble to everything, and what is counted in drawings."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from math import log
-from typing import NamedTuple
 
 import numpy as np
 
-from .presets import IGNORE
+from ..data.classes import IGNORE
 
 Matrix = tuple[tuple[float, ...], ...]
+
+
+def swapped(num_classes: int, pairs: Mapping[int, int], probability: float) -> Matrix:
+    """[drawn, true]: each class of ``pairs`` is drawn as the other one with ``probability``, all others as themselves."""
+    matrix = np.eye(num_classes)
+    for true, drawn in pairs.items():
+        matrix[true, true], matrix[drawn, true] = 1 - probability, probability
+    return _tuples(matrix)
+
+
+def others(num_classes: int, background: int | None = None) -> Matrix:
+    """[true, named]: any other class, all as often; never the background."""
+    matrix = 1 - np.eye(num_classes)
+    if background is not None:
+        matrix[:, background] = 0
+    return _tuples(matrix / matrix.sum(1, keepdims=True))
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,9 @@ class Strokes:
         length grows with the region's width.
     most: no region is aimed to be covered by more than this part.
     fill: colour what is left between drawings with the nearest one, nearest first, until the ratio is reached.
+    kept: of what a region that is eroded or fractured would get, the part that is drawn, uniform in this range.
+    margin: range of pixels by which every shape is then widened.
+    paper: what a pixel says that nothing is drawn on: nothing, or a class.
     """
 
     ratio: float
@@ -58,10 +77,17 @@ class Strokes:
     balance: float = 0.75
     most: float = 1.0
     fill: bool = False
+    kept: tuple[float, float] = (1.0, 1.0)
+    margin: tuple[int, int] = (0, 0)
+    paper: int = IGNORE
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
             raise ValueError(f"ratio: expected a number above 0, at most 1, got {self.ratio}")
+        if not 0 < self.kept[0] <= self.kept[1] <= 1:
+            raise ValueError(f"kept: expected two numbers above 0, at most 1, the smaller first, got {self.kept}")
+        if not 0 <= self.margin[0] <= self.margin[1]:
+            raise ValueError(f"margin: expected two numbers >= 0, the smaller first, got {self.margin}")
 
 
 @dataclass(frozen=True)
@@ -70,8 +96,10 @@ class Process:
 
     confusion: (C, C) [drawn, true], the classes of positive drawings; columns sum to 1.
     transition: (C, C) [true, named], the classes of honest negative drawings; zero diagonal, rows sum to 1.
-    error: chance that a negative drawing is wrong: it names the class that is there. Honest ones keep off what they name.
+    error: chance that a negative drawing is wrong: it names the class that is there.
     layers: number of negative layers K. Each is drawn by itself, so they overlap.
+    background: a class that nobody draws; every other region is an object on it.
+    careful: negative drawings keep off what they name, unless they are wrong.
     """
 
     name: str
@@ -81,6 +109,8 @@ class Process:
     transition: Matrix
     error: float = 0.0
     layers: int = 2
+    background: int | None = None
+    careful: bool = True
 
     def __post_init__(self) -> None:
         confusion, transition = _square("confusion", self.confusion), _square("transition", self.transition)
@@ -157,17 +187,17 @@ def level(
     if num_classes < 2:
         raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
     positive, negative = _strokes(name)
-    others = (1 - np.eye(num_classes)) / (num_classes - 1)
+    any_other = np.array(others(num_classes))
     if isinstance(confusion, (int, float)):
         if not 0 <= confusion <= 1:
             raise ValueError(f"confusion: expected a probability, got {confusion}")
-        confusion = (1 - confusion) * np.eye(num_classes) + confusion * others
+        confusion = (1 - confusion) * np.eye(num_classes) + confusion * any_other
     return Process(
         name=str(name),
         positive=positive,
         negative=negative,
         confusion=_matrix("confusion", confusion, num_classes),
-        transition=_matrix("transition", others if transition is None else transition, num_classes),
+        transition=_matrix("transition", any_other if transition is None else transition, num_classes),
         error=error,
         layers=layers,
     )
@@ -189,15 +219,11 @@ def _strokes(name: str | float) -> tuple[Strokes, Strokes]:
 def _matrix(name: str, matrix: np.ndarray, num_classes: int) -> Matrix:
     if matrix.shape != (num_classes, num_classes):
         raise ValueError(f"{name}: expected shape ({num_classes}, {num_classes}), got {matrix.shape}")
+    return _tuples(matrix)
+
+
+def _tuples(matrix: np.ndarray) -> Matrix:
     return tuple(tuple(float(x) for x in row) for row in matrix)
-
-
-class Noise(NamedTuple):
-    """A matrix as the process has it, and as it is in drawings made by it: outlines change it too. In ``counted`` a class that
-    nothing was drawn on has zeros."""
-
-    nominal: np.ndarray
-    counted: np.ndarray
 
 
 def pair_counts(drawing: np.ndarray, mask: np.ndarray, num_classes: int) -> np.ndarray:
@@ -207,25 +233,9 @@ def pair_counts(drawing: np.ndarray, mask: np.ndarray, num_classes: int) -> np.n
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def true_confusion(positive: np.ndarray, mask: np.ndarray, process: Process) -> Noise:
-    """(C, C) [drawn, true], p(drawn | true), of positive drawings of any number of images, stacked."""
-    return confusion_from(pair_counts(positive, mask, process.num_classes), process)
-
-
-def true_transition(negative: np.ndarray, mask: np.ndarray, process: Process) -> Noise:
-    """(C, C) [true, named], p(named | true), of negative drawings (..., K, H, W) on masks (..., H, W)."""
-    masks = np.broadcast_to(mask[..., None, :, :], negative.shape)
-    return transition_from(pair_counts(negative, masks, process.num_classes), process)
-
-
-def confusion_from(counts: np.ndarray, process: Process) -> Noise:
-    """`true_confusion` from `pair_counts` of positive drawings."""
-    return Noise(np.array(process.confusion), counts / np.maximum(counts.sum(0, keepdims=True), 1))
-
-
-def transition_from(counts: np.ndarray, process: Process) -> Noise:
-    """`true_transition` from `pair_counts` of negative drawings."""
-    return Noise(process.naming, (counts / np.maximum(counts.sum(0, keepdims=True), 1)).T)
+def shares(counts: np.ndarray) -> np.ndarray:
+    """(C, C) [drawn, true] p(drawn | true) of `pair_counts`; zeros for a class that nothing was drawn on."""
+    return counts / np.maximum(counts.sum(0, keepdims=True), 1)
 
 
 def _square(name: str, matrix: Matrix) -> np.ndarray:

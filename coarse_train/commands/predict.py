@@ -5,25 +5,21 @@ coarse-train predict runs/street/best.pt --images photos --out predictions
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import tyro
 from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .checkpoint import LoadedModel, load_model
-from .config import DataConfig
-from .data import Classes, Record, Source, open_split
-from .data.files import IMAGE_SUFFIXES, find_files
-from .data.images import read_image
-from .distributed import World, join_world
-from .inference import InferenceConfig, predict, to_input
+from ..data import Classes, Record, Source
+from ..data.files import IMAGE_SUFFIXES, find_files
+from ..data.images import read_image
+from ..distributed import join_world
+from ..inference import InferenceConfig, load_model, open_trained_split, predictions
+from ..run import look_at_folder, make_folder
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,9 @@ def run_predict(config: PredictConfig) -> Path:
             source = open_trained_split(loaded, config.split, root=config.root)
         else:
             source = ImageFiles(find_images(config.images, but=config.out), loaded.classes)
-        prepare_folder("out", config.out, world, overwrite=config.overwrite)
+        look_at_folder("out", config.out, overwrite=config.overwrite)
+        world.wait()  # every process looks before any writes
+        make_folder("out", config.out)
         own = range(world.rank, len(source), world.size)
         found = predictions(
             loaded.model.segmentation,
@@ -81,82 +79,6 @@ def run_predict(config: PredictConfig) -> Path:
         if world.is_main:
             print(f"{len(source)} images -> {config.out}")
     return config.out
-
-
-def open_trained_split(
-    loaded: LoadedModel,
-    split: str,
-    *,
-    root: Path | None = None,
-    dataset: str | None = None,
-    variant: str | None = None,
-    skip_bad: bool = False,
-) -> Source:
-    """Images and masks of the data set that a network was trained on, or of another one with the same classes.
-
-    Root and variant are those of the training unless given; its drawings, limits and exceptions do not apply.
-    """
-    trained = loaded.config.data
-    if dataset not in (None, trained.dataset):
-        trained = DataConfig()
-    data = DataConfig(
-        dataset=dataset or trained.dataset,
-        root=root or trained.root,
-        variant=trained.variant if variant is None else variant,
-        skip_bad=skip_bad,
-    )
-    source = open_split(data, split)
-    if source.classes.names != loaded.classes.names:
-        raise ValueError(
-            f"{data.dataset}: expected the classes of the checkpoint {loaded.classes.names}, got {source.classes.names}"
-        )
-    return source
-
-
-def predictions(
-    segmentation: nn.Module,
-    source: Source,
-    indices: Sequence[int],
-    world: World,
-    *,
-    channels: int | None,
-    config: InferenceConfig,
-    workers: int = 0,
-) -> Iterator[tuple[Record, Tensor]]:
-    """The records at ``indices``, in order, each with its predicted classes, (H, W) uint8 on the device of ``world``.
-
-    One image at a time, in evaluation mode: sizes may differ. ``channels``: of the network; None: as the image has.
-    """
-    was_training = segmentation.training
-    segmentation.eval()
-    try:
-        for record in DataLoader(_Records(source, indices), batch_size=None, collate_fn=_as_it_is, num_workers=workers):
-            if isinstance(record, Exception):
-                raise record
-            image = to_input(record.image, channels or record.image.shape[2], record.name).to(world.device)
-            yield record, predict(segmentation, image, config, len(source.classes))[0]
-    finally:
-        segmentation.train(was_training)
-
-
-class _Records(Dataset["Record | Exception"]):
-    """An exception is handed over like a record: a worker's own way wraps it in a traceback of many lines."""
-
-    def __init__(self, source: Source, indices: Sequence[int]):
-        self.source, self.indices = source, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, place: int) -> Record | Exception:
-        try:
-            return self.source.load(self.indices[place])
-        except (ValueError, OSError) as error:
-            return error
-
-
-def _as_it_is(record: Any) -> Any:
-    return record
 
 
 class ImageFiles:
@@ -194,16 +116,6 @@ def find_images(images: Path, *, but: Path | None = None) -> list[tuple[str, Pat
     if not outside:
         raise FileNotFoundError(f"images: expected images ({', '.join(IMAGE_SUFFIXES)}) in {images}, found none")
     return outside
-
-
-def prepare_folder(option: str, folder: Path, world: World, *, overwrite: bool) -> None:
-    """Fail before the work rather than after it. Every process looks before any writes."""
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{option}: expected a folder, got the file {folder}")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise ValueError(f"{option}: expected an empty or new folder, or --overwrite, got {folder} with files in it")
-    world.wait()
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_labels(folder: Path, name: str, predicted: np.ndarray, classes: Classes) -> None:

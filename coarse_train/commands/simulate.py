@@ -27,10 +27,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..config import DataConfig
-from ..data import Source, open_split
-from .drawing import draw_coarse, generator_for
-from .presets import IGNORE
-from .process import Process, confusion_from, level, pair_counts, transition_from
+from ..data import IGNORE, Source, open_split
+from ..run import look_at_folder
+from ..simulate import Process, draw_coarse, generator_for, level, pair_counts, shares
 
 _PARTS = ("positives", "negatives", "noise.json")  # what a folder of drawings consists of; noise.json comes last
 
@@ -177,8 +176,8 @@ def _record(
         splits[split] = {"images": len(images), "area_positive": ratios[0], "area_negative": ratios[1:]}
     everything = [image for images in drawn.values() for image in images]
     zero = np.zeros((process.num_classes, process.num_classes), np.int64)
-    confusion = confusion_from(sum((image.confusion for image in everything), zero), process)
-    transition = transition_from(sum((image.naming for image in everything), zero), process)
+    confusion = shares(sum((image.confusion for image in everything), zero))
+    transition = shares(sum((image.naming for image in everything), zero)).T
     return {
         "dataset": config.dataset,
         "variant": config.variant,
@@ -186,18 +185,19 @@ def _record(
         "classes": list(names),
         "process": asdict(process),
         "splits": splits,
-        "confusion": {key: value.round(6).tolist() for key, value in confusion._asdict().items()},
-        "transition": {key: value.round(6).tolist() for key, value in transition._asdict().items()},
+        "confusion": _both(np.array(process.confusion), confusion),
+        "transition": _both(process.naming, transition),
     }
+
+
+def _both(nominal: np.ndarray, counted: np.ndarray) -> dict[str, Any]:
+    return {"nominal": nominal.round(6).tolist(), "counted": counted.round(6).tolist()}
 
 
 def _check_out(config: SimulateConfig) -> None:
     out = config.out
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: expected a folder, got the file {out}")
+    look_at_folder("out", out, overwrite=config.overwrite)
     content = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    if content and not config.overwrite:
-        raise ValueError(f"out: expected a new or empty folder or --overwrite, got {out} with {', '.join(content[:3])}")
     foreign = [name for name in content if name not in _PARTS]
     if foreign:
         raise ValueError(

@@ -1,0 +1,1 @@
+"""What `coarse-train` does beside training: one module for each command, with its options as a dataclass."""

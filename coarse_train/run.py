@@ -1,0 +1,288 @@
+"""A run folder: its lock, its record, its checkpoints, and whether what goes on in it is the same run.
+
+    config.toml, metrics.jsonl, tensorboard/, last.pt, best.pt where masks choose
+
+Files appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from .config import FitConfig, from_dict, to_dict
+from .data import Source
+from .distributed import World
+
+FORMAT = 1  # of checkpoints
+# what may differ between a run and its continuation: nothing that changes a step
+_FREE = {"out", "resume", "save_every", "accumulate", "backend", "device", "threads", "fsdp", "compile"}
+_FREE |= {"data.root", "data.workers"}
+_MOVABLE = {"data.positives", "data.negatives"}  # another folder is fine; one where there was none is other data
+_LINE_EVERY = 10.0  # seconds between two lines in a log file
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+class CheckpointError(RuntimeError):
+    """A file of the run cannot be written or read; the message says which, and what is still good."""
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """``write(file)`` into a temporary file beside ``path``, synced to disk, then renamed: whatever happens meanwhile,
+    ``path`` is the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError of its own
+        temporary.unlink(missing_ok=True)
+        kept = "the last good one is still there" if path.exists() else "there is none yet"
+        raise CheckpointError(f"{path}: expected to write it, got {_reason(error)}; {kept}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode())
+
+    write_whole(path, write)
+
+
+def _reason(error: BaseException) -> str:
+    """The OSError behind what torch.save made of it, where there is one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return str(error).splitlines()[0]
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Tensors and plain values only, so that `load` need not trust the file."""
+    write_whole(path, lambda file: torch.save({"format": FORMAT, **content}, file))
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Raises FileNotFoundError, or CheckpointError for a file that is damaged or not ours."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a checkpoint (last.pt or best.pt of a run), found none")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # unpickling fails in many ways
+        raise CheckpointError(f"{path}: expected a checkpoint, got a damaged or foreign file") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{path}: expected a checkpoint of format {FORMAT}, got {found!r}")
+    return content
+
+
+# ---- the folder --------------------------------------------------------------------------------------------------
+
+
+def look_at_folder(option: str, folder: Path, *, overwrite: bool) -> None:
+    """Raises ValueError, naming the option, where files in ``folder`` are in the way."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{option}: expected a folder, got the file {folder}")
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{option}: expected an empty or new folder, or --overwrite, got {folder} with files in it")
+
+
+def make_folder(option: str, folder: Path) -> None:
+    """A folder that can be written, now rather than after the work. Raises ValueError, naming the option."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 16))  # an empty file fits on a full disk
+            file.flush()
+    except OSError as error:
+        raise ValueError(f"{option}: expected a folder that can be written, got {folder} ({error})") from error
+
+
+@contextmanager
+def open_run(config: FitConfig, world: World) -> Iterator[None]:
+    """The folder of a run, for this one alone until the end."""
+    last = config.out / "last.pt"
+    if last.exists() and not config.resume:
+        raise ValueError(f"out: expected a new folder or --resume, got {config.out} with the checkpoint of a run")
+    with ExitStack() as stack:
+        if world.is_main:
+            make_folder("out", config.out)
+            lock = stack.enter_context(open(config.out / ".lock", "w"))
+            try:
+                # Goes with this process, whatever ends it; flock would stay with the workers of a run that was killed.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ValueError(f"out: expected a folder that no other run writes to, got {config.out}") from error
+            if not config.resume:
+                (config.out / "best.pt").unlink(missing_ok=True)  # of a run that was given up
+        world.wait()
+        yield
+
+
+# ---- the same run ------------------------------------------------------------------------------------------------
+
+
+def read_resume(config: FitConfig) -> dict[str, Any] | None:
+    """The checkpoint to go on from. None: start anew. Raises ValueError where a field that changes steps differs."""
+    last = config.out / "last.pt"
+    if not config.resume or not last.exists():
+        return None
+    content = load(last)
+    check_same_run(from_dict(content["config"]), config)
+    return content
+
+
+def check_same_run(before: FitConfig, now: FitConfig) -> None:
+    """Raises ValueError where a field that changes steps differs, naming it."""
+    one, other = _flat(to_dict(before)), _flat(to_dict(now))
+    free = _FREE if now.model.norm == "group" else _FREE - {"accumulate"}  # batch normalisation sees the parts
+    for name in one:
+        pair = one[name], other[name]
+        if name in _MOVABLE:
+            pair = pair[0] is not None, pair[1] is not None
+        if name not in free and pair[0] != pair[1]:
+            raise ValueError(f"resume: expected {name} as in the run, {one[name]!r}, got {other[name]!r}")
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def describe_data(source: Source, validation: Source | None, channels: int) -> dict[str, Any]:
+    """What has to be the same for a run to go on: classes, channels, and which images there are, as checksums."""
+    names = {"training images": source, "validation masks": validation}
+    return {
+        "classes": list(source.classes.names),
+        "label values": list(source.classes.file_ids),
+        "channels": channels,
+        **{
+            name: 0 if part is None else zlib.crc32("\n".join(part.name(k) for k in range(len(part))).encode())
+            for name, part in names.items()
+        },
+    }
+
+
+def check_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """``before``, ``now``: of `describe_data`. Raises ValueError saying what is no more as it was in the run."""
+    for name, value in before.items():
+        if value != now[name]:
+            told = "" if isinstance(value, int) and name != "channels" else f" {value}, got {now[name]}"
+            raise ValueError(f"resume: expected the {name} of the run{told or ', got others'}")
+
+
+# ---- its record --------------------------------------------------------------------------------------------------
+
+
+class RunLog:
+    """Of the main process (``enabled``); those of the others do nothing.
+
+    Every step stands in metrics.jsonl once, also after a resume: what a killed run wrote beyond its checkpoint is cut off, and
+    those steps are logged again.
+    """
+
+    def __init__(self, config: FitConfig, start: int, *, enabled: bool = True):
+        self._enabled = enabled
+        if not enabled:
+            return
+        path = config.out / "metrics.jsonl"
+        _keep_until(path, start)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115  # open as long as the run is
+        self._board = SummaryWriter(str(config.out / "tensorboard"), purge_step=start + 1)
+        self._steps, self._first = config.steps, start
+        self._started = self._last_line = time.monotonic()
+        self._bar = tqdm(total=config.steps, initial=start, unit="step") if sys.stderr.isatty() else None
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """``values`` has the loss and whatever else there is of this step."""
+        if not self._enabled:
+            return
+        elapsed = time.monotonic() - self._started
+        self._write({"step": step, **values, "seconds": round(elapsed, 3)})
+        for name, value in values.items():
+            self._board.add_scalar(f"train/{name}", value, step)
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+            self._bar.update()
+        elif time.monotonic() - self._last_line > _LINE_EVERY or step == self._steps:
+            self._last_line = time.monotonic()
+            rate = (step - self._first) / max(elapsed, 1e-9)
+            self.say(f"step {step}/{self._steps}  loss {values['loss']:.4f}  {rate:.2f} steps/s")
+
+    def scores(self, step: int, values: dict[str, float], images: int) -> None:
+        """Scores on ``images`` images of the validation split; ``values`` has the mean IoU."""
+        if not self._enabled:
+            return
+        self._write({"step": step, **values})
+        for name, value in values.items():
+            self._board.add_scalar(f"val/{name}", value, step)
+        self.say(f"step {step}/{self._steps}  mean IoU {values['mean_iou']:.2f} on {images} validation masks")
+
+    def picture(self, name: str, picture: np.ndarray, step: int) -> None:
+        """(H, W, 3) uint8."""
+        if self._enabled:
+            self._board.add_image(name, picture, step, dataformats="HWC")
+
+    def say(self, line: str) -> None:
+        """One line that survives the progress bar."""
+        if self._enabled:
+            tqdm.write(line, file=sys.stderr)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._enabled:
+            if self._bar is not None:
+                self._bar.close()
+            self._board.close()
+            self._file.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        line = json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()})  # JSON has no NaN
+        try:
+            self._file.write(line + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._file.name}: expected to write it, got {error}; checkpoints are intact"
+            ) from error
+
+
+def _keep_until(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):  # the line that was being written when the run was killed
+            continue
+    write_text(path, "".join(kept))
