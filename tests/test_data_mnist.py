@@ -13,7 +13,6 @@ import pytest
 
 from coarse_train.config import DataConfig
 from coarse_train.data import IGNORE, open_split
-from coarse_train.data.make_mnist_sample import PER_CLASS, make_sample
 from coarse_train.data.mnist import (
     CANVAS,
     DIGITS,
@@ -27,6 +26,7 @@ from coarse_train.data.mnist import (
 from coarse_train.simulate import draw_coarse, pair_counts, shares
 
 from .data_trees import save, write_drawings
+from .make_mnist_sample import PER_CLASS, make_sample
 
 FULL = Path(os.environ.get("COARSE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "mnist"
 

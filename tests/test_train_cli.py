@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from coarse_train import __main__
-from coarse_train.cli import COMMANDS, RECIPES, main
-from coarse_train.config import DataConfig, FitConfig, ModelConfig, load_toml
+from coarse_train.cli import COMMANDS, main
+from coarse_train.config import RECIPES, DataConfig, FitConfig, ModelConfig, load_toml
 from coarse_train.data import DATASETS
 from coarse_train.engine import fit
 from tests import data_trees

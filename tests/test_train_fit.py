@@ -284,11 +284,12 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: Callable[[bytes],
         {"precision": "fp16"},
         {"optim": OptimConfig(optimizer="sgd", schedule="poly", lr=1e-2, ema=0.5)},
         {"transition": "estimated", "negative": DrawingsConfig(cm="image", structure="tied")},
+        {"transition": "objects", "positive": DrawingsConfig(cm="global", diagonal=0.6, missing=0.3)},
         {"positive": DrawingsConfig(cm="grid", structure="floor", trace_weight=0.01)},
         {"data": DataConfig(dataset="mnist", limit=24, supervision="masks"), "positive": DrawingsConfig()},
         {"data": DataConfig(dataset="mnist", limit=24, supervision="mixed", dense_images=6)},
     ],
-    ids=["bf16", "fp16", "sgd-poly-ema", "estimated-tied", "grid-floor", "masks", "mixed"],
+    ids=["bf16", "fp16", "sgd-poly-ema", "estimated-tied", "objects-missing", "grid-floor", "masks", "mixed"],
 )
 def test_settings_run_and_are_restored_from_the_checkpoint(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = _config(tmp_path, steps=3, **changes)
@@ -326,6 +327,14 @@ def test_compiled_networks_give_the_same_run(tmp_path: Path) -> None:
         (
             {"positive": DrawingsConfig(weight=0.0, cm="global")},
             "positive.cm: expected none where positive.weight is 0",
+        ),
+        (
+            {"positive": DrawingsConfig(cm="global", diagonal=0.7, missing=0.4)},
+            r"positive\.missing: expected None, or a number above 0 and below 1 - diagonal = 0.3 .*got 0.4",
+        ),
+        (
+            {"positive": DrawingsConfig(cm="global", structure="tied", missing=0.1)},
+            r"positive\.missing: expected None with structure 'tied', got 0.1",
         ),
         ({"seed": -1}, "seed: expected a number from 0 to 2.14748e"),
         (
@@ -721,6 +730,14 @@ def test_a_transition_from_a_file_is_the_one_that_is_used(tmp_path: Path) -> Non
     first, other = (_rows(tmp_path / name)[0] for name in ("fixed", "uniform"))
     assert first["positive_nll"] == other["positive_nll"]
     assert first["negative_nll"] != other["negative_nll"]
+
+
+def test_objects_are_named_uniformly_and_the_background_never(tmp_path: Path) -> None:
+    fit(_config(tmp_path, steps=1, transition="objects"))
+    matrix = _state(tmp_path)["model"]["transition.matrix"]
+    assert not matrix[:, 0].any()
+    torch.testing.assert_close(matrix[0, 1:], torch.full((4,), 0.25))
+    torch.testing.assert_close(matrix[1:, 1:], (1 - torch.eye(4)) / 3)
 
 
 def test_bf16_computes_in_bf16(tmp_path: Path) -> None:

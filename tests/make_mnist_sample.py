@@ -1,6 +1,6 @@
 """Make the sample that ships with the package from the full MNIST; the same input gives the same bytes.
 
-    python -m coarse_train.data.make_mnist_sample SOURCE_DIR [DESTINATION_DIR]
+    python -m tests.make_mnist_sample SOURCE_DIR [DESTINATION_DIR]
 
 Keeps the first digits of each class of `DIGITS`, in the order of the originals, in files of the original names.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .mnist import _FILES, DIGITS, SAMPLE_DIR, read_split, write_idx
+from coarse_train.data.mnist import _FILES, DIGITS, SAMPLE_DIR, read_split, write_idx
 
 PER_CLASS = {"train": 1120, "test": 240}
 
