@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; a run goes on with --resume", file=sys.stderr)
+        print("interrupted; a run goes on with --resume, the demo when it is called again", file=sys.stderr)
         return 130
     return 0
 

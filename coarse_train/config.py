@@ -10,7 +10,7 @@ import math
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import cattrs
 import tomli_w
@@ -24,6 +24,7 @@ else:
     import tomli as tomllib
 
 
+Naming = Literal["uniform", "objects", "estimated", "learned"]
 _LARGEST_SEED = 2**31 - 1  # `engine.step_seed` stays below 2 ** 64
 
 
@@ -36,7 +37,7 @@ class DataConfig:
     root: Path | None = None
     """Folder of the data set in its official layout (mnist: without it, the sample in the package)."""
     variant: str = ""
-    """Which labels, where a data set has several; its module lists them. Empty: the first."""
+    """Which labels, where a data set has several; its module lists them. Empty: the usual ones."""
     positives: Path | None = None
     """Folder of positive drawings, DIR/SPLIT/NAME.png (cityscapes: its own names too); without it what the data set has."""
     negatives: Path | None = None
@@ -142,7 +143,7 @@ class FitConfig:
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
     positive: DrawingsConfig = field(default_factory=lambda: DrawingsConfig(cm="global"))
     negative: DrawingsConfig = field(default_factory=DrawingsConfig)
-    transition: Literal["uniform", "objects", "estimated", "learned"] | Path = "uniform"
+    transition: Naming | Path = "uniform"
     """How negative drawings name a class: uniform, objects (uniform but for class 0, a background that no drawing names),
     estimated from where the two kinds of drawings meet, learned from uniform, or a (C, C) .npy file with zero diagonal,
     [true, named]. Where class 0 is never named, objects and estimated pull towards objects: cross-entropy on drawings that
@@ -226,6 +227,8 @@ def check_config(config: FitConfig) -> None:
                 raise ValueError(f"{side}.{name}: expected a number >= 0, got {value}")
         if kind.weight == 0 and kind.cm != "none":
             raise ValueError(f"{side}.cm: expected none where {side}.weight is 0, got {kind.cm!r}")
+        if kind.missing is not None and kind.cm != "none" and kind.structure != "full":
+            raise ValueError(f"{side}.missing: expected None with structure {kind.structure!r}, got {kind.missing}")
         if kind.stride < 1:
             raise ValueError(f"{side}.stride: expected a number >= 1, got {kind.stride}")
     if config.negative.weight == 0 and config.transition == "learned":
@@ -315,7 +318,7 @@ def _exactly(kind: type) -> Any:
 
 
 def _transition(value: Any, _: Any) -> Any:
-    return value if value in ("uniform", "objects", "estimated", "learned") else Path(value)
+    return value if value in get_args(Naming) else Path(value)
 
 
 _CONVERTER = cattrs.Converter(forbid_extra_keys=True)
@@ -324,7 +327,7 @@ for _kind in (int, bool, str):
     _CONVERTER.register_structure_hook(_kind, _exactly(_kind))
 _CONVERTER.register_structure_hook(Path, lambda value, _: Path(value))
 _CONVERTER.register_unstructure_hook(Path, str)
-_CONVERTER.register_structure_hook(Literal["uniform", "objects", "estimated", "learned"] | Path, _transition)
+_CONVERTER.register_structure_hook(Naming | Path, _transition)
 
 __all__ = [
     "DataConfig",

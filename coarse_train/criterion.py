@@ -122,6 +122,8 @@ def open_transition(config: FitConfig, source: Source) -> TransitionMatrix:
         except ValueError as error:
             raise ValueError(f"transition: {kind}: {error}") from error
     if kind == "objects":
+        if classes < 3:
+            raise ValueError(f"transition: expected at least 3 classes for objects, got {classes}")
         return TransitionMatrix.fixed(torch.tensor(others(classes, background=0)))
     if kind == "learned":
         return TransitionMatrix.learned(classes)

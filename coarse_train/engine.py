@@ -66,6 +66,7 @@ def fit(config: FitConfig) -> FitResult:
     check_config(config)
     with join_world(config.device) as world, ExitStack() as stack:
         if config.threads is not None:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(config.threads)
         stack.enter_context(run.open_run(config, world))
         source = open_split(config.data, "train")

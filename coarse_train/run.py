@@ -22,7 +22,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .config import FitConfig, from_dict, to_dict
@@ -112,6 +111,13 @@ def look_at_folder(option: str, folder: Path, *, overwrite: bool) -> None:
         raise ValueError(f"{option}: expected an empty or new folder, or --overwrite, got {folder} with files in it")
 
 
+def claim_folder(option: str, folder: Path, world: World, *, overwrite: bool) -> None:
+    """Both, in every process: each looks before any writes."""
+    look_at_folder(option, folder, overwrite=overwrite)
+    world.wait()
+    make_folder(option, folder)
+
+
 def make_folder(option: str, folder: Path) -> None:
     """A folder that can be written, now rather than after the work. Raises ValueError, naming the option."""
     try:
@@ -132,7 +138,10 @@ def open_run(config: FitConfig, world: World) -> Iterator[None]:
     with ExitStack() as stack:
         if world.is_main:
             make_folder("out", config.out)
-            lock = stack.enter_context(open(config.out / ".lock", "w"))
+            try:
+                lock = stack.enter_context(open(config.out / ".lock", "w"))
+            except OSError as error:
+                raise ValueError(f"out: expected a folder that can be written, got {config.out} ({error})") from error
             try:
                 # Goes with this process, whatever ends it; flock would stay with the workers of a run that was killed.
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -215,6 +224,8 @@ class RunLog:
         path = config.out / "metrics.jsonl"
         _keep_until(path, start)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115  # open as long as the run is
+        from torch.utils.tensorboard import SummaryWriter  # in here: who only reads a run does not need it
+
         self._board = SummaryWriter(str(config.out / "tensorboard"), purge_step=start + 1)
         self._steps, self._first = config.steps, start
         self._started = self._last_line = time.monotonic()

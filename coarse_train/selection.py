@@ -49,7 +49,8 @@ def choose_trusted_side(
     swapped = replace(
         config,
         positive=replace(config.negative, weight=config.positive.weight),
-        negative=replace(config.positive, weight=config.negative.weight),
+        # what drawings leave out is no statement of theirs where they say what is not there
+        negative=replace(config.positive, weight=config.negative.weight, missing=None),
     )
     other = "negative" if trusted[0] == "positive" else "positive"
     candidates = {trusted[0]: config, other: swapped}  # by the trusted side, whichever was given

@@ -8,13 +8,20 @@ Keeps the first digits of each class of `DIGITS`, in the order of the originals,
 from __future__ import annotations
 
 import argparse
+import gzip
 from pathlib import Path
 
 import numpy as np
 
-from coarse_train.data.mnist import _FILES, DIGITS, SAMPLE_DIR, read_split, write_idx
+from coarse_train.data.mnist import _FILES, DIGITS, SAMPLE_DIR, read_split
 
 PER_CLASS = {"train": 1120, "test": 240}
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """Write uint8 ``array`` as gzip IDX; equal arrays give equal bytes (no time stamp, no file name)."""
+    header = bytes([0, 0, 0x08, array.ndim]) + b"".join(int(size).to_bytes(4, "big") for size in array.shape)
+    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes(), 9, mtime=0))
 
 
 def make_sample(source: str | Path, destination: str | Path = SAMPLE_DIR) -> int:

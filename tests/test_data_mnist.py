@@ -21,12 +21,11 @@ from coarse_train.data.mnist import (
     place_digits,
     read_idx,
     read_split,
-    write_idx,
 )
 from coarse_train.simulate import draw_coarse, pair_counts, shares
 
 from .data_trees import save, write_drawings
-from .make_mnist_sample import PER_CLASS, make_sample
+from .make_mnist_sample import PER_CLASS, make_sample, write_idx
 
 FULL = Path(os.environ.get("COARSE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "mnist"
 

@@ -6,21 +6,27 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from coarse_train.cli import main
-from coarse_train.config import FitConfig, from_dict
+from coarse_train.config import DataConfig, FitConfig, from_dict
 from coarse_train.data.mnist import PROCESSES
-from coarse_train.experiments.demo import CROSS_ENTROPIES, TRIALS, TUNED, DemoConfig, conclude, rows_of, run_demo
+from coarse_train.experiments import table
+from coarse_train.experiments.demo import TUNED, DemoConfig, conclude, rows_of, run_demo, trials
 from coarse_train.experiments.table import Cell, Summary, digest, run_table, text
 
+from .data_trees import write_folder_tree
+
 TINY = DemoConfig(steps=4, limit=24, jobs=1)
+CROSS_ENTROPIES = ("ce_positive", "ce_negative", "ce_both_textbook", "ce_both_untuned", "ce_both")
 HERE = Path(__file__).resolve().parents[1]
 
 
@@ -37,12 +43,16 @@ def _finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
+def _as_run(config: FitConfig) -> FitConfig:
+    return replace(config, steps=4, data=replace(config.data, limit=24))
+
+
 @pytest.mark.parametrize("task", ["majority", "binary"])
 def test_demo_writes_results_and_figure(tmp_path: Path, task: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "demo"
     config = replace(TINY, task=task, out=out)
     if task == "binary":
-        config = replace(config, rows=("ce_both", "coarse_both"))
+        config = replace(config, rows=("ce_both_textbook", "ce_both", "coarse_both"))  # the first two may be equal
     cells = run_demo(config)
     results = json.loads((out / "results.json").read_text())
     names = list(config.rows or rows_of(task))
@@ -54,7 +64,8 @@ def test_demo_writes_results_and_figure(tmp_path: Path, task: str, capsys: pytes
         assert (row["cm_error"] is not None) == row["method"].startswith("coarse")
         assert ("masks" in row["reads"]) == (row["method"] == "supervised")
         assert set(row["iou"]) == {"background", *(("digit",) if task == "binary" else "0347")}
-    assert {row: from_dict({k: v for k, v in c.items() if v is not None}) for row, c in results["configs"].items()}
+    recorded = {row: from_dict(content) for row, content in results["configs"].items()}
+    assert recorded == {row: _as_run(config) for row, config in rows_of(task).items() if row in names}
     assert results["task"] == task
     assert "validation" in results["tuned"]
     assert results["conclusion"] == conclude(cells)
@@ -93,12 +104,69 @@ def test_equal_seeds_give_equal_numbers_in_any_number_of_processes(tmp_path: Pat
     assert tables[0][0].miou != tables[0][1].miou
 
 
+def test_rows_that_are_equal_are_trained_once_whatever_runs_beside_them(tmp_path: Path) -> None:
+    row = _as_run(rows_of("majority")["coarse_both"])
+    said: list[str] = []
+    cells = run_table({"one": row, "same": row}, (0, 1), tmp_path, jobs=4, said=said.append)
+    assert [(cell.method, cell.seed) for cell in cells] == [("one", 0), ("one", 1), ("same", 0), ("same", 1)]
+    assert cells[0].folder == cells[2].folder
+    assert cells[0].miou == cells[2].miou
+    assert len(said) == 2
+
+
 def test_what_changes_no_score_changes_no_folder() -> None:
-    config = FitConfig()
-    same = replace(config, out=Path("elsewhere"), threads=3, backend="reference", save_every=7, resume=True)
-    assert digest(config) == digest(same)
-    for other in (replace(config, seed=1), replace(config, steps=7), rows_of("hasty")["ce_both"]):
+    config = rows_of("hasty")["coarse_both"]
+    assert digest(config) == digest(replace(config, out=Path("elsewhere"), save_every=7, resume=True))
+    for other in (replace(config, seed=1), replace(config, threads=3), replace(config, backend="reference")):
         assert digest(config) != digest(other)
+
+
+def test_other_drawings_under_the_same_name_are_another_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = rows_of("hasty")["coarse_both"]
+    before = digest(config)
+    monkeypatch.setitem(PROCESSES, "hasty", PROCESSES["majority"])
+    table._content.cache_clear()
+    assert digest(config) != before
+    matrix = tmp_path / "m.npy"
+    np.save(matrix, np.full((5, 5), 0.25) - np.eye(5) / 4)
+    from_file = digest(replace(config, transition=matrix))
+    np.save(matrix, np.roll(np.eye(5), 1, 1))
+    assert digest(replace(config, transition=matrix)) != from_file
+    table._content.cache_clear()
+
+
+def test_an_error_in_one_row_trains_no_row_that_has_not_begun(tmp_path: Path) -> None:
+    row = _as_run(rows_of("hasty")["ce_both"])
+    bad = replace(row, model=replace(row.model, network="nowhere:nothing"))
+    rows = {"bad": bad, **{f"row {k}": replace(row, steps=k) for k in range(2, 7)}}
+    with pytest.raises(ValueError, match=r"network: expected package\.module:name that can be imported"):
+        run_table(rows, (0,), tmp_path, jobs=2, said=lambda line: None)
+    assert 1 <= len(list(tmp_path.glob("cells/*/test.json"))) < 5
+
+
+def test_a_damaged_cell_is_named(tmp_path: Path) -> None:
+    row = _as_run(rows_of("hasty")["ce_both"])
+    (first,) = run_table({"one": row}, (0,), tmp_path, jobs=1, said=lambda line: None)
+    (Path(first.folder) / "test.json").write_text("")
+    with pytest.raises(
+        ValueError, match=r"test\.json: expected a cell of a table, got .*; without the file it is scored"
+    ):
+        run_table({"one": row}, (0,), tmp_path, jobs=1, said=lambda line: None)
+
+
+def test_a_split_without_masks_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    root = write_folder_tree(tmp_path / "data")
+    shutil.rmtree(root / "test" / "masks")
+    row = FitConfig(data=DataConfig(dataset="folder", root=root))
+    with pytest.raises(ValueError, match=r"split: expected dense masks in 'test' to score with, got none for "):
+        run_table({"row": row}, (0,), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_seconds_of_a_run_that_was_interrupted_are_those_of_its_parts() -> None:
+    assert table._seconds([1.0, 2.0, 3.0]) == 3.0
+    assert table._seconds([1.0, 2.0, 0.5, 4.0]) == 6.0
+    assert table._seconds([]) == 0.0
 
 
 def test_rows_share_everything_but_what_they_are_about() -> None:
@@ -112,7 +180,7 @@ def test_rows_share_everything_but_what_they_are_about() -> None:
             assert config.select_with == 0
         assert all(rows[name].positive.cm == rows[name].negative.cm == "none" for name in CROSS_ENTROPIES)
         assert rows["ce_both_textbook"].transition == "uniform"
-        assert TUNED[task] in TRIALS
+        assert TUNED[task] in trials(task)
 
 
 def test_no_row_but_supervised_reads_masks() -> None:
@@ -122,10 +190,10 @@ def test_no_row_but_supervised_reads_masks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("score", "words"), [(90.0, "12.0 points above the tuned"), (70.0, "8.0 points BELOW the tuned")]
+    ("miou", "words"), [(90.0, "both holds: +12.0 points"), (70.0, "both does NOT hold: -8.0 points")]
 )
-def test_the_conclusion_says_so_also_where_it_is_not_ahead(score: float, words: str) -> None:
-    cells = [cell("ce_both", 0, 78.0), cell("coarse_both", 0, score, cm_error=0.02)]
+def test_the_conclusion_says_so_also_where_it_is_not_ahead(miou: float, words: str) -> None:
+    cells = [cell("ce_both", 0, 78.0), cell("coarse_both", 0, miou, cm_error=0.02)]
     first, last = conclude(cells)
     assert words in first
     assert "0.020" in last
@@ -153,12 +221,13 @@ def test_the_printed_table_has_every_seed_their_mean_and_spread() -> None:
     assert Summary.of(cells, "a") == Summary(82.0, 4.0)
 
 
-def test_tuning_tries_every_setting_on_the_validation_canvases(tmp_path: Path) -> None:
-    cells = run_demo(replace(TINY, steps=1, tune=True, out=tmp_path))
-    assert len(cells) == len(TRIALS)
+@pytest.mark.parametrize("task", PROCESSES)
+def test_tuning_tries_every_setting_on_the_validation_canvases(tmp_path: Path, task: str) -> None:
+    cells = run_demo(replace(TINY, steps=1, tune=True, task=task, out=tmp_path))
+    assert len(cells) == len(trials(task)) == (8 if task == "binary" else 12)
     results = json.loads((tmp_path / "tuning.json").read_text())
     best = max(cells, key=lambda cell: cell.miou).method
-    assert results["conclusion"] == [f"majority: best of {len(TRIALS)}: {best}"]
+    assert results["conclusion"] == [f"{task}: best of {len(cells)}: {best}"]
     assert all(cell.miou == cell.miou_validation for cell in cells)
 
 
@@ -169,13 +238,17 @@ def test_bad_input_is_one_line_before_anything_is_written(tmp_path: Path, capsys
         (["--steps", "0"], "steps: expected a number >= 1, got 0"),
         (["--seeds", "1", "1"], "seeds: expected some different numbers, got (1, 1)"),
         (["--rows", "ce_all"], "rows: expected some of ('ce_positive',"),
+        (
+            ["--rows", "ce_both", "--tune"],
+            "rows: expected none with --tune, which has rows of its own, got ('ce_both',)",
+        ),
+        (["--seeds", "-1"], "seed: expected a number from 0 to"),
+        (["--data", str(tmp_path / "nowhere")], "data: expected t10k-images-idx3-ubyte"),
         (["--backend", "quantum"], "backend: expected one that can run here"),
     ):
         assert main(["demo", "--out", str(out), *arguments]) == 1
         assert message in capsys.readouterr().err
         assert not out.exists()
-    assert main(["demo", "--out", str(out), "--data", str(tmp_path / "nowhere"), "--jobs", "1"]) == 1
-    assert "data: expected train-images-idx3-ubyte" in capsys.readouterr().err
 
 
 def test_an_out_folder_that_cannot_be_written_stops_before_training(

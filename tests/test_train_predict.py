@@ -130,7 +130,7 @@ def test_a_folder_with_files_is_kept_unless_told(config: PredictConfig) -> None:
     assert _files(config.out) == {"mine.txt"}
     run_predict(replace(config, overwrite=True))
     assert (config.out / "mine.txt").read_text() == "mine"
-    with pytest.raises(NotADirectoryError, match=r"out: expected a folder, got the file .*mine.txt"):
+    with pytest.raises(ValueError, match=r"out: expected a folder, got the file .*mine.txt"):
         run_predict(replace(config, out=config.out / "mine.txt"))
 
 

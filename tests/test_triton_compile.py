@@ -16,7 +16,7 @@ from tests.helpers import run_python
 pytestmark = pytest.mark.skipif(backend._MISSING is not None, reason=str(backend._MISSING))
 
 COMPILE = """
-import json, re, subprocess, sys, tempfile, time
+import json, multiprocessing, os, re, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import triton
@@ -169,11 +169,14 @@ def compile_case(kernel, arch, classes, dtype="fp32", transition=False, corners=
     return build(function, arch, pointers, constants, tile.warps if tile else 4)
 
 
-results = []
-for case in json.loads(CASES):
+def timed(case):
     start = time.time()
     registers, stack = compile_case(**case)
-    results.append({"case": case, "registers": registers, "stack": stack, "seconds": time.time() - start})
+    return {"case": case, "registers": registers, "stack": stack, "seconds": time.time() - start}
+
+
+with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+    results = pool.map(timed, json.loads(CASES), chunksize=1)
 print(json.dumps({"version": triton.__version__, "results": results}))
 """
 

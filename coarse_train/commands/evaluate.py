@@ -20,7 +20,7 @@ from ..data import Record
 from ..distributed import World, join_world
 from ..inference import InferenceConfig, LoadedModel, load_model, open_trained_split, score
 from ..metrics import ConfusionMeter
-from ..run import look_at_folder, make_folder
+from ..run import claim_folder
 from .predict import write_labels
 
 
@@ -109,9 +109,7 @@ def _prepare_out(config: EvaluateConfig, world: World) -> None:
             raise ValueError(f"out: expected a file to write, got the folder {config.out}")
         config.out.parent.mkdir(parents=True, exist_ok=True)
     if config.export is not None:
-        look_at_folder("export", config.export, overwrite=config.overwrite)
-        world.wait()  # every process looks before any writes
-        make_folder("export", config.export)
+        claim_folder("export", config.export, world, overwrite=config.overwrite)
 
 
 def _result(config: EvaluateConfig, loaded: LoadedModel, images: int, meter: ConfusionMeter) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ..data.files import IMAGE_SUFFIXES, find_files
 from ..data.images import read_image
 from ..distributed import join_world
 from ..inference import InferenceConfig, load_model, open_trained_split, predictions
-from ..run import look_at_folder, make_folder
+from ..run import claim_folder
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,7 @@ def run_predict(config: PredictConfig) -> Path:
             source = open_trained_split(loaded, config.split, root=config.root)
         else:
             source = ImageFiles(find_images(config.images, but=config.out), loaded.classes)
-        look_at_folder("out", config.out, overwrite=config.overwrite)
-        world.wait()  # every process looks before any writes
-        make_folder("out", config.out)
+        claim_folder("out", config.out, world, overwrite=config.overwrite)
         own = range(world.rank, len(source), world.size)
         found = predictions(
             loaded.model.segmentation,

@@ -43,7 +43,7 @@ class SimulateConfig:
     root: Path | None = None
     """Folder of the data set in its official layout (mnist: without it, the sample in the package)."""
     variant: str = ""
-    """Which labels, where a data set has several; its module lists them. Empty: the first."""
+    """Which labels, where a data set has several; its module lists them. Empty: the usual ones."""
     splits: tuple[str, ...] = ("train", "val")
     """Some of train, val and test."""
     limit: int | None = None

@@ -86,8 +86,8 @@ PROCESSES = {
         careful=False,
     ),
 }
-# (process, seed, checksum of the canvases) -> number of a canvas -> its drawings. Drawing takes milliseconds, as long as a step
-# may; runs of one process and its splits share what is there.
+# (process, seed, checksum of canvases and masks) -> number of a canvas -> its drawings. Drawing takes milliseconds, as long as
+# a step may; runs of one process and its splits share what is there.
 _DRAWN: dict[tuple[Process, int, int], dict[int, tuple[np.ndarray, np.ndarray]]] = {}
 _SEEDS = {"train": 0, "val": 1_000_003, "test": 2_000_003}
 _FILES = {
@@ -125,12 +125,6 @@ def read_idx(path: str | Path) -> np.ndarray:
     if len(data) - header != expected:
         raise ValueError(f"{path}: expected {expected} values for shape {shape}, got {len(data) - header} (truncated?)")
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
-
-
-def write_idx(path: str | Path, array: np.ndarray) -> None:
-    """Write uint8 ``array`` as gzip IDX; equal arrays give equal bytes (no time stamp, no file name)."""
-    header = bytes([0, 0, 0x08, array.ndim]) + b"".join(int(size).to_bytes(4, "big") for size in array.shape)
-    Path(path).write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes(), 9, mtime=0))
 
 
 def read_split(folder: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -224,7 +218,9 @@ class MnistSource:
         self.indices = list(range(len(self.canvas)))
         self.given: dict[str, dict[str, tuple[Path, ...]]] = {}
         self.skipped: tuple[str, ...] = ()
-        self._drawn = _DRAWN.setdefault((process, seed, zlib.crc32(self.canvas.tobytes())), {})
+        self._drawn = _DRAWN.setdefault(
+            (process, seed, zlib.crc32(np.stack([self.canvas, self.mask, self.region]).tobytes())), {}
+        )
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -239,7 +235,8 @@ class MnistSource:
     def load(self, index: int) -> Record:
         n, name = self.indices[index], self.name(index)
         image, mask = self.canvas[n][..., None].copy(), self.mask[n].copy()
-        positive, negative = self.draw(n)
+        both = {"positive", "negative"} <= self.given.keys()
+        positive, negative = (None, None) if both else self.draw(n)
         record = Record(name, image, positive, negative, mask)
         if "positive" in self.given:
             path = first(self.given["positive"], name)

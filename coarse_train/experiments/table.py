@@ -1,43 +1,49 @@
 """A table: rows that are configs, each trained with some seeds by `fit`, scored, and kept.
 
     rows = {"trusted": config, "matrix": replace(config, positive=DrawingsConfig(cm="global"))}
-    cells = run_table(rows, seeds=(0, 1, 2), out=Path("runs/table"))
+    if __name__ == "__main__":  # processes are spawned
+        cells = run_table(rows, seeds=(0, 1, 2), out=Path("runs/table"))
 
-Each config with its seed has a folder of its own, OUT/cells/HASH, named after all that changes its result. So a table that
-was interrupted goes on, and tables in one folder share the rows that they have in common.
+Each config with its seed has a folder of its own, OUT/cells/HASH, named after its settings and its data. So a table that was
+interrupted goes on, and tables in one folder share the rows that they have in common.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import FitConfig, from_dict, to_dict
+from ..config import DataConfig, FitConfig, check_config, from_dict, to_dict
 from ..data import Source, open_split
 from ..data.segmentation import SegmentationData
 from ..distributed import join_world
 from ..engine import fit
 from ..inference import load_model, score
 from ..metrics import ConfusionMeter
-from ..model import confusion_sums
-from ..run import write_text
+from ..model import CoarseModel, confusion_sums
+from ..run import make_folder, write_text
 from ..simulate import pair_counts, shares
 
-# They change no score: where a run lies, what it may be interrupted by, who computes.
-_FREE = ("out", "resume", "save_every", "backend", "device", "threads")
+_FORMAT = 1  # of a cell; another one is another folder
+_UNNAMED = ("out", "resume", "save_every")  # in no hash: where a run lies, and what it may be interrupted by
 _MATRIX_IMAGES = 512  # of the training split, over which the believed matrix is averaged
+_HASHED_IMAGES = 16  # of the training split, whose content, drawings included, is part of the hash
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,8 @@ class Cell:
     miou_validation, miou_best: on the validation masks at the last step, and the best of all evaluations on them (which
         chose nothing); None where there are none.
     iou: of each class, as ``miou``; None for a class that occurs nowhere.
-    believed, observed: p(drawn | true) of the positive drawings, [drawn][true]: of the model where it has matrices, and
-        counted on the training images that have a mask. cm_error: mean absolute difference of their entries.
+    believed, observed: p(drawn | true) of the positive drawings, [drawn][true]: of a model that learned matrices, and
+        counted on the same training images. cm_error: mean absolute difference of their entries.
     reads: what looked at dense masks.
     """
 
@@ -78,101 +84,174 @@ def run_table(
 ) -> list[Cell]:
     """Train what is not there yet, ``jobs`` runs at a time, and return all cells in the order of rows and seeds.
 
-    jobs: processes; without it one for each core, and PyTorch in each has one thread: small networks gain little from more.
+    jobs: processes; without it one for each core (one in all on a GPU), and PyTorch in each has one thread: small networks
+        gain little from more.
+
+    Raises ValueError and FileNotFoundError for what is wrong with a config or its data, before anything is written; what
+    `fit` raises, when the runs beside it have ended: they are kept.
     """
-    todo = [(row, _with_seed(config, seed, out)) for row, config in rows.items() for seed in seeds]
-    jobs = min(len(todo), jobs or len(os.sched_getaffinity(0)))
-    cells: dict[tuple[str, int], Cell] = {}
-    tasks = [(row, to_dict(config), split) for row, config in todo]
-    if jobs <= 1:
-        for task in tasks:
-            _collect(cells, _run(*task), said)
-    else:
-        # spawned, not forked: a fork of a process that has threads may hang
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            for done in as_completed([pool.submit(_run, *task) for task in tasks]):
-                _collect(cells, done.result(), said)
-    return [cells[row, config.seed] for row, config in todo]
+    seeded = {(row, seed): replace(config, seed=seed) for row, config in rows.items() for seed in seeds}
+    for config in seeded.values():
+        check_config(config)
+        scored = open_split(config.data, split)
+        bare = [scored.name(index) for index in range(len(scored)) if "mask" not in scored.kinds(index)]
+        if bare:
+            raise ValueError(f"split: expected dense masks in {split!r} to score with, got none for {bare[0]}")
+    configs = {key: _in_cell(config, out) for key, config in seeded.items()}
+    make_folder("out", out)
+    runs = {config.out: config for config in configs.values()}  # rows that are equal are one run
+    cells: dict[Path, Cell] = {}
+    for folder, cell in _all_cells(list(runs.values()), split, jobs or _cores()):
+        cells[folder] = cell
+        row, seed = next(key for key, config in configs.items() if config.out == folder)
+        said(f"{row}, seed {seed}: mean IoU {cell.miou:.1f} after {cell.seconds:.0f} s")
+    return [replace(cells[config.out], method=row, folder=str(config.out)) for (row, _), config in configs.items()]
 
 
-def _collect(cells: dict[tuple[str, int], Cell], cell: Cell, said: Callable[[str], None]) -> None:
-    cells[cell.method, cell.seed] = cell
-    said(f"{cell.method}, seed {cell.seed}: mean IoU {cell.miou:.1f} after {cell.seconds:.0f} s")
+def _cores() -> int:
+    if torch.cuda.is_available():
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _all_cells(runs: Sequence[FitConfig], split: str, jobs: int) -> Iterator[tuple[Path, Cell]]:
+    """As they end."""
+    if min(jobs, len(runs)) <= 1:
+        for config in runs:
+            yield config.out, _run(to_dict(config), split)
+        return
+    # spawned, not forked: a fork of a process that has threads may hang
+    with ProcessPoolExecutor(min(jobs, len(runs)), mp_context=multiprocessing.get_context("spawn")) as pool:
+        left = iter(runs)
+        running: dict[Future[Cell], Path] = {}
+        # No more at a time than there are processes: what waits in a queue would be trained after an error or Ctrl-C.
+        for config in itertools.islice(left, jobs):
+            running[pool.submit(_run, to_dict(config), split)] = config.out
+        while running:
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                folder = running.pop(done)
+                try:
+                    cell = done.result()
+                except BrokenProcessPool as error:
+                    raise ChildProcessError(
+                        f"{folder}: a process of the table was killed, perhaps for want of memory; the table goes on from "
+                        "what is there"
+                    ) from error
+                for config in itertools.islice(left, 1):
+                    running[pool.submit(_run, to_dict(config), split)] = config.out
+                yield folder, cell
 
 
 def digest(config: FitConfig) -> str:
-    content = {key: value for key, value in to_dict(config).items() if key not in _FREE}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    """Of the settings and of what they read: the first images of the training split with their drawings, a transition."""
+    content = {key: value for key, value in to_dict(config).items() if key not in _UNNAMED}
+    transition = crc32(config.transition.read_bytes()) if isinstance(config.transition, Path) else 0
+    known = [_FORMAT, content, _content(config.data, config.seed), transition]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _with_seed(config: FitConfig, seed: int, out: Path) -> FitConfig:
-    config = replace(config, seed=seed, threads=config.threads or 1, resume=True)
-    return replace(config, out=out / "cells" / digest(config), save_every=max(1, config.steps))
+@cache
+def _content(data: DataConfig, seed: int) -> int:
+    plain = replace(data, crop=None, scale=(1.0, 1.0), flip=False, colour=0.0)
+    dataset = SegmentationData(open_split(data, "train"), plain, seed=seed, training=False)
+    checksum = len(dataset)
+    for index in range(min(len(dataset), _HASHED_IMAGES)):
+        for field in dataset[index]:
+            checksum = crc32(field.numpy().tobytes(), checksum)
+    return checksum
 
 
-def _run(row: str, content: dict[str, object], split: str) -> Cell:
+def _in_cell(config: FitConfig, out: Path) -> FitConfig:
+    config = replace(config, threads=config.threads or 1, resume=True)
+    return replace(config, out=out / "cells" / digest(config))
+
+
+def _run(content: dict[str, object], split: str) -> Cell:
     """In a process of its own, so that what `fit` says goes to a file."""
     config = from_dict(content)
     kept = config.out / f"{split}.json"
     if not kept.exists():
         config.out.mkdir(parents=True, exist_ok=True)
         with open(config.out / "log.txt", "a") as log, redirect_stderr(log):
-            fit(config)
-            cell = _cell(row, config, split)
+            checkpoint = fit(config).checkpoint
+            cell = _cell(checkpoint, config, split)
         write_text(kept, json.dumps(asdict(cell), indent=2) + "\n")
-    return replace(Cell(**json.loads(kept.read_text())), method=row, folder=str(config.out))
+    try:
+        return Cell(**json.loads(kept.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{kept}: expected a cell of a table, got {error}; without the file it is scored again"
+        ) from error
 
 
-def _cell(row: str, config: FitConfig, split: str) -> Cell:
-    loaded = load_model(config.out / "last.pt")
+def _cell(checkpoint: Path, config: FitConfig, split: str) -> Cell:
+    loaded = load_model(checkpoint)
     source = open_split(config.data, split)
     with join_world("cpu") as world:
         meter = score(loaded.model.segmentation, source, world=world, channels=loaded.channels)
     steps = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     scores = [step["mean_iou"] for step in steps if step.get("mean_iou") is not None]
-    believed = observed = error = None
-    if loaded.model.positive is not None:
-        train = open_split(config.data, "train")
-        estimated, counted = _matrices(loaded.model, train, config, loaded.channels)
-        error = float((estimated - counted).abs().mean())
-        believed, observed = estimated.tolist(), counted.tolist()
+    matrices = None
+    if loaded.model.positive is not None and config.data.supervision != "masks":
+        matrices = _matrices(loaded.model, open_split(config.data, "train"), config, loaded.channels)
     masks = config.data.supervision != "drawings" or config.select_with > 0
-    reads = "scores" if not masks else f"scores; training ({config.data.supervision}, select_with {config.select_with})"
     return Cell(
-        row,
-        config.seed,
-        meter.mean_iou(),
-        scores[-1] if scores else None,
-        max(scores, default=None),
-        max((step["seconds"] for step in steps if "seconds" in step), default=0.0),
-        _by_class(meter, source),
-        error,
-        believed,
-        observed,
-        reads,
-        str(config.out),
+        method="",
+        seed=config.seed,
+        miou=meter.mean_iou(),
+        miou_validation=scores[-1] if scores else None,
+        miou_best=max(scores, default=None),
+        seconds=_seconds([step["seconds"] for step in steps if "seconds" in step]),
+        iou=_by_class(meter, source),
+        cm_error=None if matrices is None else matrices.error(),
+        believed=None if matrices is None else matrices.believed.tolist(),
+        observed=None if matrices is None else matrices.observed.tolist(),
+        reads=f"scores; training ({config.data.supervision}, select_with {config.select_with})" if masks else "scores",
+        folder=str(config.out),
     )
 
 
+def _seconds(times: Sequence[float]) -> float:
+    """Since the start of the run, which counts from 0 again where it was interrupted."""
+    ends = [one for one, after in itertools.pairwise(times) if after < one]
+    return sum(ends) + (times[-1] if times else 0.0)
+
+
 def _by_class(meter: ConfusionMeter, source: Source) -> dict[str, float | None]:
-    shares = zip(source.classes.names, (100 * meter.iou()).tolist(), strict=True)
-    return {name: None if share != share else round(share, 2) for name, share in shares}  # NaN: in no mask
+    values = zip(source.classes.names, (100 * meter.iou()).tolist(), strict=True)
+    return {name: None if value != value else round(value, 2) for name, value in values}  # NaN: in no mask
+
+
+@dataclass(frozen=True)
+class _Matrices:
+    """(C, C) float64 [drawn, true], believed and counted over the same images."""
+
+    believed: Tensor
+    observed: Tensor
+
+    def error(self) -> float:
+        """Mean absolute difference of the entries, over the classes that were drawn on."""
+        counted = self.observed.sum(0) > 0
+        return float((self.believed - self.observed)[:, counted].abs().mean())
 
 
 @torch.no_grad()
-def _matrices(model: torch.nn.Module, source: Source, config: FitConfig, channels: int) -> tuple[Tensor, Tensor]:
-    """(C, C) [drawn, true] believed and counted, of the positive drawings of the first training images."""
+def _matrices(model: CoarseModel, source: Source, config: FitConfig, channels: int) -> _Matrices | None:
+    """Of the positive drawings of the first training images that have a mask; None where none has both."""
     plain = replace(config.data, crop=None, scale=(1.0, 1.0), flip=False, colour=0.0)
     dataset = SegmentationData(source, plain, seed=config.seed, training=False, channels=channels)
     classes = len(source.classes)
     weighted, weight = torch.zeros(classes, classes), torch.zeros(classes)
     counts = np.zeros((classes, classes), np.int64)
-    for index in range(min(len(dataset), _MATRIX_IMAGES)):
+    with_mask = [index for index in range(len(dataset)) if "mask" in source.kinds(index)]
+    for index in with_mask[:_MATRIX_IMAGES]:
         sample = dataset[index]
         sums = confusion_sums(model(sample.image[None]), "positive")
         weighted, weight = weighted + sums[0], weight + sums[1]
         counts += pair_counts(sample.positive.numpy(), sample.mask.numpy(), classes)
-    return (weighted / weight).double(), torch.from_numpy(shares(counts))
+    if not counts.any():
+        return None
+    return _Matrices((weighted / weight).double(), torch.from_numpy(shares(counts)))
 
 
 # --- what it says -------------------------------------------------------------------------------------------------------
@@ -219,6 +298,6 @@ def text(cells: Sequence[Cell], split: str) -> str:
 
 def write_results(path: Path, cells: Sequence[Cell], rows: Mapping[str, FitConfig], **more: object) -> None:
     """JSON, all or nothing."""
-    configs = {row: {**to_dict(config), "out": None} for row, config in rows.items()}
+    configs = {row: to_dict(config) for row, config in rows.items()}
     content = {"rows": [asdict(cell) for cell in cells], "configs": configs, **more}
     write_text(path, json.dumps(content, indent=2) + "\n")

@@ -248,8 +248,6 @@ def build_annotation(
 
 
 def _structure(config: DrawingsConfig, num_classes: int) -> Structure:
-    if config.missing is not None and config.structure != "full":
-        raise ValueError(f"missing: expected None with structure {config.structure!r}, got {config.missing}")
     if config.structure == "full":
         return Full(num_classes, config.diagonal, config.missing)
     if config.structure == "floor":

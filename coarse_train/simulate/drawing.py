@@ -2,12 +2,12 @@
 
     positive, negative = draw_coarse(mask, level("sketch", num_classes=11, confusion=0.1), np.random.default_rng(0))
 
-A region is an 8-connected component of one class, unless objects are given; no class is a background, unless the process has
-one. A positive drawing covers a region, badly, with
-the class that the confusion matrix [drawn, true] gives. A negative drawing covers one, more generously, with a class
-that it is not: the transition [true, named] gives it. Large regions are drawn first and smaller ones on top of them, as
-one colours a picture in: so a pole in front of a building stays, and a region that is drawn too wide takes from larger
-neighbours only, where a person would have coloured over them too. What is drawn nowhere is `IGNORE`, or what the paper says.
+A region is an 8-connected component of one class, unless objects are given; no class is a background, unless the process
+has one. A positive drawing covers a region, badly, with the class that the confusion matrix [drawn, true] gives. A negative
+drawing covers one, more generously, with a class that it is not: the transition [true, named] gives it. Large regions are
+drawn first and smaller ones on top of them, as one colours a picture in: so a pole in front of a building stays, and a
+region that is drawn too wide takes from larger neighbours only, where a person would have coloured over them too. What is
+drawn nowhere is `IGNORE`, or what the paper says.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ def draw_coarse(
     known = mask[mask != IGNORE]
     if known.size and known.max() >= process.num_classes:
         raise ValueError(f"mask: expected classes below {process.num_classes} or {IGNORE}, got {known.max()}")
-    if objects is not None and (objects.shape != mask.shape or process.background is None):
-        raise ValueError(f"objects: expected {mask.shape} and a process with a background, got {objects.shape}")
+    if objects is not None and process.background is None:
+        raise ValueError(f"objects: expected None, since process {process.name!r} has no background")
+    if objects is not None and objects.shape != mask.shape:
+        raise ValueError(f"objects: expected {mask.shape} as mask has, got {objects.shape}")
     scene = _Scene(mask, process.background, objects)
     confusion, naming = np.array(process.confusion), process.naming
     positive = _paint(scene, process.positive, lambda true: int(rng.choice(len(confusion), p=confusion[:, true])), rng)

@@ -23,6 +23,8 @@ def swapped(num_classes: int, pairs: Mapping[int, int], probability: float) -> M
 
 def others(num_classes: int, background: int | None = None) -> Matrix:
     """[true, named]: any other class, all as often; never the background."""
+    if num_classes < (2 if background is None else 3):
+        raise ValueError(f"num_classes: expected at least 3 with a background that is never named, got {num_classes}")
     matrix = 1 - np.eye(num_classes)
     if background is not None:
         matrix[:, background] = 0
@@ -125,6 +127,12 @@ class Process:
             )
         if not 0 <= self.error <= 1:
             raise ValueError(f"error: expected a number from 0 to 1, got {self.error}")
+        for name, value in (
+            ("background", self.background),
+            *(("paper", s.paper) for s in (self.positive, self.negative)),
+        ):
+            if value not in (None, IGNORE, *range(self.num_classes)):
+                raise ValueError(f"{name}: expected a class below {self.num_classes}, got {value}")
         if self.layers < 0:
             raise ValueError(f"layers: expected a number >= 0, got {self.layers}")
 
