@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,6 +144,39 @@ def test_an_error_in_one_row_trains_no_row_that_has_not_begun(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"network: expected package\.module:name that can be imported"):
         run_table(rows, (0,), tmp_path, jobs=2, said=lambda line: None)
     assert 1 <= len(list(tmp_path.glob("cells/*/test.json"))) < 5
+
+
+@pytest.mark.slow
+def test_a_table_that_is_killed_leaves_no_process_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "coarse_train", "demo", "--jobs", "2", "--out", str(tmp_path / "demo")]
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    table_process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _until(lambda: len(list(tmp_path.glob("demo/cells/*/metrics.jsonl"))) == 2)
+        children = _children(table_process.pid)
+        assert len(children) >= 2
+    finally:
+        table_process.kill()
+        table_process.wait()
+    _until(lambda: not any(_alive(child) for child in children))
+
+
+def _until(reached: Callable[[], bool], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def _children(parent: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_a_damaged_cell_is_named(tmp_path: Path) -> None:

@@ -14,14 +14,15 @@ import torch
 import torch.multiprocessing as mp
 import tyro
 from PIL import Image
+from torch import Tensor, nn
 
 from coarse_kernels import available_backends, use_backend
 from coarse_train.commands.evaluate import EvaluateConfig, run_evaluate
 from coarse_train.config import DataConfig
-from coarse_train.data import IGNORE, Classes
+from coarse_train.data import IGNORE, Classes, Record
 from coarse_train.data.folder import open_split
 from coarse_train.distributed import World
-from coarse_train.inference import InferenceConfig, load_model, score, to_input
+from coarse_train.inference import InferenceConfig, load_model, predictions, score, to_input
 from coarse_train.run import CheckpointError
 from tests.floats_formed import FloatsFormed, assert_most_probable
 from tests.nearest_colour import (
@@ -234,6 +235,59 @@ def test_a_missing_or_damaged_checkpoint_is_named(tmp_path: Path) -> None:
 def test_out_that_is_a_folder_is_refused_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="out: expected a file to write, got the folder"):
         run_evaluate(replace(_perfect(tmp_path), out=tmp_path))
+
+
+class _Sizes:
+    """Grey images of the sizes (height, width); one of None cannot be read."""
+
+    def __init__(self, *sizes: tuple[int, int] | None):
+        self.sizes, self.classes = sizes, Classes(("a", "b"), ((0, 0, 0), (1, 1, 1)))
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def kinds(self, index: int) -> frozenset[str]:
+        return frozenset({"mask"})
+
+    def load(self, index: int) -> Record:
+        size = self.sizes[index]
+        if size is None:
+            raise ValueError("a damaged one")
+        return Record(str(index), np.full((*size, 1), index, np.uint8), mask=np.zeros(size, np.uint8))
+
+
+class _Seen(nn.Module):
+    """Keeps the shapes of its batches; class "b" where the image's number is odd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[tuple[int, ...]] = []
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.batches.append(tuple(image.shape))
+        odd = (image * 255).round() % 2
+        return torch.cat([1 - odd, odd], 1)
+
+
+def test_small_images_of_one_size_go_through_the_network_together_and_large_ones_alone() -> None:
+    source, seen = _Sizes(*[(8, 8)] * 3, (8, 9), (8, 8), *[(400, 400)] * 2), _Seen()
+    config, world = InferenceConfig(), World(0, 1, torch.device("cpu"))
+    found = list(predictions(seen, source, range(7), world, channels=1, config=config))
+    assert [record.name for record, _ in found] == list("0123456")
+    assert all(predicted.unique().tolist() == [n % 2] for n, (_, predicted) in enumerate(found))
+    assert [tuple(predicted.shape) for _, predicted in found] == list(source.sizes)
+    assert [shape[0] for shape in seen.batches] == [3, 1, 1, 1, 1]
+
+
+def test_images_ahead_of_one_that_cannot_be_read_are_predicted() -> None:
+    source, world = _Sizes((8, 8), (8, 8), None, (8, 8)), World(0, 1, torch.device("cpu"))
+    found = predictions(_Seen(), source, range(4), world, channels=1, config=InferenceConfig())
+    assert [next(found)[0].name, next(found)[0].name] == ["0", "1"]
+    with pytest.raises(ValueError, match="a damaged one"):
+        next(found)
 
 
 @pytest.mark.parametrize("training", [True, False])

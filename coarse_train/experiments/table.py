@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -121,7 +122,8 @@ def _all_cells(runs: Sequence[FitConfig], split: str, jobs: int) -> Iterator[tup
             yield config.out, _run(to_dict(config), split)
         return
     # spawned, not forked: a fork of a process that has threads may hang
-    with ProcessPoolExecutor(min(jobs, len(runs)), mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(runs)), mp_context=spawn, initializer=_end_with_parent) as pool:
         left = iter(runs)
         running: dict[Future[Cell], Path] = {}
         # No more at a time than there are processes: what waits in a queue would be trained after an error or Ctrl-C.
@@ -140,6 +142,18 @@ def _all_cells(runs: Sequence[FitConfig], split: str, jobs: int) -> Iterator[tup
                 for config in itertools.islice(left, 1):
                     running[pool.submit(_run, to_dict(config), split)] = config.out
                 yield folder, cell
+
+
+def _end_with_parent() -> None:
+    """A pool's process waits for ever where the one that feeds it was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def digest(config: FitConfig) -> str:
