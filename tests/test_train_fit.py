@@ -774,3 +774,13 @@ def test_the_training_package_knows_the_public_api_alone() -> None:
                 assert {alias.name for alias in node.names} <= {*coarse_kernels.__all__}, path
             if isinstance(node, ast.Import):
                 assert not any(alias.name.startswith("coarse_kernels.") for alias in node.names), path
+
+
+def test_nothing_but_the_command_line_knows_of_experiments() -> None:
+    for path in (ROOT / "coarse_train").rglob("*.py"):
+        if path.parent.name == "experiments" or path.name == "cli.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                named = [node.module or "", *(alias.name for alias in node.names)]
+                assert not any("experiments" in name.split(".") for name in named), path
