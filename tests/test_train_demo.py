@@ -259,7 +259,7 @@ def test_the_printed_table_has_every_seed_their_mean_and_spread() -> None:
 @pytest.mark.parametrize("task", PROCESSES)
 def test_tuning_tries_every_setting_on_the_validation_canvases(tmp_path: Path, task: str) -> None:
     cells = run_demo(replace(TINY, steps=1, tune=True, task=task, out=tmp_path))
-    assert len(cells) == len(trials(task)) == (8 if task == "binary" else 12)
+    assert len(cells) == len(trials(task)) == (4 if task == "binary" else 12)
     results = json.loads((tmp_path / "tuning.json").read_text())
     best = max(cells, key=lambda cell: cell.miou).method
     assert results["conclusion"] == [f"{task}: best of {len(cells)}: {best}"]

@@ -46,14 +46,14 @@ WEIGHTS = (0.3, 0.6, 1.0, 1.4)
 TUNED: dict[str, tuple[str, float]] = {
     "majority": ("objects", 1.0),
     "hasty": ("estimated", 1.0),
-    "binary": ("uniform", 1.0),
+    "binary": ("uniform", 1.4),
 }
 
 
 def trials(task: str) -> list[tuple[str, float]]:
     """What is tried for ``ce_both``: how a negative drawing is explained, and how much it weighs beside a positive one. The
-    other rows are as they come."""
-    transitions = ("uniform", "estimated") if PROCESSES[task].num_classes == 2 else ("uniform", "objects", "estimated")
+    other rows are as they come. Of two classes there is one transition."""
+    transitions = ("uniform",) if PROCESSES[task].num_classes == 2 else ("uniform", "objects", "estimated")
     return list(itertools.product(transitions, WEIGHTS))
 
 
