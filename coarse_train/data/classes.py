@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-IGNORE = 255  # nobody drew here; it counts in no loss and in no score
+from .. import IGNORE
+
 # Okabe and Ito 2008, "Color Universal Design", https://jfly.uni-koeln.de/color/: told apart by colour-blind people, too
 OKABE_ITO = (
     (0, 0, 0),

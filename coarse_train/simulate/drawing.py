@@ -19,7 +19,7 @@ from zlib import crc32
 import numpy as np
 from scipy import ndimage
 
-from ..data.classes import IGNORE
+from .. import IGNORE
 from .noise import Process, Strokes
 from .shapes import KINDS, REACH, size_of
 

@@ -8,7 +8,7 @@ from math import log
 
 import numpy as np
 
-from ..data.classes import IGNORE
+from .. import IGNORE
 
 Matrix = tuple[tuple[float, ...], ...]
 
