@@ -71,7 +71,7 @@ highres: $(READY)
 	$(RUN) -m benchmarks.highres $(ARGS)
 
 tune: $(READY)
-	$(RUN) -m coarse_train demo --tune --out runs/tune $(ARGS)
+	$(RUN) -m coarse_train demo --tune $(ARGS)
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .

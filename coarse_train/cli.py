@@ -28,7 +28,8 @@ _EXPECTED = (ValueError, OSError, CheckpointError, NonFiniteStep)
 
 
 DESCRIPTION = """Train segmentation networks from coarse drawings: `coarse-train fit DATASET|CONFIG.toml [options]`, where
-DATASET takes the recipe of that name; then `evaluate CHECKPOINT`, `predict CHECKPOINT`. `COMMAND --help` lists the options."""
+DATASET takes the recipe of that name; then `evaluate CHECKPOINT`, `predict CHECKPOINT`; `simulate DATASET` draws, `demo`
+shows it on digits. `COMMAND --help` lists the options."""
 
 
 def _fit(config: FitConfig) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -113,7 +114,23 @@ def test_rows_that_are_equal_are_trained_once_whatever_runs_beside_them(tmp_path
     assert [(cell.method, cell.seed) for cell in cells] == [("one", 0), ("one", 1), ("same", 0), ("same", 1)]
     assert cells[0].folder == cells[2].folder
     assert cells[0].miou == cells[2].miou
-    assert len(said) == 2
+    assert sorted(line.split(":")[0] for line in said) == ["one, same, seed 0", "one, same, seed 1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": {}}, "rows: expected at least one"),
+        ({"seeds": ()}, r"seeds: expected some different numbers, got \(\)"),
+        ({"seeds": (0, 0)}, r"seeds: expected some different numbers, got \(0, 0\)"),
+        ({"jobs": 0}, "jobs: expected a number >= 1, got 0"),
+    ],
+)
+def test_a_table_of_nothing_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    arguments = {"rows": {"row": FitConfig()}, "seeds": (0,), "out": tmp_path / "out", **changes}
+    with pytest.raises(ValueError, match=message):
+        run_table(**arguments)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_changes_no_score_changes_no_folder() -> None:
@@ -139,15 +156,18 @@ def test_other_drawings_under_the_same_name_are_another_run(monkeypatch: pytest.
 
 def test_an_error_in_one_row_trains_no_row_that_has_not_begun(tmp_path: Path) -> None:
     row = _as_run(rows_of("hasty")["ce_both"])
+    said: list[str] = []
     bad = replace(row, model=replace(row.model, network="nowhere:nothing"))
     rows = {"bad": bad, **{f"row {k}": replace(row, steps=k) for k in range(2, 7)}}
     with pytest.raises(ValueError, match=r"network: expected package\.module:name that can be imported"):
-        run_table(rows, (0,), tmp_path, jobs=2, said=lambda line: None)
+        run_table(rows, (0,), tmp_path, jobs=2, said=said.append)
+    assert said[-1] == "bad, seed 0: failed"
     assert 1 <= len(list(tmp_path.glob("cells/*/test.json"))) < 5
 
 
 @pytest.mark.slow
-def test_a_table_that_is_killed_leaves_no_process_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_table_that_is_stopped_leaves_no_process_behind(tmp_path: Path, how: signal.Signals) -> None:
     command = [sys.executable, "-m", "coarse_train", "demo", "--jobs", "2", "--out", str(tmp_path / "demo")]
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     table_process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -156,8 +176,8 @@ def test_a_table_that_is_killed_leaves_no_process_behind(tmp_path: Path) -> None
         children = _children(table_process.pid)
         assert len(children) >= 2
     finally:
-        table_process.kill()
-        table_process.wait()
+        table_process.send_signal(how)
+        table_process.wait(60)
     _until(lambda: not any(_alive(child) for child in children))
 
 
@@ -233,6 +253,16 @@ def test_the_conclusion_says_so_also_where_it_is_not_ahead(miou: float, words: s
     assert words in first
     assert "0.020" in last
     assert conclude([cell("supervised", 0, 95.0)]) == []
+
+
+def test_tasks_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for task in ("majority", "binary"):
+        run_demo(replace(TINY, task=task, rows=("ce_both",), steps=1))
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("results.json")) == [
+        "runs/demo/results.json",
+        "runs/demo_binary/results.json",
+    ]
 
 
 def test_the_printed_table_has_every_seed_their_mean_and_spread() -> None:

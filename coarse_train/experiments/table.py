@@ -1,8 +1,14 @@
 """A table: rows that are configs, each trained with some seeds by `fit`, scored, and kept.
 
-    rows = {"trusted": config, "matrix": replace(config, positive=DrawingsConfig(cm="global"))}
-    if __name__ == "__main__":  # processes are spawned
+    from coarse_train.config import DrawingsConfig, recipe, replace
+    from coarse_train.experiments.table import run_table, text, write_results
+
+    trusted = replace(recipe("mnist"), positive=DrawingsConfig())
+    rows = {"trusted": trusted, "matrix": recipe("mnist")}
+    if __name__ == "__main__":  # the processes that train import this file, too
         cells = run_table(rows, seeds=(0, 1, 2), out=Path("runs/table"))
+        print(text(cells, "test"))
+        write_results(Path("runs/table/results.json"), cells, rows)
 
 Each config with its seed has a folder of its own, OUT/cells/HASH, named after its settings and its data. So a table that was
 interrupted goes on, and tables in one folder share the rows that they have in common.
@@ -88,9 +94,18 @@ def run_table(
     jobs: processes; without it one for each core (one in all on a GPU), and PyTorch in each has one thread: small networks
         gain little from more.
 
-    Raises ValueError and FileNotFoundError for what is wrong with a config or its data, before anything is written; what
-    `fit` raises, when the runs beside it have ended: they are kept.
+    split: what is scored, "val" where a data set has no "test".
+    said: gets a line for each run.
+
+    Raises ValueError and FileNotFoundError for what is wrong with an argument, a config or its data, before anything is
+    written; what `fit` raises, when the runs beside it have ended: they are kept.
     """
+    if not rows:
+        raise ValueError(f"rows: expected at least one, got {rows}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds: expected some different numbers, got {seeds}")
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs: expected a number >= 1, got {jobs}")
     seeded = {(row, seed): replace(config, seed=seed) for row, config in rows.items() for seed in seeds}
     for config in seeded.values():
         check_config(config)
@@ -103,9 +118,12 @@ def run_table(
     runs = {config.out: config for config in configs.values()}  # rows that are equal are one run
     cells: dict[Path, Cell] = {}
     for folder, cell in _all_cells(list(runs.values()), split, jobs or _cores()):
+        names = ", ".join(row for (row, _), config in configs.items() if config.out == folder)
+        if isinstance(cell, BaseException):
+            said(f"{names}, seed {runs[folder].seed}: failed")
+            raise cell
         cells[folder] = cell
-        row, seed = next(key for key, config in configs.items() if config.out == folder)
-        said(f"{row}, seed {seed}: mean IoU {cell.miou:.1f} after {cell.seconds:.0f} s")
+        said(f"{names}, seed {cell.seed}: mean IoU {cell.miou:.1f} after {cell.seconds:.0f} s")
     return [replace(cells[config.out], method=row, folder=str(config.out)) for (row, _), config in configs.items()]
 
 
@@ -115,12 +133,18 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _all_cells(runs: Sequence[FitConfig], split: str, jobs: int) -> Iterator[tuple[Path, Cell]]:
-    """As they end."""
+def _all_cells(runs: Sequence[FitConfig], split: str, jobs: int) -> Iterator[tuple[Path, Cell | Exception]]:
+    """As they end; an exception is the last."""
     if min(jobs, len(runs)) <= 1:
         for config in runs:
-            yield config.out, _run(to_dict(config), split)
+            try:
+                cell = _run(to_dict(config), split)
+            except Exception as error:
+                yield config.out, error
+                return
+            yield config.out, cell
         return
+    others = set(multiprocessing.active_children())
     # spawned, not forked: a fork of a process that has threads may hang
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(jobs, len(runs)), mp_context=spawn, initializer=_end_with_parent) as pool:
@@ -129,19 +153,25 @@ def _all_cells(runs: Sequence[FitConfig], split: str, jobs: int) -> Iterator[tup
         # No more at a time than there are processes: what waits in a queue would be trained after an error or Ctrl-C.
         for config in itertools.islice(left, jobs):
             running[pool.submit(_run, to_dict(config), split)] = config.out
-        while running:
-            for done in wait(running, return_when=FIRST_COMPLETED).done:
-                folder = running.pop(done)
-                try:
-                    cell = done.result()
-                except BrokenProcessPool as error:
-                    raise ChildProcessError(
-                        f"{folder}: a process of the table was killed, perhaps for want of memory; the table goes on from "
-                        "what is there"
-                    ) from error
-                for config in itertools.islice(left, 1):
-                    running[pool.submit(_run, to_dict(config), split)] = config.out
-                yield folder, cell
+        try:
+            while running:
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    folder = running.pop(done)
+                    if isinstance(done.exception(), BrokenProcessPool):
+                        raise ChildProcessError(
+                            f"{folder}: a process of the table ended by itself; was it killed for want of memory, or has the "
+                            'script no `if __name__ == "__main__":` around `run_table`? The table goes on from what is there'
+                        )
+                    if isinstance(failure := done.exception(), Exception):
+                        yield folder, failure
+                        return
+                    for config in itertools.islice(left, 1):
+                        running[pool.submit(_run, to_dict(config), split)] = config.out
+                    yield folder, done.result()
+        except KeyboardInterrupt:
+            for process in set(multiprocessing.active_children()) - others:  # the signal may have come to us alone
+                process.terminate()
+            raise
 
 
 def _end_with_parent() -> None:
@@ -304,8 +334,10 @@ def text(cells: Sequence[Cell], split: str) -> str:
         best = f"{statistics.fmean(bests):.1f}" if bests else "-"
         lines.append(f"{line}{best:>7}{error:>10}{statistics.fmean(c.seconds for c in own.values()):>9.0f}")
     lines.append(
-        f"Mean IoU in percent at the last step, {split} masks, all classes; best: of the evaluations on validation masks; "
-        "spread: largest difference between seeds."
+        f"Mean IoU in percent at the last step, {split} masks, all classes; "
+        + ("spread: largest difference between seeds; " if several else "one seed: a few points may be noise; ")
+        + "best: of the evaluations on validation masks; CM error: mean absolute difference of the entries of p(drawn | true), "
+        "believed and counted."
     )
     return "\n".join(lines)
 
