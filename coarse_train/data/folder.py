@@ -22,13 +22,12 @@ one number per pixel; 255 means that nothing is drawn. ``classes.toml`` says wha
 
 from __future__ import annotations
 
-import sys
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import FolderNotFound
-from .classes import IGNORE, OKABE_ITO, Classes
+from .classes import read_classes
 from .files import (
     IMAGE_SUFFIXES,
     Fault,
@@ -42,11 +41,6 @@ from .files import (
     root_folder,
     subfolders,
 )
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 if TYPE_CHECKING:
     from ..config import DataConfig
@@ -109,60 +103,3 @@ def _label_maps(folder: Path, images: dict[str, Path], faults: list[Fault]) -> d
     files = find_files(folder, *IMAGE_SUFFIXES)
     what, layers = _KINDS[folder.name], folder.name == "negatives"
     return match(images, files, what, folder, faults, layers=layers, optional=True)
-
-
-def read_classes(path: Path) -> Classes:
-    """The class table in a ``classes.toml``. Raises ValueError naming the file and the key."""
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-        _known_keys(content, {"class", "ignore"}, "")
-        entries = content.get("class")
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ValueError(f"class: expected tables [[class]], got {entries!r}")
-        colours = palette(len(entries))
-        rows = [_row(entry, index, colours[index]) for index, entry in enumerate(entries)]
-        ignored = content.get("ignore", [])
-        if not isinstance(ignored, list) or not all(_is_byte(value, IGNORE) for value in ignored):
-            raise ValueError(f"ignore: expected a list of integers from 0 to {IGNORE}, got {ignored!r}")
-        names, ids, shades = zip(*rows, strict=True) if rows else ((), (), ())
-        return Classes(names, shades, ids, tuple(ignored))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: expected the class table of your images, got no file") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _row(entry: dict[str, Any], index: int, colour: tuple[int, int, int]) -> tuple[str, int, tuple[int, int, int]]:
-    key = f"class {index}"
-    _known_keys(entry, {"name", "id", "colour"}, f"{key}.")
-    name = entry.get("name")
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{key}.name: expected a text, got {name!r}")
-    number = entry.get("id", index)
-    if not _is_byte(number, IGNORE - 1):
-        raise ValueError(f"{key}.id: expected an integer from 0 to {IGNORE - 1}, got {number!r}")
-    given = entry.get("colour", list(colour))
-    if not isinstance(given, list) or len(given) != 3 or not all(_is_byte(value, 255) for value in given):
-        raise ValueError(f"{key}.colour: expected three integers from 0 to 255, got {given!r}")
-    return name, number, (given[0], given[1], given[2])
-
-
-def _known_keys(table: dict[str, Any], known: set[str], prefix: str) -> None:
-    unknown = sorted(table.keys() - known)
-    if unknown:
-        raise ValueError(f"{prefix}{unknown[0]}: expected one of the keys {', '.join(sorted(known))}, got this one")
-
-
-def _is_byte(value: Any, largest: int) -> bool:
-    return type(value) is int and 0 <= value <= largest
-
-
-def palette(count: int) -> tuple[tuple[int, int, int], ...]:
-    """Colours that people with any colour vision can tell apart: Okabe and Ito's eight, then steps of cividis."""
-    colours = OKABE_ITO[1:] + OKABE_ITO[:1]  # black last: on an overlay it looks like nothing
-    if count <= len(colours):
-        return colours[:count]
-    from matplotlib import colormaps  # in here: its import takes longer than opening a data set
-
-    more = colormaps["cividis"]([index / (count - len(OKABE_ITO)) for index in range(count - len(OKABE_ITO))])
-    return colours + tuple((int(r), int(g), int(b)) for r, g, b in (more[:, :3] * 255).round())
