@@ -343,7 +343,10 @@ def text(cells: Sequence[Cell], split: str) -> str:
 
 
 def write_results(path: Path, cells: Sequence[Cell], rows: Mapping[str, FitConfig], **more: object) -> None:
-    """JSON, all or nothing."""
-    configs = {row: to_dict(config) for row, config in rows.items()}
-    content = {"rows": [asdict(cell) for cell in cells], "configs": configs, **more}
+    """JSON, all or nothing: every cell with the config that `from_dict` reads back."""
+    written = []
+    for cell in cells:
+        config = replace(rows[cell.method], seed=cell.seed, out=Path(cell.folder))
+        written.append({**asdict(cell), "config": to_dict(config)})
+    content = {"rows": written, **more}
     write_text(path, json.dumps(content, indent=2) + "\n")
