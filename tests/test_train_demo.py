@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,10 @@ def test_an_error_in_one_row_trains_no_row_that_has_not_begun(tmp_path: Path) ->
 def test_a_table_that_is_stopped_leaves_no_process_behind(tmp_path: Path, how: signal.Signals) -> None:
     command = [sys.executable, "-m", "coarse_train", "demo", "--jobs", "2", "--out", str(tmp_path / "demo")]
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    table_process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background may have it ignored
+    table_process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heard
+    )
     try:
         _until(lambda: len(list(tmp_path.glob("demo/cells/*/metrics.jsonl"))) == 2)
         children = _children(table_process.pid)
