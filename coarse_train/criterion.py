@@ -19,13 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coarse_kernels import Drawings, TransitionMatrix, annotation_objective
+from coarse_kernels import Drawings, TransitionMatrix, annotation_objective, uniform_transition
 
 from .config import FitConfig
 from .data import IGNORE, Sample, Source
 from .data.segmentation import SegmentationData
 from .model import ModelOutput
-from .simulate import others
 
 _TRANSITION_IMAGES = 200  # enough for C x C counts: 35 million pixels of CamVid
 
@@ -124,7 +123,9 @@ def open_transition(config: FitConfig, source: Source) -> TransitionMatrix:
     if kind == "objects":
         if classes < 3:
             raise ValueError(f"transition: expected at least 3 classes for objects, got {classes}")
-        return TransitionMatrix.fixed(torch.tensor(others(classes, background=0)))
+        matrix = uniform_transition(classes)
+        matrix[:, 0] = 0
+        return TransitionMatrix.fixed(matrix / matrix.sum(1, keepdim=True))
     if kind == "learned":
         return TransitionMatrix.learned(classes)
     if kind == "estimated":

@@ -57,7 +57,9 @@ def choose_trusted_side(
     path = config.out / "selection.json"
     if config.resume and path.exists():
         content = json.loads(path.read_text())
-        check_same_run(from_dict(content["negative_trusted"]), candidates["negative"])
+        # the config of the run folder may have the chosen side, from which `missing` of the other is not to be had again
+        before, now = from_dict(content["negative_trusted"]), candidates["negative"]
+        check_same_run(before, replace(now, positive=replace(now.positive, missing=before.positive.missing)))
         scores = content["mean_iou"]
     else:
         folders = {name: config.out / f"trust_{name}" for name in candidates}

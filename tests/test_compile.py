@@ -178,7 +178,9 @@ def test_find_bad_label_finds_the_first() -> None:
 # --- torch.compile ----------------------------------------------------------------------------------------------------
 
 
-def both(use: Callable[..., Tensor], *inputs: Tensor | None, backend: str, dynamic: bool | None = None) -> None:
+def assert_compiled_as_eager(
+    use: Callable[..., Tensor], *inputs: Tensor | None, backend: str, dynamic: bool | None = None
+) -> None:
     """Loss and gradients of ``use`` compiled without a break, against eager."""
     compiled = torch.compile(use, fullgraph=True, backend=backend, dynamic=dynamic)
     found: list[tuple[Tensor, list[Tensor | None]]] = []
@@ -207,7 +209,7 @@ def test_annotation_nll(grid: tuple[int, int] | None, stream: str, reduction: st
             seg, cm, labels, transition, trace_weight=0.1, class_weight=weight, reduction=reduction, backend=backend
         ).loss
 
-    both(use, problem.seg, problem.cm, problem.labels, problem.transition, backend="aot_eager")
+    assert_compiled_as_eager(use, problem.seg, problem.cm, problem.labels, problem.transition, backend="aot_eager")
 
 
 @pytest.mark.parametrize("grid", [None, (2, 3)], ids=["pixel", "strided"])
@@ -217,7 +219,9 @@ def test_coarse_label_loss_with_the_default_compiler(grid: tuple[int, int] | Non
     def use(seg: Tensor, cm: Tensor, labels: Tensor, other: Tensor, negative_labels: Tensor) -> Tensor:
         return ck.coarse_label_loss(seg * 2, cm, labels, other, negative_labels, negative_weight=0.3).loss * 3
 
-    both(use, positive.seg, positive.cm, positive.labels, negative.cm, negative.labels, backend="inductor")
+    assert_compiled_as_eager(
+        use, positive.seg, positive.cm, positive.labels, negative.cm, negative.labels, backend="inductor"
+    )
 
 
 def test_seg_logits_on_a_coarser_grid_and_a_trusted_source() -> None:
@@ -226,7 +230,7 @@ def test_seg_logits_on_a_coarser_grid_and_a_trusted_source() -> None:
     def use(seg: Tensor, cm: Tensor, labels: Tensor) -> Tensor:
         return ck.coarse_label_loss(seg, None, labels, cm, labels).loss
 
-    both(use, problem.seg, problem.cm, problem.labels, backend="aot_eager")
+    assert_compiled_as_eager(use, problem.seg, problem.cm, problem.labels, backend="aot_eager")
 
 
 @pytest.mark.every
@@ -249,7 +253,7 @@ def test_an_objective_of_several_kinds_in_layers(
         return found.loss.sum() + 0.7 * found.parts[1].loss.sum()  # a part alone, too
 
     tensors = first.seg, first.cm, other.cm, first.transition, first.labels, layers
-    both(use, *tensors, backend="aot_eager")
+    assert_compiled_as_eager(use, *tensors, backend="aot_eager")
 
 
 def test_modules() -> None:

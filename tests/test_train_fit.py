@@ -572,9 +572,12 @@ def test_tensorboard_has_every_step_once_and_the_pictures(tmp_path: Path) -> Non
 @pytest.mark.parametrize("given", ["positive", "negative"])
 def test_the_side_that_masks_chose_stays_over_a_resume(tmp_path: Path, given: str) -> None:
     """The config of the run folder already has the chosen side: taking it up again must not swap it back."""
-    sides = {given: DrawingsConfig(cm="global"), "negative" if given == "positive" else "positive": DrawingsConfig()}
+    matrix = DrawingsConfig(cm="global", diagonal=0.6, missing=0.3 if given == "positive" else None)
+    sides = {given: matrix, "negative" if given == "positive" else "positive": DrawingsConfig()}
     config = _config(tmp_path, select_with=4, select_steps=2, **sides)
     fit(config)
+    # what drawings leave out is no start for those that say what is not there
+    assert load_toml(tmp_path / "trust_positive" / "config.toml").negative.missing is None
     chosen = load_toml(tmp_path / "config.toml")
     before = _state(tmp_path)
     for again in (config, chosen):

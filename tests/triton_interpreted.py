@@ -306,7 +306,7 @@ def objective(
     return losses, [t.grad for t in found if t is not None and t.grad is not None]
 
 
-def hold(
+def assert_as_good_as_reference(
     seg: torch.Tensor, kinds: Kinds, schedule: str = "one_pass", floor: float | None = None, **options: Any
 ) -> Any:
     """Against the reference in float64, with the error of the reference in the same dtype as the measure."""
@@ -353,7 +353,7 @@ PLACES = {
 @pytest.mark.parametrize("kind", ["positive", "uniform", "random"])
 def test_a_trusted_kind(kind: str, place: str) -> None:
     size, grid = PLACES[place]
-    hold(logits(5, grid), drawn(5, size, kind, layers=[2 if place == "odd" else 1]))
+    assert_as_good_as_reference(logits(5, grid), drawn(5, size, kind, layers=[2 if place == "odd" else 1]))
 
 
 @pytest.mark.parametrize(
@@ -364,14 +364,16 @@ def test_trusted_kinds_together(classes: int, reduction: str, place: str) -> Non
     """33: more than a thread holds."""
     size, grid = PLACES[place]
     kinds = drawn(classes, size, "positive", "random", "uniform", layers=[1, 2, 3], weighted=reduction == "sum")
-    hold(logits(classes, grid), kinds, reduction=reduction, learn=classes < 33 or place == "pixels")
+    assert_as_good_as_reference(
+        logits(classes, grid), kinds, reduction=reduction, learn=classes < 33 or place == "pixels"
+    )
 
 
 @pytest.mark.parametrize("place", ["pixels", "odd"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_maps_of_trusted_kinds(schedule: str, place: str) -> None:
     size, grid = PLACES[place]
-    hold(
+    assert_as_good_as_reference(
         logits(5, grid), drawn(5, size, "positive", "random", layers=[1, 2], weighted=True), schedule, reduction="none"
     )
 
@@ -380,7 +382,9 @@ def test_maps_of_trusted_kinds(schedule: str, place: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_dtypes_of_trusted_kinds(dtype: torch.dtype, place: str) -> None:
     size, grid = PLACES[place]
-    hold(logits(5, grid).to(dtype), drawn(5, size, "positive", "random", label_dtype=torch.int64))
+    assert_as_good_as_reference(
+        logits(5, grid).to(dtype), drawn(5, size, "positive", "random", label_dtype=torch.int64)
+    )
 
 
 @pytest.mark.parametrize("place", ["pixels", "odd"])
@@ -391,7 +395,7 @@ def test_logit_scale_of_trusted_kinds(classes: int, scale: float, place: str) ->
     kinds = drawn(classes, size, "positive", "random", "uniform")
     # not learnt: 1 / D leaves float32's range. Interpolated logits of 1e4 are good to 1e-3.
     floor = 1e-3 if place == "odd" and scale == 1e4 else 5e-6
-    hold(logits(classes, grid, scale=scale), kinds, floor=floor, learn=False)
+    assert_as_good_as_reference(logits(classes, grid, scale=scale), kinds, floor=floor, learn=False)
 
 
 @pytest.mark.parametrize("place", ["pixels", "odd"])
@@ -409,7 +413,7 @@ def test_nan_where_no_trusted_layer_has_a_label(classes: int) -> None:
     kinds = drawn(classes, size, "positive", "random", layers=[2, 1])
     known = torch.cat([k.labels != 255 for k in kinds], 1).any(1, keepdim=True)
     seg = logits(classes, size)
-    clean = hold(torch.where(known, seg, 0.0), kinds)
+    clean = assert_as_good_as_reference(torch.where(known, seg, 0.0), kinds)
     for ours, expected in zip(objective(torch.where(known, seg, math.nan), kinds, BACKEND), clean, strict=True):
         for got, want in zip(ours, expected, strict=True):
             assert torch.equal(got, want)
@@ -437,8 +441,8 @@ def test_labels_that_no_class_explains(grid: tuple[int, int], classes: int) -> N
     weight = torch.ones(classes)
     weight[1:3] = 0.0
     some = tuple(dataclasses.replace(k, class_weight=weight) for k in kinds)
-    assert hold(seg, some)[0][0].isfinite()
-    hold(seg, kinds, reduction="none")
+    assert assert_as_good_as_reference(seg, some)[0][0].isfinite()
+    assert_as_good_as_reference(seg, kinds, reduction="none")
 
 
 @pytest.mark.parametrize("place", ["pixels", "odd"])
@@ -535,7 +539,7 @@ def test_any_number_of_shares(monkeypatch: pytest.MonkeyPatch, busy: int) -> Non
     monkeypatch.setattr(launch, "INTERPRETED_BUSY", busy)
     grid_tile = table.class_grid_tile
     monkeypatch.setattr(table, "class_grid_tile", lambda *a: grid_tile(*a)._replace(pixels=8))
-    hold(logits(3, (1, 2)), drawn(3, (11, 13), "positive", "random"))
+    assert_as_good_as_reference(logits(3, (1, 2)), drawn(3, (11, 13), "positive", "random"))
 
 
 @pytest.mark.parametrize(
@@ -560,7 +564,9 @@ def test_the_tiles_of_a_device_for_trusted_kinds(
     monkeypatch.setattr(table, "class_grid_tile", lambda *a: grid_tile(*a[:-1], False))
     monkeypatch.setattr(trusted, "BUSY", 4)
     seg = logits(classes, grid, batch=1)
-    hold(seg, drawn(classes, size, "positive", "random", layers=[1, 2], batch=1), reduction="sum")
+    assert_as_good_as_reference(
+        seg, drawn(classes, size, "positive", "random", layers=[1, 2], batch=1), reduction="sum"
+    )
     labels = ck.label_map(seg, size, backend=BACKEND)
     assert torch.equal(labels, ck.label_map(seg, size, backend="reference"))
 
@@ -573,7 +579,7 @@ def test_trusted_kinds_beside_one_with_a_matrix(grid: tuple[int, int], dtype: to
     cm = torch.randn(2, 3, 3, 2, 2, generator=generator(5)).to(dtype)
     other = drawn(3, (6, 8), "uniform", seed=9)[0]
     kinds = (trusted_kinds[0], dataclasses.replace(other, cm_logits=cm, trace_weight=0.1), trusted_kinds[1])
-    hold(logits(3, grid).to(dtype), kinds, floor=None if dtype == torch.float32 else 2e-2)
+    assert_as_good_as_reference(logits(3, grid).to(dtype), kinds, floor=None if dtype == torch.float32 else 2e-2)
 
 
 # --- kinds with a matrix: class logits on their own grid, layers, several kinds -----------------------------------------------
@@ -614,7 +620,7 @@ def test_kinds_with_a_matrix(monkeypatch: pytest.MonkeyPatch, place: str, field:
     size, grid = PLACES[place]
     points = {"pixel": size, "strided": tuple(min(2, s) for s in size), "one_point": tuple(1 for _ in size)}[field]
     monkeypatch.setattr(launch, "INTERPRETED_BAND", 0)  # 64 pixels of both images
-    hold(
+    assert_as_good_as_reference(
         logits(3, grid).to(dtype), mixed_kinds(3, size, points, dtype), reduction="mean" if field == "pixel" else "sum"
     )
 

@@ -93,7 +93,6 @@ def run_table(
 
     jobs: processes; without it one for each core (one in all on a GPU), and PyTorch in each has one thread: small networks
         gain little from more.
-
     split: what is scored, "val" where a data set has no "test".
     said: gets a line for each run.
 
@@ -109,7 +108,8 @@ def run_table(
     seeded = {(row, seed): replace(config, seed=seed) for row, config in rows.items() for seed in seeds}
     for config in seeded.values():
         check_config(config)
-        scored = open_split(config.data, split)
+    for data in {config.data for config in seeded.values()}:
+        scored = open_split(data, split)
         bare = [scored.name(index) for index in range(len(scored)) if "mask" not in scored.kinds(index)]
         if bare:
             raise ValueError(f"split: expected dense masks in {split!r} to score with, got none for {bare[0]}")
