@@ -15,12 +15,14 @@ from typing import Any
 import tyro
 
 from .commands.evaluate import EvaluateConfig, run_evaluate
+from .commands.pen import PenConfig, run_pen
 from .commands.predict import PredictConfig, run_predict
 from .commands.simulate import SimulateConfig, run_simulate
 from .config import FitConfig, load_toml, recipe
 from .data import DATASETS
 from .engine import NonFiniteStep, fit
 from .experiments.demo import DemoConfig, run_demo
+from .experiments.experiment import ExperimentConfig, run_experiment
 from .run import CheckpointError
 
 # the user's to mend: one line on stderr and exit status 1; anything else is a bug of ours and shows its traceback
@@ -28,8 +30,9 @@ _EXPECTED = (ValueError, OSError, CheckpointError, NonFiniteStep)
 
 
 DESCRIPTION = """Train segmentation networks from coarse drawings: `coarse-train fit DATASET|CONFIG.toml [options]`, where
-DATASET takes the recipe of that name; then `evaluate CHECKPOINT`, `predict CHECKPOINT`; `simulate DATASET` draws, `demo`
-shows it on digits. `COMMAND --help` lists the options."""
+DATASET takes the recipe of that name; then `evaluate CHECKPOINT`, `predict CHECKPOINT`; `simulate DATASET` draws, `pen DATASET`
+measures outlines, `demo`
+shows it on digits, `experiment NAME` shows what helps when. `COMMAND --help` lists the options."""
 
 
 def _fit(config: FitConfig) -> None:
@@ -54,7 +57,9 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "evaluate": (EvaluateConfig, run_evaluate),
     "predict": (PredictConfig, run_predict),
     "simulate": (SimulateConfig, _simulate),
+    "pen": (PenConfig, run_pen),
     "demo": (DemoConfig, run_demo),
+    "experiment": (ExperimentConfig, run_experiment),
 }
 
 

@@ -25,6 +25,8 @@ else:
 
 
 Naming = Literal["uniform", "objects", "estimated", "learned"]
+Measured = Literal["auto"]
+Supervision = Literal["drawings", "masks", "mixed", "then-masks", "mixed-then-masks"]
 _LARGEST_SEED = 2**31 - 1  # `engine.step_seed` stays below 2 ** 64
 
 
@@ -45,10 +47,13 @@ class DataConfig:
     simulate: str | None = None
     """Draw the kinds that are lacking from the dense masks, as they are read, at this level: scribble, spots, sketch, coarse
     or full."""
-    supervision: Literal["drawings", "masks", "mixed"] = "drawings"
-    """What is learned from: coarse drawings, dense masks, or masks for some images and drawings for the others."""
+    supervision: Supervision = "drawings"
+    """What is learned from: coarse drawings; dense masks; mixed, masks for some images and drawings for the others; then-masks,
+    drawings of all images first and then the masks of some (fine-tuning); or mixed first and then masks alone."""
     dense_images: int = 0
-    """supervision=mixed: so many training images, chosen by the seed, give their dense mask, the others drawings."""
+    """Masks are read of so many training images, chosen by the seed, and of no others (masks: 0 for all)."""
+    dense_share: float | None = None
+    """supervision=mixed: part of each batch that are images with a mask; without it as they come."""
     limit: int | None = None
     """At most so many training images (the first)."""
     skip_bad: bool = False
@@ -106,6 +111,12 @@ class DrawingsConfig:
     """Weight of tr(A). Above about 1/C classes flip; start at 0."""
     weight: float = 1.0
     """Weight of these drawings in the loss."""
+    pen: float | Measured | Path | None = None
+    """Positive drawings: by how many pixels outlines reach too far (below 0: not far enough), which is undone as they are read,
+    for every class but one called background. auto: measured for each class on the images whose masks may be read
+    (`dense_images`); or the pen.json that `coarse-train pen` wrote."""
+    band: float = 0.0
+    """Of what an outline was moved over, so many pixels from the new one say nothing instead of what lies there."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +141,10 @@ class OptimConfig:
     """Share of the steps, warm-up included, before they fall."""
     clip: float = 1.0
     """Largest 2-norm of the gradient of all parameters; 0: no limit."""
+    finetune: float = 0.3
+    """supervision then-masks: share of the steps, at the end, that see masks alone."""
+    finetune_lr: float | None = None
+    """Their learning rate, with a warm-up and a fall of its own; without it a quarter of `lr`."""
     ema: float | None = None
     """Decay of an exponential moving average of the parameters, which is then what is scored and kept, such as 0.999."""
 
@@ -209,6 +224,9 @@ def check_config(config: FitConfig) -> None:
         (config.optim, "clip", 0.0, None),
         (config, "seed", 0, _LARGEST_SEED),
         (config.optim, "ema", 0.0, 1.0),
+        (config.optim, "finetune", 0.0, 1.0),
+        (config.optim, "finetune_lr", 0.0, None),
+        (config.data, "dense_share", 0.0, 1.0),
         (config.optim, "momentum", 0.0, 1.0),
         (config.data, "colour", 0.0, 1.0),
         (config, "mask_weight", 0.0, None),
@@ -231,19 +249,50 @@ def check_config(config: FitConfig) -> None:
             raise ValueError(f"{side}.missing: expected None with structure {kind.structure!r}, got {kind.missing}")
         if kind.stride < 1:
             raise ValueError(f"{side}.stride: expected a number >= 1, got {kind.stride}")
+        if isinstance(kind.pen, float) and not math.isfinite(kind.pen):
+            raise ValueError(f"{side}.pen: expected a number of pixels, auto or a file, got {kind.pen}")
+        if not kind.band >= 0 or (kind.band > 0 and kind.pen is None):
+            raise ValueError(f"{side}.band: expected a number >= 0, and 0 without {side}.pen, got {kind.band}")
+    if config.negative.pen is not None:
+        raise ValueError(
+            f"negative.pen: expected None, since negative drawings need not follow outlines, got {config.negative.pen}"
+        )
     if config.negative.weight == 0 and config.transition == "learned":
         raise ValueError("transition: expected none to be learned where negative.weight is 0, got 'learned'")
     if config.select_steps is not None and not config.select_with:
         raise ValueError(f"select_steps: expected --select-with, which it belongs to, got {config.select_steps} alone")
     if config.data.supervision == "masks" and config.mask_weight == 0:
         raise ValueError("mask_weight: expected a number above 0 with supervision masks, got 0")
-    mixed, dense = config.data.supervision == "mixed", config.data.dense_images
-    if mixed != (dense > 0):
-        expected = "a number >= 1 with supervision mixed" if mixed else "0 unless supervision is mixed"
-        raise ValueError(f"dense_images: expected {expected}, got {dense}")
+    _check_masks(config)
     available = coarse_kernels.available_backends()
     if config.backend is not None and config.backend not in available:
         raise ValueError(f"backend: expected one that can run here {available}, got {config.backend!r}")
+
+
+def _check_masks(config: FitConfig) -> None:
+    """Which masks are read, and for what."""
+    supervision, dense = config.data.supervision, config.data.dense_images
+    measured = config.positive.pen == "auto"
+    if measured and supervision == "masks":
+        raise ValueError("positive.pen: expected None with supervision masks, which reads no drawings, got 'auto'")
+    expected = None
+    if dense < 0:
+        expected = "a number >= 0"
+    elif dense == 0 and supervision not in ("drawings", "masks"):
+        expected = f"a number >= 1 with supervision {supervision}"
+    elif dense == 0 and measured:
+        expected = "a number >= 1 with positive.pen auto, which is measured on images with a mask and a drawing"
+    elif dense > 0 and supervision == "drawings" and not measured:
+        expected = "0 with supervision drawings, unless positive.pen is auto"
+    if expected is not None:
+        raise ValueError(f"dense_images: expected {expected}, got {dense}")
+    share = config.data.dense_share
+    if share is not None and (not 0 < share < 1 or not supervision.startswith("mixed")):
+        raise ValueError(
+            f"dense_share: expected a number between 0 and 1 with supervision mixed, else None, got {share}"
+        )
+    if supervision.endswith("then-masks") and not 0 < config.optim.finetune < 1:
+        raise ValueError(f"finetune: expected a number between 0 and 1, got {config.optim.finetune}")
 
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -275,6 +324,21 @@ def to_toml(config: FitConfig) -> str:
 def to_dict(config: FitConfig) -> dict[str, Any]:
     """Plain values only: what a checkpoint keeps."""
     return _CONVERTER.unstructure(config)
+
+
+def changed(content: dict[str, Any], default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Of `to_dict` what differs from the defaults: a new option with a default renames no config that has not got it."""
+    if default is None:
+        default = to_dict(FitConfig())
+    pruned = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            value = changed(value, default[key])
+            if value:
+                pruned[key] = value
+        elif value != default[key]:
+            pruned[key] = value
+    return pruned
 
 
 def from_dict(content: dict[str, Any]) -> FitConfig:
@@ -317,8 +381,17 @@ def _exactly(kind: type) -> Any:
     return structure
 
 
-def _transition(value: Any, _: Any) -> Any:
-    return value if value in get_args(Naming) else Path(value)
+def _or_file(*words: str) -> Any:
+    """One of the words, or a file; a number, where it is one."""
+
+    def structure(value: Any, _: Any) -> Any:
+        if value is None or value in words:
+            return value
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        return Path(value)
+
+    return structure
 
 
 _CONVERTER = cattrs.Converter(forbid_extra_keys=True)
@@ -327,7 +400,8 @@ for _kind in (int, bool, str):
     _CONVERTER.register_structure_hook(_kind, _exactly(_kind))
 _CONVERTER.register_structure_hook(Path, lambda value, _: Path(value))
 _CONVERTER.register_unstructure_hook(Path, str)
-_CONVERTER.register_structure_hook(Naming | Path, _transition)
+_CONVERTER.register_structure_hook(Naming | Path, _or_file(*get_args(Naming)))
+_CONVERTER.register_structure_hook(float | Measured | Path | None, _or_file(*get_args(Measured)))
 
 __all__ = [
     "DataConfig",

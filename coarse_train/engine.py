@@ -22,16 +22,18 @@ import torch
 from torch.utils.data import DataLoader
 
 from . import run
-from .config import FitConfig, OptimConfig, check_config, from_dict, to_dict, to_toml
+from .config import FitConfig, check_config, from_dict, to_dict, to_toml
 from .criterion import Counts, Criterion, open_transition
 from .data import Sample, count_channels, describe_source, open_split
 from .data.sampler import StepSampler
-from .data.segmentation import SegmentationData
+from .data.segmentation import SegmentationData, open_pen
 from .distributed import World, join_world
 from .inference import score, transition_of
-from .model import architecture_of, build_model, parameter_groups
+from .model import architecture_of, build_model
 from .parallel import Networks
+from .pen import describe_pen
 from .pictures import draw_progress
+from .schedule import Phase, make_optimizer, plan_phases, set_rates
 from .selection import choose_trusted_side, describe_risk, describe_selection, open_validation
 
 _LEAST_SCALE = 2.0**-10  # of float16 losses: it begins at 65536, and such a gradient is no accident any more
@@ -76,28 +78,19 @@ def fit(config: FitConfig) -> FitResult:
 
         # ---- data
         channels, classes = count_channels(source), len(source.classes)
-        dataset = SegmentationData(source, config.data, seed=config.seed, training=True, channels=channels)
+        pen, measured = open_pen(config, source)
+        phases = plan_phases(config, source)
+        datasets = [
+            SegmentationData(p.source, p.data, seed=config.seed, training=True, channels=channels, pen=pen)
+            for p in phases
+        ]
         validation = open_validation(config)
         facts = run.describe_data(source, validation, channels)
         if resumed:
             run.check_same_data(resumed["data"], facts)
-        sampler = StepSampler(
-            len(dataset),
-            config.batch_size,
-            config.steps,
-            seed=config.seed,
-            first=start,
-            accumulate=config.accumulate,
-            rank=world.rank,
-            world=world.size,
-        )
-        loader = DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=config.data.workers,
-            collate_fn=dataset.collate,
-            pin_memory=world.device.type == "cuda",
-        )
+        loaders = [
+            _loader(config, phase, dataset, start, world) for phase, dataset in zip(phases, datasets, strict=True)
+        ]
 
         # ---- networks
         torch.manual_seed(config.seed)
@@ -121,17 +114,18 @@ def fit(config: FitConfig) -> FitResult:
             log.say(f"no last.pt in {config.out}: a new run")
         log.say(f"{config.out}: {start} of {config.steps} steps done")
         log.say(describe_selection(config, validation, selection))
-        if risk := describe_risk(config, source):
-            log.say(risk)
+        for line in (describe_risk(config, source), describe_pen(pen, measured, source.classes.names)):
+            if line:
+                log.say(line)
 
         # ---- steps
         loss, warned, left_out = math.nan, False, 0
-        batches = dataset.batches(loader)
+        batches = itertools.chain.from_iterable(map(SegmentationData.batches, loaders))
         for step in range(start + 1, config.steps + 1):
             passes = list(itertools.islice(batches, config.accumulate))
             torch.manual_seed(step_seed(config.seed, step, world.rank))
             networks.call.train()
-            rate = set_rates(optimizer, config, step)
+            rate = set_rates(optimizer, config.optim, next(p for p in phases if step <= p.last), step)
             # Counted before the first backward: the mean is over the whole step, all passes and all ranks.
             counts = Counts(*world.sum(torch.stack([criterion.count(batch) for batch in passes]).sum(0)).tolist())
             if not any(counts) and not warned:
@@ -174,7 +168,7 @@ def fit(config: FitConfig) -> FitResult:
                 best_score = last_score if improved else best_score
                 log.scores(step, {"mean_iou": last_score, "pixel_accuracy": meter.pixel_accuracy()}, len(validation))
                 if world.is_main:
-                    draw_progress(log, scored, dataset, step, world.device, config.backend)
+                    draw_progress(log, scored, datasets[0], step, world.device, config.backend)
             if improved or step % config.save_every == 0 or step == config.steps:
                 content = {
                     "config": to_dict(config),
@@ -199,30 +193,26 @@ def fit(config: FitConfig) -> FitResult:
         return FitResult(chosen, config.steps, best_score if config.select_with else last_score, loss)
 
 
-def make_optimizer(networks: Networks, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD with Nesterov momentum. Each group keeps its own rate as ``base_lr``, which `set_rates` scales."""
-    groups = [{**group, "base_lr": group["lr"]} for group in parameter_groups(networks.model, config)]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)
-    return torch.optim.AdamW(groups)
-
-
-def set_rates(optimizer: torch.optim.Optimizer, config: FitConfig, step: int) -> float:
-    """Learning rates of ``step`` (counted from 1), a function of the step alone; returns that of the first group."""
-    factor = schedule(step - 1, config.steps, config.optim)
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
-    return optimizer.param_groups[0]["lr"]
-
-
-def schedule(step: int, steps: int, config: OptimConfig) -> float:
-    """Factor on the rates at ``step`` (counted from 0): linear warm-up, 1 until ``hold``, then cosine or poly down to 0."""
-    warm = max(1, round(steps * config.warmup))
-    held = max(warm, round(steps * config.hold))
-    if step < held or config.schedule == "constant":
-        return min(1.0, (step + 1) / warm)
-    done = (step - held) / max(1, steps - held)
-    return (1 - done) ** 0.9 if config.schedule == "poly" else 0.5 * (1 + math.cos(math.pi * done))
+def _loader(config: FitConfig, phase: Phase, dataset: SegmentationData, start: int, world: World) -> DataLoader[Sample]:
+    sampler = StepSampler(
+        len(dataset),
+        config.batch_size,
+        phase.last,
+        seed=config.seed,
+        first=max(start, phase.first),
+        accumulate=config.accumulate,
+        rank=world.rank,
+        world=world.size,
+        dense=dataset.dense,
+        dense_share=phase.data.dense_share,
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=config.data.workers,
+        collate_fn=dataset.collate,
+        pin_memory=world.device.type == "cuda",
+    )
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

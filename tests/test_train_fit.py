@@ -30,9 +30,10 @@ from coarse_train import run as run_folder
 from coarse_train.cli import main
 from coarse_train.commands.evaluate import EvaluateConfig, run_evaluate
 from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, ModelConfig, OptimConfig, load_toml, to_toml
-from coarse_train.engine import NonFiniteStep, fit, schedule
+from coarse_train.engine import NonFiniteStep, fit
 from coarse_train.inference import load_model
 from coarse_train.model import build_model
+from coarse_train.schedule import schedule
 from tests import data_trees
 
 ROOT = Path(__file__).resolve().parents[1]

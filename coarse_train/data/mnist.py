@@ -2,9 +2,9 @@
 
     ROOT/{train,t10k}-{images-idx3,labels-idx1}-ubyte, or the same with .gz; without ROOT the sample
 
-Two digits on 48x48 pixels, drawn by one of `PROCESSES`: variant "" or "hasty", "majority" (background, 0, 3, 4, 7) or "binary"
-(background, digit). The canvases and their drawings are the same in every run and for every ``limit``: the first nine tenths
-of the training digits are train, the rest val.
+Two digits on 48x48 pixels, drawn by one of `PROCESSES`, which is the variant ("": "hasty"): background, 0, 3, 4, 7, or
+background and digit in "binary". The canvases and their drawings are the same in every run and for every ``limit``: the first
+nine tenths of the training digits are train, the rest val.
 
 The IDX format: two zero bytes, a type byte (0x08 = unsigned byte), the number of axes, each axis as a big-endian
 uint32, then the values. Files may be gzip-compressed; that is told from their first bytes, not from their name.
@@ -48,6 +48,7 @@ _INK = 100  # a pixel of a digit is object from this grey value on
 # Positive drawings in haste: mostly incomplete, sometimes too wide or displaced; what no object covers is background. Negative
 # ones with a margin: "not a 4", about every object, honest, and weak, since one of three wrong digits is named. So neither
 # kind is enough.
+_WHOLE = Strokes(1.0, Mix(exact=1.0), balance=1.0, smallest=0.0, paper=0)
 _POSITIVE = Strokes(
     1.0, Mix(fractured=0.6, dilated=0.2, shifted=0.2), balance=1.0, smallest=0.0, kept=(0.3, 0.7), paper=0
 )
@@ -59,6 +60,11 @@ _NEGATIVE = Strokes(
 #   ("car" for a van), so the most frequent name of such an object is not its own. That is realistic for names; that every
 #   object has a negative drawing, and an honest one, is what a project would have to pay for. All four are equally frequent:
 #   with half as many of the two that are misnamed, a name is mostly right again for who sees it.
+# half, sparse: majority, but of the objects only 50 and 15 in a hundred have a negative drawing.
+# alike: majority, but no negative drawing tells the two from each other that are drawn as one ("not a truck" on a van).
+# swallowed: one class is left out, background in its place, in 65 drawings of 100; negative drawings may say "not background".
+# thick, thin: every name is right, and every outline a pixel too far out or in, which is half an object's area and more.
+# thick_names: thick, and the names of majority.
 # binary: the paper's masks, thin or fractured; negative drawings say what is not there at every pixel, with the errors of all
 #   kinds of outlines.
 PROCESSES = {
@@ -68,6 +74,42 @@ PROCESSES = {
     "hasty": Process(
         "hasty", _POSITIVE, _NEGATIVE, swapped(5, {1: 2, 2: 3, 3: 4, 4: 1}, 0.3), others(5, 0), layers=1, background=0
     ),
+    **{
+        name: Process(
+            name,
+            _POSITIVE,
+            replace(_NEGATIVE, skipped=skipped, surest=0),
+            swapped(5, {2: 1, 4: 3}, 0.6),
+            others(5, 0),
+            layers=1,
+            background=0,
+        )
+        for name, skipped in (("half", 0.5), ("sparse", 0.85))
+    },
+    "alike": Process(
+        "alike",
+        _POSITIVE,
+        _NEGATIVE,
+        swapped(5, {2: 1, 4: 3}, 0.6),
+        (*others(5, 0)[:1], *2 * ((0, 0, 0, 0.5, 0.5),), *2 * ((0, 0.5, 0.5, 0, 0),)),
+        layers=1,
+        background=0,
+    ),
+    "swallowed": Process(
+        "swallowed", _POSITIVE, _NEGATIVE, swapped(5, {2: 0}, 0.65), others(5), layers=1, background=0
+    ),
+    **{
+        name: Process(
+            name,
+            replace(_WHOLE, margin=(margin, margin)),
+            _NEGATIVE,
+            swapped(5, pairs, 0.6),
+            others(5, 0),
+            layers=1,
+            background=0,
+        )
+        for name, margin, pairs in (("thick", 1, {}), ("thin", -1, {}), ("thick_names", 1, {2: 1, 4: 3}))
+    },
     "binary": Process(
         "binary",
         Strokes(1.0, Mix(fractured=0.5, eroded=0.5), balance=1.0, smallest=0.0, kept=(0.3, 0.7), paper=0),
@@ -178,7 +220,7 @@ def place_digits(images: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.
 
 
 def open_split(config: DataConfig, split: str) -> MnistSource:
-    """The canvases of ``split``; variants "", "hasty", "majority" and "binary"."""
+    """The canvases of ``split``; variants are `PROCESSES`."""
     check_choice(config, split, *PROCESSES)
     process = PROCESSES[config.variant or "hasty"]
     folder = SAMPLE_DIR if config.root is None else config.root

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import lru_cache
+from math import floor
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -16,6 +17,8 @@ class StepSampler(Sampler[list[Key]]):
 
     Epochs follow each other without a break: step t takes places [t G, (t + 1) G) of the endless row of permuted
     epochs, G = ``batch_size``. The places of a step are dealt out in blocks, pass by pass and rank by rank.
+
+    ``dense``: some of the images, which with a ``dense_share`` fill that part of the places, in epochs of their own.
     """
 
     def __init__(
@@ -29,6 +32,8 @@ class StepSampler(Sampler[list[Key]]):
         accumulate: int = 1,
         rank: int = 0,
         world: int = 1,
+        dense: Collection[int] = (),
+        dense_share: float | None = None,
     ):
         if batch_size % (accumulate * world):
             raise ValueError(
@@ -37,6 +42,12 @@ class StepSampler(Sampler[list[Key]]):
         self.count, self.batch_size, self.steps, self.seed, self.first = count, batch_size, steps, seed, first
         self.accumulate, self.rank, self.world = accumulate, rank, world
         self.per_pass = batch_size // (accumulate * world)
+        self.share = dense_share
+        self.groups = [sorted(dense), sorted({*range(count)} - {*dense})]
+        if dense_share is not None and not all(self.groups):
+            raise ValueError(
+                f"dense_share: expected images with a mask and others, got {len(dense)} and the rest of {count}"
+            )
 
     def __len__(self) -> int:
         return (self.steps - self.first) * self.accumulate
@@ -48,10 +59,16 @@ class StepSampler(Sampler[list[Key]]):
                 yield [self.key(place) for place in range(start, start + self.per_pass)]
 
     def key(self, place: int) -> Key:
-        epoch, position = divmod(place, self.count)
-        return epoch, int(_order(self.count, self.seed, epoch)[position])
+        if self.share is None:
+            epoch, position = divmod(place, self.count)
+            return epoch, int(_order(self.count, self.seed, epoch)[position])
+        before, upto = floor(place * self.share), floor((place + 1) * self.share)  # spread evenly over the places
+        dense = upto > before
+        group = self.groups[0 if dense else 1]
+        epoch, position = divmod(before if dense else place - before, len(group))
+        return epoch, group[int(_order(len(group), self.seed, epoch)[position])]
 
 
-@lru_cache(maxsize=4)  # a step reaches into two epochs at most, unless the data set is tiny
+@lru_cache(maxsize=8)  # a step reaches into two epochs at most, of both groups, unless the data set is tiny
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from ..config import DataConfig
+from ..config import DataConfig, FitConfig
+from ..pen import Pen, PenReport, measure, read_radii, undo
 from ..simulate import Process, draw_coarse, generator_for, level
 from . import Record, Sample, Source
 from .classes import IGNORE
@@ -31,6 +33,7 @@ class SegmentationData(Dataset[Sample]):
     training: with the transforms of the config, and only with the label maps that are to be learned from (``supervision``,
         ``dense_images``); the others are `IGNORE`. Else the whole image and all of its maps.
     channels: of every sample; grey images are repeated. None: as each image has.
+    pen: what is undone in positive drawings (`open_pen`).
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class SegmentationData(Dataset[Sample]):
         training: bool,
         seed: int = 0,
         channels: int | None = None,
+        pen: Pen | None = None,
     ):
         config = config or DataConfig()
         self.source, self.seed, self.training, self.channels = source, seed, training, channels
@@ -48,10 +52,13 @@ class SegmentationData(Dataset[Sample]):
         self.simulated = None if config.simulate is None else _process(config.simulate, len(source.classes))
         if training and not len(source):
             raise ValueError(f"dataset {config.dataset}: expected at least one training image, got none")
-        self.dense = _dense(source, config, seed) if training else frozenset()
+        self.pen = pen
+        self.dense: frozenset[int] = frozenset()
+        if training and config.supervision in ("masks", "mixed"):
+            self.dense = choose_dense(source, config, seed)
         if training:
             self._check_supervision()
-        self._cache: dict[int, bytes] = {}
+        self._cache: dict[int, tuple[bytes, int]] = {}
         self._cached = 0
 
     def __len__(self) -> int:
@@ -67,8 +74,8 @@ class SegmentationData(Dataset[Sample]):
             record = replace(record, image=with_channels(record.image, self.channels, record.name))
         if index in self.dense:
             record = replace(record, positive=None, negative=None)
-        elif self.simulated is not None:
-            record = self._drawn(record, index, self.simulated)
+        elif self.simulated is not None or self.pen is not None:
+            record = self._drawn(record, index)
         if self.training and index not in self.dense:
             record = replace(record, mask=None)
         if self.augment is None:
@@ -123,26 +130,37 @@ class SegmentationData(Dataset[Sample]):
                 "from dense masks with --supervision masks"
             )
 
-    def _drawn(self, record: Record, index: int, process: Process) -> Record:
-        """The record with simulated drawings of the kinds that it lacks."""
+    def _drawn(self, record: Record, index: int) -> Record:
+        """The record with simulated drawings of the kinds that it lacks, and the pen undone."""
         kinds = self.source.kinds(index)
-        if {"positive", "negative"} <= kinds or record.mask is None:
+        simulated = self.simulated if record.mask is not None and not {"positive", "negative"} <= kinds else None
+        if simulated is None and (self.pen is None or record.positive is None):
             return record
-        shape = (1 + process.layers, *record.mask.shape)
         if index in self._cache:
-            maps = np.frombuffer(zlib.decompress(self._cache[index]), np.uint8).reshape(shape)
+            packed, layers = self._cache[index]
+            maps = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(1 + layers, *record.image.shape[:2])
         else:
-            positive, negative = draw_coarse(record.mask, process, generator_for(self.seed, record.name))
-            maps = np.concatenate([positive[None], negative])
+            maps = self._draw(record, kinds, simulated)
             packed = zlib.compress(maps.tobytes())
             if self._cached + len(packed) <= _CACHE_BYTES:
-                self._cache[index] = packed
+                self._cache[index] = packed, len(maps) - 1
                 self._cached += len(packed)
-        return replace(
-            record,
-            positive=record.positive if "positive" in kinds else maps[0],
-            negative=record.negative if "negative" in kinds else maps[1:],
-        )
+        return replace(record, positive=maps[0], negative=maps[1:] if simulated is not None else record.negative)
+
+    def _draw(self, record: Record, kinds: frozenset[str], simulated: Process | None) -> np.ndarray:
+        """(1 + K, H, W): positive and, where they are simulated or were and are to be kept with them, negative drawings."""
+        positive, negative = record.positive, record.negative
+        if simulated is not None:
+            assert record.mask is not None
+            drawn = draw_coarse(record.mask, simulated, generator_for(self.seed, record.name))
+            positive = positive if "positive" in kinds else drawn[0]
+            negative = negative if "negative" in kinds else drawn[1]
+        else:
+            negative = None
+        assert positive is not None
+        if self.pen is not None:
+            positive = undo(positive, self.pen)
+        return positive[None] if negative is None else np.concatenate([positive[None], negative])
 
 
 def _process(name: str, num_classes: int) -> Process:
@@ -152,12 +170,11 @@ def _process(name: str, num_classes: int) -> Process:
         raise ValueError(f"simulate: {error}") from error
 
 
-def _dense(source: Source, config: DataConfig, seed: int) -> frozenset[int]:
-    """The training images that are learned from by their dense mask."""
-    if config.supervision == "drawings":
-        return frozenset()
+def choose_dense(source: Source, config: DataConfig, seed: int) -> frozenset[int]:
+    """The training images whose dense mask may be read: ``dense_images`` of those that have one, or all with supervision masks
+    and no number."""
     with_mask = [index for index in range(len(source)) if "mask" in source.kinds(index)]
-    if config.supervision == "masks":
+    if config.supervision == "masks" and not config.dense_images:
         if len(with_mask) < len(source):
             lacking = next(index for index in range(len(source)) if "mask" not in source.kinds(index))
             raise ValueError(f"{source.name(lacking)}: expected a dense mask, as supervision is masks, got none")
@@ -168,6 +185,37 @@ def _dense(source: Source, config: DataConfig, seed: int) -> frozenset[int]:
         )
     chosen = np.random.default_rng([seed, 11]).permutation(len(with_mask))[: config.dense_images]
     return frozenset(with_mask[k] for k in chosen)
+
+
+def open_pen(config: FitConfig, source: Source) -> tuple[Pen | None, PenReport | None]:
+    """What is to be undone in the positive drawings of ``source``, the training split, and how it was measured.
+
+    Raises ValueError naming what is wrong with the file, or where no image has both a mask that may be read and a drawing.
+    """
+    given, band, names = config.positive.pen, config.positive.band, source.classes.names
+    if given is None or config.data.supervision == "masks":
+        return None, None
+    if isinstance(given, Path):
+        return Pen(read_radii(given, names), band), None
+    if given != "auto":
+        return Pen.of_objects(given, names, band), None
+    plain = replace(config.data, crop=None, scale=(1.0, 1.0), flip=False, colour=0.0)
+    report = measure(
+        pairs_of(source, plain, config.seed, sorted(choose_dense(source, config.data, config.seed))), names
+    )
+    return Pen(report.radii(), band), report
+
+
+def pairs_of(
+    source: Source, data: DataConfig, seed: int, indices: Iterable[int]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Name, positive drawing and mask of those of the images that have both: what `measure` takes."""
+    dataset = SegmentationData(source, data, training=False, seed=seed)
+    for index in indices:
+        kinds = source.kinds(index)
+        if "mask" in kinds and ("positive" in kinds or data.simulate is not None):
+            sample = dataset[index]
+            yield source.name(index), sample.positive.numpy(), sample.mask.numpy()
 
 
 def _check_sizes(one: Sample, other: Sample, name_one: str, name_other: str) -> None:

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import DataConfig, FitConfig, check_config, from_dict, to_dict
+from ..config import DataConfig, FitConfig, changed, check_config, from_dict, to_dict
 from ..data import Source, open_split
 from ..data.segmentation import SegmentationData
 from ..distributed import join_world
@@ -47,10 +47,18 @@ from ..model import CoarseModel, confusion_sums
 from ..run import make_folder, write_text
 from ..simulate import pair_counts, shares
 
-_FORMAT = 1  # of a cell; another one is another folder
+_FORMAT = 2  # of a cell; another one is another folder
 _UNNAMED = ("out", "resume", "save_every")  # in no hash: where a run lies, and what it may be interrupted by
 _MATRIX_IMAGES = 512  # of the training split, over which the believed matrix is averaged
 _HASHED_IMAGES = 16  # of the training split, whose content, drawings included, is part of the hash
+
+
+# A row: a config that gets each seed, or what makes one for a seed, where its data are made for that seed too.
+Row = FitConfig | Callable[[int], FitConfig]
+
+
+def config_of(row: Row, seed: int) -> FitConfig:
+    return replace(row if isinstance(row, FitConfig) else row(seed), seed=seed)
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class Cell:
 
 
 def run_table(
-    rows: Mapping[str, FitConfig],
+    rows: Mapping[str, Row],
     seeds: Sequence[int],
     out: Path,
     *,
@@ -105,7 +113,7 @@ def run_table(
         raise ValueError(f"seeds: expected some different numbers, got {seeds}")
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs: expected a number >= 1, got {jobs}")
-    seeded = {(row, seed): replace(config, seed=seed) for row, config in rows.items() for seed in seeds}
+    seeded = {(row, seed): config_of(config, seed) for row, config in rows.items() for seed in seeds}
     for config in seeded.values():
         check_config(config)
     for data in {config.data for config in seeded.values()}:
@@ -187,10 +195,11 @@ def _end_with_parent() -> None:
 
 
 def digest(config: FitConfig) -> str:
-    """Of the settings and of what they read: the first images of the training split with their drawings, a transition."""
-    content = {key: value for key, value in to_dict(config).items() if key not in _UNNAMED}
-    transition = crc32(config.transition.read_bytes()) if isinstance(config.transition, Path) else 0
-    known = [_FORMAT, content, _content(config.data, config.seed), transition]
+    """Of the settings that are no defaults and of what they read: the first images of the training split with their drawings,
+    a transition, a pen."""
+    content = {key: value for key, value in changed(to_dict(config)).items() if key not in _UNNAMED}
+    files = [crc32(path.read_bytes()) for path in (config.transition, config.positive.pen) if isinstance(path, Path)]
+    known = [_FORMAT, content, _content(config.data, config.seed), files]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -342,11 +351,11 @@ def text(cells: Sequence[Cell], split: str) -> str:
     return "\n".join(lines)
 
 
-def write_results(path: Path, cells: Sequence[Cell], rows: Mapping[str, FitConfig], **more: object) -> None:
+def write_results(path: Path, cells: Sequence[Cell], rows: Mapping[str, Row], **more: object) -> None:
     """JSON, all or nothing: every cell with the config that `from_dict` reads back."""
     written = []
     for cell in cells:
-        config = replace(rows[cell.method], seed=cell.seed, out=Path(cell.folder))
+        config = replace(config_of(rows[cell.method], cell.seed), out=Path(cell.folder))
         written.append({**asdict(cell), "config": to_dict(config)})
     content = {"rows": written, **more}
     write_text(path, json.dumps(content, indent=2) + "\n")

@@ -133,7 +133,7 @@ def _paint(
     layer = np.where(mask == IGNORE, IGNORE, strokes.paper).astype(np.uint8)
     known = np.count_nonzero(mask != IGNORE)
     drawn_at_all = (scene.areas >= strokes.smallest * mask.size) & (rng.random(len(scene.areas)) >= strokes.skipped)
-    drawn_at_all[:1] = True
+    drawn_at_all[: strokes.surest] = True
     chosen = np.flatnonzero(drawn_at_all)
     plan = _shares(scene.areas[chosen], strokes.ratio * known, strokes.balance, strokes.most)
     pen = max(1.0, strokes.pen * sqrt(mask.size))
@@ -144,7 +144,7 @@ def _paint(
         area = min(plan[place] * np.clip(behind, 0.5, 2), strokes.most * scene.areas[index])
         number, true, box = scene.regions[index]
         label = name(true)
-        margin = int(rng.integers(strokes.margin[0], strokes.margin[1] + 1)) if strokes.margin[1] else 0
+        margin = int(rng.integers(strokes.margin[0], strokes.margin[1] + 1)) if any(strokes.margin) else 0
         window = _window(box, scene.areas[index], margin, mask.shape)
         region, depth = scene.numbers[window] == number, scene.depth[window]
         kind = list(KINDS)[int(rng.choice(len(KINDS), p=strokes.mix.chances))]
@@ -163,11 +163,15 @@ def _paint(
 
 
 def _window(box: tuple[slice, ...], area: float, margin: int, shape: tuple[int, ...]) -> tuple[slice, ...]:
-    reach = int(REACH * sqrt(area)) + 3 + margin
+    reach = int(REACH * sqrt(area)) + 3 + max(0, margin)
     return tuple(slice(max(0, s.start - reach), min(n, s.stop + reach)) for s, n in zip(box, shape, strict=True))
 
 
 def _near(where: np.ndarray, distance: float) -> np.ndarray:
+    """``where`` and what is at most ``distance`` from it; below 0, what is further than that inside it."""
+    if distance < 0:
+        depth = np.asarray(ndimage.distance_transform_edt(where))
+        return where & (depth > min(-distance, depth.max() - 1))  # the thinnest pen still leaves a line
     return ndimage.distance_transform_edt(~where) <= distance if distance and where.any() else where
 
 

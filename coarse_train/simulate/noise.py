@@ -61,13 +61,13 @@ class Strokes:
     mix: the kinds of distortion.
     pen: width of a stroke, in parts of the square root of the image's area: equal on a screen, whatever the resolution.
     smallest: regions below this part of the image's area are overlooked.
-    skipped: chance that a larger one is.
+    skipped: chance that a larger one is, but for the ``surest`` largest.
     balance: a region gets area in proportion to its own to this power: 1 draws the same part of each, 0.5 a line whose
         length grows with the region's width.
     most: no region is aimed to be covered by more than this part.
     fill: colour what is left between drawings with the nearest one, nearest first, until the ratio is reached.
     kept: of what a region that is eroded or fractured would get, the part that is drawn, uniform in this range.
-    margin: range of pixels by which every shape is then widened.
+    margin: range of pixels by which every shape is then widened, or below 0 narrowed.
     paper: what a pixel says that nothing is drawn on: nothing, or a class.
     """
 
@@ -82,14 +82,15 @@ class Strokes:
     kept: tuple[float, float] = (1.0, 1.0)
     margin: tuple[int, int] = (0, 0)
     paper: int = IGNORE
+    surest: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
             raise ValueError(f"ratio: expected a number above 0, at most 1, got {self.ratio}")
         if not 0 < self.kept[0] <= self.kept[1] <= 1:
             raise ValueError(f"kept: expected two numbers above 0, at most 1, the smaller first, got {self.kept}")
-        if not 0 <= self.margin[0] <= self.margin[1]:
-            raise ValueError(f"margin: expected two numbers >= 0, the smaller first, got {self.margin}")
+        if not self.margin[0] <= self.margin[1]:
+            raise ValueError(f"margin: expected two numbers, the smaller first, got {self.margin}")
 
 
 @dataclass(frozen=True)

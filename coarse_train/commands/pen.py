@@ -1,0 +1,156 @@
+"""`coarse-train pen`: how far outlines of positive drawings are off, measured on images that have a drawing and a dense mask.
+
+OUT/pen.json    radii for `--positive.pen OUT/pen.json`, and all that was measured
+OUT/pen.png     drawings before and after, and how likely a pixel is drawn over its distance to the object
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..config import DataConfig
+from ..data import open_split
+from ..data.classes import Classes
+from ..data.segmentation import pairs_of
+from ..pen import LARGEST, Pen, PenReport, measure, undo
+from ..run import look_at_folder, make_folder, write_text
+
+_SHOWN = 3  # pairs in the picture
+
+
+@dataclass(frozen=True)
+class PenConfig:
+    """Measure how far outlines of positive drawings are off, where images have a drawing and a dense mask."""
+
+    dataset: tyro.conf.Positional[str] = "folder"
+    """folder (your own), cityscapes, camvid, chasedb1, drive, les_av or mnist."""
+    root: Path | None = None
+    """Folder of the data set in its official layout (mnist: without it, the sample in the package)."""
+    variant: str = ""
+    """Which labels, where a data set has several; its module lists them. Empty: the usual ones."""
+    positives: Path | None = None
+    """Folder of positive drawings, DIR/SPLIT/NAME.png; without it what the data set has."""
+    simulate: str | None = None
+    """Draw them from the masks at this level instead: scribble, spots, sketch, coarse or full."""
+    split: str = "train"
+    """train, val or test."""
+    images: int | None = None
+    """At most so many images that have both (the first): their masks, and no others, are looked at."""
+    seed: int = 0
+    """Of simulated drawings."""
+    out: Path = Path("runs/pen")
+    """Folder to write: pen.json and pen.png."""
+    overwrite: bool = False
+    """Replace them."""
+
+
+def run_pen(config: PenConfig) -> PenReport:
+    """Measure, print, write. Raises ValueError where no image has both a mask and a drawing."""
+    look_at_folder("out", config.out, overwrite=config.overwrite)
+    if config.images is not None and config.images < 1:
+        raise ValueError(f"images: expected a number >= 1, got {config.images}")
+    data = DataConfig(
+        dataset=config.dataset,
+        root=config.root,
+        variant=config.variant,
+        positives=config.positives,
+        simulate=config.simulate,
+    )
+    source = open_split(data, config.split)
+    drawn = {"mask"} if config.simulate is not None else {"mask", "positive"}
+    both = [index for index in range(len(source)) if drawn <= source.kinds(index)][: config.images]
+    report = measure(pairs_of(source, data, config.seed, both), source.classes.names)
+    print(table(report))
+    make_folder("out", config.out)
+    content = {
+        "radius": dict(zip(report.names, report.radii(), strict=True)),
+        "images": list(report.images),
+        "classes": {name: asdict(one) for name, one in zip(report.names, report.classes, strict=True)},
+        "together": asdict(report.together),
+    }
+    shown = list(pairs_of(source, data, config.seed, both[:_SHOWN]))
+    save_picture(config.out / "pen.png", report, shown, source.classes)
+    write_text(config.out / "pen.json", json.dumps(content, indent=2) + "\n")
+    print(f"{config.out / 'pen.json'}, {config.out / 'pen.png'}")
+    return report
+
+
+def table(report: PenReport) -> str:
+    """A line for each class, then what the columns are and what is to be thought of them."""
+    wide = max(map(len, (*report.names, "class")))
+    lines = [
+        f"{'class':<{wide}}{'radius':>8}{'spread':>8}{'undo':>6}{'missed':>8}{'added':>7}{'undone':>8}{'pairs':>7}"
+        "  without one pair"
+    ]
+    few = []
+    for name, one in zip(report.names, report.classes, strict=True):
+        if one.radius is None:
+            lines.append(f"{name:<{wide}}{'-':>8}{'':>44}  {_why(name, one.pairs, report.together.move)}")
+            continue
+        others = sorted({"none" if other is None else f"{other:+d}" for other in one.without} - {f"{one.radius:+d}"})
+        if one.few:
+            few.append(name)
+        edge = "at least" if one.radius == LARGEST else "at most" if one.radius == -LARGEST else ""
+        lines.append(
+            f"{name:<{wide}}{one.radius:>+8d}{one.spread:>8.1f}{one.move:>+6d}{one.missed:>8.2f}{one.added:>7.2f}"
+            f"{one.undone:>8.2f}{one.pairs:>7d}  {', '.join(others) if others else 'the same'}{edge and f'; {edge} this'}"
+        )
+    lines.append(
+        f"{len(report.images)} images with a drawing and a mask. Radius: pixels that outlines reach too far (below 0: not far "
+        "enough), the median; spread: standard deviation; undo: what --positive.pen moves back, 0 where that mends less than a "
+        "quarter; missed, added: area that is wrong, in parts of the objects' own; undone: both, expected after moving back."
+    )
+    if few:
+        lines.append(
+            f"Too few pairs to be sure of {', '.join(few)}: fewer than two, or one pair more or less gives another radius."
+        )
+    return "\n".join(lines)
+
+
+def _why(name: str, pairs: int, together: int) -> str:
+    if name == "background":
+        return "no outlines of its own"
+    return "drawings do not follow the masks" if pairs else f"in no pair: as all others together, {together:+d}"
+
+
+def save_picture(
+    path: Path, report: PenReport, pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], classes: Classes
+) -> None:
+    """``pairs``: name, drawing, mask."""
+    figure = Figure(figsize=(12, 2.6 * len(pairs) + 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = np.asarray(figure.subfigures(2, 1, height_ratios=(2.6 * len(pairs), 3.2)))
+    axes = above.subplots(len(pairs), 4, squeeze=False)
+    pen = Pen(report.radii())
+    for row, (name, drawing, mask) in zip(axes, pairs, strict=True):
+        after = undo(drawing, pen)
+        wrong = np.where((after != mask)[..., None], np.array([213, 94, 0], np.uint8), classes.paint(mask) // 4 + 190)
+        panels = {"drawing": drawing, "moved back": after, "dense mask": mask}
+        pictures = [classes.paint(labels) for labels in panels.values()]
+        titles = [*panels, "orange: moved back, still not the mask"]
+        for axis, title, picture in zip(row, titles, [*pictures, wrong], strict=True):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_title(title if title != "drawing" else f"{name}: drawing", fontsize=9)
+    axis = below.subplots()
+    radii = np.arange(-LARGEST, LARGEST + 2)
+    for index, (name, one) in enumerate(zip(report.names, report.classes, strict=True)):
+        if one.radius is not None:
+            colour = np.array(classes.colours[index]) / 255
+            axis.step(radii, one.drawn, where="mid", color=colour.tolist(), label=f"{name} ({one.radius:+d})")
+    axis.axvline(0.5, color="0.6", linewidth=0.8)
+    axis.set_xlabel("pixels from the object's outline: inside up to 0, outside from 1")
+    axis.set_ylabel("p(drawn)")
+    axis.spines[["top", "right"]].set_visible(False)
+    if any(one.radius is not None for one in report.classes):
+        axis.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)

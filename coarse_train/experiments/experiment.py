@@ -1,0 +1,235 @@
+"""`coarse-train experiment NAME`: a question, tables that answer it, a report.
+
+An experiment is a module beside this one with
+
+    QUESTION                     one sentence
+    parts(config) -> [Part]      its tables
+    conclude(results) -> [str]   what holds and what does not, from the cells alone
+    draw(results, figure)        the figure
+
+and a line in `EXPERIMENTS`. All parts are trained as one table, tuned rows first on the validation split, each with the same
+number of trials, which the report prints. Whatever was interrupted goes on when the command is called again.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import torch
+import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..config import FitConfig
+from ..run import write_text
+from .table import Cell, Row, Summary, config_of, run_table, text, write_results
+
+Name = Literal["noise-map", "few-masks"]
+EXPERIMENTS = {name: name.replace("-", "_") for name in get_args(Name)}  # name -> module
+_TUNING_SEED = 0
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """One of the experiments on what helps when: train its tables, print them, write report.md, results.json and figure.png."""
+
+    name: tyro.conf.Positional[Name]
+    """noise-map: ways to learn x what is wrong with the drawings. few-masks: dense masks of some images beside drawings."""
+    quick: bool = False
+    """A few steps on a few images, one trial a row: to see that it runs, in minutes. The figures mean nothing."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the networks, the order of the batches and the choice of masks."""
+    data: Path | None = None
+    """Folder of data sets: DATA/mnist, DATA/camvid, DATA/chasedb1. What needs one that is not there is left out and named;
+    canvases of digits are made of the sample in the package."""
+    out: Path | None = None
+    """Without it runs/NAME."""
+    jobs: int | None = None
+    """Runs at a time; without it one for each core."""
+    backend: str | None = None
+    """Backend of coarse_kernels; without it the best that can run."""
+
+    def root(self, dataset: str) -> Path | None:
+        """The folder of a data set, where there is one."""
+        if self.data is None:
+            return None
+        folder = self.data / dataset
+        return folder if folder.is_dir() else None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One table. A row is a config, or settings of it to choose from: the best mean IoU at the last step on the validation
+    split. ``tuned_as``: the part whose choices of equal row and setting are taken over, instead of tuning again."""
+
+    title: str
+    rows: Mapping[str, Row | Mapping[str, Row]]
+    split: str = "test"
+    tuned_as: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """The cells of a part. ``chosen``: row -> setting, ``tried``: the number of settings."""
+
+    title: str
+    rows: Mapping[str, Row]
+    cells: Sequence[Cell]
+    split: str
+    chosen: Mapping[str, str] = field(default_factory=dict)
+    tried: Mapping[str, int] = field(default_factory=dict)
+
+    def mean(self, row: str) -> float:
+        return Summary.of(self.cells, row).mean
+
+    def spread(self, row: str) -> float:
+        return Summary.of(self.cells, row).spread
+
+    def lead(self, row: str, others: Sequence[str]) -> float:
+        """Over the best of ``others`` by its mean; NaN where one is missing."""
+        known = {cell.method for cell in self.cells}
+        rivals = [self.mean(other) for other in others if other in known and other != row]
+        return self.mean(row) - max(rivals) if row in known and rivals else float("nan")
+
+
+class Experiment(Protocol):
+    """What a module has."""
+
+    QUESTION: str
+
+    def parts(self, config: ExperimentConfig) -> list[Part]: ...
+
+    def conclude(self, results: Sequence[Result]) -> list[str]: ...
+
+    def draw(self, results: Sequence[Result], figure: Figure) -> None: ...
+
+
+def run_experiment(config: ExperimentConfig) -> list[Result]:
+    """Train, print and write OUT/report.md, OUT/results.json and OUT/figure.png."""
+    experiment: Experiment = import_module(f".{EXPERIMENTS[config.name]}", __package__)
+    out = config.out or Path("runs") / config.name
+    seeds = config.seeds[:1] if config.quick else config.seeds
+    parts = experiment.parts(config)
+    if config.quick:
+        parts = [quick(part) for part in parts]
+    if config.backend is not None:
+        parts = [_changed(part, lambda row: replace(row, backend=config.backend)) for part in parts]
+    results = run_parts(parts, seeds, out, jobs=config.jobs)
+    verdicts = experiment.conclude(results)
+    figure = Figure(layout="constrained")
+    FigureCanvasAgg(figure)
+    experiment.draw(results, figure)
+    figure.savefig(out / "figure.png", dpi=110)
+    words = report(config, experiment.QUESTION, results, verdicts)
+    write_text(out / "report.md", words)
+    _write(out / "results.json", config, results, verdicts)
+    print(words)
+    return results
+
+
+def run_parts(parts: Sequence[Part], seeds: Sequence[int], out: Path, *, jobs: int | None = None) -> list[Result]:
+    """All tables, tuned rows first: two tables in all, so that no core waits for a part to end."""
+    trials = {
+        f"{part.title} | {row} | {setting}": (part, config)
+        for part in parts
+        for row, settings in part.rows.items()
+        if isinstance(settings, Mapping) and part.tuned_as is None
+        for setting, config in settings.items()
+    }
+    scores: dict[str, float] = {}
+    if trials:
+        configs = {name: config for name, (_, config) in trials.items()}
+        scores = {cell.method: cell.miou for cell in run_table(configs, (_TUNING_SEED,), out, split="val", jobs=jobs)}
+    chosen = {part.title: _choose(part, scores) for part in parts}
+    rows = {
+        part.title: {
+            row: config[chosen[part.title][row]] if isinstance(config, Mapping) else config
+            for row, config in part.rows.items()
+        }
+        for part in parts
+    }
+    results = []
+    for split in dict.fromkeys(part.split for part in parts):
+        together = {
+            f"{part.title} | {row}": config
+            for part in parts
+            if part.split == split
+            for row, config in rows[part.title].items()
+        }
+        cells = run_table(together, seeds, out, split=split, jobs=jobs)
+        for part in parts:
+            if part.split == split:
+                prefix = f"{part.title} | "
+                own = [replace(c, method=c.method[len(prefix) :]) for c in cells if c.method.startswith(prefix)]
+                tried = {row: len(each) for row, each in part.rows.items() if isinstance(each, Mapping)}
+                results.append(Result(part.title, rows[part.title], own, split, chosen[part.title], tried))
+    order = [part.title for part in parts]
+    return sorted(results, key=lambda result: order.index(result.title))
+
+
+def _choose(part: Part, scores: Mapping[str, float]) -> dict[str, str]:
+    source = part.tuned_as or part.title
+    return {
+        row: max(settings, key=lambda setting: scores[f"{source} | {row} | {setting}"])
+        for row, settings in part.rows.items()
+        if isinstance(settings, Mapping)
+    }
+
+
+def _changed(part: Part, change: Callable[[FitConfig], FitConfig]) -> Part:
+    def row(one: Row) -> Row:
+        return change(one) if isinstance(one, FitConfig) else lambda seed: change(config_of(one, seed))
+
+    rows = {
+        name: {setting: row(one) for setting, one in each.items()} if isinstance(each, Mapping) else row(each)
+        for name, each in part.rows.items()
+    }
+    return replace(part, rows=rows)
+
+
+def quick(part: Part) -> Part:
+    """The first two settings of each row, 30 steps, 64 training images."""
+
+    def smaller(config: FitConfig) -> FitConfig:
+        return replace(config, steps=30, data=replace(config.data, limit=min(config.data.limit or 64, 64)))
+
+    part = _changed(part, smaller)
+    rows = {
+        row: dict(list(config.items())[:2]) if isinstance(config, Mapping) else config
+        for row, config in part.rows.items()
+    }
+    return replace(part, rows=rows)
+
+
+def report(config: ExperimentConfig, question: str, results: Sequence[Result], verdicts: Sequence[str]) -> str:
+    """Markdown: the question, what was found, the tables, how they are run again."""
+    seeds = " ".join(map(str, config.seeds))
+    command = f"coarse-train experiment {config.name} --seeds {seeds}" + (" --data DIR" if config.data else "")
+    lines = [f"# {config.name}", "", question, ""]
+    if config.quick:
+        lines += ["**A quick run: it shows that everything runs. Its figures mean nothing.**", ""]
+        command += " --quick"
+    lines += [*(f"- {verdict}" for verdict in verdicts), "", f"`{command}`", ""]
+    for result in results:
+        lines += [f"## {result.title}", "", "```", text(result.cells, result.split), "```", ""]
+        if result.chosen:
+            tried = sorted(set(result.tried.values()))
+            each = " or ".join(map(str, tried))
+            settings = "; ".join(f"{row}: {setting}" for row, setting in result.chosen.items())
+            lines += [f"Tuned on validation masks, seed {_TUNING_SEED}, {each} settings a row: {settings}.", ""]
+    lines.append(f"torch {torch.__version__}, {platform.machine()}.")
+    return "\n".join(lines) + "\n"
+
+
+def _write(path: Path, config: ExperimentConfig, results: Sequence[Result], verdicts: Sequence[str]) -> None:
+    cells = [replace(c, method=f"{r.title} | {c.method}") for r in results for c in r.cells]
+    rows = {f"{r.title} | {row}": one for r in results for row, one in r.rows.items()}
+    chosen = {r.title: dict(r.chosen) for r in results if r.chosen}
+    write_results(
+        path, cells, rows, experiment=config.name, quick=config.quick, conclusion=list(verdicts), tuned=chosen
+    )

@@ -1,0 +1,134 @@
+"""The map: what is wrong with the drawings x what is learned from them, on canvases of real digits.
+
+Every column is a noise process of `coarse_train.data.mnist`, every row a way to learn; all share network, steps, batches,
+optimizer and schedule. The bar for the method is the best of the three cross-entropies, tuned with as many trials as itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ..config import DrawingsConfig, FitConfig, Naming, recipe
+from .experiment import ExperimentConfig, Part, Result
+
+QUESTION = "What is wrong with the drawings, and which way to learn from positive and negative ones stands it best?"
+STEPS = 600
+# noise process -> what is wrong, in a figure's words
+PRESETS = {
+    "hasty": "names wrong\nin 3 of 10",
+    "majority": "two names\nmostly wrong",
+    "half": "the same, negatives\non half the objects",
+    "sparse": "the same, negatives\non 15 of 100",
+    "alike": "the same, negatives\nnever tell them apart",
+    "swallowed": "a class mostly\nleft out",
+    "thick": "outlines a\npixel too far",
+    "thin": "outlines not\nfar enough",
+}
+TRUSTED = DrawingsConfig()
+_LEFT_OUT = replace(TRUSTED, weight=0.0)
+_RATES = (0.25, 0.5, 1.0, 2.0)
+_CROSS_ENTROPIES = ("ce_positive", "ce_negative", "ce_both")
+_TUNED = tuple(f"{row}_tuned" for row in _CROSS_ENTROPIES)
+
+
+def parts(config: ExperimentConfig) -> list[Part]:
+    return [Part(preset, rows_of(preset)) for preset in PRESETS]
+
+
+def rows_of(preset: str) -> dict[str, FitConfig | dict[str, FitConfig]]:
+    """
+    ce_positive, ce_negative   cross-entropy on one kind of drawings alone; tuned: learning rate, hold or transition
+    ce_both                    on both, the transition estimated; tuned: transition, weight
+    method                     positive drawings through a global matrix, negative ones trusted; tuned: weight, learning rate
+    method_pen                 the same, positive outlines moved back by what 6 dense masks say
+    supervised                 cross-entropy on the true masks
+    """
+    base = canvases(preset)
+    transitions: tuple[Naming, ...] = ("uniform", "objects", "estimated")
+    if preset == "swallowed":  # its negative drawings name the background
+        transitions = ("uniform", "estimated")
+    positive = replace(base, negative=_LEFT_OUT)
+    negative = replace(base, positive=_LEFT_OUT)
+    both = replace(base, transition="estimated")
+    method = replace(base, positive=recipe("mnist").positive)
+    pen = replace(method, positive=replace(method.positive, pen="auto"), data=replace(base.data, dense_images=6))
+    return {
+        "ce_positive": positive,
+        "ce_positive_tuned": {
+            f"lr {rate:g}x, hold {hold:g}": at_rate(positive, rate, hold=hold)
+            for rate, hold in itertools.product(_RATES, (0.6, 0.3))
+        },
+        "ce_negative": negative,
+        "ce_negative_tuned": {
+            f"lr {rate:g}x, {transition}": at_rate(replace(negative, transition=transition), rate)
+            for rate, transition in itertools.product(_RATES, transitions[:2])
+        },
+        "ce_both": both,
+        "ce_both_tuned": {
+            f"{transition}, weight {weight:g}": weighted(replace(base, transition=transition), weight)
+            for transition, weight in itertools.product(transitions[-2:], (0.3, 0.6, 1.0, 1.4))
+        },
+        "method": method,
+        "method_tuned": {
+            f"lr {rate:g}x, weight {weight:g}": at_rate(weighted(method, weight), rate)
+            for rate, weight in itertools.product((1.0, 2.0), (0.6, 1.0, 1.4, 2.0))
+        },
+        "method_pen": pen,
+        "supervised": replace(base, data=replace(base.data, supervision="masks")),
+    }
+
+
+def canvases(preset: str) -> FitConfig:
+    """What all rows of a preset share, both kinds of drawings trusted."""
+    base = recipe("mnist")
+    return replace(base, data=replace(base.data, variant=preset), positive=TRUSTED, negative=TRUSTED, steps=STEPS)
+
+
+def at_rate(config: FitConfig, factor: float, *, hold: float | None = None) -> FitConfig:
+    optim = replace(config.optim, lr=factor * config.optim.lr, hold=config.optim.hold if hold is None else hold)
+    return replace(config, optim=optim)
+
+
+def weighted(config: FitConfig, weight: float) -> FitConfig:
+    return replace(config, negative=replace(config.negative, weight=weight))
+
+
+def conclude(results: Sequence[Result]) -> list[str]:
+    sentences = []
+    for result in results:
+        untuned, tuned = result.lead("method", _TUNED), result.lead("method_tuned", _TUNED)
+        holds = "ahead" if min(untuned, tuned) > 0 else "behind" if max(untuned, tuned) < 0 else "not clearly ahead"
+        sentences.append(
+            f"{result.title}: the method is {holds}: {untuned:+.1f} points untuned and {tuned:+.1f} tuned against the best "
+            f"tuned cross-entropy; with the pen undone {result.lead('method_pen', _TUNED):+.1f}; "
+            f"supervised {result.mean('supervised'):.1f}."
+        )
+    return sentences
+
+
+def draw(results: Sequence[Result], figure: Figure) -> None:
+    """Scores as numbers on colours, and below them the lead over the best tuned cross-entropy."""
+    rows = list(results[0].rows)
+    leads = ("method", "method_tuned", "method_pen")
+    figure.set_size_inches(1.6 * len(results) + 3, 0.5 * (len(rows) + len(leads)) + 2.6)
+    upper, lower = figure.subplots(2, 1, height_ratios=(len(rows), len(leads)))
+    scores = np.array([[result.mean(row) for result in results] for row in rows])
+    lead = np.array([[result.lead(row, _TUNED) for result in results] for row in leads])
+    upper.imshow(scores, cmap="Blues", vmin=0, vmax=130, aspect="auto")
+    lower.imshow(lead, cmap="RdBu", vmin=-15, vmax=15, aspect="auto")
+    for axis, values, labels, form in ((upper, scores, rows, "{:.1f}"), (lower, lead, leads, "{:+.1f}")):
+        for (i, j), value in np.ndenumerate(values):
+            dark = abs(value) > 11 if axis is lower else value > 80
+            axis.text(j, i, form.format(value), ha="center", va="center", color="white" if dark else "black")
+        axis.set_yticks(range(len(labels)), labels)
+        axis.set_xticks([])
+        axis.spines[:].set_visible(False)
+    upper.xaxis.tick_top()
+    upper.set_xticks(range(len(results)), [PRESETS[result.title] for result in results], fontsize=8)
+    upper.set_title("What is wrong with the positive drawings: mean IoU on held-out digits, last step, %", pad=12)
+    lower.set_title("Lead over the best of three tuned cross-entropies", fontsize=10)
