@@ -52,6 +52,8 @@ class DataConfig:
     drawings of all images first and then the masks of some (fine-tuning); or mixed first and then masks alone."""
     dense_images: int = 0
     """Masks are read of so many training images, chosen by the seed, and of no others (masks: 0 for all)."""
+    dense_split: Literal["train", "val"] = "train"
+    """supervision=then-masks: val learns from masks of that split instead, which are then not scored. `select_with` sets it."""
     dense_share: float | None = None
     """supervision=mixed: part of each batch that are images with a mask; without it as they come."""
     limit: int | None = None
@@ -196,11 +198,12 @@ class FitConfig:
     save_every: int = 100
     """Steps between checkpoints."""
     select_with: int = 0
-    """Use so many dense masks of the validation split, to choose the checkpoint and the trusted side and for nothing
-    else. 0: masks choose nothing, the last step counts."""
+    """Use so many dense masks of the validation split to choose: both kinds trusted, a matrix on either, outlines moved back,
+    both, or fine-tuning on these masks; then the checkpoint; and nothing else. 0: masks choose nothing, the last step
+    counts."""
     select_steps: int | None = None
-    """Steps of the two short runs that choose the trusted side; without it a fifth of the run. 0: masks choose the checkpoint
-    alone."""
+    """Steps of the short runs that choose, of which there are up to seven; without it a fifth of the run. 0: masks choose the
+    checkpoint alone."""
 
 
 def check_config(config: FitConfig) -> None:
@@ -278,6 +281,8 @@ def _check_masks(config: FitConfig) -> None:
     expected = None
     if dense < 0:
         expected = "a number >= 0"
+    elif config.data.dense_split == "val" and supervision != "then-masks":
+        raise ValueError(f"dense_split: expected train with supervision {supervision}, got 'val'")
     elif dense == 0 and supervision not in ("drawings", "masks"):
         expected = f"a number >= 1 with supervision {supervision}"
     elif dense == 0 and measured:

@@ -23,7 +23,7 @@ from coarse_kernels import Drawings, TransitionMatrix, annotation_objective, uni
 
 from .config import FitConfig
 from .data import IGNORE, Sample, Source
-from .data.segmentation import SegmentationData
+from .data.segmentation import SegmentationData, plain
 from .model import ModelOutput
 
 _TRANSITION_IMAGES = 200  # enough for C x C counts: 35 million pixels of CamVid
@@ -135,8 +135,7 @@ def open_transition(config: FitConfig, source: Source) -> TransitionMatrix:
 
 def _meeting_labels(config: FitConfig, source: Source) -> tuple[Tensor, Tensor]:
     """Positive and negative labels, (N,) each, of the pixels that have both, in the first training images."""
-    plain = replace(config.data, crop=None, scale=(1.0, 1.0), flip=False, colour=0.0)
-    dataset = SegmentationData(source, plain, seed=config.seed, training=True)
+    dataset = SegmentationData(source, plain(config.data), seed=config.seed, training=True)
     positives, negatives = [], []
     for index in range(min(len(dataset), _TRANSITION_IMAGES)):
         sample = dataset[index]

@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from . import run
+from .advice import describe_risks
 from .config import FitConfig, check_config, from_dict, to_dict, to_toml
 from .criterion import Counts, Criterion, open_transition
 from .data import Sample, count_channels, describe_source, open_split
@@ -34,7 +35,7 @@ from .parallel import Networks
 from .pen import describe_pen
 from .pictures import draw_progress
 from .schedule import Phase, make_optimizer, plan_phases, set_rates
-from .selection import choose_trusted_side, describe_risk, describe_selection, open_validation
+from .selection import Splits, choose, describe_selection, open_splits
 
 _LEAST_SCALE = 2.0**-10  # of float16 losses: it begins at 65536, and such a gradient is no accident any more
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,8 +56,8 @@ class NonFiniteStep(FloatingPointError):
     """The loss or the gradient of a step is not finite; the message names the file with the batch."""
 
 
-def fit(config: FitConfig) -> FitResult:
-    """Train, score, keep.
+def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
+    """Train, score, keep. ``splits``: instead of those that the config names.
 
     Raises:
         ValueError, FileNotFoundError: what is wrong with the config or the data, before the first step; what is wrong in a
@@ -71,20 +72,20 @@ def fit(config: FitConfig) -> FitResult:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(config.threads)
         stack.enter_context(run.open_run(config, world))
-        source = open_split(config.data, "train")
-        config, selection = choose_trusted_side(config, source, world, fit)
+        source = open_split(config.data, "train") if splits is None else splits.train
+        config, selection = choose(config, source, world, fit)
+        _, validation, masks = open_splits(config, source) if splits is None else splits
         resumed = run.read_resume(config)
         start = resumed["step"] if resumed else 0
 
         # ---- data
         channels, classes = count_channels(source), len(source.classes)
         pen, measured = open_pen(config, source)
-        phases = plan_phases(config, source)
+        phases = plan_phases(config, source, masks)
         datasets = [
             SegmentationData(p.source, p.data, seed=config.seed, training=True, channels=channels, pen=pen)
             for p in phases
         ]
-        validation = open_validation(config)
         facts = run.describe_data(source, validation, channels)
         if resumed:
             run.check_same_data(resumed["data"], facts)
@@ -113,10 +114,12 @@ def fit(config: FitConfig) -> FitResult:
         if config.resume and not resumed:
             log.say(f"no last.pt in {config.out}: a new run")
         log.say(f"{config.out}: {start} of {config.steps} steps done")
-        log.say(describe_selection(config, validation, selection))
-        for line in (describe_risk(config, source), describe_pen(pen, measured, source.classes.names)):
-            if line:
-                log.say(line)
+        for line in (
+            *describe_selection(config, validation, selection),
+            *describe_risks(config, source),
+            *describe_pen(pen, measured, source.classes.names),
+        ):
+            log.say(line)
 
         # ---- steps
         loss, warned, left_out = math.nan, False, 0
@@ -189,8 +192,9 @@ def fit(config: FitConfig) -> FitResult:
         if left_out:
             log.say(f"note: {left_out} of {config.steps - start} steps overflowed in float16 and were left out")
         world.wait()  # nobody returns before the checkpoint is there
-        chosen = config.out / ("best.pt" if config.select_with else "last.pt")
-        return FitResult(chosen, config.steps, best_score if config.select_with else last_score, loss)
+        by_masks = config.select_with > 0 and validation is not None
+        chosen = config.out / ("best.pt" if by_masks else "last.pt")
+        return FitResult(chosen, config.steps, best_score if by_masks else last_score, loss)
 
 
 def _loader(config: FitConfig, phase: Phase, dataset: SegmentationData, start: int, world: World) -> DataLoader[Sample]:

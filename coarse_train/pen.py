@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ def undo(drawing: np.ndarray, pen: Pen) -> np.ndarray:
     table[: len(pen.radii)] = pen.radii
     own = table[drawing]
     result, settled = drawing.copy(), np.zeros(drawing.shape, bool)
-    for label in sorted(np.unique(drawing).tolist(), key=lambda label: -abs(table[label])):
+    for label in sorted(np.unique(drawing).tolist(), key=lambda label: (-abs(table[label]), -table[label])):
         radius = float(table[label])
         region = drawing == label
         # of another class with the opposite radius the same move is asked for
@@ -87,7 +87,7 @@ def _distance(where: np.ndarray) -> np.ndarray:
 
 
 def read_radii(path: Path, names: Sequence[str]) -> tuple[float, ...]:
-    """Of a pen.json, as `write_radii` writes it; classes that are not in it have radius 0."""
+    """Of a pen.json, as `to_json` writes it; classes that are not in it have radius 0."""
     try:
         radii = json.loads(path.read_text(encoding="utf-8"))["radius"]
         values = {str(name): float(radius or 0) for name, radius in radii.items()}
@@ -105,12 +105,24 @@ def read_radii(path: Path, names: Sequence[str]) -> tuple[float, ...]:
     return tuple(values.get(name, 0.0) for name in names)
 
 
+def to_json(report: PenReport) -> str:
+    """pen.json: the radii that `read_radii` reads, and all that was measured."""
+    content = {
+        "radius": dict(zip(report.names, report.radii(), strict=True)),
+        "images": list(report.images),
+        "classes": {name: asdict(one) for name, one in zip(report.names, report.classes, strict=True)},
+        "together": asdict(report.together),
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
 # ---- measuring ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PenOfClass:
-    """How the outlines of one class are drawn. Areas are in parts of the objects' own.
+    """How the outlines of one class are drawn, whatever lies beside it: a wall that borders on little but poles has what poles
+    took from it for its own radius. Areas are in parts of the objects' own.
 
     radius: pixels, above 0 where they reach too far; None: its drawings do not follow the masks, or there are none.
     spread: standard deviation of the radii in the mixture.
@@ -163,17 +175,17 @@ class PenReport:
         return tuple(0.0 if name == "background" else float(move) for name, move in zip(self.names, moves, strict=True))
 
 
-def describe_pen(pen: Pen | None, report: PenReport | None, names: Sequence[str]) -> str | None:
-    """One sentence for the log of a run."""
+def describe_pen(pen: Pen | None, report: PenReport | None, names: Sequence[str]) -> list[str]:
+    """A sentence for the log of a run with a pen."""
     if pen is None:
-        return None
+        return []
     moved = ", ".join(f"{name} {radius:+g}" for name, radius in zip(names, pen.radii, strict=True) if radius) or "none"
     sentence = f"outlines of positive drawings that are moved back, pixels too far: {moved}"
     if report is None:
-        return sentence
+        return [sentence]
     few = [name for name, one in zip(names, report.classes, strict=True) if one.radius is not None and one.few]
     doubt = f"; too few to be sure of {', '.join(few)} (`coarse-train pen` shows them)" if few else ""
-    return f"{sentence}; measured on {len(report.images)} images with a mask and a drawing{doubt}"
+    return [f"{sentence}; measured on {len(report.images)} images with a mask and a drawing{doubt}"]
 
 
 def measure(pairs: Iterable[tuple[str, np.ndarray, np.ndarray]], names: Sequence[str]) -> PenReport:

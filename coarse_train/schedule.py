@@ -26,13 +26,15 @@ class Phase:
     rate: float = 1.0
 
 
-def plan_phases(config: FitConfig, source: Source) -> list[Phase]:
-    """One, or two where masks come after drawings (supervision then-masks)."""
+def plan_phases(config: FitConfig, source: Source, masks: Source | None = None) -> list[Phase]:
+    """One, or two where masks come after drawings (supervision then-masks): those of ``masks``, or of training images."""
     data, steps = config.data, config.steps
     if not data.supervision.endswith("masks"):
         return [Phase(0, steps, source, data)]
-    chosen = sorted(choose_dense(source, data, config.seed))
-    of_masks = source if len(chosen) == len(source) else Subset(source, chosen)
+    of_masks = masks
+    if of_masks is None:
+        chosen = sorted(choose_dense(source, data, config.seed))
+        of_masks = source if len(chosen) == len(source) else Subset(source, chosen)
     on_masks = replace(data, supervision="masks", dense_images=0, dense_share=None)
     if data.supervision == "masks":
         return [Phase(0, steps, of_masks, on_masks)]

@@ -115,6 +115,7 @@ def _prepare_out(config: EvaluateConfig, world: World) -> None:
 def _result(config: EvaluateConfig, loaded: LoadedModel, images: int, meter: ConfusionMeter) -> dict[str, Any]:
     trained = loaded.config.data
     root = config.root or (trained.root if config.dataset in (None, trained.dataset) else None)
+    own = config.split == "val" and config.dataset is None
     rows = zip(loaded.classes.names, meter.iou(), meter.dice(), meter.accuracy(), strict=True)
     return {
         "checkpoint": str(config.checkpoint),
@@ -126,7 +127,8 @@ def _result(config: EvaluateConfig, loaded: LoadedModel, images: int, meter: Con
         "pixels": int(meter.counts.sum()),
         "inference": str(config.inference),
         # of the same split: a score on them is no score on unseen images
-        "chosen_with": loaded.config.select_with if config.split == "val" and config.dataset is None else 0,
+        "chosen_with": loaded.config.select_with if own else 0,
+        "learned_from": loaded.config.data.dense_images if own and loaded.config.data.dense_split == "val" else 0,
         "mean_iou": _number(meter.mean_iou()),
         "mean_dice": _number(meter.mean_dice()),
         "pixel_accuracy": _number(meter.pixel_accuracy()),
@@ -156,6 +158,7 @@ def table(result: dict[str, Any]) -> str:
         f"{result['checkpoint']}, step {result['step']}, on {where}",
         f"{result['images']} images, {result['pixels']} labelled pixels, {result['inference']}",
         *([f"{result['chosen_with']} of these masks chose this checkpoint"] if result["chosen_with"] else []),
+        *([f"{result['learned_from']} of these masks were learned from"] if result["learned_from"] else []),
         "",
         f"{'':{wide}}     IoU    Dice",
         *(f"{name:{wide}}  {_cell(iou)}  {_cell(dice)}" for name, iou, dice in rows),

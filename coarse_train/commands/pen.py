@@ -6,9 +6,8 @@ OUT/pen.png     drawings before and after, and how likely a pixel is drawn over 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from ..config import DataConfig
 from ..data import open_split
 from ..data.classes import Classes
 from ..data.segmentation import pairs_of
-from ..pen import LARGEST, Pen, PenReport, measure, undo
+from ..pen import LARGEST, Pen, PenReport, measure, to_json, undo
 from ..run import look_at_folder, make_folder, write_text
 
 _SHOWN = 3  # pairs in the picture
@@ -70,15 +69,9 @@ def run_pen(config: PenConfig) -> PenReport:
     report = measure(pairs_of(source, data, config.seed, both), source.classes.names)
     print(table(report))
     make_folder("out", config.out)
-    content = {
-        "radius": dict(zip(report.names, report.radii(), strict=True)),
-        "images": list(report.images),
-        "classes": {name: asdict(one) for name, one in zip(report.names, report.classes, strict=True)},
-        "together": asdict(report.together),
-    }
     shown = list(pairs_of(source, data, config.seed, both[:_SHOWN]))
     save_picture(config.out / "pen.png", report, shown, source.classes)
-    write_text(config.out / "pen.json", json.dumps(content, indent=2) + "\n")
+    write_text(config.out / "pen.json", to_json(report))
     print(f"{config.out / 'pen.json'}, {config.out / 'pen.png'}")
     return report
 

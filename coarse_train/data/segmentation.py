@@ -187,6 +187,11 @@ def choose_dense(source: Source, config: DataConfig, seed: int) -> frozenset[int
     return frozenset(with_mask[k] for k in chosen)
 
 
+def plain(config: DataConfig) -> DataConfig:
+    """Without transforms."""
+    return replace(config, crop=None, scale=(1.0, 1.0), flip=False, colour=0.0)
+
+
 def open_pen(config: FitConfig, source: Source) -> tuple[Pen | None, PenReport | None]:
     """What is to be undone in the positive drawings of ``source``, the training split, and how it was measured.
 
@@ -199,10 +204,8 @@ def open_pen(config: FitConfig, source: Source) -> tuple[Pen | None, PenReport |
         return Pen(read_radii(given, names), band), None
     if given != "auto":
         return Pen.of_objects(given, names, band), None
-    plain = replace(config.data, crop=None, scale=(1.0, 1.0), flip=False, colour=0.0)
-    report = measure(
-        pairs_of(source, plain, config.seed, sorted(choose_dense(source, config.data, config.seed))), names
-    )
+    dense = sorted(choose_dense(source, config.data, config.seed))
+    report = measure(pairs_of(source, config.data, config.seed, dense), names)
     return Pen(report.radii(), band), report
 
 
@@ -210,7 +213,7 @@ def pairs_of(
     source: Source, data: DataConfig, seed: int, indices: Iterable[int]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Name, positive drawing and mask of those of the images that have both: what `measure` takes."""
-    dataset = SegmentationData(source, data, training=False, seed=seed)
+    dataset = SegmentationData(source, plain(data), training=False, seed=seed)
     for index in indices:
         kinds = source.kinds(index)
         if "mask" in kinds and ("positive" in kinds or data.simulate is not None):

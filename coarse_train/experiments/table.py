@@ -38,7 +38,7 @@ from torch import Tensor
 
 from ..config import DataConfig, FitConfig, changed, check_config, from_dict, to_dict
 from ..data import Source, open_split
-from ..data.segmentation import SegmentationData
+from ..data.segmentation import SegmentationData, open_pen, plain
 from ..distributed import join_world
 from ..engine import fit
 from ..inference import load_model, score
@@ -205,8 +205,7 @@ def digest(config: FitConfig) -> str:
 
 @cache
 def _content(data: DataConfig, seed: int) -> int:
-    plain = replace(data, crop=None, scale=(1.0, 1.0), flip=False, colour=0.0)
-    dataset = SegmentationData(open_split(data, "train"), plain, seed=seed, training=False)
+    dataset = SegmentationData(open_split(data, "train"), plain(data), seed=seed, training=False)
     checksum = len(dataset)
     for index in range(min(len(dataset), _HASHED_IMAGES)):
         for field in dataset[index]:
@@ -291,8 +290,8 @@ class _Matrices:
 @torch.no_grad()
 def _matrices(model: CoarseModel, source: Source, config: FitConfig, channels: int) -> _Matrices | None:
     """Of the positive drawings of the first training images that have a mask; None where none has both."""
-    plain = replace(config.data, crop=None, scale=(1.0, 1.0), flip=False, colour=0.0)
-    dataset = SegmentationData(source, plain, seed=config.seed, training=False, channels=channels)
+    pen, _ = open_pen(config, source)
+    dataset = SegmentationData(source, plain(config.data), seed=config.seed, training=False, channels=channels, pen=pen)
     classes = len(source.classes)
     weighted, weight = torch.zeros(classes, classes), torch.zeros(classes)
     counts = np.zeros((classes, classes), np.int64)

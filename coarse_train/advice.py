@@ -1,0 +1,95 @@
+"""What the map of the experiments says of a run before it begins: where a confusion matrix has nothing to hold on to."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .config import DrawingsConfig, FitConfig
+from .data import IGNORE, Source
+from .data.segmentation import SegmentationData, plain
+from .selection import kinds_of_drawings
+
+_IMAGES = 32  # training images that are looked at
+_FEW = 0.2  # of what is positively drawn, with a negative drawing on it: below, the matrix loses to cross-entropy
+_CONTRADICTED = 0.005  # of where both kinds meet, the same name in both: below, nothing says that names are wrong
+_SEEN = 500  # pixels of a name with a negative drawing, from which on a name that never comes is no chance
+_LISTED = 3
+
+
+def describe_risks(config: FitConfig, source: Source) -> list[str]:
+    """A sentence for each risk."""
+    present = kinds_of_drawings(config, source)
+    kinds: dict[str, DrawingsConfig] = {name: getattr(config, name) for name in present}
+    matrices = [name for name, kind in kinds.items() if kind.cm != "none"]
+    notes = [note for name in matrices if (note := _start(name, kinds[name], len(source.classes)))]
+    if config.data.supervision == "drawings" and present and len(matrices) == len(present):
+        notes.append(
+            f"all drawings that there are ({', '.join(present)}) have a confusion matrix and none are trusted; nothing then "
+            f"holds the matrix to the truth, and training may drift or flip classes; --{present[0]}.cm none trusts them"
+        )
+    if "positive" in matrices and "negative" in present:
+        notes += _meeting(config, source)
+    return [f"note: {note}" for note in notes]
+
+
+def _start(name: str, kind: DrawingsConfig, classes: int) -> str | None:
+    """Where a matrix starts without a dominant diagonal, in which case classes may be learned in another order."""
+    others = classes - (2 if kind.missing is not None and classes > 2 else 1)
+    largest = max((1 - kind.diagonal - (kind.missing or 0)) / others, kind.missing or 0)
+    if kind.diagonal > largest:
+        return None
+    return (
+        f"the confusion matrix of {name} drawings starts with {kind.diagonal:g} on its diagonal and {largest:.2g} beside it, "
+        f"and classes may be learned in another order; --{name}.diagonal above 0.5 gives every class its own name"
+    )
+
+
+def _meeting(config: FitConfig, source: Source) -> list[str]:
+    """What the pixels tell that have a positive and a negative drawing. A background is left out: it is what nobody drew."""
+    names = source.classes.names
+    objects = [label for label, name in enumerate(names) if name != "background"]
+    counts, drawn = _counts(config, source)
+    own, met = drawn[objects].sum(), counts[objects].sum()
+    if not own or len(objects) < 2:
+        return []
+    notes = []
+    if met < _FEW * own:
+        notes.append(
+            f"only {100 * met / own:.0f} % of what is positively drawn has a negative drawing on it; below about "
+            f"{100 * _FEW:.0f} % cross-entropy was better than a confusion matrix; --positive.cm none, or --select-with N masks"
+        )
+    elif counts[objects, objects].sum() < _CONTRADICTED * met:
+        notes.append(
+            "positive and negative drawings never contradict each other, so nothing says that names are wrong, and no "
+            "confusion matrix mends outlines; `coarse-train pen` measures them, --positive.pen moves them back"
+        )
+    named = counts.sum(0)
+    silent = [
+        f"{names[j]!r} on {names[i]!r}"
+        for i in objects
+        for j in objects
+        if i != j and counts[i].sum() >= _SEEN and named[j] and not counts[i, j]
+    ]
+    if silent and met >= _FEW * own:
+        more = f" and {len(silent) - _LISTED} more" if len(silent) > _LISTED else ""
+        notes.append(
+            f"no negative drawing says 'not' {', '.join(silent[:_LISTED])}{more}: if one is drawn as the other, nobody can "
+            "learn it"
+        )
+    return notes
+
+
+def _counts(config: FitConfig, source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """(C, C) pixels [drawn as, named as not], and (C,) pixels drawn, in the first training images."""
+    dataset = SegmentationData(source, plain(config.data), seed=config.seed, training=False)
+    classes = len(source.classes)
+    counts, drawn = np.zeros((classes, classes), np.int64), np.zeros(classes, np.int64)
+    for index in range(min(len(dataset), _IMAGES)):
+        sample = dataset[index]
+        positive = sample.positive.numpy()
+        drawn += np.bincount(positive[positive != IGNORE], minlength=classes)
+        for layer in sample.negative.numpy():
+            both = (positive != IGNORE) & (layer != IGNORE)
+            pairs = positive[both].astype(np.int64) * classes + layer[both]
+            counts += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+    return counts, drawn

@@ -1,0 +1,360 @@
+"""Outlines: measured on pairs of a drawing and a mask, moved back, and what a user reads of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from coarse_train.cli import main
+from coarse_train.commands.pen import PenConfig, run_pen, table
+from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, load_toml, to_toml
+from coarse_train.data import IGNORE, open_split
+from coarse_train.data.segmentation import SegmentationData, open_pen, pairs_of
+from coarse_train.pen import LARGEST, Pen, PenReport, measure, read_radii, to_json, undo
+
+from . import data_trees
+
+NAMES = ("background", "blob", "bar")
+Drawn = Callable[[np.ndarray], np.ndarray]
+
+
+def scene(seed: int, size: int = 96) -> np.ndarray:
+    """(H, W) smooth blobs of class 1, and bars of class 2, apart from each other."""
+    rng = np.random.default_rng(seed)
+    mask = np.zeros((size, size), np.uint8)
+    rows, columns = np.mgrid[:size, :size]
+    for k, (row, column) in enumerate([(24, 24), (24, 72), (72, 24), (72, 72)]):
+        row, column = row + rng.integers(-3, 4), column + rng.integers(-3, 4)
+        if k % 2:
+            mask[row - 12 : row + 12, column - 3 : column + 4] = 2
+        else:
+            mask[(rows - row) ** 2 + (columns - column) ** 2 <= rng.integers(8, 11) ** 2] = 1
+    return mask
+
+
+def moved(mask: np.ndarray, radii: dict[int, int], paper: int = 0) -> np.ndarray:
+    """A drawing with every outline too far by the radius of its class."""
+    drawing = np.full_like(mask, paper)
+    for label, radius in radii.items():
+        region = mask == label
+        if radius > 0:
+            region = ndimage.distance_transform_edt(~region) <= radius
+        elif radius < 0:
+            region = ndimage.distance_transform_edt(region) > -radius
+        drawing[region] = label
+    return drawing
+
+
+def report_of(draw: Drawn, scenes: int = 4) -> PenReport:
+    masks = [scene(seed) for seed in range(scenes)]
+    return measure(((str(k), draw(mask), mask) for k, mask in enumerate(masks)), NAMES)
+
+
+@pytest.mark.parametrize("blob", [-4, -1, 0, 1, 3])
+@pytest.mark.parametrize("bar", [-2, 0, 2])
+def test_the_radius_of_every_class_is_found_and_moved_back(blob: int, bar: int) -> None:
+    report = report_of(lambda mask: moved(mask, {1: blob, 2: bar}))
+    assert report.radii() == (0, blob, bar)
+    assert [one.spread for one in report.classes[1:]] == [0, 0]
+    assert not any(one.few for one in report.classes[1:])
+    for seed in range(4):
+        mask = scene(seed)
+        drawing = moved(mask, {1: blob, 2: bar})
+        wrong = np.count_nonzero(undo(drawing, Pen(report.radii())) != mask)
+        assert wrong <= 0.05 * np.count_nonzero(mask)  # all but the corners of the bars, which a round pen rounds
+        assert wrong <= np.count_nonzero(drawing != mask)
+
+
+def test_wrong_names_are_no_wrong_outlines() -> None:
+    def draw(mask: np.ndarray) -> np.ndarray:
+        return np.array([0, 2, 1], np.uint8)[moved(mask, {1: 2, 2: -1})]
+
+    assert report_of(draw).radii() == (0, 2, -1)
+
+
+def test_what_is_drawn_nowhere_may_be_a_background_or_nothing() -> None:
+    report = report_of(lambda mask: moved(mask, {1: 2, 2: -1}, paper=IGNORE))
+    assert report.radii() == (0, 2, -1)
+    mask = scene(0)
+    back = undo(moved(mask, {1: 2, 2: -1}, paper=IGNORE), Pen(report.radii()))
+    assert set(np.unique(back)) == {1, 2, IGNORE}  # what is lost lies where nothing was drawn
+    assert np.count_nonzero((back == 1) != (mask == 1)) <= 4
+
+
+def test_objects_that_were_left_out_tell_nothing() -> None:
+    def draw(mask: np.ndarray) -> np.ndarray:
+        drawing = moved(mask, {1: 1, 2: 1})
+        drawing[:48] = 0
+        return drawing
+
+    report = report_of(draw)
+    assert report.radii() == (0, 1, 1)
+    assert report.classes[1].inside == 1
+
+
+def test_pens_of_two_widths_have_a_spread_and_the_median_as_radius() -> None:
+    masks = [scene(seed) for seed in range(6)]
+    radii = [1, 3, 3, 1, 3, 3]
+    report = measure(((str(k), moved(m, {1: radii[k], 2: 0}), m) for k, m in enumerate(masks)), NAMES)
+    assert report.classes[1].radius == 3
+    assert 0.5 < report.classes[1].spread < 1.5
+    assert report.classes[2].spread == 0
+
+
+def test_parts_that_are_left_out_move_no_outline() -> None:
+    """Coarse drawings cover two thirds of an object at random: there is no distance to move anything by."""
+
+    def draw(mask: np.ndarray) -> np.ndarray:
+        rng = np.random.default_rng(0)
+        drawing = mask.copy()
+        drawing[rng.random(mask.shape) < 0.4] = 0
+        return drawing
+
+    report = report_of(draw)
+    assert report.radii() == (0, 0, 0)
+    assert report.classes[1].missed == pytest.approx(0.4, abs=0.03)
+
+
+def test_drawings_that_do_not_follow_the_masks_have_no_radius() -> None:
+    report = report_of(lambda mask: np.random.default_rng(0).integers(0, 3, mask.shape).astype(np.uint8))
+    assert all(one.radius is None for one in report.classes)
+    assert report.radii() == (0, 0, 0)
+
+
+def test_one_pair_is_said_to_be_too_few() -> None:
+    one = report_of(lambda mask: moved(mask, {1: 2, 2: 0}), scenes=1)
+    assert one.classes[1].radius == 2
+    assert one.classes[1].few
+    assert "Too few pairs to be sure of blob, bar" in table(one)
+    assert "Too few" not in table(report_of(lambda mask: moved(mask, {1: 2, 2: 0})))
+
+
+def test_it_is_said_what_the_radius_would_be_without_each_pair() -> None:
+    masks = [scene(seed) for seed in range(3)]
+    report = measure(((str(k), moved(m, {1: (1, 1, 4)[k], 2: 0}), m) for k, m in enumerate(masks)), NAMES)
+    assert report.images == ("0", "1", "2")
+    assert report.classes[1].without == (1, 1, 1)
+    masks = masks[1:]
+    report = measure(((str(k), moved(m, {1: (1, 4)[k], 2: 0}), m) for k, m in enumerate(masks)), NAMES)
+    assert set(report.classes[1].without) == {1, 4}
+    assert report.classes[1].few
+
+
+def test_a_class_in_no_pair_is_taken_to_be_drawn_as_the_others() -> None:
+    masks = [np.where(scene(seed) == 2, 0, scene(seed)).astype(np.uint8) for seed in range(2)]
+    report = measure(((str(k), moved(m, {1: 2}), m) for k, m in enumerate(masks)), NAMES)
+    assert report.classes[2].pairs == 0
+    assert report.radii() == (0, 2, 2)
+    assert "in no pair: as all others together, +2" in table(report)
+
+
+def test_nothing_to_measure_with_is_an_error() -> None:
+    with pytest.raises(ValueError, match="pen: expected images with a dense mask and a positive drawing"):
+        measure([], NAMES)
+
+
+# ---- where regions touch ------------------------------------------------------------------------------------------
+
+
+def street() -> tuple[np.ndarray, np.ndarray]:
+    """A pole (2) of 4 pixels in front of a wall (0) above a road (1), and it drawn 2 pixels too wide: no background."""
+    mask = np.zeros((60, 200), np.uint8)
+    mask[40:] = 1
+    mask[10:50, 18:22] = 2
+    drawing = mask.copy()
+    drawing[ndimage.distance_transform_edt(mask != 2) <= 2] = 2
+    return mask, drawing
+
+
+def test_what_a_broad_pen_took_from_its_neighbours_goes_back_to_the_nearest() -> None:
+    mask, drawing = street()
+    report = measure([("a", drawing, mask), ("b", drawing[:, ::-1], mask[:, ::-1])], ("wall", "road", "pole"))
+    assert report.radii() == (0, 0, 2)
+    back = undo(drawing, Pen(report.radii()))
+    assert (
+        np.count_nonzero(back != mask) <= 12
+    )  # at the four corners of the pole, and where wall and road meet behind it
+    assert set(np.unique(back[8:12, 16:24])) == {0, 2}
+    assert set(np.unique(back[48:52, 16:24])) == {1, 2}
+
+
+def test_two_classes_of_one_radius_keep_their_border() -> None:
+    """Nothing tells which of them was drawn on top."""
+    _, drawing = street()
+    assert np.array_equal(undo(drawing, Pen((2, 2, 2))), drawing)
+    assert np.array_equal(undo(drawing, Pen((0, 0, 0))), drawing)
+    # opposite radii ask for the same move
+    assert np.array_equal(undo(drawing, Pen((-2, -2, 2))), undo(drawing, Pen((0, 0, 2))))
+
+
+def test_a_narrow_pen_grows_over_its_neighbours_but_not_over_one_that_is_narrower() -> None:
+    mask, _ = street()
+    thin = mask.copy()
+    thin[:, 18] = thin[:, 21] = mask[:, 0]
+    back = undo(thin, Pen((0, 0, -1)))
+    assert np.array_equal(back[12:48], mask[12:48])
+    assert np.array_equal(undo(thin, Pen((-3, -3, -1)))[12:48, 17:23] == 2, np.zeros((36, 6), bool))
+
+
+def test_a_band_says_nothing_where_an_outline_was_moved_over() -> None:
+    drawing = street()[1]
+    everything = undo(drawing, Pen((0, 0, 2), band=9))
+    moved_over = undo(drawing, Pen((0, 0, 2))) != drawing
+    assert np.array_equal(everything == IGNORE, moved_over)
+    nearest = undo(drawing, Pen((0, 0, 2), band=1))
+    assert 0 < np.count_nonzero(nearest == IGNORE) < np.count_nonzero(moved_over)
+    assert np.array_equal(nearest[nearest != IGNORE], undo(drawing, Pen((0, 0, 2)))[nearest != IGNORE])
+
+
+def test_a_drawing_is_not_written_to() -> None:
+    drawing = street()[1]
+    drawing.flags.writeable = False
+    undo(drawing, Pen((0, 0, 2), band=1))
+    undo(drawing, Pen((0, 0, -2)))
+
+
+def test_an_object_of_less_than_the_pen_is_lost() -> None:
+    drawing = np.zeros((20, 20), np.uint8)
+    drawing[10, 10] = 1
+    assert not undo(drawing, Pen((0, 2))).any()
+    assert np.array_equal(undo(np.ones((4, 4), np.uint8), Pen((0, 2))), np.ones((4, 4)))  # a whole image of it is not
+
+
+# ---- in a run -----------------------------------------------------------------------------------------------------
+
+
+def _fit_config(out: Path, **changes: object) -> FitConfig:
+    data = DataConfig(dataset="mnist", variant="thick", limit=24)
+    base = FitConfig(data=data, out=out, steps=2, batch_size=4, threads=1, positive=DrawingsConfig())
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def test_drawings_are_moved_back_before_transforms_and_negatives_stay(tmp_path: Path) -> None:
+    config = _fit_config(tmp_path, positive=DrawingsConfig(pen=1.0))
+    source = open_split(config.data, "train")
+    pen, report = open_pen(config, source)
+    assert report is None
+    assert pen == Pen((0, 1, 1, 1, 1))
+    plain = SegmentationData(source, config.data, training=True)
+    mended = SegmentationData(source, config.data, training=True, pen=pen)
+    for _ in range(2):  # drawn, and from the cache
+        for index in range(3):
+            record, sample = source.load(index), mended[index]
+            assert record.positive is not None
+            assert np.array_equal(sample.positive, undo(record.positive, pen))
+            assert np.array_equal(sample.negative, plain[index].negative)
+            assert (np.asarray(sample.positive) != np.asarray(plain[index].positive)).any()
+
+
+def test_auto_reads_no_more_masks_than_it_may(tmp_path: Path) -> None:
+    config = _fit_config(
+        tmp_path,
+        positive=DrawingsConfig(pen="auto"),
+        data=DataConfig(dataset="mnist", variant="thick", limit=24, dense_images=6),
+    )
+    pen, report = open_pen(config, open_split(config.data, "train"))
+    assert report is not None
+    assert len(report.images) == 6
+    assert pen == Pen((0, 1, 1, 1, 1))
+    mixed = replace(config, data=replace(config.data, supervision="mixed"))
+    assert open_pen(mixed, open_split(config.data, "train"))[1] == report
+
+
+def test_fit_says_what_it_moved_and_how_it_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--variant", "thick", "--limit", "24", "--steps", "1", "--widths", "4", "8", "--threads", "1"]
+    auto = ["--positive.pen", "auto", "--dense-images", "5", "--positive.cm", "none", "--out", str(tmp_path / "a")]
+    assert main(["fit", "mnist", *arguments, *auto]) == 0
+    said = capsys.readouterr().err
+    assert "outlines of positive drawings that are moved back, pixels too far: 0 +1, 3 +1, 4 +1, 7 +1" in said
+    assert "measured on 5 images with a mask and a drawing" in said
+    assert load_toml(tmp_path / "a" / "config.toml").positive.pen == "auto"
+    assert main(["pen", "mnist", "--variant", "thick", "--images", "4", "--out", str(tmp_path / "pen")]) == 0
+    shown = capsys.readouterr().out
+    assert "4 images with a drawing and a mask" in shown
+    assert (tmp_path / "pen" / "pen.png").read_bytes()[:4] == b"\x89PNG"
+    file = ["--positive.pen", str(tmp_path / "pen" / "pen.json"), "--positive.band", "1", "--out", str(tmp_path / "b")]
+    assert main(["fit", "mnist", *arguments, *file]) == 0
+    assert "pixels too far: 0 +1, 3 +1, 4 +1, 7 +1" in capsys.readouterr().err
+    for number in ("-1.5", "None"):
+        assert main(["fit", "mnist", *arguments, "--positive.pen", number, "--out", str(tmp_path / number)]) == 0
+    assert "pixels too far: 0 -1.5," in capsys.readouterr().err
+    config = load_toml(tmp_path / "b" / "config.toml")
+    (tmp_path / "again.toml").write_text(to_toml(config))
+    assert load_toml(tmp_path / "again.toml") == config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--positive.pen", "auto"], "dense_images: expected a number >= 1 with positive.pen auto"),
+        (["--negative.pen", "1"], "negative.pen: expected None"),
+        (["--positive.band", "1"], "positive.band: expected a number >= 0, and 0 without positive.pen, got 1.0"),
+        (["--positive.pen", "nan"], "positive.pen: expected a number of pixels, auto or a file, got nan"),
+        (["--positive.pen", "nowhere.json"], "pen: expected a number, auto or a pen.json, got nowhere.json"),
+        (["--positive.pen", "auto", "--supervision", "masks"], "positive.pen: expected None with supervision masks"),
+        (["--dense-share", "0.5"], "dense_share: expected a number between 0 and 1 with supervision mixed"),
+        (["--supervision", "then-masks"], "dense_images: expected a number >= 1 with supervision then-masks"),
+        (["--dense-split", "val"], "dense_split: expected train with supervision drawings"),
+    ],
+)
+def test_a_wrong_option_is_named(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "mnist", "--limit", "24", "--steps", "1", *options, "--out", "runs/never"]) == 1
+    assert f"error: {message}" in capsys.readouterr().err
+    assert not Path("runs/never/last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", 'expected {"radius"'),
+        ('{"radii": {}}', 'expected {"radius"'),
+        ('{"radius": {"lamp": 1}}', "expected numbers for some of the classes"),
+        ('{"radius": {"bar": "wide"}}', 'expected {"radius"'),
+        ('{"radius": {"bar": NaN}}', "expected numbers for some"),
+    ],
+)
+def test_a_damaged_pen_file_is_named(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "pen.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"{path}: {message}"):
+        read_radii(path, NAMES)
+
+
+def test_a_pen_file_may_be_written_by_hand(tmp_path: Path) -> None:
+    path = tmp_path / "pen.json"
+    path.write_text('{"radius": {"bar": 2.5, "blob": null}}')
+    assert read_radii(path, NAMES) == (0, 0, 2.5)
+    path.write_text(to_json(report_of(lambda mask: moved(mask, {1: 3, 2: -1}))))
+    assert read_radii(path, NAMES) == (0, 3, -1)
+    assert json.loads(path.read_text())["classes"]["blob"]["radius"] == 3
+
+
+def test_observers_of_real_vessels_are_measured(tmp_path: Path) -> None:
+    root = data_trees.write_chasedb1_tree(tmp_path / "chase")
+    report = run_pen(PenConfig("chasedb1", root=root, out=tmp_path / "pen"))
+    assert len(report.images) == len(open_split(DataConfig(dataset="chasedb1", root=root), "train"))
+    with pytest.raises(ValueError, match="out: expected an empty or new folder, or --overwrite"):
+        run_pen(PenConfig("chasedb1", root=root, out=tmp_path / "pen"))
+    with pytest.raises(ValueError, match="images: expected a number >= 1, got 0"):
+        run_pen(PenConfig("chasedb1", root=root, images=0, out=tmp_path / "more"))
+
+
+def test_a_pen_beyond_what_is_looked_for_is_said_to_be_at_least_that() -> None:
+    size = 160
+    mask = np.zeros((size, size), np.uint8)
+    mask[70:90, 70:90] = 1
+    report = measure([(str(k), moved(mask, {1: 14}), mask) for k in range(2)], NAMES)
+    assert report.classes[1].radius in (None, LARGEST)
+
+
+def test_simulated_drawings_are_pairs_too(tmp_path: Path) -> None:
+    root = data_trees.write_camvid_tree(tmp_path / "camvid", size=(48, 64))
+    data = DataConfig(dataset="camvid", root=root, simulate="full", crop=(16, 16), scale=(0.5, 2.0))
+    pairs = list(pairs_of(open_split(data, "train"), data, 0, range(2)))
+    assert [drawing.shape for _, drawing, _ in pairs] == [(48, 64)] * 2  # whole images, whatever training crops

@@ -1,0 +1,221 @@
+"""Masks after drawings: what each phase reads, how fast it learns, and that a resume lands in the right one."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from coarse_train import run as run_folder
+from coarse_train.advice import describe_risks
+from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, ModelConfig, OptimConfig
+from coarse_train.data import Subset, open_split
+from coarse_train.data.sampler import StepSampler
+from coarse_train.data.segmentation import choose_dense
+from coarse_train.engine import fit
+from coarse_train.schedule import plan_phases
+from coarse_train.selection import candidates, open_splits
+
+from . import data_trees
+
+DATA = DataConfig(dataset="mnist", limit=24, supervision="then-masks", dense_images=5)
+
+
+def _config(out: Path, **changes: Any) -> FitConfig:
+    base = FitConfig(
+        data=DATA,
+        out=out,
+        steps=8,
+        batch_size=4,
+        threads=1,
+        model=ModelConfig(widths=(4, 8)),
+        optim=OptimConfig(lr=1e-2, finetune=0.5, schedule="constant", warmup=0.0),
+    )
+    return replace(base, **changes)
+
+
+def _rows(out: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+def test_drawings_come_first_and_then_masks_alone(tmp_path: Path) -> None:
+    fit(_config(tmp_path))
+    rows = _rows(tmp_path)
+    for row in rows[:4]:
+        assert "positive_nll" in row
+        assert "mask_nll" not in row
+    for row in rows[4:]:
+        assert "mask_nll" in row
+        assert "positive_nll" not in row
+        assert "negative_nll" not in row
+    assert [row["lr"] for row in rows] == [1e-2] * 4 + [pytest.approx(2.5e-3)] * 4
+
+
+def test_each_phase_has_a_warm_up_and_a_fall_of_its_own(tmp_path: Path) -> None:
+    optim = OptimConfig(lr=1e-2, finetune=0.5, finetune_lr=1e-3, warmup=0.25, schedule="cosine")
+    fit(_config(tmp_path, optim=optim, steps=16))
+    rates = [row["lr"] for row in _rows(tmp_path)]
+    for rate, own in ((1e-2, rates[:8]), (1e-3, rates[8:])):
+        assert own[0] == pytest.approx(rate / 2)
+        assert max(own) == pytest.approx(rate)
+        assert own[-1] < 0.2 * rate
+
+
+@pytest.mark.parametrize("stopped", [2, 4, 6])
+def test_a_run_goes_on_in_the_phase_it_was_in(tmp_path: Path, stopped: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(_config(tmp_path / "whole"))
+    config = _config(tmp_path / "cut", save_every=stopped)
+    kept = run_folder.save
+
+    class Stopped(Exception):
+        pass
+
+    def save(path: Path, content: dict[str, Any]) -> None:
+        kept(path, content)
+        raise Stopped
+
+    monkeypatch.setattr(run_folder, "save", save)
+    with pytest.raises(Stopped):
+        fit(config)
+    monkeypatch.setattr(run_folder, "save", kept)
+    fit(replace(config, resume=True))
+    one, other = (run_folder.load(tmp_path / name / "last.pt")["model"] for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_masks_of_the_second_phase_are_the_ones_that_mixed_would_read(tmp_path: Path) -> None:
+    source = open_split(DATA, "train")
+    config = _config(tmp_path)
+    phases = plan_phases(config, source)
+    chosen = sorted(choose_dense(source, DATA, config.seed))
+    assert isinstance(phases[1].source, Subset)
+    assert phases[1].source.indices == chosen
+    assert (phases[0].last, phases[1].first, phases[1].last) == (4, 4, 8)
+    mixed = replace(config, data=replace(DATA, supervision="mixed-then-masks"))
+    assert plan_phases(mixed, source)[0].data.supervision == "mixed"
+    alone = replace(config, data=replace(DATA, supervision="masks"))
+    (only,) = plan_phases(alone, source)
+    assert isinstance(only.source, Subset)
+    assert only.source.indices == chosen
+    fit(replace(mixed, steps=4))
+    rows = _rows(tmp_path)
+    assert any("mask_nll" in row for row in rows[:2])
+    assert "positive_nll" not in rows[3]
+
+
+def test_every_length_has_both_phases(tmp_path: Path) -> None:
+    source = open_split(DATA, "train")
+    for steps in (2, 3, 10, 101):
+        for share in (0.01, 0.5, 0.99):
+            config = _config(tmp_path, steps=steps, optim=OptimConfig(finetune=share))
+            first, second = plan_phases(config, source)
+            assert 0 < first.last == second.first < second.last == steps
+    with pytest.raises(ValueError, match="steps: expected at least 2 with supervision then-masks, got 1"):
+        fit(_config(tmp_path, steps=1))
+    with pytest.raises(ValueError, match="finetune: expected a number between 0 and 1, got 1"):
+        fit(_config(tmp_path, optim=OptimConfig(finetune=1.0)))
+
+
+def test_a_share_of_every_batch_has_masks() -> None:
+    dense = {3, 5, 11}
+    sampler = StepSampler(20, 8, 30, seed=0, dense=dense, dense_share=0.25)
+    batches = list(sampler)
+    assert all(sum(index in dense for _, index in batch) == 2 for batch in batches)
+    for own in (dense, set(range(20)) - dense):
+        keys = [(epoch, index) for batch in batches for epoch, index in batch if index in own]
+        first = keys[: len(own)]
+        assert {index for _, index in first} == own  # every image once before any comes again
+        assert len(set(keys)) == len(keys)
+    odd = list(StepSampler(20, 3, 100, seed=0, dense=dense, dense_share=0.25))
+    assert abs(sum(index in dense for batch in odd for _, index in batch) - 75) <= 1
+    resumed = StepSampler(20, 8, 30, seed=0, first=11, dense=dense, dense_share=0.25)
+    assert list(resumed) == batches[11:]
+    ranks = [list(StepSampler(20, 8, 30, seed=0, dense=dense, dense_share=0.25, rank=rank, world=2)) for rank in (0, 1)]
+    assert [one + other for one, other in zip(*ranks, strict=True)] == batches
+    with pytest.raises(ValueError, match="dense_share: expected images with a mask and others, got 20 and the rest"):
+        StepSampler(20, 8, 30, seed=0, dense=set(range(20)), dense_share=0.5)
+
+
+def test_masks_of_the_validation_split_are_learned_from_or_scored_but_not_both(tmp_path: Path) -> None:
+    config = _config(tmp_path, data=replace(DATA, dense_split="val", dense_images=6))
+    train = open_split(config.data, "train")
+    splits = open_splits(config, train)
+    assert splits.validation is None
+    assert splits.masks is not None
+    assert len(splits.masks) == 6
+    assert math.isnan(fit(config).score)
+    chosen = open_splits(replace(config, data=DATA, select_with=6), train).validation
+    assert chosen is not None
+    assert [chosen.name(k) for k in range(6)] == [splits.masks.name(k) for k in range(6)]
+
+
+def test_fine_tuning_is_scored_on_masks_it_did_not_learn_from(tmp_path: Path) -> None:
+    data = DataConfig(dataset="mnist", variant="thick", limit=24)
+    fit(_config(tmp_path, data=data, select_with=6, select_steps=2, steps=2))
+    seen = []
+    for fold in (0, 1):
+        content = run_folder.load(tmp_path / "trial_fine-tuning_on_the_masks" / f"fold_{fold}" / "last.pt")
+        assert content["config"]["data"]["dense_images"] == 3
+        assert not math.isnan(content["last_score"])
+        seen.append(content["data"]["validation masks"])
+    assert seen[0] != seen[1]
+    written = json.loads((tmp_path / "selection.json").read_text())
+    assert {"pen", "pen, matrix on positive"} <= set(written["mean_iou"])  # its outlines are a pixel too far
+    assert written["cost_if_wrong"][written["chosen"]] == 0
+    assert json.loads((tmp_path / "pen.json").read_text())["radius"]["3"] == 1
+
+
+def test_candidates_keep_what_was_asked_for() -> None:
+    config = FitConfig(
+        select_with=4,
+        positive=DrawingsConfig(cm="grid", stride=4, weight=0.5, pen=2.0),
+        negative=DrawingsConfig(weight=2),
+    )
+    found = candidates(config, ("positive", "negative"), pen=Path("pen.json"))
+    assert set(found) == {"all trusted", "matrix on positive", "matrix on negative", "fine-tuning on the masks"}
+    assert all(row.positive.pen == 2.0 for row in found.values())
+    assert all((row.positive.weight, row.negative.weight) == (0.5, 2) for row in found.values())
+    assert found["matrix on negative"].negative.stride == 4
+    assert "matrix on negative" not in candidates(config, ("positive",))
+    mixed = replace(config, data=DataConfig(supervision="mixed", dense_images=3))
+    assert "fine-tuning on the masks" not in candidates(mixed, ("positive",))  # it has masks to learn from already
+
+
+# ---- what fit says beforehand ---------------------------------------------------------------------------------------
+
+
+def _risks(variant: str, **changes: Any) -> str:
+    data = DataConfig(dataset="mnist", variant=variant, limit=40)
+    matrix = DrawingsConfig(cm="global", diagonal=0.6, missing=0.3)
+    config = FitConfig(data=data, **{"positive": matrix, **changes})
+    return "\n".join(describe_risks(config, open_split(data, "train")))
+
+
+def test_fit_warns_where_the_map_says_so() -> None:
+    assert _risks("majority") == ""
+    assert "has a negative drawing on it; below about 20 %" in _risks("sparse")
+    assert "never contradict each other" in _risks("thick")
+    assert "no negative drawing says 'not' '3' on '0'" in _risks("alike")
+    weak = DrawingsConfig(cm="global", diagonal=0.2)
+    assert "starts with 0.2 on its diagonal and 0.2 beside it" in _risks("majority", positive=weak)
+    both = _risks("majority", negative=DrawingsConfig(cm="global"))
+    assert "all drawings that there are (positive, negative) have a confusion matrix" in both
+
+
+def test_fit_warns_of_nothing_where_all_is_trusted() -> None:
+    for variant in ("sparse", "thick", "alike"):
+        assert _risks(variant, positive=DrawingsConfig()) == ""
+
+
+def test_drawings_without_negatives_are_no_reason_to_look_for_where_they_meet(tmp_path: Path) -> None:
+    root = data_trees.write_chasedb1_tree(tmp_path / "chase")
+    data = DataConfig(dataset="chasedb1", root=root)
+    notes = describe_risks(FitConfig(data=data), open_split(data, "train"))
+    assert len(notes) == 1
+    assert "all drawings that there are (positive)" in notes[0]
