@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
@@ -21,6 +20,7 @@ from ..data import IGNORE, Source, open_split
 from ..data.segmentation import choose_dense, pairs_of
 from ..model.unet import UNet
 from ..simulate import generator_for
+from .redrawn import write_map
 
 
 def corrected(config: FitConfig, seed: int, folder: Path, *, lr: float, steps: int) -> FitConfig:
@@ -84,6 +84,4 @@ def _draw(network: UNet, config: FitConfig, source: Source, seed: int, folder: P
         p = network(_input(source.load(index).image, drawing, len(source.classes))[None])[0].softmax(0)
         below = p.cumsum(0).numpy() < generator_for(seed, name).random(drawing.shape, np.float32)
         labels = below.sum(0).clip(max=len(source.classes) - 1).astype(np.uint8)
-        path = folder / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(source.classes.encode(labels)).save(path)
+        write_map(folder, source, name, labels)

@@ -29,7 +29,7 @@ from ..config import FitConfig
 from ..run import write_text
 from .table import Cell, Row, Summary, config_of, run_table, text, write_results
 
-Name = Literal["noise-map", "few-masks"]
+Name = Literal["noise-map", "few-masks", "select"]
 EXPERIMENTS = {name: name.replace("-", "_") for name in get_args(Name)}  # name -> module
 _TUNING_SEED = 0
 
@@ -39,9 +39,10 @@ class ExperimentConfig:
     """One of the experiments on what helps when: train its tables, print them, write report.md, results.json and figure.png."""
 
     name: tyro.conf.Positional[Name]
-    """noise-map: ways to learn x what is wrong with the drawings. few-masks: dense masks of some images beside drawings."""
+    """noise-map: ways to learn x what is wrong with the drawings. few-masks: dense masks of some images beside drawings.
+    select: what `--select-with 10` chooses, and what being wrong would cost."""
     quick: bool = False
-    """A few steps on a few images, one trial a row: to see that it runs, in minutes. The figures mean nothing."""
+    """A few steps on a few images, one trial a row, some of the tables: to see that it runs. Its figures mean nothing."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the networks, the order of the batches and the choice of masks."""
     data: Path | None = None
@@ -65,12 +66,14 @@ class ExperimentConfig:
 @dataclass(frozen=True)
 class Part:
     """One table. A row is a config, or settings of it to choose from: the best mean IoU at the last step on the validation
-    split. ``tuned_as``: the part whose choices of equal row and setting are taken over, instead of tuning again."""
+    split. ``tuned_as``: the part whose choices of equal row and setting are taken over, instead of tuning again. ``seeds``: at
+    most so many of them."""
 
     title: str
     rows: Mapping[str, Row | Mapping[str, Row]]
     split: str = "test"
     tuned_as: str | None = None
+    seeds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -154,20 +157,15 @@ def run_parts(parts: Sequence[Part], seeds: Sequence[int], out: Path, *, jobs: i
         for part in parts
     }
     results = []
-    for split in dict.fromkeys(part.split for part in parts):
-        together = {
-            f"{part.title} | {row}": config
-            for part in parts
-            if part.split == split
-            for row, config in rows[part.title].items()
-        }
-        cells = run_table(together, seeds, out, split=split, jobs=jobs)
-        for part in parts:
-            if part.split == split:
-                prefix = f"{part.title} | "
-                own = [replace(c, method=c.method[len(prefix) :]) for c in cells if c.method.startswith(prefix)]
-                tried = {row: len(each) for row, each in part.rows.items() if isinstance(each, Mapping)}
-                results.append(Result(part.title, rows[part.title], own, split, chosen[part.title], tried))
+    for split, count in dict.fromkeys((part.split, part.seeds) for part in parts):
+        own = [part for part in parts if (part.split, part.seeds) == (split, count)]
+        together = {f"{part.title} | {row}": config for part in own for row, config in rows[part.title].items()}
+        cells = run_table(together, seeds[:count], out, split=split, jobs=jobs)
+        for part in own:
+            prefix = f"{part.title} | "
+            found = [replace(c, method=c.method[len(prefix) :]) for c in cells if c.method.startswith(prefix)]
+            tried = {row: len(each) for row, each in part.rows.items() if isinstance(each, Mapping)}
+            results.append(Result(part.title, rows[part.title], found, split, chosen[part.title], tried))
     order = [part.title for part in parts]
     return sorted(results, key=lambda result: order.index(result.title))
 
@@ -193,14 +191,15 @@ def _changed(part: Part, change: Callable[[FitConfig], FitConfig]) -> Part:
 
 
 def quick(part: Part) -> Part:
-    """The first two settings of each row, 30 steps, 64 training images."""
+    """The first setting of each row, 10 steps, 64 training images."""
 
     def smaller(config: FitConfig) -> FitConfig:
-        return replace(config, steps=30, data=replace(config.data, limit=min(config.data.limit or 64, 64)))
+        data = replace(config.data, limit=min(config.data.limit or 64, 64))
+        return replace(config, steps=10, select_steps=None if config.select_steps is None else 2, data=data)
 
     part = _changed(part, smaller)
     rows = {
-        row: dict(list(config.items())[:2]) if isinstance(config, Mapping) else config
+        row: dict(list(config.items())[:1]) if isinstance(config, Mapping) else config
         for row, config in part.rows.items()
     }
     return replace(part, rows=rows)

@@ -37,7 +37,7 @@ _TUNED = tuple(f"{row}_tuned" for row in _CROSS_ENTROPIES)
 
 
 def parts(config: ExperimentConfig) -> list[Part]:
-    return [Part(preset, rows_of(preset)) for preset in PRESETS]
+    return [Part(preset, rows_of(preset)) for preset in (("majority", "swallowed") if config.quick else PRESETS)]
 
 
 def rows_of(preset: str) -> dict[str, FitConfig | dict[str, FitConfig]]:

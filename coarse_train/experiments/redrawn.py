@@ -1,0 +1,42 @@
+"""Drawings that an experiment makes of a data set's masks, in a folder that `DataConfig.positives` reads."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from ..data import Source
+from ..simulate import generator_for
+
+Draw = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
+def redrawn(source: Source, folder: Path, draw: Draw, *, seed: int = 0) -> Path:
+    """``draw(mask, generator)`` for every image of the training split, once: what is there is taken."""
+    done = folder / "done"
+    if not done.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        for index in range(len(source)):
+            record = source.load(index)
+            if record.mask is None:
+                raise ValueError(f"{record.name}: expected a dense mask to draw from, got none")
+            write_map(folder / "train", source, record.name, draw(record.mask, generator_for(seed, record.name)))
+        done.touch()
+    return folder
+
+
+def write_map(folder: Path, source: Source, name: str, labels: np.ndarray) -> None:
+    path = folder / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(source.classes.encode(labels)).save(path)
+
+
+def widened(mask: np.ndarray, label: int, radius: float) -> np.ndarray:
+    """Where a round pen of this radius draws when it follows the outlines of a class."""
+    region = mask == label
+    return np.asarray(ndimage.distance_transform_edt(~region) <= radius) if region.any() else region

@@ -1,0 +1,88 @@
+"""What ten masks can decide: `--select-with 10` against every candidate that it chooses among, over the noises of the map.
+
+Regret: the score of the best candidate, known only to who has all test masks, less the score of the run that ten validation
+masks chose. Every candidate is trained in full, so that it is seen what a wrong choice would have cost.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ..config import FitConfig, recipe
+from ..selection import candidates
+from .experiment import ExperimentConfig, Part, Result
+from .noise_map import PRESETS, canvases
+from .table import Row
+
+QUESTION = "Do ten dense masks choose the right way to learn, whatever is wrong with the drawings, and what does an error cost?"
+MASKS = 10
+CHOSEN = f"select-with {MASKS}"
+
+
+def parts(config: ExperimentConfig) -> list[Part]:
+    presets = ("thick",) if config.quick else PRESETS
+    return [Part(preset, rows_of(preset)) for preset in presets]
+
+
+def rows_of(preset: str) -> dict[str, Row]:
+    """Every candidate, each on its own, and the run that chooses."""
+    base = replace(canvases(preset), positive=recipe("mnist").positive, select_with=MASKS)
+    found = candidates(base, ("positive", "negative"), pen=Path("pen.json"), estimable=True)
+    return {**{name: _alone(row) for name, row in found.items()}, CHOSEN: base}
+
+
+def _alone(row: FitConfig) -> FitConfig:
+    """Without a choice, and with the pen measured on as many masks."""
+    if row.positive.pen is None:
+        return replace(row, select_with=0)
+    positive = replace(row.positive, pen="auto")
+    return replace(row, select_with=0, positive=positive, data=replace(row.data, dense_images=MASKS))
+
+
+def regrets(result: Result) -> list[float]:
+    """Of each seed."""
+    found = []
+    for seed in sorted({cell.seed for cell in result.cells}):
+        own = {cell.method: cell.miou for cell in result.cells if cell.seed == seed}
+        found.append(max(score for row, score in own.items() if row != CHOSEN) - own[CHOSEN])
+    return found
+
+
+def conclude(results: Sequence[Result]) -> list[str]:
+    every = {result.title: regrets(result) for result in results}
+    mean = statistics.fmean(value for found in every.values() for value in found)
+    sentences = [
+        f"Regret of --select-with {MASKS}: {mean:.1f} points on average over {len(results)} noises, "
+        f"{'within' if mean <= 1 else 'NOT within'} the 1 point that was hoped for."
+    ]
+    for result in results:
+        rows = [row for row in result.rows if row != CHOSEN]
+        best, worst = max(rows, key=result.mean), min(rows, key=result.mean)
+        sentences.append(
+            f"{result.title}: regret {statistics.fmean(every[result.title]):+.1f} (by seed "
+            f"{', '.join(f'{value:+.1f}' for value in every[result.title])}); best {best} {result.mean(best):.1f}, "
+            f"worst {worst} {result.mean(worst):.1f}."
+        )
+    return sentences
+
+
+def draw(results: Sequence[Result], figure: Figure) -> None:
+    """Every candidate as a point, the chosen run as a line across."""
+    figure.set_size_inches(1.3 * len(results) + 3, 4.6)
+    axis = figure.subplots()
+    for row in results[0].rows:
+        means = [result.mean(row) if row in result.rows else np.nan for result in results]
+        if row == CHOSEN:
+            axis.plot(range(len(results)), means, "k_", markersize=28, markeredgewidth=2, label=row)
+        else:
+            axis.plot(range(len(results)), means, "o", label=row, alpha=0.8)
+    axis.set_xticks(range(len(results)), [PRESETS[result.title] for result in results], fontsize=8)
+    axis.set_ylabel("mean IoU on held-out digits, %")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
