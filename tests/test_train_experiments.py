@@ -1,0 +1,247 @@
+"""Experiments: what is tuned and how, what they conclude from cells, and that each runs and writes its report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from coarse_train.cli import main
+from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, ModelConfig, check_config, recipe
+from coarse_train.data import open_split
+from coarse_train.experiments import experiment, few_masks, noise_map, select
+from coarse_train.experiments.corrector import corrected
+from coarse_train.experiments.experiment import ExperimentConfig, Name, Part, Result, quick, run_parts
+from coarse_train.experiments.redrawn import redrawn, widened
+from coarse_train.experiments.table import Cell, config_of
+
+from . import data_trees
+
+
+def cell(row: str, seed: int, miou: float, **more: Any) -> Cell:
+    known = {"miou_validation": None, "miou_best": None, "seconds": 1.0, "iou": {}, "cm_error": None, "believed": None}
+    return Cell(row, seed, miou, **{**known, "observed": None, "reads": "scores", "folder": "", **more})
+
+
+def result(title: str, scores: Mapping[str, float], seeds: int = 2) -> Result:
+    """Made up: every seed scores the same."""
+    cells = [cell(row, seed, score, iou={"vessel": score}) for row, score in scores.items() for seed in range(seeds)]
+    return Result(title, dict.fromkeys(scores, FitConfig()), cells, "test")
+
+
+def _scores(rows: Mapping[str, Any], start: float = 50.0) -> dict[str, float]:
+    return {row: start + place for place, row in enumerate(rows)}
+
+
+def _module(name: str) -> Any:
+    return experiment.import_module(f"coarse_train.experiments.{experiment.EXPERIMENTS[name]}")
+
+
+@pytest.mark.parametrize("name", get_args(Name))
+@pytest.mark.parametrize("small", [False, True])
+def test_every_row_can_be_trained_and_rows_that_are_tuned_have_equal_trials(
+    name: str, small: bool, tmp_path: Path
+) -> None:
+    config = ExperimentConfig(name, quick=small, out=tmp_path)  # type: ignore[arg-type]
+    parts = _module(name).parts(config)
+    titles = [part.title for part in parts]
+    assert len(set(titles)) == len(titles)
+    for part in parts:
+        trials = {row: len(each) for row, each in part.rows.items() if isinstance(each, Mapping)}
+        assert len(set(trials.values())) <= 1
+        assert part.tuned_as is None or part.tuned_as in titles
+        for each in part.rows.values():
+            for row in each.values() if isinstance(each, Mapping) else (each,):
+                if isinstance(row, FitConfig):  # the others train something first
+                    check_config(row)
+
+
+@pytest.mark.parametrize("name", get_args(Name))
+def test_each_experiment_draws_and_concludes_from_cells_alone(name: str, tmp_path: Path) -> None:
+    module = _module(name)
+    parts = module.parts(ExperimentConfig(name, out=tmp_path))  # type: ignore[arg-type]
+    results = [result(part.title, _scores(part.rows)) for part in parts]
+    sentences = module.conclude(results)
+    assert sentences
+    assert all(sentence.endswith(".") for sentence in sentences)
+    figure = Figure(layout="constrained")
+    module.draw(results, figure)
+    figure.savefig(tmp_path / "figure.png")
+
+
+def test_a_tuned_row_is_the_best_of_its_settings_on_validation_masks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, tuple[int, ...]]] = []
+
+    def run_table(rows: Mapping[str, FitConfig], seeds: tuple[int, ...], out: Path, **options: Any) -> list[Cell]:
+        asked.append((options["split"], tuple(seeds)))
+        return [cell(row, seed, config_of(config, seed).optim.lr) for row, config in rows.items() for seed in seeds]
+
+    monkeypatch.setattr(experiment, "run_table", run_table)
+    base = FitConfig()
+    settings = {f"lr {lr}": replace(base, optim=replace(base.optim, lr=lr)) for lr in (0.1, 0.3, 0.2)}
+    parts = [
+        Part("one", {"plain": base, "tuned": settings}),
+        Part(
+            "two", {"tuned": {name: replace(row, steps=7) for name, row in settings.items()}}, tuned_as="one", seeds=1
+        ),
+        Part("three", {"plain": base}, split="val"),
+    ]
+    one, two, three = run_parts(parts, (0, 1), tmp_path)
+    assert asked == [("val", (0,)), ("test", (0, 1)), ("test", (0,)), ("val", (0, 1))]
+    assert one.chosen == two.chosen == {"tuned": "lr 0.3"}
+    assert one.tried == {"tuned": 3}
+    assert one.rows["tuned"] == settings["lr 0.3"]
+    assert config_of(two.rows["tuned"], 0).steps == 7
+    assert [c.seed for c in two.cells] == [0]
+    assert three.chosen == {}
+
+
+def test_a_report_has_the_question_the_tables_and_how_to_run_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = noise_map.parts
+
+    def fewer(config: ExperimentConfig) -> list[Part]:
+        (part, *_) = parts(config)
+        return [
+            replace(part, rows={row: part.rows[row] for row in ("ce_both_tuned", "method", "method_pen", "supervised")})
+        ]
+
+    monkeypatch.setattr(noise_map, "parts", fewer)
+    monkeypatch.setattr(noise_map, "draw", lambda results, figure: figure.subplots())
+    out = tmp_path / "map"
+    assert main(["experiment", "noise-map", "--quick", "--jobs", "1", "--out", str(out)]) == 0
+    report = (out / "report.md").read_text()
+    assert report in capsys.readouterr().out
+    assert noise_map.QUESTION in report
+    assert "`coarse-train experiment noise-map --seeds 0 1 2 --quick`" in report
+    assert "Its figures mean nothing" in report
+    assert "Tuned on validation masks, seed 0, 1 settings a row: ce_both_tuned: objects, weight 0.3." in report
+    results = json.loads((out / "results.json").read_text())
+    assert [row["method"] for row in results["rows"]] == [
+        f"majority | {row}" for row in ("ce_both_tuned", "method", "method_pen", "supervised")
+    ]
+    assert results["tuned"] == {"majority": {"ce_both_tuned": "objects, weight 0.3"}}
+    assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_quick_is_small() -> None:
+    base = replace(recipe("mnist"), steps=600)
+    part = quick(Part("one", {"plain": base, "seeded": lambda seed: base, "tuned": {"a": base, "b": base}}))
+    for each in part.rows.values():
+        for row in each.values() if isinstance(each, Mapping) else (each,):
+            assert config_of(row, 3).steps == 10
+            assert config_of(row, 3).data.limit == 64
+    assert list(part.rows["tuned"]) == ["a"]  # type: ignore[arg-type]
+
+
+# ---- what they say --------------------------------------------------------------------------------------------------
+
+
+def test_the_map_says_where_the_method_loses() -> None:
+    ahead = {"ce_both_tuned": 80.0, "method": 85.0, "method_tuned": 86.0, "method_pen": 85.0, "supervised": 95.0}
+    first, second, third = noise_map.conclude(
+        [
+            result("majority", ahead),
+            result("sparse", {**ahead, "ce_positive_tuned": 90.0}),
+            result("half", {**ahead, "method": 79.0}),
+        ]
+    )
+    assert "majority: the method is ahead: +5.0 points untuned and +6.0 tuned" in first
+    assert "sparse: the method is behind: -5.0 points untuned and -4.0 tuned" in second
+    assert "half: the method is not clearly ahead" in third
+
+
+def test_few_masks_names_the_best_use_of_both_sides() -> None:
+    scores = {"masks": 60.0, "finetune": 70.0, "corrector": 75.0, "mixed": 50.0, "pen": 80.0, "pen_nothing": 79.0}
+    scores |= {"supervised": 90.0, "drawings": 40.0}
+    one, nothing, dice = few_masks.conclude([result("thick, 6 masks", scores)])
+    assert "pen 80.0, the best without a matrix or a pen, corrector, 75.0 (+5.0)" in one
+    assert "as background, +1.0 over saying nothing" in nothing
+    assert "pen 88.9, finetune 82.4" in dice  # 2 I / (1 + I)
+
+
+def test_regret_is_told_by_seed_and_a_missed_bar_is_said() -> None:
+    scores = {"all trusted": 80.0, "pen": 90.0, select.CHOSEN: 87.0}
+    first, second = select.conclude([result("thick", scores)])
+    assert "3.0 points on average over 1 noises, NOT within the 1 point" in first
+    assert "regret +3.0 (by seed +3.0, +3.0); best pen 90.0, worst all trusted 80.0" in second
+
+
+# ---- drawings that they make ----------------------------------------------------------------------------------------
+
+
+def _maps(records: Any) -> list[tuple[Any, Any]]:
+    return [(record.positive, record.mask) for record in records]
+
+
+def test_a_corrector_learns_to_move_outlines_back(tmp_path: Path) -> None:
+    base = replace(recipe("mnist"), positive=DrawingsConfig(), negative=DrawingsConfig(weight=0.0), threads=1)
+    data = DataConfig(dataset="mnist", variant="thick", limit=60, supervision="mixed", dense_images=20)
+    config = replace(base, data=data)
+    taught = corrected(config, 0, tmp_path / "drawn", lr=8e-3, steps=100)
+    assert taught.data.positives == tmp_path / "drawn"
+    before, after = open_split(data, "train"), open_split(taught.data, "train")
+
+    def too_much(source: Any) -> float:
+        """Drawn area of objects by their own, less 1."""
+        records = [source.load(index) for index in range(60)]
+        drawn, true = (np.mean([(part != 0).mean() for part in parts]) for parts in zip(*_maps(records), strict=True))
+        return float(drawn / true - 1)
+
+    assert too_much(before) > 0.5
+    assert abs(too_much(after)) < 0.4 * too_much(before)
+    files = {path: path.read_bytes() for path in (tmp_path / "drawn" / "train").iterdir()}
+    assert corrected(config, 0, tmp_path / "drawn", lr=8e-3, steps=100) == taught  # what is there is taken
+    assert all(path.read_bytes() == content for path, content in files.items())
+
+
+def test_vessels_of_a_brush_are_drawn_once_and_are_too_wide(tmp_path: Path) -> None:
+    root = data_trees.write_chasedb1_tree(tmp_path / "chase")
+    data = DataConfig(dataset="chasedb1", root=root)
+    source = open_split(data, "train")
+    made = redrawn(source, tmp_path / "brush", lambda mask, rng: widened(mask, 1, 2).astype(np.uint8))
+    drawn = open_split(replace(data, positives=made), "train")
+    for index in range(len(source)):
+        record = drawn.load(index)
+        assert record.positive is not None
+        assert record.mask is not None
+        assert ((record.positive == 1) >= (record.mask == 1)).all()
+        assert (record.positive == 1).sum() > (record.mask == 1).sum()
+    assert redrawn(source, tmp_path / "brush", lambda mask, rng: mask) == made
+    assert (open_split(replace(data, positives=made), "train").load(0).positive == drawn.load(0).positive).all()
+
+
+def test_photographs_are_left_out_where_they_are_not_there(tmp_path: Path) -> None:
+    without = few_masks.parts(ExperimentConfig("few-masks", out=tmp_path))
+    assert not any("chase" in part.title or "camvid" in part.title for part in without)
+    data_trees.write_chasedb1_tree(tmp_path / "data" / "chasedb1")
+    found = few_masks.parts(ExperimentConfig("few-masks", out=tmp_path, data=tmp_path / "data"))
+    assert sum("chase" in part.title for part in found) == 3
+
+
+def test_names_first_trains_twice(tmp_path: Path) -> None:
+    base = replace(
+        noise_map.canvases("thick_names"),
+        negative=DrawingsConfig(weight=0.0),
+        steps=2,
+        model=ModelConfig(widths=(4, 8)),
+        data=DataConfig(dataset="mnist", variant="thick_names", limit=16),
+    )
+    rows = few_masks.rows_of(base, 4, recipe("mnist").positive, tmp_path, 2)
+    settings = rows["names_first"]
+    assert isinstance(settings, Mapping)
+    config = config_of(settings["mask weight 1"], 1)
+    assert config.data.positives is not None
+    assert len(list((config.data.positives / "train").iterdir())) == 16
+    assert config.positive.pen == "auto"
+    assert config.positive.cm == "none"
+    assert config.mask_weight == 1
