@@ -94,7 +94,10 @@ def parse_fit(arguments: list[str]) -> FitConfig:
     if target.endswith(".toml"):
         default = load_toml(Path(target))
         if (Path(target).parent / "last.pt").exists():  # the folder of a run, wherever it has been moved
-            default = replace(default, out=Path(target).parent)
+            moved, pen = Path(target).parent, default.positive.pen
+            if pen == default.out / "pen.json":  # which masks chose
+                default = replace(default, positive=replace(default.positive, pen=moved / "pen.json"))
+            default = replace(default, out=moved)
     elif target in DATASETS:
         default = recipe(target)
     elif target or not {"-h", "--help"} & {*rest}:

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from coarse_train import run as run_folder
+from coarse_train import selection
 from coarse_train.advice import describe_risks
-from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, ModelConfig, OptimConfig
+from coarse_train.cli import main
+from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, ModelConfig, OptimConfig, load_toml
 from coarse_train.data import Subset, open_split
 from coarse_train.data.sampler import StepSampler
 from coarse_train.data.segmentation import choose_dense
@@ -169,6 +171,22 @@ def test_fine_tuning_is_scored_on_masks_it_did_not_learn_from(tmp_path: Path) ->
     assert {"pen", "pen, matrix on positive"} <= set(written["mean_iou"])  # its outlines are a pixel too far
     assert written["cost_if_wrong"][written["chosen"]] == 0
     assert json.loads((tmp_path / "pen.json").read_text())["radius"]["3"] == 1
+
+
+def test_a_run_whose_masks_chose_the_pen_goes_on_where_it_was_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = {"pen": 90.0}
+    monkeypatch.setattr(selection, "_score", lambda name, *_: scores.get(name, 10.0))
+    data = DataConfig(dataset="mnist", variant="thick", limit=24)
+    config = _config(tmp_path / "here", data=data, select_with=4, steps=2)
+    fit(config)
+    assert load_toml(tmp_path / "here" / "config.toml").positive.pen == tmp_path / "here" / "pen.json"
+    fit(replace(config, resume=True))  # as it was given first
+    (tmp_path / "here").rename(tmp_path / "there")
+    capsys.readouterr()
+    assert main(["fit", str(tmp_path / "there" / "config.toml"), "--resume", "--steps", "2"]) == 0
+    assert "taken: pen" in capsys.readouterr().err
 
 
 def test_candidates_keep_what_was_asked_for() -> None:
