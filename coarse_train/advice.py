@@ -6,7 +6,8 @@ import numpy as np
 
 from .config import DrawingsConfig, FitConfig
 from .data import IGNORE, Source
-from .data.segmentation import SegmentationData, plain
+from .data.segmentation import SegmentationData, choose_dense, pairs_of, plain
+from .pen import measure
 from .selection import kinds_of_drawings
 
 _IMAGES = 32  # training images that are looked at
@@ -14,6 +15,7 @@ _FEW = 0.2  # of what is positively drawn, with a negative drawing on it: below,
 _CONTRADICTED = 0.005  # of where both kinds meet, the same name in both: below, nothing says that names are wrong
 _SEEN = 500  # pixels of a name with a negative drawing, from which on a name that never comes is no chance
 _LISTED = 3
+_PAIRS = 8
 
 
 def describe_risks(config: FitConfig, source: Source) -> list[str]:
@@ -29,6 +31,8 @@ def describe_risks(config: FitConfig, source: Source) -> list[str]:
         )
     if "positive" in matrices and "negative" in present:
         notes += _meeting(config, source)
+    if "positive" in present and config.positive.pen is None and config.data.dense_split == "train":
+        notes += _outlines(config, source)
     return [f"note: {note}" for note in notes]
 
 
@@ -42,6 +46,22 @@ def _start(name: str, kind: DrawingsConfig, classes: int) -> str | None:
         f"the confusion matrix of {name} drawings starts with {kind.diagonal:g} on its diagonal and {largest:.2g} beside it, "
         f"and classes may be learned in another order; --{name}.diagonal above 0.5 gives every class its own name"
     )
+
+
+def _outlines(config: FitConfig, source: Source) -> list[str]:
+    """Outlines that are off, as the first images say whose masks the run may read anyway."""
+    if not config.data.dense_images:
+        return []
+    dense = sorted(choose_dense(source, config.data, config.seed))[:_PAIRS]
+    pairs = list(pairs_of(source, config.data, config.seed, dense))
+    if not pairs:
+        return []
+    names = source.classes.names
+    radii = measure(pairs, names).radii()
+    off = ", ".join(f"{name} {radius:+g}" for name, radius in zip(names, radii, strict=True) if radius)
+    if not off:
+        return []
+    return [f"outlines of positive drawings are off, pixels too far: {off}; --positive.pen auto moves them back"]
 
 
 def _meeting(config: FitConfig, source: Source) -> list[str]:

@@ -226,6 +226,18 @@ def test_fit_warns_where_the_map_says_so() -> None:
     assert "all drawings that there are (positive, negative) have a confusion matrix" in both
 
 
+def test_fit_says_that_outlines_are_off_where_it_may_read_masks() -> None:
+    data = DataConfig(dataset="mnist", variant="thick", limit=40, supervision="mixed", dense_images=6)
+    config = FitConfig(data=data, positive=DrawingsConfig())
+    source = open_split(data, "train")
+    assert describe_risks(config, source) == [
+        "note: outlines of positive drawings are off, pixels too far: 0 +1, 3 +1, 4 +1, 7 +1; --positive.pen auto moves them back"
+    ]
+    assert describe_risks(replace(config, positive=DrawingsConfig(pen="auto")), source) == []
+    right = replace(data, variant="majority")
+    assert describe_risks(replace(config, data=right), open_split(right, "train")) == []
+
+
 def test_fit_warns_of_nothing_where_all_is_trusted() -> None:
     for variant in ("sparse", "thick", "alike"):
         assert _risks(variant, positive=DrawingsConfig()) == ""

@@ -26,7 +26,7 @@ from ..pictures import posterior
 from ..simulate import Mix, Process, Strokes, draw_coarse, others, swapped
 from .corrector import corrected
 from .experiment import ExperimentConfig, Part, Result
-from .noise_map import STEPS, TRUSTED, at_rate, canvases
+from .noise_map import STEPS, TRUSTED, at_rate, by_masks, canvases
 from .redrawn import redrawn, widened, write_map
 from .table import Row, digest
 
@@ -164,7 +164,7 @@ def rows_of(
     few = replace(base, data=replace(base.data, dense_images=count))
     mixed = replace(few, data=replace(few.data, supervision="mixed", dense_share=_SHARE))
     then = replace(few, data=replace(few.data, supervision="then-masks"))
-    masks = replace(few, data=replace(few.data, supervision="masks"))
+    masks = by_masks(few)
 
     def drawn(config: FitConfig, **changes: object) -> FitConfig:
         return replace(config, positive=replace(config.positive, **changes))  # type: ignore[arg-type]
@@ -200,7 +200,7 @@ def rows_of(
             )
             for weight in _WEIGHTS
         },
-        "supervised": replace(base, data=replace(base.data, supervision="masks")),
+        "supervised": by_masks(base),
     }
 
 
