@@ -169,9 +169,8 @@ class PenReport:
     together: PenOfClass
 
     def radii(self) -> tuple[float, ...]:
-        """What `Pen` takes. A class that is in none of the pairs is taken to be drawn as all the others together: by the same
-        hand."""
-        moves = [one.move if one.pairs else self.together.move for one in self.classes]
+        """What `Pen` takes. A class that is in too few pairs is taken to be drawn as all of them together: by the same hand."""
+        moves = [self.together.move if one.few else one.move for one in self.classes]
         return tuple(0.0 if name == "background" else float(move) for name, move in zip(self.names, moves, strict=True))
 
 

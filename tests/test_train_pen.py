@@ -150,8 +150,17 @@ def test_a_class_in_no_pair_is_taken_to_be_drawn_as_the_others() -> None:
     masks = [np.where(scene(seed) == 2, 0, scene(seed)).astype(np.uint8) for seed in range(2)]
     report = measure(((str(k), moved(m, {1: 2}), m) for k, m in enumerate(masks)), NAMES)
     assert report.classes[2].pairs == 0
+    assert report.classes[2].few
     assert report.radii() == (0, 2, 2)
     assert "in no pair: as all others together, +2" in table(report)
+
+
+def test_a_radius_that_one_pair_decides_is_not_taken() -> None:
+    masks = [scene(seed) for seed in range(2)]
+    radii = [{1: 0, 2: 1}, {1: 0, 2: 0}]
+    report = measure(((str(k), moved(m, radii[k]), m) for k, m in enumerate(masks)), NAMES)
+    assert report.classes[2].few
+    assert report.radii() == (0, 0, 0)
 
 
 def test_nothing_to_measure_with_is_an_error() -> None:

@@ -84,7 +84,7 @@ def table(report: PenReport) -> str:
         "  without one pair"
     ]
     few = []
-    for name, one in zip(report.names, report.classes, strict=True):
+    for name, one, undone in zip(report.names, report.classes, report.radii(), strict=True):
         if one.radius is None:
             lines.append(f"{name:<{wide}}{'-':>8}{'':>44}  {_why(name, one.pairs, report.together.move)}")
             continue
@@ -93,7 +93,7 @@ def table(report: PenReport) -> str:
             few.append(name)
         edge = "at least" if one.radius == LARGEST else "at most" if one.radius == -LARGEST else ""
         lines.append(
-            f"{name:<{wide}}{one.radius:>+8d}{one.spread:>8.1f}{one.move:>+6d}{one.missed:>8.2f}{one.added:>7.2f}"
+            f"{name:<{wide}}{one.radius:>+8d}{one.spread:>8.1f}{undone:>+6.0f}{one.missed:>8.2f}{one.added:>7.2f}"
             f"{one.undone:>8.2f}{one.pairs:>7d}  {', '.join(others) if others else 'the same'}{edge and f'; {edge} this'}"
         )
     lines.append(
@@ -103,7 +103,8 @@ def table(report: PenReport) -> str:
     )
     if few:
         lines.append(
-            f"Too few pairs to be sure of {', '.join(few)}: fewer than two, or one pair more or less gives another radius."
+            f"Too few pairs to be sure of {', '.join(few)}: fewer than two, or one pair less gives another radius. They are "
+            f"moved as all classes together, {report.together.move:+d}."
         )
     return "\n".join(lines)
 
