@@ -14,6 +14,7 @@ import pytest
 from coarse_train.config import DataConfig
 from coarse_train.data import IGNORE, open_split
 from coarse_train.data.mnist import (
+    AREAS,
     CANVAS,
     DIGITS,
     PROCESSES,
@@ -42,7 +43,16 @@ PUBLISHED = {
     "thick": 4101347709,
     "thin": 3391462870,
     "thick_names": 3273067478,
+    "whole_names": 430530592,
+    "binary_names": 4244282506,
+    "majority_spots": 3360066970,
+    "majority_scribbles": 1858931984,
     "binary": 665638607,
+    "digits-0.01": 1208779300,
+    "digits-0.05": 115959780,
+    "digits-0.25": 1421778077,
+    "digits-0.5": 3840201306,
+    "digits-1": 2295293881,
 }
 
 
@@ -200,7 +210,7 @@ def test_every_process_is_a_variant_of_the_same_digits() -> None:
     for variant, process in PROCESSES.items():
         source = open_split(DataConfig(dataset="mnist", variant=variant), "train")
         record = source.load(0)
-        objects = source.region[0]  # type: ignore[attr-defined]
+        objects = source.region[0] if process.background is not None else None  # type: ignore[attr-defined]
         positive, negative = draw_coarse(record.mask, process, np.random.default_rng([0, 0]), objects=objects)
         np.testing.assert_array_equal(record.positive, positive)
         np.testing.assert_array_equal(record.negative, negative)
@@ -286,6 +296,34 @@ def test_a_swallowed_class_is_mostly_background_and_negatives_may_say_so() -> No
     assert pair_counts(negative, np.broadcast_to(mask[:, None], negative.shape), 5)[0, 2] > 0
 
 
+@pytest.mark.parametrize("variant", ["whole_names", "binary_names"])
+def test_where_objects_are_drawn_whole_pixels_have_the_matrix_of_names(variant: str) -> None:
+    positive, negative, mask = _drawn(variant)
+    process = PROCESSES[variant]
+    counts = pair_counts(positive, mask, process.num_classes)
+    assert counts.sum() == mask.size  # every pixel says something
+    np.testing.assert_allclose(shares(counts), process.confusion, atol=0.06)
+    assert not pair_counts(negative[:, 0], mask, process.num_classes).diagonal().any()  # honest
+    assert np.mean([(negative[n, 0][mask[n] > 0] != IGNORE).mean() for n in range(len(mask))]) > 0.6
+
+
+@pytest.mark.parametrize(("variant", "ratio"), [("majority_spots", 0.1), ("majority_scribbles", 0.05)])
+def test_a_few_discs_and_strokes_carry_the_names_of_majority_and_say_nothing_elsewhere(
+    variant: str, ratio: float
+) -> None:
+    positive, negative, mask = _drawn(variant)
+    for drawn in (positive, negative[:, 0]):
+        assert abs((drawn != IGNORE).mean() - ratio) < 0.1 * ratio
+    confusion = shares(pair_counts(positive, mask, 5))
+    np.testing.assert_allclose(confusion, PROCESSES[variant].confusion, atol=0.1)
+    for true, other in ((2, 1), (4, 3)):
+        assert confusion[true, true] < confusion[other, true]
+    named = pair_counts(negative[:, 0], mask, 5)
+    assert not named.diagonal().any()
+    assert not named[0].any()
+    assert named[:, 0].sum() > named[:, 1:].sum()  # "not a 4" on the background, too
+
+
 def test_binary_negatives_cover_everything() -> None:
     _, negative, mask = _drawn("binary", 50)
     assert set(np.unique(negative)) == {0, 1}
@@ -293,10 +331,42 @@ def test_binary_negatives_cover_everything() -> None:
     assert 0.6 < (negative[:, 0] == 0)[mask == 1].mean() < 0.95
 
 
-def test_the_demos_drawings_are_those_of_the_published_table() -> None:
-    """Checksums of drawings of the release whose numbers the README gives; another one means that its table is out of date."""
+def test_drawings_are_those_of_the_published_tables() -> None:
+    """Checksums of drawings that published numbers come from; another one means that their tables are out of date."""
     found = {variant: zlib.crc32(np.concatenate(_drawn(variant, 50)[:2], None).tobytes()) for variant in PROCESSES}
     assert found == PUBLISHED
+
+
+@pytest.mark.parametrize("area", AREAS)
+def test_single_digits_are_annotated_on_a_part_of_the_area_with_the_same_errors(area: float) -> None:
+    positive, negative, mask = _drawn(f"digits-{area:g}", 200)
+    assert mask.shape[1:] == (28, 28)
+    for layer in (positive, negative[:, 0]):
+        assert abs((layer != IGNORE).mean() - area) < max(0.006, 0.02 * area)
+    # a digit is drawn as background, and a background as no background: as often on every part, but along the middle of shapes
+    confusion, named = shares(pair_counts(positive, mask, 2)), shares(pair_counts(negative[:, 0], mask, 2))
+    assert confusion[1, 0] < 0.15
+    assert named[0, 0] < 0.2
+    if area > 0.1:
+        assert abs(confusion[0, 1] - 0.5) < 0.08
+        assert abs(named[1, 1] - 0.22) < 0.08
+
+
+def test_single_digits_are_drawn_on_in_training_alone() -> None:
+    for split, kinds in (("train", {"positive", "negative", "mask"}), ("val", {"mask"}), ("test", {"mask"})):
+        source = open_split(DataConfig(dataset="mnist", variant="digits-0.25"), split)
+        assert source.kinds(0) == kinds
+        record = source.load(0)
+        assert (record.positive is None) == (record.negative is None) == (split != "train")
+        np.testing.assert_array_equal(record.mask, record.image[..., 0] >= 100)
+    few = open_split(DataConfig(dataset="mnist", variant="digits-0.25", limit=5), "train")
+    assert len(few) == 5
+
+
+@pytest.mark.skipif(not FULL.is_dir(), reason=f"the full MNIST is not at {FULL}; COARSE_DATA names its parent folder")
+def test_single_digits_of_the_full_files_are_all_ten() -> None:
+    config = DataConfig(dataset="mnist", root=FULL, variant="digits-1")
+    assert [len(open_split(config, split)) for split in ("train", "val", "test")] == [54_000, 6_000, 10_000]
 
 
 def test_a_limit_takes_the_first_canvases_and_changes_none() -> None:
@@ -342,7 +412,6 @@ def test_bad_drawings_in_folders_are_named_or_listed(tmp_path: Path, capsys: pyt
 
 
 def test_a_variant_that_there_is_not() -> None:
-    with pytest.raises(
-        ValueError, match=r"variant: expected one of \('', 'majority', 'hasty', .*'binary'\) for mnist, got 'swap'"
-    ):
+    names = ", ".join(map(repr, ("", *PROCESSES)))
+    with pytest.raises(ValueError, match=rf"variant: expected one of \({names}\) for mnist, got 'swap'"):
         open_split(DataConfig(dataset="mnist", variant="swap"), "train")

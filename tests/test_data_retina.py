@@ -48,6 +48,18 @@ def test_chasedb1_first_observer_is_the_mask_and_swap_exchanges_them(tmp_path: P
     np.testing.assert_array_equal(swapped.positive, vessels > 0)
 
 
+def test_chasedb1_observers_are_two_kinds_of_drawings(tmp_path: Path) -> None:
+    root = write_chasedb1_tree(tmp_path)
+    _, vessels, _ = eye(2)
+    record = _open("chasedb1", root, "train", "observers").load(0)
+    np.testing.assert_array_equal(record.mask, vessels > 0)
+    np.testing.assert_array_equal(record.positive, vessels == 1)
+    assert record.negative is not None
+    np.testing.assert_array_equal(
+        record.negative[0], vessels == 0
+    )  # "not background" on a vessel, "no vessel" elsewhere
+
+
 def test_chasedb1_faults_are_named(tmp_path: Path) -> None:
     root = write_chasedb1_tree(tmp_path)
     (root / "Image_03R_2ndHO.png").unlink()

@@ -229,7 +229,7 @@ def test_seconds_of_a_run_that_was_interrupted_are_those_of_its_parts() -> None:
 
 
 def test_rows_share_everything_but_what_they_are_about() -> None:
-    for task in PROCESSES:
+    for task in TUNED:
         rows = rows_of(task)
         assert set(CROSS_ENTROPIES) | {"coarse_positive", "coarse_both", "supervised"} == set(rows)
         for config in rows.values():
@@ -290,7 +290,7 @@ def test_the_printed_table_has_every_seed_their_mean_and_spread() -> None:
     assert Summary.of(cells, "a") == Summary(82.0, 4.0)
 
 
-@pytest.mark.parametrize("task", PROCESSES)
+@pytest.mark.parametrize("task", TUNED)
 def test_tuning_tries_every_setting_on_the_validation_canvases(tmp_path: Path, task: str) -> None:
     cells = run_demo(replace(TINY, steps=1, tune=True, task=task, out=tmp_path))
     assert len(cells) == len(trials(task)) == (4 if task == "binary" else 12)

@@ -4,8 +4,10 @@ chasedb1 (Fraz et al. 2012; 28 images 999x960 of 14 children)
 
     ROOT/Image_01L.jpg    ROOT/Image_01L_1stHO.png (first observer)    ROOT/Image_01L_2ndHO.png (second observer)
 
-The first observer gives the masks, the second the positive drawings; variant "swap" exchanges them. Split by child, since two
-eyes of one child are alike: 01 to 08 train, 09 and 10 val, 11 to 14 test.
+The first observer gives the masks, the second the positive drawings; variant "swap" exchanges them. Variant "observers" has
+the first's as drawings, too, in the place of the negative ones: of two classes "this is vessel" and "this is not background"
+say the same, so they are read as the latter, and a matrix on them is the first observer's. Split by child, since two eyes of
+one child are alike: 01 to 08 train, 09 and 10 val, 11 to 14 test.
 
 drive (Staal et al. 2004; 40 images 565x584)
 
@@ -31,6 +33,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,13 +55,13 @@ _BINARY = {"positive": read_binary, "mask": read_binary}
 
 
 def open_split(config: DataConfig, split: str) -> FileSource:
-    """The images of ``split`` in the layouts above; variants: chasedb1 "swap", les_av "av"."""
+    """The images of ``split`` in the layouts above; variants: chasedb1 "swap" and "observers", les_av "av"."""
     opener = {"chasedb1": _chasedb1, "drive": _drive, "les_av": _les_av}[config.dataset]
     return opener(config, split)
 
 
 def _chasedb1(config: DataConfig, split: str) -> FileSource:
-    check_choice(config, split, "swap")
+    check_choice(config, split, "swap", "observers")
     root = root_folder(config, "CHASE_DB1 (Image_01L.jpg, Image_01L_1stHO.png, ...)")
     images = _of_children(find_files(root, ".jpg"), split)
     one, two = (_of_children(find_files(root, suffix), split) for suffix in ("_1stHO.png", "_2ndHO.png"))
@@ -68,7 +71,14 @@ def _chasedb1(config: DataConfig, split: str) -> FileSource:
     if config.variant == "swap":
         masks, drawings = drawings, masks
     items = [Item(name, path, positive=first(drawings, name), mask=first(masks, name)) for name, path in images.items()]
-    return open_files(items, VESSELS, config, split, readers=_BINARY, faults=faults)
+    if config.variant == "observers":
+        items = [replace(item, negative=masks.get(item.name, ())) for item in items]
+    return open_files(items, VESSELS, config, split, readers=_BINARY | {"negative": _read_other}, faults=faults)
+
+
+def _read_other(path: Path) -> np.ndarray:
+    """(H, W) uint8: of two classes the one that is not there."""
+    return 1 - read_binary(path)
 
 
 def _of_children(files: Mapping[str, Path], split: str) -> dict[str, Path]:

@@ -181,7 +181,7 @@ def conclude(cells: Sequence[Cell]) -> list[str]:
 def _check(config: DemoConfig) -> None:
     """What `run_table` does not."""
     if config.task not in _MATRIX:
-        raise ValueError(f"task: expected one of {tuple(PROCESSES)}, got {config.task!r}")
+        raise ValueError(f"task: expected one of {tuple(_MATRIX)}, got {config.task!r}")
     for name in ("steps", "limit"):
         value = getattr(config, name)
         if value is not None and value < 1:

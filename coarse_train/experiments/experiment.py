@@ -13,7 +13,9 @@ number of trials, which the report prints. Whatever was interrupted goes on when
 
 from __future__ import annotations
 
+import math
 import platform
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -29,7 +31,7 @@ from ..config import FitConfig
 from ..run import write_text
 from .table import Cell, Row, Summary, config_of, run_table, text, write_results
 
-Name = Literal["noise-map", "few-masks", "select"]
+Name = Literal["noise-map", "few-masks", "select", "negatives", "annotators", "sanity", "trace-weight", "structure"]
 EXPERIMENTS = {name: name.replace("-", "_") for name in get_args(Name)}  # name -> module
 _TUNING_SEED = 0
 
@@ -40,14 +42,17 @@ class ExperimentConfig:
 
     name: tyro.conf.Positional[Name]
     """noise-map: ways to learn x what is wrong with the drawings. few-masks: dense masks of some images beside drawings.
-    select: what `--select-with 10` chooses, and what being wrong would cost."""
+    select: what `--select-with 10` chooses, and what being wrong would cost. sanity: matrices of known noise, believed and
+    true. trace-weight: weights of the trace x fields of matrices. structure: fields and structures of matrices on regions,
+    spots and scribbles. negatives: what they add to positives, by annotated area. annotators: two observers of CHASE_DB1,
+    who disagree."""
     quick: bool = False
     """A few steps on a few images, one trial a row, some of the tables: to see that it runs. Its figures mean nothing."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the networks, the order of the batches and the choice of masks."""
     data: Path | None = None
-    """Folder of data sets: DATA/mnist, DATA/camvid, DATA/chasedb1. What needs one that is not there is left out and named;
-    canvases of digits are made of the sample in the package."""
+    """Folder of data sets: DATA/mnist, DATA/camvid, DATA/cityscapes, DATA/chasedb1. What needs one that is not there is left
+    out and named; canvases of digits are made of the sample in the package."""
     out: Path | None = None
     """Without it runs/NAME."""
     jobs: int | None = None
@@ -87,8 +92,10 @@ class Result:
     chosen: Mapping[str, str] = field(default_factory=dict)
     tried: Mapping[str, int] = field(default_factory=dict)
 
-    def mean(self, row: str) -> float:
-        return Summary.of(self.cells, row).mean
+    def mean(self, row: str, of: str = "miou") -> float:
+        """Over the seeds, of a number of `Cell`; NaN where a cell has none."""
+        values = [getattr(cell, of) for cell in self.cells if cell.method == row]
+        return statistics.fmean(math.nan if value is None else value for value in values)
 
     def spread(self, row: str) -> float:
         return Summary.of(self.cells, row).spread

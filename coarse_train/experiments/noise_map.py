@@ -103,6 +103,10 @@ def at_rate(config: FitConfig, factor: float, *, hold: float | None = None) -> F
     return replace(config, optim=optim)
 
 
+def at_matrix_rate(config: FitConfig, factor: float) -> FitConfig:
+    return replace(config, optim=replace(config.optim, cm_lr=factor * config.optim.cm_lr))
+
+
 def weighted(config: FitConfig, weight: float) -> FitConfig:
     return replace(config, negative=replace(config.negative, weight=weight))
 

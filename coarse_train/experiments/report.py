@@ -49,8 +49,8 @@ def save_figure(path: Path, cells: Sequence[Cell], task: str) -> None:
     top.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=12)
 
     left, middle, right = bottom.subplots(1, 3, width_ratios=(1, 1, 1.25))
-    _matrix(left, method.believed, names, "believed")
-    _matrix(middle, method.observed, names, "counted")
+    draw_matrix(left, method.believed, names, "believed")
+    draw_matrix(middle, method.observed, names, "counted")
     _bars(right, cells)
     figure.savefig(path, dpi=110)
 
@@ -105,7 +105,8 @@ def _given(labels: np.ndarray | None) -> np.ndarray:
     return labels
 
 
-def _matrix(axis: Any, matrix: Sequence[Sequence[float]] | None, names: Sequence[str], title: str) -> None:
+def draw_matrix(axis: Any, matrix: Sequence[Sequence[float]] | None, names: Sequence[str], title: str) -> None:
+    """[drawn][true], with its numbers."""
     assert matrix is not None
     values = np.array(matrix)
     axis.imshow(values, vmin=0, vmax=1, cmap="Blues")

@@ -60,7 +60,15 @@ def draw_coarse(
             rng,
             keep_off=process.careful,
         )
+    if process.part is not None:
+        positive = _shown(positive, process.part, rng)
+        negative = np.array([_shown(layer, process.part, rng) for layer in negative], np.uint8).reshape(negative.shape)
     return positive, negative
+
+
+def _shown(layer: np.ndarray, strokes: Strokes, rng: np.random.Generator) -> np.ndarray:
+    """A part of a drawing (H, W): strokes on its regions, that say what it says."""
+    return _paint(_Scene(layer, None, None), strokes, lambda drawn: drawn, rng)
 
 
 class _Scene:

@@ -103,6 +103,8 @@ class Process:
     layers: number of negative layers K. Each is drawn by itself, so they overlap.
     background: a class that nobody draws; every other region is an object on it.
     careful: negative drawings keep off what they name, unless they are wrong.
+    part: strokes that show a part of each layer, on its own regions and under their names, where the rest is `IGNORE`: less is
+        annotated, as badly. None: all of it.
     """
 
     name: str
@@ -114,6 +116,7 @@ class Process:
     layers: int = 2
     background: int | None = None
     careful: bool = True
+    part: Strokes | None = None
 
     def __post_init__(self) -> None:
         confusion, transition = _square("confusion", self.confusion), _square("transition", self.transition)

@@ -1,0 +1,154 @@
+"""Two observers who disagree, real ones: CHASE_DB1, scored against the first observer on children that nobody has trained on.
+
+The second observer has drawn every training image; of the first there are no masks, those of `MASKS` images, or all. Each
+observer is a kind of drawings with a matrix of its own, or trusted. With all of both ("observers" of
+`coarse_train.data.retina`) the first is in the place of negative drawings, which of two classes are positive ones of the
+other; more observers, or more classes, take a list of `Drawings`, one for each, and `coarse_kernels.annotation_objective`.
+Nothing is tuned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from ..config import DrawingsConfig, FitConfig, recipe
+from ..data import Source, open_split
+from ..metrics import ConfusionMeter
+from .experiment import ExperimentConfig, Part, Result
+from .noise_map import TRUSTED
+from .table import config_of
+
+QUESTION = (
+    "Two observers disagree: how near to the first comes what is learned from the second, and what do a matrix, or a few "
+    "masks by the first, add?"
+)
+STEPS = 400
+MASKS = 3
+_SHARE = 0.5  # of a batch, with a mask: two images of four
+_LEFT_OUT = replace(TRUSTED, weight=0.0)
+_GLOBAL = DrawingsConfig(cm="global")
+_FEW = ("masks", "ce_mixed", "finetune", "mixed", "mixed_finetune")
+# row through a matrix -> row that trusts, what the first observer has given
+_PAIRS = {
+    "second_global": ("second", "no masks"),
+    "second_grid": ("second", "no masks, on a grid"),
+    "mixed": ("ce_mixed", f"{MASKS} masks"),
+    "mixed_finetune": ("finetune", f"{MASKS} masks, then they alone"),
+    "both_matrices": ("both", "all, each a matrix"),
+    "both_second_matrix": ("both", "all, trusted"),
+}
+
+
+def parts(config: ExperimentConfig) -> list[Part]:
+    root = config.root("chasedb1")
+    if root is None:
+        raise ValueError(f"data: expected a folder with chasedb1, whose two observers this is about, got {config.data}")
+    base = recipe("chasedb1")
+    # in the process that trains: a table has one for each core
+    data = replace(base.data, root=root, workers=0)
+    if config.quick:
+        data = replace(data, crop=(64, 64))
+    return [Part("CHASE_DB1", rows_of(replace(base, data=data, steps=STEPS)))]
+
+
+def rows_of(base: FitConfig) -> dict[str, FitConfig]:
+    """
+    second                     cross-entropy on the second observer's drawings
+    second_global, _grid       through one matrix; through one at every 8 pixels, whose diagonal stays above 0.2
+    masks                      cross-entropy on the masks of a few images by the first
+    ce_mixed, finetune         cross-entropy on both; on the drawings, and at the end on the masks alone
+    mixed, mixed_finetune      the same, drawings through one matrix
+    both                       cross-entropy on all of both observers
+    both_matrices              a matrix each
+    both_second_matrix         a matrix on the second alone
+    first                      cross-entropy on all of the first: what can be reached
+    """
+    trusted = replace(base, positive=TRUSTED, negative=_LEFT_OUT)
+    few = replace(trusted, data=replace(trusted.data, dense_images=MASKS))
+    mixed = replace(few, data=replace(few.data, supervision="mixed", dense_share=_SHARE))
+    finetune = replace(few, data=replace(few.data, supervision="then-masks"))
+    both_then = replace(few, data=replace(few.data, supervision="mixed-then-masks", dense_share=_SHARE))
+    both = replace(trusted, data=replace(trusted.data, variant="observers"), negative=TRUSTED)
+    return {
+        "second": trusted,
+        "second_global": replace(trusted, positive=_GLOBAL),
+        "second_grid": replace(trusted, positive=DrawingsConfig(cm="grid", structure="floor")),
+        "masks": replace(few, data=replace(few.data, supervision="masks")),
+        "ce_mixed": mixed,
+        "finetune": finetune,
+        "mixed": replace(mixed, positive=_GLOBAL),
+        "mixed_finetune": replace(both_then, positive=_GLOBAL),
+        "both": both,
+        "both_matrices": replace(both, positive=_GLOBAL, negative=_GLOBAL),
+        "both_second_matrix": replace(both, positive=_GLOBAL),
+        "first": replace(trusted, data=replace(trusted.data, supervision="masks")),
+    }
+
+
+def agreement(sources: Iterable[Source]) -> float:
+    """Mean IoU in percent of the drawings against the masks, over all images of the sources."""
+    meter: ConfusionMeter | None = None
+    for source in sources:
+        meter = meter or ConfusionMeter(len(source.classes))
+        for index in range(len(source)):
+            record = source.load(index)
+            assert record.positive is not None
+            assert record.mask is not None
+            meter.update(torch.from_numpy(record.positive), torch.from_numpy(record.mask))
+    assert meter is not None
+    return meter.mean_iou()
+
+
+def conclude(results: Sequence[Result]) -> list[str]:
+    return [sentence for result in results for sentence in _about(result)]
+
+
+def _about(result: Result) -> list[str]:
+    data = config_of(result.rows["second"], 0).data
+    observer = agreement([open_split(data, result.split)])
+    overall = agreement(open_split(data, split) for split in ("train", "val", "test"))
+    means = {row: result.mean(row) for row in result.rows}
+    found = [f"{row} {means[row]:.1f}" for row in _FEW if means[row] > observer]
+    missed = [f"{row} {means[row]:.1f}" for row in _FEW if means[row] <= observer]
+    gains = ", ".join(
+        f"{means[row] - means[other]:+.1f} ({words})" for row, (other, words) in _PAIRS.items() if row in means
+    )
+    return [
+        f"The second observer has {observer:.1f} mean IoU with the first on these images ({overall:.1f} over all pairs).",
+        f"From the second's drawings and {MASKS} masks by the first, above the second observer: "
+        f"{', '.join(found) or 'nothing'}; NOT above: {', '.join(missed) or 'nothing'}.",
+        f"A matrix on the second instead of trust in it: {gains} points.",
+        f"All masks by the first: {means['first']:.1f}; the second's drawings alone: {means['second']:.1f}.",
+    ]
+
+
+def draw(results: Sequence[Result], figure: Figure) -> None:
+    """Mean and every seed of each row, and the second observer as a line."""
+    (result,) = results
+    rows = list(result.rows)
+    means = [result.mean(row) for row in rows]
+    observer = agreement([open_split(config_of(result.rows["second"], 0).data, result.split)])
+    figure.set_size_inches(8, 0.36 * len(rows) + 1.6)
+    axis = figure.subplots()
+    matrix = {row for row in rows if any(kind.cm != "none" for kind in _kinds(config_of(result.rows[row], 0)))}
+    colours = ["tab:blue" if row in matrix else "0.7" for row in rows]
+    axis.barh(rows, means, color=colours)
+    for cell in result.cells:
+        axis.plot(cell.miou, rows.index(cell.method), "k.", markersize=4)
+    axis.axvline(observer, color="tab:red", linestyle="--", label=f"the second observer, {observer:.1f}")
+    scores = np.array([*(cell.miou for cell in result.cells), observer])
+    axis.set_xlim(max(0, scores.min() - 3), min(100, scores.max() + 3))
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlabel("mean IoU with the first observer, test children, %")
+    axis.set_title("CHASE_DB1; blue: with a confusion matrix", fontsize=10)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def _kinds(config: FitConfig) -> tuple[DrawingsConfig, DrawingsConfig]:
+    return config.positive, config.negative
