@@ -131,10 +131,10 @@ def test_negatives_conclude_what_is_claimed_where_it_holds() -> None:
     added, streets_added, *_, bar, share = negatives.conclude(
         [made_up("MNIST, area 1", digits), made_up("CamVid, area 0.6", streets, split="val")]
     )
-    assert "add +5.3 by cross-entropy and +6.0 through a matrix points" in added
+    assert "negatives add +5.3 points by cross-entropy and +6.0 points through a matrix" in added
     assert "claim of about 5 holds by cross-entropy, holds through a matrix" in added
     assert "are +6.0 against the better one alone, method_positive 90.0" in added
-    assert "add +6.0 by cross-entropy points" in streets_added
+    assert "negatives add +6.0 points by cross-entropy" in streets_added
     assert "(method_both) 96.0, above 95" in bar
     assert "method_both has 96.0 % of the supervised score at equal steps, at least 95 %" in share
     assert "ce_positive 80.0, ce_negative 82.0, ce_both 92.0." in share

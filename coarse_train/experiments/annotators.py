@@ -49,11 +49,11 @@ def parts(config: ExperimentConfig) -> list[Part]:
     if root is None:
         raise ValueError(f"data: expected a folder with chasedb1, whose two observers this is about, got {config.data}")
     base = recipe("chasedb1")
-    # in the process that trains: a table has one for each core
-    data = replace(base.data, root=root, workers=0)
+    data, model = replace(base.data, root=root, workers=0), base.model  # a table has a process for each core
     if config.quick:
-        data = replace(data, crop=(64, 64))
-    return [Part("CHASE_DB1", rows_of(replace(base, data=data, steps=STEPS)))]
+        data, model = replace(data, crop=(64, 64)), replace(model, widths=(8, 16))
+    base = replace(base, data=data, model=model, steps=STEPS, evaluate_every=STEPS // 2)
+    return [Part("CHASE_DB1", rows_of(base))]
 
 
 def rows_of(base: FitConfig) -> dict[str, FitConfig]:
@@ -137,17 +137,17 @@ def draw(results: Sequence[Result], figure: Figure) -> None:
     axis = figure.subplots()
     matrix = {row for row in rows if any(kind.cm != "none" for kind in _kinds(config_of(result.rows[row], 0)))}
     colours = ["tab:blue" if row in matrix else "0.7" for row in rows]
-    axis.barh(rows, means, color=colours)
+    axis.bar_label(axis.barh(rows, means, color=colours), [f"{mean:.1f}" for mean in means], padding=8)
     for cell in result.cells:
         axis.plot(cell.miou, rows.index(cell.method), "k.", markersize=4)
     axis.axvline(observer, color="tab:red", linestyle="--", label=f"the second observer, {observer:.1f}")
     scores = np.array([*(cell.miou for cell in result.cells), observer])
-    axis.set_xlim(max(0, scores.min() - 3), min(100, scores.max() + 3))
+    axis.set_xlim(max(0, scores.min() - 3), scores.max() + 3)
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlabel("mean IoU with the first observer, test children, %")
     axis.set_title("CHASE_DB1; blue: with a confusion matrix", fontsize=10)
-    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", frameon=False)
 
 
 def _kinds(config: FitConfig) -> tuple[DrawingsConfig, DrawingsConfig]:

@@ -31,13 +31,13 @@ _CLAIM = 5.0  # points on MNIST, the paper's: 82.5 with both kinds, 77.2 with po
 _ABOUT = 4.0  # points that are "about 5"
 _BAR = 95.0  # mean IoU of both kinds where all of MNIST is annotated; of street scenes, per cent of supervised at level coarse
 _LEFT_OUT = replace(TRUSTED, weight=0.0)
-_LOOKS = {  # row -> colour and line
-    "ce_positive": ("tab:orange", "--"),
-    "ce_negative": ("tab:green", "--"),
-    "ce_both": ("tab:blue", "--"),
-    "method_positive": ("tab:orange", "-"),
-    "method_both": ("tab:blue", "-"),
-    "supervised": ("0.5", ":"),
+_LOOKS = {  # row -> colour, marker and line
+    "ce_positive": ("tab:orange", "x--"),
+    "ce_negative": ("tab:green", "x--"),
+    "ce_both": ("tab:blue", "x--"),
+    "method_positive": ("tab:orange", "o-"),
+    "method_both": ("tab:blue", "o-"),
+    "supervised": ("0.5", ".:"),
 }
 
 
@@ -78,7 +78,7 @@ def _streets(config: ExperimentConfig, name: str) -> FitConfig:
     else:
         data = replace(data, limit=_CITYSCAPES_IMAGES)
     if config.quick:
-        data, model = replace(data, crop=(128, 160)), replace(model, widths=(8, 16, 24, 32))
+        data, model = replace(data, limit=16, crop=(128, 160)), replace(model, widths=(8, 16, 24, 32))
     return replace(base, data=data, model=model, steps=STEPS[name], evaluate_every=STEPS[name] // 2)
 
 
@@ -168,13 +168,13 @@ def _added(result: Result) -> str:
         for kind, words in (("ce", "by cross-entropy"), ("method", "through a matrix"))
         if {f"{kind}_positive", f"{kind}_both"} <= means.keys()
     }
-    points = " and ".join(f"{gain:+.1f} {words}" for words, gain in added.items())
+    points = " and ".join(f"{gain:+.1f} points {words}" for words, gain in added.items())
     claim = ", ".join(f"{'holds' if gain >= _ABOUT else 'does NOT hold'} {words}" for words, gain in added.items())
     single = {row: mean for row, mean in means.items() if row.endswith(("_positive", "_negative"))}
     alone = max(single, key=single.__getitem__)
     best = max(mean for row, mean in means.items() if row.endswith("_both"))
     return (
-        f"{result.title}: negatives add {points} points to positives; the paper's claim of about {_CLAIM:g} {claim}. Both "
+        f"{result.title}: to positives, negatives add {points}; the paper's claim of about {_CLAIM:g} {claim}. Both "
         f"kinds are {best - single[alone]:+.1f} against the better one alone, {alone} {single[alone]:.1f}; supervised "
         f"{means['supervised']:.1f}."
     )
@@ -190,15 +190,8 @@ def draw(results: Sequence[Result], figure: Figure) -> None:
         areas = [_parsed(result.title)[1] for result in own]
         for row, (colour, style) in _LOOKS.items():
             if row in own[0].rows:
-                axis.plot(
-                    areas,
-                    [result.mean(row) for result in own],
-                    style,
-                    color=colour,
-                    marker="o",
-                    markersize=4,
-                    label=row,
-                )
+                scores = [result.mean(row) for result in own]
+                axis.plot(areas, scores, style, color=colour, markersize=5, label=row)
         axis.set_xscale("log")
         axis.set_xticks(areas, [f"{area:g}" for area in areas])
         axis.minorticks_off()

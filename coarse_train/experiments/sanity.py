@@ -8,7 +8,7 @@ incomplete, 0.3 of an object drawn as background (`recipe`); where they are draw
 One process cannot be identified ("alike"). What tells a true matrix A from A = I, with what A says of a pixel as the
 network's prediction, is a negative drawing that rules out what a positive one wrongly says. Here no drawing does: both
 give every drawing the same likelihood, p(drawn) = A e_true and p(named) = (1 - (A e_true)[named]) / (C - 1) =
-(1 - e_true[named]) / (C - 1), since A moves probability only between classes that are never named on each other.
+(1 - e_true[named]) / (C - 1), since A moves probability only to classes that no negative drawing of the true one names.
 """
 
 from __future__ import annotations
