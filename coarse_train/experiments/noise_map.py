@@ -143,5 +143,6 @@ def draw(results: Sequence[Result], figure: Figure) -> None:
         axis.spines[:].set_visible(False)
     upper.xaxis.tick_top()
     upper.set_xticks(range(len(results)), [PRESETS[result.title] for result in results], fontsize=8)
-    upper.set_title("What is wrong with the positive drawings: mean IoU on held-out digits, last step, %", pad=12)
+    upper.set_title("What is wrong with the positive drawings", pad=12)
+    upper.set_ylabel("mean IoU on held-out digits, last step, %")
     lower.set_title("Lead over the best of three tuned cross-entropies", fontsize=10)
