@@ -5,7 +5,8 @@
 Two digits on 48x48 pixels, drawn by one of `PROCESSES`, which is the variant ("": "hasty"): background, 0, 3, 4, 7, or
 background and digit in "binary" and "binary_names". "digits-R" (R one of `AREAS`) has one digit on 28x28 pixels, any of the
 ten, background and digit, and drawings of training images alone, of about a part R of the image. The canvases and their
-drawings are the same in every run and for every ``limit``: the first nine tenths of the training digits are train, the rest val.
+drawings are the same in every run and for every ``limit``: the first nine tenths of the training digits are train, the rest
+val.
 
 The IDX format: two zero bytes, a type byte (0x08 = unsigned byte), the number of axes, each axis as a big-endian
 uint32, then the values. Files may be gzip-compressed; that is told from their first bytes, not from their name.
