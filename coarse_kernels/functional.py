@@ -166,7 +166,8 @@ def annotation_nll(
         seg_logits, [drawings], ignore_index=ignore_index, reduction=reduction, names=[str], layers=[False]
     )
     out = _evaluate(problem, backend)
-    return out.parts[0]._replace(loss=out.loss)
+    (part,) = out.parts
+    return AnnotationLoss(out.loss, part.nll, part.trace, part.count)  # torch 2.11 does not compile `_replace`
 
 
 def coarse_label_loss(

@@ -48,9 +48,14 @@ def unseen() -> contextlib.AbstractContextManager[object]:
     return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else contextlib.nullcontext()
 
 
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace it. Tensors of a transform are guarded on as such.
+def _inside_a_transform() -> bool:
+    return _functorch.get_dynamic_layer_stack_depth() > 0
+
+
 def transformed(tensors: Iterable[Tensor | None]) -> str | None:
-    """The transform that a fused operator would not be seen by, or None. Traced by torch.compile, which guards on it."""
-    if _functorch.get_dynamic_layer_stack_depth() > 0:
+    """The transform that a fused operator would not be seen by, or None."""
+    if _inside_a_transform():
         return "torch.func (vmap, grad, jvp, ...)"
     if has_tangent(tensors):
         return "forward-mode derivatives"

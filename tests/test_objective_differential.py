@@ -152,17 +152,15 @@ def evaluate(
     return Result(losses, gradients)
 
 
-def check(
-    objective: Objective, backend: str, schedule: str = "one_pass", grad_output: Tensor | float | None = None
-) -> Result:
+def hold(
+    ours: Result, objective: Objective, schedule: str = "one_pass", grad_output: Tensor | float | None = None
+) -> None:
     """Bounds as in helpers.check: twice (gradients: three times) the error of the plain formulation, and a floor."""
     stored = objective.seg.dtype
     compute = torch.float64 if stored == torch.float64 else torch.float32
     truth = evaluate(objective, "reference", torch.float64, schedule, grad_output)
     plain = evaluate(objective, "reference", compute, schedule, grad_output)
-    ours = evaluate(objective, backend, None, schedule, grad_output)
     for name, got in ours.losses.items():
-        assert got.dtype == compute, (name, got.dtype)
         want = truth.losses[name]
         bound = 2 * loss_error(plain.losses[name], want) + LOSS_FLOOR[stored]
         assert loss_error(got, want) <= bound, f"{name}: {loss_error(got, want):.2e} > {bound:.2e}"
@@ -172,6 +170,16 @@ def check(
         bound = 3 * gradient_error(plain.gradients[name], truth.gradients[name]) + floor
         error = gradient_error(got, truth.gradients[name])
         assert error <= bound, f"gradient of {name}: {error:.2e} > {bound:.2e}"
+
+
+def check(
+    objective: Objective, backend: str, schedule: str = "one_pass", grad_output: Tensor | float | None = None
+) -> Result:
+    """Of a backend, held to what `hold` asks."""
+    compute = torch.float64 if objective.seg.dtype == torch.float64 else torch.float32
+    ours = evaluate(objective, backend, None, schedule, grad_output)
+    assert all(got.dtype == compute for got in ours.losses.values()), {n: x.dtype for n, x in ours.losses.items()}
+    hold(ours, objective, schedule, grad_output)
     return ours
 
 

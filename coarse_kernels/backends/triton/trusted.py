@@ -34,8 +34,9 @@ class TrustedKinds(ClassLogits):
         weight = [1.0 if call.per_pixel else call.weight[kind] for kind in kinds]
         self.factors = tuple(zip(*(two_floats(w) for w in weight), strict=True))
         # What all kernels begin with, but for the logits.
+        self.doubled = tuple(2 * layers for layers in self.layers)  # kernels.layers_of
         self.kinds = (
-            self.labels, self.transition, *self.weights, self.scale, *self.factors, self.layers
+            self.labels, self.transition, *self.weights, self.scale, *self.factors, self.doubled
         )  # fmt: skip
         self.sizes = {"ignore_index": call.ignore_index, "batch": self.batch, **self.field.sizes}
 
@@ -163,7 +164,7 @@ def posterior(call: Arguments, kinds: Sequence[int], dtype: torch.dtype, log_q: 
     programs = -(-of.field.pixels // tile.pixels) * of.batch
     with on_device(of.device):
         kernels.posterior_kernel[(programs,)](
-            of.seg, of.labels, of.transition, of.layers, log_q, out, **of.sizes, KINDS=len(of.labels), C=of.classes,
+            of.seg, of.labels, of.transition, of.doubled, log_q, out, **of.sizes, KINDS=len(of.labels), C=of.classes,
             CB=tile.columns, BLOCK=tile.pixels, **of.shape, num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
 

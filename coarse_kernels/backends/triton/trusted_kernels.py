@@ -30,14 +30,22 @@ from .parts import (
 
 
 @triton.jit
+def layers_of(doubled, kind: tl.constexpr):
+    """How many layers a kind has. It comes doubled: 1 would be a constant (in a tuple `do_not_specialize` is not heard), and
+    Triton 3.6 fails to compile what becomes of a loop over one layer (T, uint8 labels, classes in several tiles).
+    """
+    return doubled[kind] // 2
+
+
+@triton.jit
 def drawn_on(
     labels, layers, b, px, inside, pixels, ignore_index, KINDS: tl.constexpr, C: tl.constexpr, R: tl.constexpr
 ):
     """Where some layer of some kind has a label."""
     drawn = inside & (px < 0)
     for kind in tl.static_range(KINDS):
-        for layer in range(layers[kind]):
-            at = (b * layers[kind] + layer) * pixels + px
+        for layer in range(layers_of(layers, kind)):
+            at = (b * layers_of(layers, kind) + layer) * pixels + px
             _, labelled, _ = label_and_weight(labels[kind], None, None, at, inside, ignore_index, C, R)
             drawn = drawn | labelled
     return drawn
@@ -109,8 +117,8 @@ def trusted_kernel(
     for kind in tl.static_range(KINDS):
         factor = gradient_factor(scale[kind], weight[kind], weight_low[kind], R)
         total = tl.zeros((BLOCK,), tl.float64)  # over pixels of very different weight
-        for layer in range(layers[kind]):
-            at = (b * layers[kind] + layer) * pixels + px
+        for layer in range(layers_of(layers, kind)):
+            at = (b * layers_of(layers, kind) + layer) * pixels + px
             y, labelled, w = label_and_weight(
                 labels[kind], class_weight[kind], pixel_weight[kind], at, inside, ignore_index, C, R
             )  # fmt: skip
@@ -149,7 +157,7 @@ def trusted_kernel(
                 impossible = (d_sum == 0) & (s_sum == s_sum)
                 nll = tl.where(impossible, float("inf"), tl.log(s_sum) - ((shift - top) + tl.log(d_sum)))
                 if mixed[kind] is not None:
-                    plane_size = batch.to(tl.int64) * layers[kind] * pixels
+                    plane_size = batch.to(tl.int64) * layers_of(layers, kind) * pixels
                     tl.store(mixed[kind] + at, shift, mask=inside)
                     tl.store(mixed[kind] + plane_size + at, d_sum, mask=inside)
             weighted = tl.where(labelled & (w != 0), w * nll, 0.0)  # 0 * inf is not 0
@@ -219,8 +227,8 @@ def class_gradient(
     own = tl.zeros_like(s)
     for kind in tl.static_range(KINDS):
         factor = gradient_factor(scale[kind], weight[kind], weight_low[kind], R)
-        for layer in range(layers[kind]):
-            at = (b * layers[kind] + layer) * pixels + px
+        for layer in range(layers_of(layers, kind)):
+            at = (b * layers_of(layers, kind) + layer) * pixels + px
             y, labelled, w = label_and_weight(
                 labels[kind], class_weight[kind], pixel_weight[kind], at, drawn, ignore_index, C, R
             )  # fmt: skip
@@ -234,7 +242,7 @@ def class_gradient(
                     live = tl.where(at_label == float("-inf"), 0.0, live)
                 own += tl.where(j == y[None, :], live[None, :], 0.0)
             else:
-                plane_size = batch.to(tl.int64) * layers[kind] * pixels
+                plane_size = batch.to(tl.int64) * layers_of(layers, kind) * pixels
                 shift = tl.load(mixed[kind] + at, mask=labelled, other=0.0)
                 d_sum = tl.load(mixed[kind] + plane_size + at, mask=labelled, other=1.0)
                 live = tl.where((d_sum == 0) & (s_sum == s_sum), 0.0, live)
@@ -440,8 +448,8 @@ def joint_of(
     if log_q is not None:  # of the kinds with a matrix
         s += tl.load(log_q + (plane_of(j, pixels, WIDE) + px[None, :]), mask=(j < C) & inside[None, :], other=0.0)
     for kind in tl.static_range(KINDS):
-        for layer in range(layers[kind]):
-            at = (b * layers[kind] + layer) * pixels + px
+        for layer in range(layers_of(layers, kind)):
+            at = (b * layers_of(layers, kind) + layer) * pixels + px
             y, labelled, _ = label_and_weight(labels[kind], None, None, at, inside, ignore_index, C, R)
             if transition[kind] is None:
                 own = tl.where(j == y[None, :], 0.0, float("-inf"))
