@@ -79,10 +79,10 @@ def readable(mangled: str) -> str:
     if not scopes:
         return mangled
     name = scopes[-1]
-    fast = re.match(r"ILi(\d+)ELNS_7StorageE(\d)ELi(\d)ELb([01])E", arguments)
+    fast = re.match(r"ILi(\d+)ELi(\d+)ELNS_7StorageE(\d)ELi(\d)E", arguments)
     if fast:
-        return f"{name}<{_classes(fast[1], fast[4])}, {STORAGE[fast[2]]}, {fast[3]} a thread>"
-    strided = re.match(r"ILi(\d+)ELb([01])E", arguments)
+        return f"{name}<{_classes(fast[1], fast[2])}, {STORAGE[fast[3]]}, {fast[4]} a thread>"
+    strided = re.match(r"ILi(\d+)ELi(\d+)E", arguments)
     if strided:
         return f"{name}<{_classes(*strided.groups())}>"
     trusted = re.match(r"ILNS_7StorageE(\d)E[fd](?:Lb([01])E)?(?:Li(\d)E)?E", arguments)
@@ -95,8 +95,8 @@ def readable(mangled: str) -> str:
     return f"{name}<{other[1]}>" if other else name
 
 
-def _classes(number: str, exact: str) -> str:
-    return f"{number} classes" if exact == "1" else f"up to {number} classes"
+def _classes(least: str, most: str) -> str:
+    return f"{most} classes" if least == most else f"{least} to {most} classes"
 
 
 def _nested_name(mangled: str) -> tuple[list[str], str]:

@@ -11,8 +11,8 @@ template <class R>
 struct Between {  // two neighbouring points of an axis
   R lambda;
   bool same;
-  // Which product is rounded is said here: left to the compiler, classes with equal logits in two copies of a loop would
-  // not be equal between the points, and the first of equals not the label.
+  // Which product is rounded is said here: left to the compiler, classes with equal logits in two copies of a loop
+  // would not be equal between the points, and the first of equals not the label.
   __device__ __forceinline__ R operator()(R a, R b) const { return same ? a : fma(lambda, b, (R(1) - lambda) * a); }
 };
 

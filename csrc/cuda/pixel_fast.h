@@ -62,22 +62,29 @@ template <int kMost>
 struct alignas(16) Row {
   float of[kRow<kMost>];
 
-  // f(k, value) for the first `classes`.
-  template <class F>
+  // f(k, value) for the first `classes`, which are kLeast or more.
+  template <int kLeast, class F>
   __device__ __forceinline__ void each(int classes, const F& f) const {
     struct alignas(16) Four {
       float x[4];
     };
 #pragma unroll
     for (int k = 0; k < kMost; k += 4) {
-      if (k >= classes) continue;
+      if (beyond<kLeast>(k, classes)) continue;
       const Four four = *reinterpret_cast<const Four*>(of + k);
 #pragma unroll
       for (int n = 0; n < 4 && k + n < kMost; ++n) {
-        if (k + n < classes) f(k + n, four.x[n]);
+        if (!beyond<kLeast>(k + n, classes)) f(k + n, four.x[n]);
       }
     }
   }
+};
+
+// Where each thread of a tile works (Place), and the labels of its pixels.
+template <int kMost, int kVector>
+struct TileOfThread {
+  volatile int image[kFastThreads<kMost>], offset[kFastThreads<kMost>];
+  volatile int label[kVector][kFastThreads<kMost>];
 };
 
 template <int kMost, int kVector>
@@ -91,8 +98,9 @@ struct FastShared {
   Terms terms[kMostGroups<kMost>][kWarp];            // of the warps with j = 0
   float trace[kMostGroups<kMost>][kWarp * kVector];  // of their pixels
   float scale;
-  volatile int image[kFastThreads<kMost>], offset[kFastThreads<kMost>];  // Place
-  volatile int label[kVector][kFastThreads<kMost>];
+  TileOfThread<kMost, kVector> tile[3];                   // this one and the next two
+  volatile float at_label[kVector][kFastThreads<kMost>];  // a[y,j], then its exponential, of a positive drawing
+  volatile float q[kVector][kFastThreads<kMost>];
   volatile float own[kVector][kFastThreads<kMost>];  // what goes to class logit j
   volatile float inv_z[kVector][kFastThreads<kMost>];
   volatile float evidence[kMostGroups<kMost>][kWarp * kVector];
@@ -155,6 +163,7 @@ struct Place {
   int image, offset;  // of the region, and of the pixel in that
   bool inside;        // a run is inside as a whole: kVector > 1 only where it divides the span
 
+  Place() = default;
   __device__ __forceinline__ Place(const cuda::PixelRegion& region, unsigned tile, int groups, int group) {
     const unsigned per_tile = groups * kWarp * kVector;
     const unsigned span = static_cast<unsigned>(region.span), tiles = (span + per_tile - 1) / per_tile;
@@ -173,15 +182,15 @@ struct Place {
     return image * s.class_image + j * s.class_plane + offset;
   }
   // Addresses of the next section are made anew: registers are dearer than instructions.
-  template <class Shared>
-  __device__ __forceinline__ void keep(Shared& shared) const {
-    shared.image[threadIdx.x] = image;
-    shared.offset[threadIdx.x] = inside ? offset : -1;
+  template <class Tile>
+  __device__ __forceinline__ void keep(Tile& tile) const {
+    tile.image[threadIdx.x] = image;
+    tile.offset[threadIdx.x] = inside ? offset : -1;
   }
-  template <class Shared>
-  __device__ __forceinline__ void again(const Shared& shared) {
-    image = shared.image[threadIdx.x];
-    offset = shared.offset[threadIdx.x];
+  template <class Tile>
+  __device__ __forceinline__ void again(const Tile& tile) {
+    image = tile.image[threadIdx.x];
+    offset = tile.offset[threadIdx.x];
     inside = offset >= 0;
   }
   // a[0, j], and its gradient
@@ -200,20 +209,48 @@ __device__ __forceinline__ void mark(const Layer<float>& s, unsigned warp_of_pix
   if (threadIdx.x % kWarp == 0) s.small_mask[static_cast<int64_t>(warp_of_pixels) * kVector + v] = mask;
 }
 
+template <bool kValue>
+struct Adds {
+  static constexpr bool value = kValue;
+};
+
 // The same column, `rows` rows further. Bytes, so that the step is an operand from constant memory.
 template <class T>
 __device__ __forceinline__ T* below(T* p, const cuda::PixelRegion& region, int rows = 1) {
   return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(p) + rows * region.row_bytes);
 }
 
-// kExact: C = kMost, and known to the compiler.
-template <int kMost, Storage kStorage, int kVector, bool kExact>
+// What a warp reads of a tile, column j, while it is busy with the one before: each lane a line of memory.
+template <class T, int kVector>
+__device__ __forceinline__ void prefetch_tile(const Layer<float>& s, const cuda::PixelRegion& region,
+                                              Place<kVector> place, int j, int classes) {
+  constexpr int kRowBytes = kWarp * kVector * static_cast<int>(sizeof(T)),
+                kLines = kRowBytes < 128 ? 1 : kRowBytes / 128;
+  constexpr int kPixels = kWarp * kVector / kLines;  // of a line
+  const int lane = threadIdx.x % kWarp, first = __shfl_sync(kAllLanes, place.offset, 0),
+            span = static_cast<int>(region.span);
+#pragma unroll 1
+  for (int k = lane; k < (classes + 1) * kLines; k += kWarp) {
+    const int row = k / kLines;
+    place.offset = first + k % kLines * kPixels;
+    if (place.offset >= span) continue;
+    if (row < classes) {
+      prefetch(below(static_cast<const T*>(s.cm_logits) + place.cm(s, region, j), region, row));
+    } else {
+      const int64_t at = place.seg(s, j) * (s.seg_storage == Storage::f32 ? 4 : 2);
+      prefetch(static_cast<const char*>(s.seg_logits) + at);
+    }
+  }
+}
+
+// kLeast = kMost: C is known to the compiler.
+template <int kLeast, int kMost, Storage kStorage, int kVector>
 __global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVector>)
     pixel_fast(const __grid_constant__ Layer<float> s, const __grid_constant__ cuda::PixelRegion region,
                unsigned tiles) {
   using T = typename StorageOf<kStorage>::Type;
   auto& shared = *reinterpret_cast<FastShared<kMost, kVector>*>(dynamic_shared());
-  const int C = kExact ? kMost : s.classes, groups = kGrouped<kMost> ? groups_of(C) : 1;
+  const int C = kLeast == kMost ? kMost : s.classes, groups = kGrouped<kMost> ? groups_of(C) : 1;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int j = kGrouped<kMost> ? warp % C : warp, group = kGrouped<kMost> ? warp / C : 0, slot = lane * kVector;
   const bool one_hot = s.transition == nullptr;
@@ -224,13 +261,46 @@ __global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVecto
   if (j == 0) shared.terms[group][lane] = Terms{};
   __syncthreads();
 
-  for (unsigned tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  // Labels are read two tiles ahead: they say what of the next one is to be prefetched.
+  const auto look_ahead = [&](unsigned tile, int (&label)[kVector]) {
     Place<kVector> place(region, tile, groups, group);
+    place.inside &= tile < tiles;
+    place.keep(shared.tile[2]);
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) label[v] = place.inside ? label_at(s, place.map(s, region) + v) : -1;
+  };
+  const auto move_up = [&](int n, int (&label)[kVector]) {
+    Place<kVector> place;
+    place.again(shared.tile[n + 1]);
+    place.keep(shared.tile[n]);
+#pragma unroll
+    for (int v = 0; v < kVector; ++v)
+      shared.tile[n].label[v][threadIdx.x] = label[v] = shared.tile[n + 1].label[v][threadIdx.x];
+    return place;
+  };
+#pragma unroll 1
+  for (unsigned n = 0; n < 2; ++n) {
     int label[kVector];
+    move_up(1, label);
+    look_ahead(blockIdx.x + n * gridDim.x, label);
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) shared.tile[2].label[v][threadIdx.x] = label[v];
+  }
+
+  for (unsigned tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    int label[kVector], ahead[kVector];
+    Place<kVector> place = move_up(0, label);
+    {
+      bool next_labelled = false;
+      const Place<kVector> next = move_up(1, ahead);
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) next_labelled |= ahead[v] >= 0;
+      if (__any_sync(kAllLanes, next_labelled)) prefetch_tile<T>(s, region, next, j, C);
+    }
+    look_ahead(tile + 2 * gridDim.x, ahead);
     bool any_labelled = false, all_labelled = true;
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
-      label[v] = place.inside ? label_at(s, place.map(s, region) + v) : -1;
       any_labelled |= label[v] >= 0;
       all_labelled &= label[v] >= 0;
     }
@@ -241,13 +311,15 @@ __global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVecto
 #pragma unroll
         for (int v = 0; v < kVector; ++v) mark<kVector>(s, tile * groups + group, v, false);
       }
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) shared.tile[2].label[v][threadIdx.x] = ahead[v];
       if (!place.inside) continue;
       const float zeros[kVector] = {};
       if (s.cm_gradient != nullptr && !s.add_cm) {
         T* to = static_cast<T*>(s.cm_gradient) + place.gradient(region, j);
 #pragma unroll
         for (int i = 0; i < kMost; ++i, to = below(to, region)) {
-          if (i >= C) break;
+          if (beyond<kLeast>(i, C)) break;
           store_vector<kStorage, kVector>(to, zeros);
         }
       }
@@ -260,36 +332,42 @@ __global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVecto
       continue;
     }
 
-    place.keep(shared);
-#pragma unroll
-    for (int v = 0; v < kVector; ++v) shared.label[v][threadIdx.x] = label[v];
     // --- read; logits of pixels without a label may be anything, and count as 0
-    float e[kMost][kVector], eyj[kVector];
+    float e[kMost][kVector];
     {
       const T* const column = static_cast<const T*>(s.cm_logits) + place.cm(s, region, j);
       const T* from = column;
 #pragma unroll
       for (int i = 0; i < kMost; ++i, from = below(from, region)) {
-        if (i >= C) break;
+        if (beyond<kLeast>(i, C)) break;
 #pragma unroll
         for (int v = 0; v < kVector; ++v) e[i][v] = 0.0f;
         if (any_labelled) load_vector<kStorage, kVector>(from, e[i]);
       }
+      // All loads before what has to wait for one of them.
+      float diagonal[kVector], at_label[kVector], scores[kVector];
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
         const bool labelled = label[v] >= 0;
-        shared.diagonal[group][slot + v].of[j] = labelled ? decode<kStorage, float>(below(column, region, j)[v]) : 0.0f;
-        eyj[v] = one_hot && labelled ? decode<kStorage, float>(below(column, region, label[v])[v]) : 0.0f;
+        diagonal[v] = labelled ? decode<kStorage, float>(read_only(below(column, region, j) + v)) : 0.0f;
+        at_label[v] =
+            one_hot && labelled ? decode<kStorage, float>(read_only(below(column, region, label[v]) + v)) : 0.0f;
         const bool read = labelled || (place.inside && s.posterior);
-        shared.seg[group][slot + v].of[j] =
-            read ? load_as<float>(s.seg_logits, s.seg_storage, place.seg(s, j) + v) : 0.0f;
+        scores[v] = read ? load_as<float>(s.seg_logits, s.seg_storage, place.seg(s, j) + v) : 0.0f;
+      }
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) {
+        shared.tile[2].label[v][threadIdx.x] = ahead[v];
+        shared.diagonal[group][slot + v].of[j] = diagonal[v];
+        shared.at_label[v][threadIdx.x] = at_label[v];
+        shared.seg[group][slot + v].of[j] = scores[v];
       }
     }
     if constexpr (kVector > 1) {
       if (!all_labelled) {
 #pragma unroll
         for (int i = 0; i < kMost; ++i) {
-          if (i >= C) break;
+          if (beyond<kLeast>(i, C)) break;
 #pragma unroll
           for (int v = 0; v < kVector; ++v) e[i][v] = label[v] >= 0 ? e[i][v] : 0.0f;
         }
@@ -297,19 +375,18 @@ __global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVecto
     }
 
     // --- this column: exponentials, Z and q
-    float q[kVector];
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       float top = e[0][v];
 #pragma unroll
       for (int i = 1; i < kMost; ++i) {
-        if (i >= C) break;
+        if (beyond<kLeast>(i, C)) break;
         top = fmaxf(e[i][v], top);
       }
       float z = 0.0f;
 #pragma unroll
       for (int i = 0; i < kMost; ++i) {
-        if (i >= C) break;
+        if (beyond<kLeast>(i, C)) break;
         e[i][v] = exp_f32(e[i][v] - top);
         z += e[i][v];
       }
@@ -318,14 +395,15 @@ __global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVecto
       float& own = shared.diagonal[group][slot + v].of[j];
       own = exp_f32(own - top) * inv_z;
       if (one_hot) {
-        eyj[v] = exp_f32(eyj[v] - top);
-        q[v] = eyj[v];
+        const float at_label = exp_f32(shared.at_label[v][threadIdx.x] - top);
+        shared.at_label[v][threadIdx.x] = at_label;
+        shared.q[v][threadIdx.x] = at_label * inv_z;
       } else {
-        q[v] = 0.0f;
-        shared.transition[label[v] < 0 ? 0 : label[v]].each(C,
-                                                            [&](int i, float reports) { q[v] += reports * e[i][v]; });
+        float q = 0.0f;
+        shared.transition[label[v] < 0 ? 0 : label[v]].template each<kLeast>(
+            C, [&](int i, float reports) { q += reports * e[i][v]; });
+        shared.q[v][threadIdx.x] = q * inv_z;
       }
-      q[v] *= inv_z;
     }
 
     // --- the pixel: p and D. What a thread needs again it reads back from shared memory: registers are dearer.
@@ -333,28 +411,28 @@ __global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVecto
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       float top = -std::numeric_limits<float>::infinity();
-      shared.seg[group][slot + v].each(C, [&](int, float x) { top = fmaxf(x, top); });
+      shared.seg[group][slot + v].template each<kLeast>(C, [&](int, float x) { top = fmaxf(x, top); });
       const float p = exp_f32(shared.seg[group][slot + v].of[j] - top);
       shared.p[group][slot + v].of[j] = p;
-      shared.pq[group][slot + v].of[j] = p * q[v];
+      shared.pq[group][slot + v].of[j] = p * shared.q[v][threadIdx.x];
       if (j == 0) {
         float trace = 0.0f;
-        shared.diagonal[group][slot + v].each(C, [&](int, float x) { trace += x; });
+        shared.diagonal[group][slot + v].template each<kLeast>(C, [&](int, float x) { trace += x; });
         shared.trace[group][slot + v] = trace;
       }
     }
     __syncthreads();
-    place.again(shared);
+    place.again(shared.tile[0]);
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) label[v] = shared.label[v][threadIdx.x];
+    for (int v = 0; v < kVector; ++v) label[v] = shared.tile[0].label[v][threadIdx.x];
     // Which pixels are too small for this is the same in all warps of the group: they sum the same numbers.
     ColumnGradient<float> g[kVector];
     unsigned small = 0;
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       float sum = 0.0f, d = 0.0f;
-      shared.p[group][slot + v].each(C, [&](int, float x) { sum += x; });
-      shared.pq[group][slot + v].each(C, [&](int, float x) { d += x; });
+      shared.p[group][slot + v].template each<kLeast>(C, [&](int, float x) { sum += x; });
+      shared.pq[group][slot + v].template each<kLeast>(C, [&](int, float x) { d += x; });
       const float inv_sum = inverse(sum);
       d *= inv_sum;
       const bool labelled = label[v] >= 0, fast = !labelled || d >= kSmallestEvidence<float>;
@@ -370,43 +448,49 @@ __global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVecto
       if (j == 0) shared.evidence[group][slot + v] = d;
     }
 
-    place.again(shared);
+    place.again(shared.tile[0]);
     // --- the gradient; of pixels that are too small only until the next launch
     if (s.cm_gradient != nullptr && place.inside) {
       T* to = static_cast<T*>(s.cm_gradient) + place.gradient(region, j);
       const bool add = kStorage == Storage::f32 && s.add_cm;  // there is something only in float
-      const auto write = [&](float* values) {
-        if constexpr (kStorage == Storage::f32) {
-          if (add) {
+      const auto write_all = [&](auto adds) {
+        const auto write = [&](float* values) {
+          if constexpr (decltype(adds)::value) {
             float before[kVector];
             load_vector<kStorage, kVector>(to, before);
 #pragma unroll
             for (int v = 0; v < kVector; ++v) values[v] += before[v];
           }
+          store_vector<kStorage, kVector>(to, values);
+        };
+        if (one_hot) {
+#pragma unroll
+          for (int i = 0; i < kMost; ++i, to = below(to, region)) {
+            if (beyond<kLeast>(i, C)) break;
+#pragma unroll
+            for (int v = 0; v < kVector; ++v) e[i][v] *= g[v].keep;
+            write(e[i]);
+          }
+        } else {
+#pragma unroll
+          for (int v = 0; v < kVector; ++v) {
+            shared.transition[label[v] < 0 ? 0 : label[v]].template each<kLeast>(
+                C, [&](int i, float reports) { e[i][v] *= g[v].keep - reports * g[v].drop; });
+          }
+#pragma unroll
+          for (int i = 0; i < kMost; ++i, to = below(to, region)) {
+            if (beyond<kLeast>(i, C)) break;
+            write(e[i]);
+          }
         }
-        store_vector<kStorage, kVector>(to, values);
       };
-      if (one_hot) {
-#pragma unroll
-        for (int i = 0; i < kMost; ++i, to = below(to, region)) {
-          if (i >= C) break;
-#pragma unroll
-          for (int v = 0; v < kVector; ++v) e[i][v] *= g[v].keep;
-          write(e[i]);
-        }
+      // Apart: even a load that is not made, one for each row, has to be waited for.
+      if (kStorage == Storage::f32 && add) {
+        write_all(Adds<kStorage == Storage::f32>{});
       } else {
-#pragma unroll
-        for (int v = 0; v < kVector; ++v) {
-          shared.transition[label[v] < 0 ? 0 : label[v]].each(
-              C, [&](int i, float reports) { e[i][v] *= g[v].keep - reports * g[v].drop; });
-        }
-#pragma unroll
-        for (int i = 0; i < kMost; ++i, to = below(to, region)) {
-          if (i >= C) break;
-          write(e[i]);
-        }
+        write_all(Adds<false>{});
       }
-      place.again(shared);
+      place.again(shared.tile[0]);
       T* const column = static_cast<T*>(s.cm_gradient) + place.gradient(region, j);
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
@@ -425,8 +509,8 @@ __global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVecto
         const bool diagonal = s.trace_weight != 0.0f;
         const float ejj = shared.diagonal[group][slot + v].of[j] * inverse(shared.inv_z[v][threadIdx.x]);
         if (one_hot) {
-          const float diag = label[v] == j ? g[v].diag : 0.0f;
-          again(label[v], eyj[v] * (g[v].keep - g[v].drop) + diag, diag - eyj[v] * g[v].drop);
+          const float diag = label[v] == j ? g[v].diag : 0.0f, eyj = shared.at_label[v][threadIdx.x];
+          again(label[v], eyj * (g[v].keep - g[v].drop) + diag, diag - eyj * g[v].drop);
           if (diagonal && label[v] != j) again(j, ejj * g[v].keep + g[v].diag, g[v].diag);
         } else if (diagonal) {
           again(j, ejj * (g[v].keep - shared.transition[label[v]].of[j] * g[v].drop) + g[v].diag, g[v].diag);
@@ -434,9 +518,9 @@ __global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVecto
       }
     }
 
-    place.again(shared);
+    place.again(shared.tile[0]);
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) label[v] = shared.label[v][threadIdx.x];
+    for (int v = 0; v < kVector; ++v) label[v] = shared.tile[0].label[v][threadIdx.x];
     // --- the pixel's own outputs
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
@@ -466,11 +550,11 @@ bool aligned(const Layer<float>& s, const cuda::PixelRegion& region, int vector)
          starts(s.cm_logits) && starts(s.cm_gradient);
 }
 
-template <int kMost, Storage kStorage, int kVector, bool kExact>
+template <int kLeast, int kMost, Storage kStorage, int kVector>
 cuda::Error launch_fast(const Layer<float>& s, cuda::PixelRegion region, void* stream) {
   region.row_bytes = s.classes * region.plane * static_cast<int64_t>(sizeof(typename StorageOf<kStorage>::Type));
   constexpr size_t kShared = sizeof(FastShared<kMost, kVector>);
-  const auto kernel = pixel_fast<kMost, kStorage, kVector, kExact>;
+  const auto kernel = pixel_fast<kLeast, kMost, kStorage, kVector>;
   const int groups = groups_of(s.classes), threads = groups * s.classes * kWarp;
   const int64_t tile = groups * kWarp * kVector, tiles = (region.span + tile - 1) / tile * region.images;
   const int64_t resident = resident_blocks(kernel, threads, kShared), rows = cuda::kSumRows / groups;
@@ -486,15 +570,15 @@ template <Storage kStorage>
 cuda::Error pixel_grid_fast(const Layer<float>& s, const cuda::PixelRegion& region, void* stream) {
   cuda::Error error = "no fast kernel for this number of classes";
   with_class_bound<kMaxFastClasses>(s.classes, [&](auto bound) {
-    constexpr int kMost = decltype(bound)::value, kVector = kWidestVector<kMost, kStorage>;
-    constexpr bool kExact = decltype(bound)::exact;
+    constexpr int kLeast = decltype(bound)::least, kMost = decltype(bound)::most;
+    constexpr int kVector = kWidestVector<kMost, kStorage>;
     if constexpr (kVector > 1) {
       if (aligned<kStorage>(s, region, kVector)) {
-        error = launch_fast<kMost, kStorage, kVector, kExact>(s, region, stream);
+        error = launch_fast<kLeast, kMost, kStorage, kVector>(s, region, stream);
         return;
       }
     }
-    error = launch_fast<kMost, kStorage, 1, kExact>(s, region, stream);
+    error = launch_fast<kLeast, kMost, kStorage, 1>(s, region, stream);
   });
   return error;
 }

@@ -26,6 +26,7 @@ namespace coarse {
 namespace {
 
 constexpr int kMostStridedClasses = 20;  // 21 warps would have 80 registers each, and spill
+constexpr int kLoadsAhead = 4;           // entries of a column whose corners are loaded at a time
 constexpr float kMaxSpan = 20.0f;        // as in cpu/strided_grid.h: lost terms are below exp(-87 + 20) of the
 constexpr float kSmallestGeometricEvidence = 1e-12f;  // largest of their row, and so below 1e-17 of the result
 
@@ -38,6 +39,8 @@ struct StridedShared {
   int label[kRows][kWarp];  // -1: none
   float d[kRows][kWarp];    // p(label); 0 without a label
   float scaled[kRows][kWarp];
+  float scale;
+  volatile unsigned tile, next_tile;
   StridedPlace place[kWarp];
   ClassTile of_class;
   float transition[kMost * kMost];  // [y][i]: lanes of one label read one word
@@ -84,34 +87,77 @@ __device__ __forceinline__ void write_class_tile(const Layer<float>& s, const Ti
   }
 }
 
-template <int kMost, bool kExact>
+// Where the row of T of each row of pixels begins: looked up once, so that an entry is one load. Two in a register.
+struct ReportedRows {
+  unsigned pairs[kRows / 2];
+
+  __device__ __forceinline__ void look_up(const int (&label)[kRows][kWarp], int classes) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int r = 0; r < kRows; r += 2) {
+      const int first = label[r][lane], second = label[r + 1][lane];
+      pairs[r / 2] = static_cast<unsigned>(((first < 0 ? 0 : first) | (second < 0 ? 0 : second) << 16) * classes);
+    }
+  }
+  __device__ __forceinline__ unsigned of(int r) const {
+    return r % 2 == 0 ? pairs[r / 2] & 0xffffu : pairs[r / 2] >> 16;
+  }
+};
+static_assert(kRows % 2 == 0);
+
+// The grid points of column j that a tile reads, columns `first` to `last` of two rows of each plane, on their way
+// while labels are looked at. Later each lane loads its four corners of one plane after the other, and would wait each
+// time.
+__device__ __forceinline__ void touch_field(const Layer<float>& s, const StridedPlace& place, int first, int last,
+                                            int64_t points, int j, int classes) {
+  const int size = s.cm_storage == Storage::f32 ? 4 : 2, step = 32 / size;  // a sector of a line
+  const char* const field = static_cast<const char*>(s.cm_logits) + place.field * size;
+  for (int x = first; x < last + step; x += step) {
+    for (int k = threadIdx.x % kWarp; k < 2 * classes; k += kWarp) {
+      const int64_t plane = (k / 2 * classes + j) * points + (k % 2 == 0 ? place.upper : place.lower);
+      touch(field + (plane + (x < last ? x : last)) * size);
+    }
+  }
+}
+
+template <int kLeast, int kMost>
 __global__ void __launch_bounds__(kStridedThreads<kMost>,
                                   kStridedThreads<kMost> > 256 ? 1 : 512 / kStridedThreads<kMost>)
     strided_fast(const __grid_constant__ Layer<float> s, const __grid_constant__ Tiling t) {
   auto& shared = *reinterpret_cast<StridedShared<kMost>*>(dynamic_shared());
-  const int C = kExact ? kMost : s.classes;
+  const int C = kLeast == kMost ? kMost : s.classes;
   const int lane = threadIdx.x % kWarp, j = threadIdx.x / kWarp;
   const bool one_hot = s.transition == nullptr;
   for (int k = threadIdx.x; k < C * C; k += C * kWarp) {
     const int i = k / C, y = k % C;
     shared.transition[y * C + i] = one_hot ? (i == y ? 1.0f : 0.0f) : s.transition[k];
   }
-  __syncthreads();
-  const float scale = gradient_scale(s);
+  if (threadIdx.x == 0) {
+    shared.scale = gradient_scale(s);
+    shared.next_tile = blockIdx.x;
+  }
   const bool want_cm = s.cm_gradient != nullptr;
   const int64_t pixels = s.pixels(), points = t.y.grid * t.x.grid;
   Terms terms;
 
-  for (int64_t tile = blockIdx.x; tile < t.tiles_per_image * t.images; tile += gridDim.x) {
+  // In 32 bits: each tile has a word of its own in Layer::small_mask. In shared memory, as registers are dear.
+  const unsigned tiles = static_cast<unsigned>(t.tiles_per_image * t.images);
+  while (true) {
     __syncthreads();  // the tile before has been read
-    if (j == 0) shared.place[lane] = StridedPlace(s, t, tile, shared.of_class);
-    if (threadIdx.x == 0) s.small_mask[tile] = 0;
+    if (shared.next_tile >= tiles) break;
+    if (j == 0) shared.place[lane] = StridedPlace(s, t, shared.next_tile, shared.of_class);
     __syncthreads();
+    if (threadIdx.x == 0) {
+      shared.tile = shared.next_tile;
+      shared.next_tile = shared.tile + gridDim.x;
+      s.small_mask[shared.tile] = 0;
+    }
     const StridedPlace& place = shared.place[lane];
     const int rows = place.rows;
     const bool inside = place.inside;
     if (rows == 0) continue;
 
+    touch_field(s, place, shared.place[0].left, shared.place[kWarp - 1].right, points, j, C);
     // --- labels; a lane whose rows have one label needs one row of T
     int own_label = -1;
     bool one_label = true;
@@ -141,11 +187,6 @@ __global__ void __launch_bounds__(kStridedThreads<kMost>,
     }
     const bool together = !__any_sync(kAllLanes, !one_label);
     const float* const own_reported = shared.transition + (own_label < 0 ? 0 : own_label) * C;
-    const auto reported = [&](int i, int r) {
-      const int y = shared.label[r][lane];
-      return shared.transition[(y < 0 ? 0 : y) * C + i];
-    };
-
     if (!s.seg_on_pixels) {  // before registers are full
 #pragma unroll 1
       for (int r = 0; r < kRows; ++r) {
@@ -159,29 +200,42 @@ __global__ void __launch_bounds__(kStridedThreads<kMost>,
     const bool used = inside && own_label >= 0;
     float e0[kMost], g[kMost], top = -std::numeric_limits<float>::infinity();
     bool steep = false;
-    int64_t plane = place.field + j * points;
+    read_as_stored(s.cm_storage, [&](auto stored) {
+      constexpr Storage kStorage = decltype(stored)::value;
+      using T = typename StorageOf<kStorage>::Type;
+      const T* plane = static_cast<const T*>(s.cm_logits) + place.field + j * points;
+      // in 32 bits: a plane has fewer points than the image has pixels
+      const int up = static_cast<int>(upper), down = static_cast<int>(lower);
+      const int corner[4] = {up + place.left, up + place.right, down + place.left, down + place.right};
+      const float right = place.lambda_x;
 #pragma unroll
-    for (int i = 0; i < kMost; ++i, plane += C * points) {
-      if (i >= C) break;
-      e0[i] = g[i] = 0.0f;
-      if (used) {
-        const float a = place.along_x(s, plane + upper);
-        const float b = upper == lower ? a : place.along_x(s, plane + lower);
-        const float slope = upper == lower ? 0.0f : place.step * (b - a);
-        e0[i] = upper == lower ? a : a + place.lambda0 * (b - a);
-        const float change = static_cast<float>(rows - 1) * slope;
+      for (int i = 0; i < kMost; ++i, plane += C * points) {
+        if (beyond<kLeast>(i, C)) break;
+        if (i % kLoadsAhead == 0) __syncwarp();  // or so many loads begin at once that registers spill
+        // No branches: the points are there for every lane, the same one twice where there is no second, and then the
+        // difference is 0. What an unlabelled pixel reads may be anything.
+        const auto along_x = [&](int k) {
+          const float a = decode<kStorage, float>(plane[corner[k]]), b = decode<kStorage, float>(plane[corner[k + 1]]);
+          return fma(right, b - a, a);
+        };
+        const float above = along_x(0), below = along_x(2);
+        const float a = used ? above : 0.0f, b = used ? below : 0.0f;
+        e0[i] = a + place.lambda0 * (b - a);
+        g[i] = place.step * (b - a);
+        const float change = static_cast<float>(rows - 1) * g[i];
         steep |= !(change <= kMaxSpan && -change <= kMaxSpan && fabsf(e0[i]) < 1e30f);  // NaN and inf are steep
-        g[i] = slope;
         top = fmaxf(fmaxf(e0[i], e0[i] + change), top);
       }
-    }
+    });
     if (!used) top = 0.0f;
+    ReportedRows reported;
+    if (!together) reported.look_up(shared.label, C);
     float z[kRows], q[kRows], ejj = 0.0f, gjj = 0.0f;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) z[r] = q[r] = 0.0f;
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
-      if (i >= C) break;
+      if (beyond<kLeast>(i, C)) break;
       e0[i] = exp_f32(e0[i] - top);
       g[i] = exp_f32(g[i]);
       float e = e0[i];
@@ -197,7 +251,7 @@ __global__ void __launch_bounds__(kStridedThreads<kMost>,
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           z[r] += e;
-          q[r] += reported(i, r) * e;
+          q[r] += shared.transition[reported.of(r) + i] * e;
           e *= g[i];
         }
       }
@@ -227,12 +281,12 @@ __global__ void __launch_bounds__(kStridedThreads<kMost>,
       float seg_top = shared.p[r][0][lane], sum = 0.0f, d = 0.0f;
 #pragma unroll
       for (int c = 1; c < kMost; ++c) {
-        if (c >= C) break;
+        if (beyond<kLeast>(c, C)) break;
         seg_top = fmaxf(shared.p[r][c][lane], seg_top);
       }
 #pragma unroll
       for (int c = 0; c < kMost; ++c) {
-        if (c >= C) break;
+        if (beyond<kLeast>(c, C)) break;
         const float p = exp_f32(shared.p[r][c][lane] - seg_top);
         shared.p[r][c][lane] = p;
         sum += p;
@@ -241,7 +295,7 @@ __global__ void __launch_bounds__(kStridedThreads<kMost>,
       const float inv_sum = inverse(sum);
 #pragma unroll
       for (int c = 0; c < kMost; ++c) {
-        if (c >= C) break;
+        if (beyond<kLeast>(c, C)) break;
         shared.p[r][c][lane] *= inv_sum;
       }
       d *= inv_sum;
@@ -250,10 +304,10 @@ __global__ void __launch_bounds__(kStridedThreads<kMost>,
       const float weight = y >= 0 ? weight_at(s, y, pixel) : 0.0f;
       small |= y >= 0 && !(d >= kSmallestGeometricEvidence);
       shared.d[r][lane] = y >= 0 ? d : 0.0f;
-      shared.scaled[r][lane] = weight * scale;
+      shared.scaled[r][lane] = weight * shared.scale;
     }
     if (__syncthreads_or(small || steep)) {
-      if (threadIdx.x == 0) s.small_mask[tile] = 1;
+      if (threadIdx.x == 0) s.small_mask[shared.tile] = 1;
       continue;
     }
 
@@ -262,7 +316,7 @@ __global__ void __launch_bounds__(kStridedThreads<kMost>,
       float trace = 0.0f;
 #pragma unroll
       for (int c = 0; c < kMost; ++c) {
-        if (c >= C) break;
+        if (beyond<kLeast>(c, C)) break;
         trace += shared.diagonal[r][c][lane];
       }
       const int64_t pixel = place.map(s, r);
@@ -293,10 +347,11 @@ __global__ void __launch_bounds__(kStridedThreads<kMost>,
       sum_rows_diagonal += static_cast<float>(r) * gradient.diag;
     }
     if (want_cm) {
+      if (!together) reported.look_up(shared.label, C);  // again, rather than in registers meanwhile
       float* to = static_cast<float*>(s.cm_gradient) + place.gradient + j * points;
 #pragma unroll
       for (int i = 0; i < kMost; ++i, to += C * points) {
-        if (i >= C) break;
+        if (beyond<kLeast>(i, C)) break;
         float value = 0.0f, derivative = 0.0f;  // of the polynomial sum_r v[r] g^r
         if (together) {
           const float reports = own_reported[i];
@@ -309,7 +364,7 @@ __global__ void __launch_bounds__(kStridedThreads<kMost>,
 #pragma unroll
           for (int r = kRows - 1; r >= 0; --r) {
             derivative = derivative * g[i] + value;
-            value = value * g[i] + (keep[r] - drop[r] * reported(i, r));
+            value = value * g[i] + (keep[r] - drop[r] * shared.transition[reported.of(r) + i]);
           }
         }
         float sum = e0[i] * value, sum_rows = e0[i] * (g[i] * derivative);
@@ -542,10 +597,10 @@ Error strided_grid(const Layer<float>& s, const Grid& grid, float* class_gradien
   t.image_stride = s.cm_batch == 1 ? 0 : static_cast<int64_t>(s.classes) * s.classes * grid.points();
   Error error = nullptr;
   with_class_bound<kMostStridedClasses, 17>(s.classes, [&](auto bound) {
-    constexpr int kMost = decltype(bound)::value;
+    constexpr int kLeast = decltype(bound)::least, kMost = decltype(bound)::most;
     constexpr size_t kShared = sizeof(StridedShared<kMost>);
     static_assert(kShared <= 99 * 1024, "what a block may have on compute capability 8.6, 8.9 and 12.0");
-    const auto kernel = strided_fast<kMost, decltype(bound)::exact>;
+    const auto kernel = strided_fast<kLeast, kMost>;
     const int C = s.classes, threads = C * kWarp;
     const int64_t resident = resident_blocks(kernel, threads, kShared), rows = kSumRows / C;
     const int64_t most = resident < rows ? resident : rows;

@@ -591,11 +591,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(R) == 8 ? 1 : 4)
 
 // --- launches --------------------------------------------------------------------------------------------------------
 
-// f(std::integral_constant-like Storage) for what the logits are stored as.
-template <Storage kStorage>
-struct Stored {
-  static constexpr Storage value = kStorage;
-};
+// f(Stored) for what the logits are stored as.
 template <class R, class F>
 Error with_storage(Storage storage, const F& f) {
   if constexpr (sizeof(R) == 8) return f(Stored<Storage::f64>{});
