@@ -1,5 +1,6 @@
-"""`make check-cuda`: nvcc over every kernel, no GPU needed. Registers, spills and shared memory of each; fails on a spill in
-a fast path, on an error, and on a warning. The host glue is compiled too, against the headers of the torch at hand.
+"""`make check-cuda`: nvcc over every kernel, no GPU needed. Registers, spills and shared memory of each; fails on a spill
+in a fast path that is not in PARKED, on an error, and on a warning. The host glue is compiled too, against the headers of the
+torch at hand.
 
     python -m tests.check_cuda [--arch 80 90 100] [--jobs N] [--out FILE]
 """
@@ -22,6 +23,16 @@ ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc" / "cuda"
 ARCHITECTURES = ("80", "90", "100")
 FAST = ("pixel_fast", "strided_fast", "gather_class_tiles", "trusted_")  # a spill there fails the check
+# Bytes, stores and loads, that a tile (32 to 256 pixels) of these may park: registers are full, and the ways found around it
+# cost more. On an H200 the 16-bit pixel kernel takes 2.2 ms with 16 of them where the one before took 3.6 without
+# (benchmarks/NOTES.md).
+PARKED = {
+    "pixel_fast<17 to 19 classes, bf16": 16,
+    "pixel_fast<17 to 19 classes, f16": 16,
+    "strided_fast<18 classes>": 64,
+    "strided_fast<19 classes>": 64,
+    "strided_fast<20 classes>": 64,
+}
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]  # as setup.py
 STORAGE = {"0": "f32", "1": "f64", "2": "bf16", "3": "f16"}
 
@@ -37,6 +48,11 @@ class Kernel:
     @property
     def fast(self) -> bool:
         return self.name.startswith(FAST)
+
+    @property
+    def spills(self) -> bool:
+        """More than what is known of it."""
+        return self.spill_bytes > next((most for name, most in PARKED.items() if self.name.startswith(name)), 0)
 
 
 def find_nvcc() -> str | None:
@@ -171,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"check-cuda: {error}", file=sys.stderr)
         return 1
     kernels = [kernel for some in found for kernel in some]
-    spilt = [kernel for kernel in kernels if kernel.fast and kernel.spill_bytes]
+    spilt = [kernel for kernel in kernels if kernel.fast and kernel.spills]
     text = f"registers a thread, as ptxas -v reports them\n\n{table(kernels)}\n\n{glue}\n"
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text)

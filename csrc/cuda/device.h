@@ -187,16 +187,7 @@ __device__ __forceinline__ T read_only(const T* p) {
 #endif
 }
 
-// Brings what lies at p into the second-level cache, for a load to come: 300 cycles from there, not 900. Nothing waits.
-__device__ __forceinline__ void prefetch(const void* p) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-#else
-  static_cast<void>(p);
-#endif
-}
-
-// The same into the first-level cache. A load whose result nobody reads: nothing waits for that either.
+// Brings what lies at p into the first-level cache, for loads to come. A load whose result nobody reads: nothing waits.
 __device__ __forceinline__ void touch(const void* p) {
 #if defined(__CUDA_ARCH__)
   [[maybe_unused]] unsigned unread;

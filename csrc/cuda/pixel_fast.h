@@ -6,13 +6,13 @@
 // softmax over the class logits, and for D = sum_j p[j] q[j]. The gradient is formed from the registers and streamed
 // out.
 //
-// The limit is memory: (2 C C + 2 C) elements and a label a pixel, 3041 bytes in float at C = 19, which take 5200
-// cycles of an H200's multiprocessor for 32 pixels (4.3 TB/s over 132 of them at 1.75 GHz). Those 5200 cycles issue
-// 21000 instructions; the C warps of a tile need about 13000 (SASS for sm_90, counted), of them C C exponentials, 730
-// cycles of the special-function unit. In bfloat16 the bytes take half the time and instructions are the limit, at
-// about 1.25 times the time of the bytes. All of this is counted, none measured. What keeps memory busy is requests in
-// flight: a thread issues its C loads at once, 46 KB a block at C = 19, and two blocks fit a multiprocessor at 48
-// registers, so that one loads while the other computes. Blocks loop over tiles.
+// The limit should be memory: (2 C C + 2 C) elements and a label a pixel, 3041 bytes in float at C = 19, which take
+// 5200 cycles of an H200's multiprocessor for 32 pixels (4.3 TB/s over 132 of them at 1.75 GHz). Measured there: 8300
+// cycles, in which the C warps of a tile issue 13800 instructions, of them C C exponentials, 730 cycles of the
+// special-function unit; half of the time no warp can issue, because it waits for a load. In bfloat16 the bytes are
+// half and the cycles as many. A thread issues its C loads at once, 46 KB a block at C = 19, and two blocks fit a
+// multiprocessor at 48 registers, so that one loads while the other computes. Blocks loop over tiles. Prefetching the
+// next tile to L2 gave nothing (benchmarks/NOTES.md).
 //
 // So in the loops over i there is nothing but what every entry needs. The entries that are special, A[j,j] for the
 // trace and A[y,j] of a positive drawing, are loaded a second time (from cache) and stored a second time.
@@ -80,13 +80,6 @@ struct alignas(16) Row {
   }
 };
 
-// Where each thread of a tile works (Place), and the labels of its pixels.
-template <int kMost, int kVector>
-struct TileOfThread {
-  volatile int image[kFastThreads<kMost>], offset[kFastThreads<kMost>];
-  volatile int label[kVector][kFastThreads<kMost>];
-};
-
 template <int kMost, int kVector>
 struct FastShared {
   Row<kMost> seg[kMostGroups<kMost>][kWarp * kVector];       // class logits
@@ -98,9 +91,8 @@ struct FastShared {
   Terms terms[kMostGroups<kMost>][kWarp];            // of the warps with j = 0
   float trace[kMostGroups<kMost>][kWarp * kVector];  // of their pixels
   float scale;
-  TileOfThread<kMost, kVector> tile[3];                   // this one and the next two
-  volatile float at_label[kVector][kFastThreads<kMost>];  // a[y,j], then its exponential, of a positive drawing
-  volatile float q[kVector][kFastThreads<kMost>];
+  volatile int image[kFastThreads<kMost>], offset[kFastThreads<kMost>];  // Place
+  volatile int label[kVector][kFastThreads<kMost>];
   volatile float own[kVector][kFastThreads<kMost>];  // what goes to class logit j
   volatile float inv_z[kVector][kFastThreads<kMost>];
   volatile float evidence[kMostGroups<kMost>][kWarp * kVector];
@@ -163,7 +155,6 @@ struct Place {
   int image, offset;  // of the region, and of the pixel in that
   bool inside;        // a run is inside as a whole: kVector > 1 only where it divides the span
 
-  Place() = default;
   __device__ __forceinline__ Place(const cuda::PixelRegion& region, unsigned tile, int groups, int group) {
     const unsigned per_tile = groups * kWarp * kVector;
     const unsigned span = static_cast<unsigned>(region.span), tiles = (span + per_tile - 1) / per_tile;
@@ -182,15 +173,15 @@ struct Place {
     return image * s.class_image + j * s.class_plane + offset;
   }
   // Addresses of the next section are made anew: registers are dearer than instructions.
-  template <class Tile>
-  __device__ __forceinline__ void keep(Tile& tile) const {
-    tile.image[threadIdx.x] = image;
-    tile.offset[threadIdx.x] = inside ? offset : -1;
+  template <class Shared>
+  __device__ __forceinline__ void keep(Shared& shared) const {
+    shared.image[threadIdx.x] = image;
+    shared.offset[threadIdx.x] = inside ? offset : -1;
   }
-  template <class Tile>
-  __device__ __forceinline__ void again(const Tile& tile) {
-    image = tile.image[threadIdx.x];
-    offset = tile.offset[threadIdx.x];
+  template <class Shared>
+  __device__ __forceinline__ void again(const Shared& shared) {
+    image = shared.image[threadIdx.x];
+    offset = shared.offset[threadIdx.x];
     inside = offset >= 0;
   }
   // a[0, j], and its gradient
@@ -209,38 +200,10 @@ __device__ __forceinline__ void mark(const Layer<float>& s, unsigned warp_of_pix
   if (threadIdx.x % kWarp == 0) s.small_mask[static_cast<int64_t>(warp_of_pixels) * kVector + v] = mask;
 }
 
-template <bool kValue>
-struct Adds {
-  static constexpr bool value = kValue;
-};
-
 // The same column, `rows` rows further. Bytes, so that the step is an operand from constant memory.
 template <class T>
 __device__ __forceinline__ T* below(T* p, const cuda::PixelRegion& region, int rows = 1) {
   return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(p) + rows * region.row_bytes);
-}
-
-// What a warp reads of a tile, column j, while it is busy with the one before: each lane a line of memory.
-template <class T, int kVector>
-__device__ __forceinline__ void prefetch_tile(const Layer<float>& s, const cuda::PixelRegion& region,
-                                              Place<kVector> place, int j, int classes) {
-  constexpr int kRowBytes = kWarp * kVector * static_cast<int>(sizeof(T)),
-                kLines = kRowBytes < 128 ? 1 : kRowBytes / 128;
-  constexpr int kPixels = kWarp * kVector / kLines;  // of a line
-  const int lane = threadIdx.x % kWarp, first = __shfl_sync(kAllLanes, place.offset, 0),
-            span = static_cast<int>(region.span);
-#pragma unroll 1
-  for (int k = lane; k < (classes + 1) * kLines; k += kWarp) {
-    const int row = k / kLines;
-    place.offset = first + k % kLines * kPixels;
-    if (place.offset >= span) continue;
-    if (row < classes) {
-      prefetch(below(static_cast<const T*>(s.cm_logits) + place.cm(s, region, j), region, row));
-    } else {
-      const int64_t at = place.seg(s, j) * (s.seg_storage == Storage::f32 ? 4 : 2);
-      prefetch(static_cast<const char*>(s.seg_logits) + at);
-    }
-  }
 }
 
 // kLeast = kMost: C is known to the compiler.
@@ -261,46 +224,13 @@ __global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVecto
   if (j == 0) shared.terms[group][lane] = Terms{};
   __syncthreads();
 
-  // Labels are read two tiles ahead: they say what of the next one is to be prefetched.
-  const auto look_ahead = [&](unsigned tile, int (&label)[kVector]) {
-    Place<kVector> place(region, tile, groups, group);
-    place.inside &= tile < tiles;
-    place.keep(shared.tile[2]);
-#pragma unroll
-    for (int v = 0; v < kVector; ++v) label[v] = place.inside ? label_at(s, place.map(s, region) + v) : -1;
-  };
-  const auto move_up = [&](int n, int (&label)[kVector]) {
-    Place<kVector> place;
-    place.again(shared.tile[n + 1]);
-    place.keep(shared.tile[n]);
-#pragma unroll
-    for (int v = 0; v < kVector; ++v)
-      shared.tile[n].label[v][threadIdx.x] = label[v] = shared.tile[n + 1].label[v][threadIdx.x];
-    return place;
-  };
-#pragma unroll 1
-  for (unsigned n = 0; n < 2; ++n) {
-    int label[kVector];
-    move_up(1, label);
-    look_ahead(blockIdx.x + n * gridDim.x, label);
-#pragma unroll
-    for (int v = 0; v < kVector; ++v) shared.tile[2].label[v][threadIdx.x] = label[v];
-  }
-
   for (unsigned tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    int label[kVector], ahead[kVector];
-    Place<kVector> place = move_up(0, label);
-    {
-      bool next_labelled = false;
-      const Place<kVector> next = move_up(1, ahead);
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) next_labelled |= ahead[v] >= 0;
-      if (__any_sync(kAllLanes, next_labelled)) prefetch_tile<T>(s, region, next, j, C);
-    }
-    look_ahead(tile + 2 * gridDim.x, ahead);
+    Place<kVector> place(region, tile, groups, group);
+    int label[kVector];
     bool any_labelled = false, all_labelled = true;
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
+      label[v] = place.inside ? label_at(s, place.map(s, region) + v) : -1;
       any_labelled |= label[v] >= 0;
       all_labelled &= label[v] >= 0;
     }
@@ -311,8 +241,6 @@ __global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVecto
 #pragma unroll
         for (int v = 0; v < kVector; ++v) mark<kVector>(s, tile * groups + group, v, false);
       }
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) shared.tile[2].label[v][threadIdx.x] = ahead[v];
       if (!place.inside) continue;
       const float zeros[kVector] = {};
       if (s.cm_gradient != nullptr && !s.add_cm) {
@@ -332,8 +260,11 @@ __global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVecto
       continue;
     }
 
+    place.keep(shared);
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) shared.label[v][threadIdx.x] = label[v];
     // --- read; logits of pixels without a label may be anything, and count as 0
-    float e[kMost][kVector];
+    float e[kMost][kVector], eyj[kVector];
     {
       const T* const column = static_cast<const T*>(s.cm_logits) + place.cm(s, region, j);
       const T* from = column;
@@ -344,23 +275,14 @@ __global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVecto
         for (int v = 0; v < kVector; ++v) e[i][v] = 0.0f;
         if (any_labelled) load_vector<kStorage, kVector>(from, e[i]);
       }
-      // All loads before what has to wait for one of them.
-      float diagonal[kVector], at_label[kVector], scores[kVector];
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
         const bool labelled = label[v] >= 0;
-        diagonal[v] = labelled ? decode<kStorage, float>(read_only(below(column, region, j) + v)) : 0.0f;
-        at_label[v] =
-            one_hot && labelled ? decode<kStorage, float>(read_only(below(column, region, label[v]) + v)) : 0.0f;
+        shared.diagonal[group][slot + v].of[j] = labelled ? decode<kStorage, float>(below(column, region, j)[v]) : 0.0f;
+        eyj[v] = one_hot && labelled ? decode<kStorage, float>(below(column, region, label[v])[v]) : 0.0f;
         const bool read = labelled || (place.inside && s.posterior);
-        scores[v] = read ? load_as<float>(s.seg_logits, s.seg_storage, place.seg(s, j) + v) : 0.0f;
-      }
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) {
-        shared.tile[2].label[v][threadIdx.x] = ahead[v];
-        shared.diagonal[group][slot + v].of[j] = diagonal[v];
-        shared.at_label[v][threadIdx.x] = at_label[v];
-        shared.seg[group][slot + v].of[j] = scores[v];
+        shared.seg[group][slot + v].of[j] =
+            read ? load_as<float>(s.seg_logits, s.seg_storage, place.seg(s, j) + v) : 0.0f;
       }
     }
     if constexpr (kVector > 1) {
@@ -375,6 +297,7 @@ __global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVecto
     }
 
     // --- this column: exponentials, Z and q
+    float q[kVector];
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       float top = e[0][v];
@@ -394,16 +317,15 @@ __global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVecto
       shared.inv_z[v][threadIdx.x] = inv_z;
       float& own = shared.diagonal[group][slot + v].of[j];
       own = exp_f32(own - top) * inv_z;
+      float sum = 0.0f;
       if (one_hot) {
-        const float at_label = exp_f32(shared.at_label[v][threadIdx.x] - top);
-        shared.at_label[v][threadIdx.x] = at_label;
-        shared.q[v][threadIdx.x] = at_label * inv_z;
+        eyj[v] = exp_f32(eyj[v] - top);
+        sum = eyj[v];
       } else {
-        float q = 0.0f;
         shared.transition[label[v] < 0 ? 0 : label[v]].template each<kLeast>(
-            C, [&](int i, float reports) { q += reports * e[i][v]; });
-        shared.q[v][threadIdx.x] = q * inv_z;
+            C, [&](int i, float reports) { sum += reports * e[i][v]; });
       }
+      q[v] = sum * inv_z;
     }
 
     // --- the pixel: p and D. What a thread needs again it reads back from shared memory: registers are dearer.
@@ -414,7 +336,7 @@ __global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVecto
       shared.seg[group][slot + v].template each<kLeast>(C, [&](int, float x) { top = fmaxf(x, top); });
       const float p = exp_f32(shared.seg[group][slot + v].of[j] - top);
       shared.p[group][slot + v].of[j] = p;
-      shared.pq[group][slot + v].of[j] = p * shared.q[v][threadIdx.x];
+      shared.pq[group][slot + v].of[j] = p * q[v];
       if (j == 0) {
         float trace = 0.0f;
         shared.diagonal[group][slot + v].template each<kLeast>(C, [&](int, float x) { trace += x; });
@@ -422,9 +344,9 @@ __global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVecto
       }
     }
     __syncthreads();
-    place.again(shared.tile[0]);
+    place.again(shared);
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) label[v] = shared.tile[0].label[v][threadIdx.x];
+    for (int v = 0; v < kVector; ++v) label[v] = shared.label[v][threadIdx.x];
     // Which pixels are too small for this is the same in all warps of the group: they sum the same numbers.
     ColumnGradient<float> g[kVector];
     unsigned small = 0;
@@ -448,49 +370,43 @@ __global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVecto
       if (j == 0) shared.evidence[group][slot + v] = d;
     }
 
-    place.again(shared.tile[0]);
+    place.again(shared);
     // --- the gradient; of pixels that are too small only until the next launch
     if (s.cm_gradient != nullptr && place.inside) {
       T* to = static_cast<T*>(s.cm_gradient) + place.gradient(region, j);
       const bool add = kStorage == Storage::f32 && s.add_cm;  // there is something only in float
-      const auto write_all = [&](auto adds) {
-        const auto write = [&](float* values) {
-          if constexpr (decltype(adds)::value) {
+      const auto write = [&](float* values) {
+        if constexpr (kStorage == Storage::f32) {
+          if (add) {
             float before[kVector];
             load_vector<kStorage, kVector>(to, before);
 #pragma unroll
             for (int v = 0; v < kVector; ++v) values[v] += before[v];
           }
-          store_vector<kStorage, kVector>(to, values);
-        };
-        if (one_hot) {
-#pragma unroll
-          for (int i = 0; i < kMost; ++i, to = below(to, region)) {
-            if (beyond<kLeast>(i, C)) break;
-#pragma unroll
-            for (int v = 0; v < kVector; ++v) e[i][v] *= g[v].keep;
-            write(e[i]);
-          }
-        } else {
-#pragma unroll
-          for (int v = 0; v < kVector; ++v) {
-            shared.transition[label[v] < 0 ? 0 : label[v]].template each<kLeast>(
-                C, [&](int i, float reports) { e[i][v] *= g[v].keep - reports * g[v].drop; });
-          }
-#pragma unroll
-          for (int i = 0; i < kMost; ++i, to = below(to, region)) {
-            if (beyond<kLeast>(i, C)) break;
-            write(e[i]);
-          }
         }
+        store_vector<kStorage, kVector>(to, values);
       };
-      // Apart: even a load that is not made, one for each row, has to be waited for.
-      if (kStorage == Storage::f32 && add) {
-        write_all(Adds<kStorage == Storage::f32>{});
+      if (one_hot) {
+#pragma unroll
+        for (int i = 0; i < kMost; ++i, to = below(to, region)) {
+          if (beyond<kLeast>(i, C)) break;
+#pragma unroll
+          for (int v = 0; v < kVector; ++v) e[i][v] *= g[v].keep;
+          write(e[i]);
+        }
       } else {
-        write_all(Adds<false>{});
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) {
+          shared.transition[label[v] < 0 ? 0 : label[v]].template each<kLeast>(
+              C, [&](int i, float reports) { e[i][v] *= g[v].keep - reports * g[v].drop; });
+        }
+#pragma unroll
+        for (int i = 0; i < kMost; ++i, to = below(to, region)) {
+          if (beyond<kLeast>(i, C)) break;
+          write(e[i]);
+        }
       }
-      place.again(shared.tile[0]);
+      place.again(shared);
       T* const column = static_cast<T*>(s.cm_gradient) + place.gradient(region, j);
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
@@ -509,8 +425,8 @@ __global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVecto
         const bool diagonal = s.trace_weight != 0.0f;
         const float ejj = shared.diagonal[group][slot + v].of[j] * inverse(shared.inv_z[v][threadIdx.x]);
         if (one_hot) {
-          const float diag = label[v] == j ? g[v].diag : 0.0f, eyj = shared.at_label[v][threadIdx.x];
-          again(label[v], eyj * (g[v].keep - g[v].drop) + diag, diag - eyj * g[v].drop);
+          const float diag = label[v] == j ? g[v].diag : 0.0f;
+          again(label[v], eyj[v] * (g[v].keep - g[v].drop) + diag, diag - eyj[v] * g[v].drop);
           if (diagonal && label[v] != j) again(j, ejj * g[v].keep + g[v].diag, g[v].diag);
         } else if (diagonal) {
           again(j, ejj * (g[v].keep - shared.transition[label[v]].of[j] * g[v].drop) + g[v].diag, g[v].diag);
@@ -518,9 +434,9 @@ __global__ void __launch_bounds__(kFastThreads<kMost>, kFastBlocks<kMost, kVecto
       }
     }
 
-    place.again(shared.tile[0]);
+    place.again(shared);
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) label[v] = shared.tile[0].label[v][threadIdx.x];
+    for (int v = 0; v < kVector; ++v) label[v] = shared.label[v][threadIdx.x];
     // --- the pixel's own outputs
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {

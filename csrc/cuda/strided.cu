@@ -10,7 +10,8 @@
 // Two exponentials, four loads of corners and five shuffles for each class pair serve all rows; a row costs a multiply
 // and two multiply-adds going forward (e, Z, q), three going back (the coefficient, and a Horner scheme for the sums of
 // v[row] e[row] and row v[row] e[row]). At C = 19, stride 8: an estimate of 12 instructions for each pixel and class
-// pair, 0.6 ms of an H200's float lanes for two streams of 1024 x 2048; the bytes take 0.12 ms. Not measured.
+// pair, 0.6 ms of an H200's float lanes for two streams of 1024 x 2048; the bytes take 0.12 ms. Measured: 4.2
+// (benchmarks/NOTES.md).
 //
 // The sums over rows meet the sums over the lanes of a cell by shuffles, and go to the four corners of the cell with an
 // add to memory that nobody waits for. No two adds of one launch meet the same address: launches take every second row
