@@ -1,7 +1,8 @@
 """The map: what is wrong with the drawings x what is learned from them, on canvases of real digits.
 
 Every column is a noise process of `coarse_train.data.mnist`, every row a way to learn; all share network, steps, batches,
-optimizer and schedule. The bar for the method is the best of the three cross-entropies, tuned with as many trials as itself.
+optimizer and schedule. The bar for the method is the best of three cross-entropies, as they are and tuned with as many trials
+as itself.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ _SAME_POSITIVES = ("half", "sparse", "alike")
 TRUSTED = DrawingsConfig()
 _LEFT_OUT = replace(TRUSTED, weight=0.0)
 _RATES = (0.25, 0.5, 1.0, 2.0)
-_CROSS_ENTROPIES = ("ce_positive", "ce_negative", "ce_both")
-_TUNED = tuple(f"{row}_tuned" for row in _CROSS_ENTROPIES)
+# A choice on one seed may be worse on the others than no choice: the bar is the best of all six.
+_CROSS_ENTROPIES = tuple(f"ce_{kind}{tuned}" for kind in ("positive", "negative", "both") for tuned in ("", "_tuned"))
 
 
 def parts(config: ExperimentConfig) -> list[Part]:
@@ -114,24 +115,24 @@ def weighted(config: FitConfig, weight: float) -> FitConfig:
 def conclude(results: Sequence[Result]) -> list[str]:
     sentences = []
     for result in results:
-        untuned, tuned = result.lead("method", _TUNED), result.lead("method_tuned", _TUNED)
+        untuned, tuned = (result.lead(row, _CROSS_ENTROPIES) for row in ("method", "method_tuned"))
         holds = "ahead" if min(untuned, tuned) > 0 else "behind" if max(untuned, tuned) < 0 else "not clearly ahead"
         sentences.append(
             f"{result.title}: the method is {holds}: {untuned:+.1f} points untuned and {tuned:+.1f} tuned against the best "
-            f"tuned cross-entropy; with the pen undone {result.lead('method_pen', _TUNED):+.1f}; "
+            f"cross-entropy, tuned or not; with the pen undone {result.lead('method_pen', _CROSS_ENTROPIES):+.1f}; "
             f"supervised {result.mean('supervised'):.1f}."
         )
     return sentences
 
 
 def draw(results: Sequence[Result], figure: Figure) -> None:
-    """Scores as numbers on colours, and below them the lead over the best tuned cross-entropy."""
+    """Scores as numbers on colours, and below them the lead over the best cross-entropy."""
     rows = list(results[0].rows)
     leads = ("method", "method_tuned", "method_pen")
     figure.set_size_inches(1.6 * len(results) + 3, 0.5 * (len(rows) + len(leads)) + 2.6)
     upper, lower = figure.subplots(2, 1, height_ratios=(len(rows), len(leads)))
     scores = np.array([[result.mean(row) for result in results] for row in rows])
-    lead = np.array([[result.lead(row, _TUNED) for result in results] for row in leads])
+    lead = np.array([[result.lead(row, _CROSS_ENTROPIES) for result in results] for row in leads])
     upper.imshow(scores, cmap="Blues", vmin=0, vmax=130, aspect="auto")
     lower.imshow(lead, cmap="RdBu", vmin=-15, vmax=15, aspect="auto")
     for axis, values, labels, form in ((upper, scores, rows, "{:.1f}"), (lower, lead, leads, "{:+.1f}")):
@@ -145,4 +146,4 @@ def draw(results: Sequence[Result], figure: Figure) -> None:
     upper.set_xticks(range(len(results)), [PRESETS[result.title] for result in results], fontsize=8)
     upper.set_title("What is wrong with the positive drawings", pad=12)
     upper.set_ylabel("mean IoU on held-out digits, last step, %")
-    lower.set_title("Lead over the best of three tuned cross-entropies", fontsize=10)
+    lower.set_title("Lead over the best cross-entropy, tuned or not", fontsize=10)

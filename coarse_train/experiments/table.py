@@ -351,10 +351,13 @@ def text(cells: Sequence[Cell], split: str) -> str:
 
 
 def write_results(path: Path, cells: Sequence[Cell], rows: Mapping[str, Row], **more: object) -> None:
-    """JSON, all or nothing: every cell with the config that `from_dict` reads back."""
+    """JSON, all or nothing: every cell with the config that `from_dict` reads back, of which it has what is no default. Folders
+    are relative to ``path``'s.
+    """
     written = []
     for cell in cells:
-        config = replace(config_of(rows[cell.method], cell.seed), out=Path(cell.folder))
-        written.append({**asdict(cell), "config": to_dict(config)})
+        folder = os.path.relpath(cell.folder, path.parent)
+        config = replace(config_of(rows[cell.method], cell.seed), out=Path(folder))
+        written.append({**asdict(cell), "folder": folder, "config": changed(to_dict(config))})
     content = {"rows": written, **more}
     write_text(path, json.dumps(content, indent=2) + "\n")
