@@ -247,7 +247,7 @@ def _check_float(name: str, value: Any) -> None:
 def _check_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not -math.inf < value < math.inf:  # torch 2.11 cannot trace isfinite of a number that is dynamic
+    if not -math.inf < value < math.inf:  # type: ignore[operator]  # torch 2.11 cannot trace isfinite of a number that is dynamic
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 

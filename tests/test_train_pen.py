@@ -221,11 +221,16 @@ def test_a_band_says_nothing_where_an_outline_was_moved_over() -> None:
     assert np.array_equal(nearest[nearest != IGNORE], undo(drawing, Pen((0, 0, 2)))[nearest != IGNORE])
 
 
-def test_a_drawing_is_not_written_to() -> None:
+@pytest.mark.parametrize(
+    "pen", [Pen((0, 0, 2), band=1), Pen((0, 0, -2)), Pen((0, 0, 0))], ids=["wide", "narrow", "exact"]
+)
+def test_a_drawing_is_not_written_to(pen: Pen) -> None:
     drawing = street()[1]
-    drawing.flags.writeable = False
-    undo(drawing, Pen((0, 0, 2), band=1))
-    undo(drawing, Pen((0, 0, -2)))
+    before = drawing.copy()
+    drawing.flags.writeable = False  # as one that is read from a file may be
+    back = undo(drawing, pen)
+    assert np.array_equal(drawing, before)
+    assert np.array_equal(back, before) == (pen.radii == (0, 0, 0))
 
 
 def test_an_object_of_less_than_the_pen_is_lost() -> None:
