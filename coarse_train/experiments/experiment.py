@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -102,9 +102,19 @@ class Result:
 
     def lead(self, row: str, others: Sequence[str]) -> float:
         """Over the best of ``others`` by its mean; NaN where one is missing."""
+        rival = self.best(other for other in others if other != row)
+        return math.nan if rival is None else self.mean(row) - self.mean(rival)
+
+    def wins(self, row: str, others: Sequence[str]) -> int:
+        """In how many seeds it is ahead of that best one: a mean over few seeds says little of its own spread."""
+        rival = self.best(other for other in others if other != row)
+        scores = {(cell.method, cell.seed): cell.miou for cell in self.cells}
+        return sum(score > scores[rival, seed] for (method, seed), score in scores.items() if rival and method == row)
+
+    def best(self, rows: Iterable[str]) -> str | None:
+        """By its mean; None where none of them was run."""
         known = {cell.method for cell in self.cells}
-        rivals = [self.mean(other) for other in others if other in known and other != row]
-        return self.mean(row) - max(rivals) if row in known and rivals else float("nan")
+        return max((row for row in rows if row in known), key=self.mean, default=None)
 
 
 class Experiment(Protocol):

@@ -37,6 +37,7 @@ _LEFT_OUT = replace(TRUSTED, weight=0.0)
 _RATES = (0.25, 0.5, 1.0, 2.0)
 # A choice on one seed may be worse on the others than no choice: the bar is the best of all six.
 _CROSS_ENTROPIES = tuple(f"ce_{kind}{tuned}" for kind in ("positive", "negative", "both") for tuned in ("", "_tuned"))
+_LEADS = ("method", "method_tuned", "method_pen")
 
 
 def parts(config: ExperimentConfig) -> list[Part]:
@@ -115,12 +116,14 @@ def weighted(config: FitConfig, weight: float) -> FitConfig:
 def conclude(results: Sequence[Result]) -> list[str]:
     sentences = []
     for result in results:
-        untuned, tuned = (result.lead(row, _CROSS_ENTROPIES) for row in ("method", "method_tuned"))
-        holds = "ahead" if min(untuned, tuned) > 0 else "behind" if max(untuned, tuned) < 0 else "not clearly ahead"
+        seeds = len({cell.seed for cell in result.cells})
+        leads = {row: result.lead(row, _CROSS_ENTROPIES) for row in _LEADS}
+        wins = {row: result.wins(row, _CROSS_ENTROPIES) for row in _LEADS}
+        said = {row: f"{leads[row]:+.1f} points (ahead in {wins[row]} of {seeds} seeds)" for row in _LEADS}
+        best = result.best(_CROSS_ENTROPIES)
         sentences.append(
-            f"{result.title}: the method is {holds}: {untuned:+.1f} points untuned and {tuned:+.1f} tuned against the best "
-            f"cross-entropy, tuned or not; with the pen undone {result.lead('method_pen', _CROSS_ENTROPIES):+.1f}; "
-            f"supervised {result.mean('supervised'):.1f}."
+            f"{result.title}: the method {said['method']} untuned and {said['method_tuned']} tuned against the best "
+            f"cross-entropy, {best}; with the pen undone {said['method_pen']}; supervised {result.mean('supervised'):.1f}."
         )
     return sentences
 
@@ -128,14 +131,13 @@ def conclude(results: Sequence[Result]) -> list[str]:
 def draw(results: Sequence[Result], figure: Figure) -> None:
     """Scores as numbers on colours, and below them the lead over the best cross-entropy."""
     rows = list(results[0].rows)
-    leads = ("method", "method_tuned", "method_pen")
-    figure.set_size_inches(1.6 * len(results) + 3, 0.5 * (len(rows) + len(leads)) + 2.6)
-    upper, lower = figure.subplots(2, 1, height_ratios=(len(rows), len(leads)))
+    figure.set_size_inches(1.6 * len(results) + 3, 0.5 * (len(rows) + len(_LEADS)) + 2.6)
+    upper, lower = figure.subplots(2, 1, height_ratios=(len(rows), len(_LEADS)))
     scores = np.array([[result.mean(row) for result in results] for row in rows])
-    lead = np.array([[result.lead(row, _CROSS_ENTROPIES) for result in results] for row in leads])
+    lead = np.array([[result.lead(row, _CROSS_ENTROPIES) for result in results] for row in _LEADS])
     upper.imshow(scores, cmap="Blues", vmin=0, vmax=130, aspect="auto")
     lower.imshow(lead, cmap="RdBu", vmin=-15, vmax=15, aspect="auto")
-    for axis, values, labels, form in ((upper, scores, rows, "{:.1f}"), (lower, lead, leads, "{:+.1f}")):
+    for axis, values, labels, form in ((upper, scores, rows, "{:.1f}"), (lower, lead, _LEADS, "{:+.1f}")):
         for (i, j), value in np.ndenumerate(values):
             dark = abs(value) > 11 if axis is lower else value > 80
             axis.text(j, i, form.format(value), ha="center", va="center", color="white" if dark else "black")
