@@ -9,6 +9,7 @@ from .data import IGNORE, Source
 from .data.segmentation import SegmentationData, choose_dense, pairs_of, plain
 from .pen import measure
 from .selection import kinds_of_drawings
+from .simulate import pair_counts
 
 _IMAGES = 32  # training images that are looked at
 _FEW = 0.2  # of what is positively drawn, with a negative drawing on it: below, the matrix loses to cross-entropy
@@ -68,8 +69,8 @@ def _meeting(config: FitConfig, source: Source) -> list[str]:
     """What the pixels tell that have a positive and a negative drawing. A background is left out: it is what nobody drew."""
     names = source.classes.names
     objects = [label for label, name in enumerate(names) if name != "background"]
-    counts, drawn = _counts(config, source)
-    own, met = drawn[objects].sum(), counts[objects].sum()
+    counts, drawn, both = _counts(config, source)
+    own, met = drawn[objects].sum(), both[objects].sum()
     if not own or len(objects) < 2:
         return []
     notes = []
@@ -78,7 +79,7 @@ def _meeting(config: FitConfig, source: Source) -> list[str]:
             f"only {100 * met / own:.0f} % of what is positively drawn has a negative drawing on it; below about "
             f"{100 * _FEW:.0f} % cross-entropy was better than a confusion matrix; --positive.cm none, or --select-with N masks"
         )
-    elif counts[objects, objects].sum() < _CONTRADICTED * met:
+    elif counts[objects, objects].sum() < _CONTRADICTED * counts[objects].sum():
         notes.append(
             "positive and negative drawings never contradict each other, so nothing says that names are wrong, and no "
             "confusion matrix mends outlines; `coarse-train pen` measures them, --positive.pen moves them back"
@@ -99,17 +100,18 @@ def _meeting(config: FitConfig, source: Source) -> list[str]:
     return notes
 
 
-def _counts(config: FitConfig, source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """(C, C) pixels [drawn as, named as not], and (C,) pixels drawn, in the first training images."""
+def _counts(config: FitConfig, source: Source) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """In the first training images: (C, C) [drawn as, named as not], a pixel for each negative layer; (C,) pixels drawn as, and
+    those of them with a negative drawing on them, in however many layers."""
     dataset = SegmentationData(source, plain(config.data), seed=config.seed, training=False)
     classes = len(source.classes)
-    counts, drawn = np.zeros((classes, classes), np.int64), np.zeros(classes, np.int64)
+    counts, drawn = np.zeros((classes, classes), np.int64), np.zeros((2, classes), np.int64)
     for index in range(min(len(dataset), _IMAGES)):
         sample = dataset[index]
-        positive = sample.positive.numpy()
-        drawn += np.bincount(positive[positive != IGNORE], minlength=classes)
-        for layer in sample.negative.numpy():
-            both = (positive != IGNORE) & (layer != IGNORE)
-            pairs = positive[both].astype(np.int64) * classes + layer[both]
-            counts += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-    return counts, drawn
+        positive, layers = sample.positive.numpy(), sample.negative.numpy()
+        own = positive != IGNORE
+        for row, where in enumerate((own, own & (layers != IGNORE).any(0))):
+            drawn[row] += np.bincount(positive[where], minlength=classes)
+        for layer in layers:
+            counts += pair_counts(positive, layer, classes)
+    return counts, drawn[0], drawn[1]

@@ -264,8 +264,10 @@ def check_config(config: FitConfig) -> None:
         raise ValueError("transition: expected none to be learned where negative.weight is 0, got 'learned'")
     if config.select_steps is not None and not config.select_with:
         raise ValueError(f"select_steps: expected --select-with, which it belongs to, got {config.select_steps} alone")
-    if config.data.supervision == "masks" and config.mask_weight == 0:
-        raise ValueError("mask_weight: expected a number above 0 with supervision masks, got 0")
+    if config.select_steps == 1:
+        raise ValueError("select_steps: expected 0, for no choice, or at least 2, got 1")
+    if config.data.supervision.endswith("masks") and config.mask_weight == 0:
+        raise ValueError(f"mask_weight: expected a number above 0 with supervision {config.data.supervision}, got 0")
     _check_masks(config)
     available = coarse_kernels.available_backends()
     if config.backend is not None and config.backend not in available:
@@ -291,6 +293,14 @@ def _check_masks(config: FitConfig) -> None:
         expected = "0 with supervision drawings, unless positive.pen is auto"
     if expected is not None:
         raise ValueError(f"dense_images: expected {expected}, got {dense}")
+    if config.data.dense_split == "val":
+        if config.select_with not in (0, dense):
+            raise ValueError(
+                f"select_with: expected 0 or as many as dense_images, {dense}, with dense_split val, which learns from those "
+                f"masks, got {config.select_with}"
+            )
+        if measured:
+            raise ValueError("positive.pen: expected None, a number or a file with dense_split val, got 'auto'")
     share = config.data.dense_share
     if share is not None and (not 0 < share < 1 or not supervision.startswith("mixed")):
         raise ValueError(
@@ -386,14 +396,16 @@ def _exactly(kind: type) -> Any:
     return structure
 
 
-def _or_file(*words: str) -> Any:
-    """One of the words, or a file; a number, where it is one."""
+def _or_file(*words: str, number: bool = False) -> Any:
+    """One of the words, or a file, or with ``number`` one."""
 
     def structure(value: Any, _: Any) -> Any:
         if value is None or value in words:
             return value
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if number and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
+        if not isinstance(value, (str, Path)):
+            raise ValueError(f"expected one of {words} or a file, got {value!r}")
         return Path(value)
 
     return structure
@@ -406,7 +418,7 @@ for _kind in (int, bool, str):
 _CONVERTER.register_structure_hook(Path, lambda value, _: Path(value))
 _CONVERTER.register_unstructure_hook(Path, str)
 _CONVERTER.register_structure_hook(Naming | Path, _or_file(*get_args(Naming)))
-_CONVERTER.register_structure_hook(float | Measured | Path | None, _or_file(*get_args(Measured)))
+_CONVERTER.register_structure_hook(float | Measured | Path | None, _or_file(*get_args(Measured), number=True))
 
 __all__ = [
     "DataConfig",

@@ -86,7 +86,8 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
             SegmentationData(p.source, p.data, seed=config.seed, training=True, channels=channels, pen=pen)
             for p in phases
         ]
-        facts = run.describe_data(source, validation, channels)
+        facts = run.describe_data(source, masks if validation is None else validation, channels)
+        facts["pen"] = None if pen is None else list(pen.radii)  # a file may have been measured again
         if resumed:
             run.check_same_data(resumed["data"], facts)
         loaders = [
@@ -116,7 +117,7 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
         log.say(f"{config.out}: {start} of {config.steps} steps done")
         for line in (
             *describe_selection(config, validation, selection),
-            *describe_risks(config, source),
+            *(describe_risks(config, source) if world.is_main else ()),  # it reads drawings
             *describe_pen(pen, measured, source.classes.names),
         ):
             log.say(line)

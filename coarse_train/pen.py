@@ -121,15 +121,15 @@ def to_json(report: PenReport) -> str:
 
 @dataclass(frozen=True)
 class PenOfClass:
-    """How the outlines of one class are drawn, whatever lies beside it: a wall that borders on little but poles has what poles
-    took from it for its own radius. Areas are in parts of the objects' own.
+    """How the outlines are drawn of what is drawn under one name, whatever lies beside it: a wall that borders on little but
+    poles has what poles took from it for its own radius. Areas are in parts of the objects' own.
 
     radius: pixels, above 0 where they reach too far; None: its drawings do not follow the masks, or there are none.
     spread: standard deviation of the radii in the mixture.
     inside, outside: chance that a pixel far inside or far outside is drawn, with the object's name.
     missed, added: area that is lacking inside and too much outside. undone: both together, as the model expects it of
         outlines that were moved back.
-    pairs: images with a mask and a drawing of the class.
+    pairs: images with a mask and a drawing under that name.
     without: radius without each of the images of `PenReport.images`.
     drawn: chance that a pixel is drawn, for each signed distance from -`LARGEST` (and less) to `LARGEST` + 1, in whole pixels;
         an object's outermost ones are at 0.
@@ -204,10 +204,10 @@ def measure(pairs: Iterable[tuple[str, np.ndarray, np.ndarray]], names: Sequence
 
 
 def count(drawing: np.ndarray, mask: np.ndarray, num_classes: int) -> np.ndarray:
-    """(C, levels, 2) int64 pixels on each level of the signed distance to objects of each class: all, and drawn.
+    """(C, levels, 2) int64 pixels on each level of the signed distance to objects drawn under each name: all, and drawn.
 
-    Drawn: with the name that the object was given, which is the label that is more frequent on it than around it by most, so
-    that wrong names are no wrong outlines. An object without one was left out and tells nothing.
+    The name that an object was given is the label that is more frequent on it than around it by most, so that wrong names are
+    no wrong outlines; and by it `undo` finds them. An object without one was left out and tells nothing.
     """
     result = np.zeros((num_classes, _LEVELS, 2), np.int64)
     known = mask != IGNORE
@@ -225,9 +225,11 @@ def count(drawing: np.ndarray, mask: np.ndarray, num_classes: int) -> np.ndarray
         given = np.where(contrast.max(1) >= _LEAST_CONTRAST, contrast.argmax(1), -1)
         counted = near & (given[nearest] >= 0)
         places = np.maximum(level[counted], -LARGEST).astype(np.int64) + LARGEST
-        drawn = drawing[counted] == given[nearest[counted]]
-        result[label, :, 0] = np.bincount(places, minlength=_LEVELS)
-        result[label, :, 1] = np.bincount(places[drawn], minlength=_LEVELS)
+        names = given[nearest[counted]]
+        drawn = drawing[counted] == names
+        at = names * _LEVELS + places
+        for kind, which in enumerate((at, at[drawn])):
+            result[:, :, kind] += np.bincount(which, minlength=num_classes * _LEVELS).reshape(num_classes, _LEVELS)
     return result
 
 

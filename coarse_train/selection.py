@@ -127,6 +127,11 @@ def choose(
     present = kinds_of_drawings(config, train)
     if config.data.supervision == "drawings" and not present:
         raise ValueError("weight: expected a number above 0 for a kind of drawings that there is, got none")
+    path = config.out / "selection.json"
+    if not config.resume and world.is_main:
+        for folder in config.out.glob("trial_*"):  # of a run that was given up
+            shutil.rmtree(folder, ignore_errors=True)
+        path.unlink(missing_ok=True)
     if not config.select_with or config.select_steps == 0 or not present or config.data.dense_split == "val":
         taken = _taken_up(config) if config.resume else None
         return (config, taken[1]) if taken else (config, None)
@@ -134,12 +139,9 @@ def choose(
         return taken
     splits = open_splits(config, train)
     assert splits.validation is not None
-    path = config.out / "selection.json"
-    if not config.resume and world.is_main:
-        for folder in config.out.glob("trial_*"):  # of a run that was given up
-            shutil.rmtree(folder, ignore_errors=True)
-        path.unlink(missing_ok=True)
-    pen = _measured(config, splits.validation, config.out / "pen.json", world) if "positive" in present else None
+    pen = None
+    if "positive" in present and config.positive.pen is None:  # else all candidates keep that
+        pen = _measured(config, splits.validation, config.out / "pen.json", world)
     found = candidates(config, present, pen=pen, estimable=_estimable(config, train, present))
     steps = config.select_steps or max(2, config.steps // 5)
     scores = {name: _score(name, row, splits, steps, config.out, fit) for name, row in found.items()}

@@ -154,7 +154,7 @@ def test_a_report_has_the_question_the_tables_and_how_to_run_it_again(
     assert noise_map.QUESTION in report
     assert "`coarse-train experiment noise-map --seeds 0 1 2 --quick`" in report
     assert "Its figures mean nothing" in report
-    assert "Tuned on validation masks, seed 0, 1 settings a row: ce_both_tuned: objects, weight 0.3." in report
+    assert "Tuned here on validation masks, seed 0, 1 settings a row: ce_both_tuned: objects, weight 0.3." in report
     results = json.loads((out / "results.json").read_text())
     assert [row["method"] for row in results["rows"]] == [
         f"majority | {row}" for row in ("ce_both_tuned", "method", "method_pen", "supervised")

@@ -75,7 +75,12 @@ def test_wrong_names_are_no_wrong_outlines() -> None:
     def draw(mask: np.ndarray) -> np.ndarray:
         return np.array([0, 2, 1], np.uint8)[moved(mask, {1: 2, 2: -1})]
 
-    assert report_of(draw).radii() == (0, 2, -1)
+    radii = report_of(draw).radii()
+    assert radii == (0, -1, 2)  # of what is drawn under a name, by which alone it can be moved back
+    mask = scene(0)
+    exact = np.array([0, 2, 1], np.uint8)[mask]
+    wrong = np.count_nonzero(draw(mask) != exact)
+    assert np.count_nonzero(undo(draw(mask), Pen(radii)) != exact) < 0.1 * wrong
 
 
 def test_what_is_drawn_nowhere_may_be_a_background_or_nothing() -> None:

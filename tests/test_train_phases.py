@@ -6,22 +6,24 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from coarse_train import advice, selection
 from coarse_train import run as run_folder
-from coarse_train import selection
 from coarse_train.advice import describe_risks
 from coarse_train.cli import main
-from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, ModelConfig, OptimConfig, load_toml
+from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, ModelConfig, OptimConfig, check_config, load_toml
 from coarse_train.data import Subset, open_split
 from coarse_train.data.sampler import StepSampler
 from coarse_train.data.segmentation import choose_dense
+from coarse_train.distributed import join_world
 from coarse_train.engine import fit
 from coarse_train.schedule import plan_phases
-from coarse_train.selection import candidates, open_splits
+from coarse_train.selection import Splits, candidates, choose, open_splits
 
 from . import data_trees
 
@@ -158,6 +160,30 @@ def test_masks_of_the_validation_split_are_learned_from_or_scored_but_not_both(t
 
 
 def test_fine_tuning_is_scored_on_masks_it_did_not_learn_from(tmp_path: Path) -> None:
+    data = DataConfig(dataset="mnist", limit=24)
+    config = _config(tmp_path, data=data, select_with=6, select_steps=2, steps=2)
+    train = open_split(data, "train")
+    folds: list[tuple[set[str], set[str]]] = []
+
+    def spy(trial: FitConfig, splits: Splits) -> SimpleNamespace:
+        if trial.data.dense_split == "val":
+            assert splits.masks is not None
+            assert splits.validation is not None
+            assert trial.data.dense_images == len(splits.masks)
+            folds.append(tuple({s.name(k) for k in range(len(s))} for s in (splits.masks, splits.validation)))  # type: ignore[arg-type]
+        return SimpleNamespace(score=50.0)
+
+    with join_world("cpu") as world:
+        choose(config, train, world, spy)
+    assert len(folds) == 2
+    assert all(learned and not learned & scored for learned, scored in folds)
+    chosen = open_splits(config, train).validation
+    assert chosen is not None
+    assert folds[0][1] | folds[1][1] == {chosen.name(k) for k in range(6)}
+    assert not folds[0][1] & folds[1][1]
+
+
+def test_fine_tuning_is_one_of_the_candidates(tmp_path: Path) -> None:
     data = DataConfig(dataset="mnist", variant="thick", limit=24)
     fit(_config(tmp_path, data=data, select_with=6, select_steps=2, steps=2))
     seen = []
@@ -187,6 +213,72 @@ def test_a_run_whose_masks_chose_the_pen_goes_on_where_it_was_moved(
     capsys.readouterr()
     assert main(["fit", str(tmp_path / "there" / "config.toml"), "--resume", "--steps", "2"]) == 0
     assert "taken: pen" in capsys.readouterr().err
+
+
+def test_a_pen_file_of_one_s_own_is_not_measured_over(tmp_path: Path) -> None:
+    path = tmp_path / "pen.json"
+    path.write_text('{"radius": {"3": 5}}')
+    data = DataConfig(dataset="mnist", variant="thick", limit=24)
+    config = _config(tmp_path, data=data, select_with=4, positive=DrawingsConfig(pen=path))
+    with join_world("cpu") as world:
+        choose(config, open_split(data, "train"), world, lambda *_: SimpleNamespace(score=1.0))
+    assert json.loads(path.read_text()) == {"radius": {"3": 5}}
+
+
+def test_a_choice_of_a_run_that_was_given_up_is_not_found_by_the_next_one_in_its_folder(tmp_path: Path) -> None:
+    data = DataConfig(dataset="mnist", limit=24)
+    config = _config(tmp_path, data=data, select_with=4, steps=2)
+    with join_world("cpu") as world:
+        choose(config, open_split(data, "train"), world, lambda *_: SimpleNamespace(score=1.0))
+    assert (tmp_path / "selection.json").exists()
+    other = replace(config, select_with=0)
+    fit(other)
+    assert fit(replace(other, resume=True)).steps == 2
+
+
+def test_a_run_goes_on_with_the_pen_that_it_began_with_alone(tmp_path: Path) -> None:
+    path = tmp_path / "pen.json"
+    path.write_text('{"radius": {"3": 1}}')
+    data = DataConfig(dataset="mnist", limit=24)
+    config = _config(tmp_path / "run", data=data, positive=DrawingsConfig(pen=path), steps=2)
+    fit(config)
+    path.write_text('{"radius": {"3": 2}}')
+    with pytest.raises(ValueError, match="resume: expected the pen of the run"):
+        fit(replace(config, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"data": replace(DATA, dense_split="val"), "select_with": 10},
+            "select_with: expected 0 or as many as",
+        ),
+        (
+            {"data": replace(DATA, dense_split="val"), "positive": DrawingsConfig(pen="auto")},
+            "positive.pen: expected None",
+        ),
+        ({"mask_weight": 0.0}, "mask_weight: expected a number above 0 with supervision then-masks"),
+        (
+            {"data": DataConfig(), "select_with": 4, "select_steps": 1},
+            "select_steps: expected 0, for no choice, or at least 2",
+        ),
+    ],
+)
+def test_masks_that_would_be_read_for_nothing_are_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_config(_config(tmp_path, **changes))
+
+
+def test_a_pixel_with_two_negative_drawings_is_one_pixel(tmp_path: Path) -> None:
+    """Else overlapping layers would hide that hardly anything is covered."""
+    data = DataConfig(dataset="mnist", variant="sparse", limit=24)
+    config = _config(tmp_path, data=data, positive=DrawingsConfig(cm="global"))
+    counts, drawn, both = advice._counts(config, open_split(data, "train"))
+    assert (both <= drawn).all()
+    assert 0 < both.sum() <= counts.sum()
 
 
 def test_candidates_keep_what_was_asked_for() -> None:

@@ -83,7 +83,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Result:
-    """The cells of a part. ``chosen``: row -> setting, ``tried``: the number of settings."""
+    """The cells of a part. ``chosen``: row -> setting, ``tried``: the number of settings; ``tuned_as``: of which part, where it
+    was not this one."""
 
     title: str
     rows: Mapping[str, Row]
@@ -91,6 +92,7 @@ class Result:
     split: str
     chosen: Mapping[str, str] = field(default_factory=dict)
     tried: Mapping[str, int] = field(default_factory=dict)
+    tuned_as: str | None = None
 
     def mean(self, row: str, of: str = "miou") -> float:
         """Over the seeds, of a number of `Cell`; NaN where a cell has none."""
@@ -132,6 +134,8 @@ class Experiment(Protocol):
 def run_experiment(config: ExperimentConfig) -> list[Result]:
     """Train, print and write OUT/report.md, OUT/results.json and OUT/figure.png."""
     experiment: Experiment = import_module(f".{EXPERIMENTS[config.name]}", __package__)
+    if config.data is not None and not config.data.is_dir():
+        raise ValueError(f"data: expected a folder, with mnist, camvid or chasedb1 in it, got {config.data}")
     out = config.out or Path("runs") / config.name
     seeds = config.seeds[:1] if config.quick else config.seeds
     parts = experiment.parts(config)
@@ -182,7 +186,7 @@ def run_parts(parts: Sequence[Part], seeds: Sequence[int], out: Path, *, jobs: i
             prefix = f"{part.title} | "
             found = [replace(c, method=c.method[len(prefix) :]) for c in cells if c.method.startswith(prefix)]
             tried = {row: len(each) for row, each in part.rows.items() if isinstance(each, Mapping)}
-            results.append(Result(part.title, rows[part.title], found, split, chosen[part.title], tried))
+            results.append(Result(part.title, rows[part.title], found, split, chosen[part.title], tried, part.tuned_as))
     order = [part.title for part in parts]
     return sorted(results, key=lambda result: order.index(result.title))
 
@@ -237,7 +241,8 @@ def report(config: ExperimentConfig, question: str, results: Sequence[Result], v
             tried = sorted(set(result.tried.values()))
             each = " or ".join(map(str, tried))
             settings = "; ".join(f"{row}: {setting}" for row, setting in result.chosen.items())
-            lines += [f"Tuned on validation masks, seed {_TUNING_SEED}, {each} settings a row: {settings}.", ""]
+            where = f"in {result.tuned_as}" if result.tuned_as else "here"
+            lines += [f"Tuned {where} on validation masks, seed {_TUNING_SEED}, {each} settings a row: {settings}.", ""]
     lines.append(f"torch {torch.__version__}, {platform.machine()}.")
     return "\n".join(lines) + "\n"
 

@@ -65,7 +65,8 @@ def config_of(row: Row, seed: int) -> FitConfig:
 class Cell:
     """One row with one seed. Scores in percent.
 
-    method: the row. miou: mean IoU at the last step on the split that the table asks for, with its dense masks.
+    method: the row. miou: mean IoU at the last step on the split that the table asks for, with its dense masks; of a row whose
+        masks choose the checkpoint (select_with), of that one.
     miou_validation, miou_best: on the validation masks at the last step, and the best of all evaluations on them (which
         chose nothing); None where there are none.
     iou: of each class, as ``miou``; None for a class that occurs nowhere.
@@ -244,9 +245,9 @@ def _cell(checkpoint: Path, config: FitConfig, split: str) -> Cell:
     steps = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     scores = [step["mean_iou"] for step in steps if step.get("mean_iou") is not None]
     matrices = None
-    if loaded.model.positive is not None and config.data.supervision != "masks":
-        matrices = _matrices(loaded.model, open_split(config.data, "train"), config, loaded.channels)
-    masks = config.data.supervision != "drawings" or config.select_with > 0
+    trained = loaded.config  # of a row whose masks chose, what they took
+    if loaded.model.positive is not None and trained.data.supervision != "masks":
+        matrices = _matrices(loaded.model, open_split(trained.data, "train"), trained, loaded.channels)
     return Cell(
         method="",
         seed=config.seed,
@@ -258,9 +259,21 @@ def _cell(checkpoint: Path, config: FitConfig, split: str) -> Cell:
         cm_error=None if matrices is None else matrices.error(),
         believed=None if matrices is None else matrices.believed.tolist(),
         observed=None if matrices is None else matrices.observed.tolist(),
-        reads=f"scores; training ({config.data.supervision}, select_with {config.select_with})" if masks else "scores",
+        reads=_readers(config),
         folder=str(config.out),
     )
+
+
+def _readers(config: FitConfig) -> str:
+    """What looked at dense masks."""
+    found = ["scores"]
+    if config.data.supervision != "drawings":
+        found.append(f"training ({config.data.supervision})")
+    if config.select_with:
+        found.append(f"a choice (select_with {config.select_with})")
+    if config.positive.pen == "auto":
+        found.append(f"the pen ({config.data.dense_images} of training images)")
+    return "; ".join(found)
 
 
 def _seconds(times: Sequence[float]) -> float:
