@@ -239,7 +239,7 @@ def test_vessels_of_a_brush_are_drawn_once_and_are_too_wide(tmp_path: Path) -> N
     root = data_trees.write_chasedb1_tree(tmp_path / "chase")
     data = DataConfig(dataset="chasedb1", root=root)
     source = open_split(data, "train")
-    made = redrawn(source, tmp_path / "brush", lambda mask, rng: widened(mask, 1, 2).astype(np.uint8))
+    made = redrawn(source, tmp_path / "brush", lambda mask, rng: widened(mask, 1, 2).astype(np.uint8), known_by=2)
     drawn = open_split(replace(data, positives=made), "train")
     for index in range(len(source)):
         record = drawn.load(index)
@@ -247,7 +247,8 @@ def test_vessels_of_a_brush_are_drawn_once_and_are_too_wide(tmp_path: Path) -> N
         assert record.mask is not None
         assert ((record.positive == 1) >= (record.mask == 1)).all()
         assert (record.positive == 1).sum() > (record.mask == 1).sum()
-    assert redrawn(source, tmp_path / "brush", lambda mask, rng: mask) == made
+    assert redrawn(source, tmp_path / "brush", lambda mask, rng: mask, known_by=2) == made
+    assert redrawn(source, tmp_path / "brush", lambda mask, rng: mask, known_by=3) != made  # and not for another brush
     assert (open_split(replace(data, positives=made), "train").load(0).positive == drawn.load(0).positive).all()
 
 

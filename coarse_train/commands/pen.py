@@ -6,8 +6,9 @@ OUT/pen.png     drawings before and after, and how likely a pixel is drawn over 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -64,13 +65,15 @@ def run_pen(config: PenConfig) -> PenReport:
         simulate=config.simulate,
     )
     source = open_split(data, config.split)
-    drawn = {"mask"} if config.simulate is not None else {"mask", "positive"}
-    both = [index for index in range(len(source)) if drawn <= source.kinds(index)][: config.images]
-    report = measure(pairs_of(source, data, config.seed, both), source.classes.names)
+
+    def pairs(most: int | None) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        return islice(pairs_of(source, data, config.seed, range(len(source))), most)
+
+    report = measure(pairs(config.images), source.classes.names)
     print(table(report))
     make_folder("out", config.out)
-    shown = list(pairs_of(source, data, config.seed, both[:_SHOWN]))
-    save_picture(config.out / "pen.png", report, shown, source.classes)
+    shown = _SHOWN if config.images is None else min(_SHOWN, config.images)
+    save_picture(config.out / "pen.png", report, list(pairs(shown)), source.classes)
     write_text(config.out / "pen.json", to_json(report))
     print(f"{config.out / 'pen.json'}, {config.out / 'pen.png'}")
     return report

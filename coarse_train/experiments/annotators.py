@@ -20,7 +20,7 @@ from ..config import DrawingsConfig, FitConfig, recipe
 from ..data import Source, open_split
 from ..metrics import ConfusionMeter
 from .experiment import ExperimentConfig, Part, Result
-from .noise_map import TRUSTED
+from .noise_map import LEFT_OUT, TRUSTED
 from .table import config_of
 
 QUESTION = (
@@ -30,7 +30,6 @@ QUESTION = (
 STEPS = 400
 MASKS = 3
 _SHARE = 0.5  # of a batch, with a mask: two images of four
-_LEFT_OUT = replace(TRUSTED, weight=0.0)
 _GLOBAL = DrawingsConfig(cm="global")
 _FEW = ("masks", "ce_mixed", "finetune", "mixed", "mixed_finetune")
 # row through a matrix -> row that trusts, what the first observer has given
@@ -68,7 +67,7 @@ def rows_of(base: FitConfig) -> dict[str, FitConfig]:
     both_second_matrix         a matrix on the second alone
     first                      cross-entropy on all of the first: what can be reached
     """
-    trusted = replace(base, positive=TRUSTED, negative=_LEFT_OUT)
+    trusted = replace(base, positive=TRUSTED, negative=LEFT_OUT)
     few = replace(trusted, data=replace(trusted.data, dense_images=MASKS))
     mixed = replace(few, data=replace(few.data, supervision="mixed", dense_share=_SHARE))
     finetune = replace(few, data=replace(few.data, supervision="then-masks"))

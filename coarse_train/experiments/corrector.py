@@ -7,7 +7,6 @@ that on the probabilities themselves (soft labels).
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +19,18 @@ from ..data import IGNORE, Source, open_split
 from ..data.segmentation import choose_dense, pairs_of
 from ..model.unet import UNet
 from ..simulate import generator_for
-from .redrawn import write_map
+from .redrawn import made_once, write_map
 
 
 def corrected(config: FitConfig, seed: int, folder: Path, *, lr: float, steps: int) -> FitConfig:
     """``config`` with drawings in ``folder`` in place of its own, made where they are not there: as R reads them, which is
     trained on the masks that the config with this seed reads."""
-    done = folder / "done"
-    if not done.exists():
-        shutil.rmtree(folder, ignore_errors=True)
+
+    def make(train: Path) -> None:
         source = open_split(config.data, "train")
-        _draw(_trained(config, source, seed, lr, steps), config, source, seed, folder / "train")
-        done.touch()
-    return replace(config, data=replace(config.data, positives=folder))
+        _draw(_trained(config, source, seed, lr, steps), config, source, seed, train)
+
+    return replace(config, data=replace(config.data, positives=made_once(folder, make)))
 
 
 def _trained(config: FitConfig, source: Source, seed: int, lr: float, steps: int) -> UNet:

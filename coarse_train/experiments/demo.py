@@ -36,7 +36,7 @@ TRUSTED = DrawingsConfig()
 # task -> the matrix: global where names are wrong whatever the image; at every pixel for binary masks, where all there is to
 # learn is the outline.
 _GLOBAL = recipe("mnist").positive
-_MATRIX = {
+MATRIX = {
     "majority": _GLOBAL,
     "hasty": _GLOBAL,
     "binary": DrawingsConfig(cm="pixel", diagonal=0.8),
@@ -77,8 +77,8 @@ def rows_of(task: str) -> dict[str, FitConfig]:
         "ce_both_textbook": base,
         "ce_both_untuned": replace(base, transition="estimated"),
         "ce_both": cross_entropy(base, transition, weight),
-        "coarse_positive": replace(base, positive=_MATRIX[task], negative=without),
-        "coarse_both": replace(base, positive=_MATRIX[task]),
+        "coarse_positive": replace(base, positive=MATRIX[task], negative=without),
+        "coarse_both": replace(base, positive=MATRIX[task]),
         "supervised": replace(base, data=replace(base.data, supervision="masks")),
     }
 
@@ -180,8 +180,8 @@ def conclude(cells: Sequence[Cell]) -> list[str]:
 
 def _check(config: DemoConfig) -> None:
     """What `run_table` does not."""
-    if config.task not in _MATRIX:
-        raise ValueError(f"task: expected one of {tuple(_MATRIX)}, got {config.task!r}")
+    if config.task not in MATRIX:
+        raise ValueError(f"task: expected one of {tuple(MATRIX)}, got {config.task!r}")
     for name in ("steps", "limit"):
         value = getattr(config, name)
         if value is not None and value < 1:

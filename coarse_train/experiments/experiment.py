@@ -105,7 +105,7 @@ class Result:
     def lead(self, row: str, others: Sequence[str]) -> float:
         """Over the best of ``others`` by its mean; NaN where one is missing."""
         rival = self.best(other for other in others if other != row)
-        return math.nan if rival is None else self.mean(row) - self.mean(rival)
+        return math.nan if rival is None or self.best((row,)) is None else self.mean(row) - self.mean(rival)
 
     def wins(self, row: str, others: Sequence[str]) -> int:
         """In how many seeds it is ahead of that best one: a mean over few seeds says little of its own spread."""

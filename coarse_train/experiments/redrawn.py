@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +17,26 @@ from ..simulate import generator_for
 Draw = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
-def redrawn(source: Source, folder: Path, draw: Draw, *, seed: int = 0) -> Path:
-    """``draw(mask, generator)`` for every image of the training split, once: what is there is taken."""
-    done = folder / "done"
-    if not done.exists():
-        shutil.rmtree(folder, ignore_errors=True)
+def redrawn(source: Source, folder: Path, draw: Draw, *, known_by: object, seed: int = 0) -> Path:
+    """``draw(mask, generator)`` for every image of the training split, in a folder below ``folder`` that is named after
+    ``known_by``: whatever changes the drawings, by its repr."""
+
+    def make(train: Path) -> None:
         for index in range(len(source)):
             record = source.load(index)
             if record.mask is None:
                 raise ValueError(f"{record.name}: expected a dense mask to draw from, got none")
-            write_map(folder / "train", source, record.name, draw(record.mask, generator_for(seed, record.name)))
+            write_map(train, source, record.name, draw(record.mask, generator_for(seed, record.name)))
+
+    return made_once(folder / sha256(repr((known_by, seed)).encode()).hexdigest()[:8], make)
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """``folder``, for `DataConfig.positives`, with what ``make`` writes into its ``train``; all of it, or it is made anew."""
+    done = folder / "done"
+    if not done.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        make(folder / "train")
         done.touch()
     return folder
 

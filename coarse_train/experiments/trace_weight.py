@@ -15,7 +15,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..config import DrawingsConfig, FitConfig, recipe
+from ..config import FitConfig
+from .demo import MATRIX
 from .experiment import ExperimentConfig, Part, Result
 from .noise_map import at_matrix_rate, canvases
 
@@ -28,8 +29,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "grid": {"cm": "grid", "stride": 8},
     "pixel": {"cm": "pixel"},
 }
-# noise process -> the matrix to start from, as in the demo
-STARTS = {"majority": recipe("mnist").positive, "binary": DrawingsConfig(diagonal=0.8)}
+# noise process -> the matrix to start from
+STARTS = {preset: MATRIX[preset] for preset in ("majority", "binary")}
 _SLACK = 2.0
 
 
