@@ -48,9 +48,13 @@ def unseen() -> contextlib.AbstractContextManager[object]:
     return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else contextlib.nullcontext()
 
 
-@torch.compiler.assume_constant_result  # torch 2.11 cannot trace it. Tensors of a transform are guarded on as such.
 def _inside_a_transform() -> bool:
     return _functorch.get_dynamic_layer_stack_depth() > 0
+
+
+# torch 2.11 cannot trace it; tensors of a transform are guarded on as such. What torch.compiler.assume_constant_result does,
+# without its import of the compiler, which takes seconds.
+_inside_a_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def transformed(tensors: Iterable[Tensor | None]) -> str | None:

@@ -303,8 +303,9 @@ def test_the_training_kernels_compile_without_spills(arch: int, tmp_path: object
     for row in compiled([case for case in FAST if case["arch"] == arch], tmp_path):
         case: dict[str, object] = row["case"]  # type: ignore[assignment]
         on_pixels = case["kernel"] == "pixel" and case["corners"] == 1 and case.get("dtype", "fp32") == "fp32"
-        # ptxas keeps two classes' grid kernel to 56 registers on sm_80: 16 bytes, outside of the loop over pixels
-        few = (case["kernel"], case["classes"], case["arch"]) == ("trusted_grid", 2, 80)
+        # ptxas keeps two classes' grid kernel to 56 registers on sm_80: 16 bytes, outside of the loop over pixels; with Triton
+        # 3.7 it parks 8 bytes on sm_100, too
+        few = (case["kernel"], case["classes"]) == ("trusted_grid", 2) and case["arch"] in (80, 100)
         without = (case["classes"] != 19 and not few) or (
             on_pixels and case["arch"] != 100 and not case.get("transition") and not case.get("add")
         )
