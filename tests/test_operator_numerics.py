@@ -309,7 +309,9 @@ def hold_with_entry(backend: str, form: str, entry: float) -> None:
     assert torch.allclose(ours.nll.cpu().double(), truth.nll, rtol=1e-5, atol=1e-4)
     assert gradient_error(ours.gradients["seg"], truth.gradients["seg"]) < 1e-6
     if cm is not None:  # differences of probabilities that are all but equal
-        assert torch.allclose(ours.gradients["cm"].cpu().double(), truth.gradients["cm"], rtol=0, atol=1e-5)
+        # Triton adds up four corners of logits of 150, whose last place is 1.5e-5; the others add differences.
+        bound = 4e-5 if (backend, form) == ("triton", "strided") else 1e-5
+        assert torch.allclose(ours.gradients["cm"].cpu().double(), truth.gradients["cm"], rtol=0, atol=bound)
     kinds = [ck.Drawings(labels, cm, transition)]
     wide = [ck.Drawings(labels, None if cm is None else cm.double(), transition.double())]
     posterior = ck.annotation_posterior(seg, kinds, backend=backend)
