@@ -129,14 +129,15 @@ def choose(
         raise ValueError("weight: expected a number above 0 for a kind of drawings that there is, got none")
     path = config.out / "selection.json"
     if not config.resume and world.is_main:
-        for folder in config.out.glob("trial_*"):  # of a run that was given up
-            shutil.rmtree(folder, ignore_errors=True)
-        path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)  # of a run that was given up
     if not config.select_with or config.select_steps == 0 or not present or config.data.dense_split == "val":
         taken = _taken_up(config) if config.resume else None
         return (config, taken[1]) if taken else (config, None)
     if config.resume and (taken := _taken_up(config)):
         return taken
+    if not config.resume and world.is_main:
+        for folder in config.out.glob("trial_*"):  # as above; a run that makes no trials has none to clear away
+            shutil.rmtree(folder, ignore_errors=True)
     splits = open_splits(config, train)
     assert splits.validation is not None
     pen = None

@@ -17,7 +17,7 @@ from coarse_train import run as run_folder
 from coarse_train.advice import describe_risks
 from coarse_train.cli import main
 from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, ModelConfig, OptimConfig, check_config, load_toml
-from coarse_train.data import Subset, open_split
+from coarse_train.data import IGNORE, Subset, open_split
 from coarse_train.data.sampler import StepSampler
 from coarse_train.data.segmentation import choose_dense
 from coarse_train.distributed import join_world
@@ -231,8 +231,10 @@ def test_a_choice_of_a_run_that_was_given_up_is_not_found_by_the_next_one_in_its
     with join_world("cpu") as world:
         choose(config, open_split(data, "train"), world, lambda *_: SimpleNamespace(score=1.0))
     assert (tmp_path / "selection.json").exists()
+    (tmp_path / "trial_of_mine").mkdir()
     other = replace(config, select_with=0)
     fit(other)
+    assert (tmp_path / "trial_of_mine").exists()  # what is no trial of the run is left alone
     assert fit(replace(other, resume=True)).steps == 2
 
 
@@ -272,13 +274,16 @@ def test_masks_that_would_be_read_for_nothing_are_refused(
         check_config(_config(tmp_path, **changes))
 
 
-def test_a_pixel_with_two_negative_drawings_is_one_pixel(tmp_path: Path) -> None:
+def test_a_pixel_with_two_negative_drawings_is_one_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else overlapping layers would hide that hardly anything is covered."""
-    data = DataConfig(dataset="mnist", variant="sparse", limit=24)
-    config = _config(tmp_path, data=data, positive=DrawingsConfig(cm="global"))
-    counts, drawn, both = advice._counts(config, open_split(data, "train"))
-    assert (both <= drawn).all()
-    assert 0 < both.sum() <= counts.sum()
+    positive = torch.full((4, 4), 2, dtype=torch.uint8)
+    negative = torch.full((2, 4, 4), IGNORE, dtype=torch.uint8)
+    negative[0, 0, :2], negative[1, 0, :3] = 1, 3
+    sample = SimpleNamespace(positive=positive, negative=negative)
+    monkeypatch.setattr(advice, "SegmentationData", lambda *_, **__: [sample])
+    counts, drawn, both = advice._counts(_config(tmp_path), open_split(DATA, "train"))
+    assert (drawn[2], both[2], counts[2, 1], counts[2, 3]) == (16, 3, 2, 3)
+    assert counts.sum() == 5
 
 
 def test_candidates_keep_what_was_asked_for() -> None:
