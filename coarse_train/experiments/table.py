@@ -364,13 +364,13 @@ def text(cells: Sequence[Cell], split: str) -> str:
 
 
 def write_results(path: Path, cells: Sequence[Cell], rows: Mapping[str, Row], **more: object) -> None:
-    """JSON, all or nothing: every cell with the config that `from_dict` reads back, of which it has what is no default. Folders
-    are relative to ``path``'s.
+    """JSON, all or nothing: every cell, a line each, with the config that `from_dict` reads back, of which it has what is no
+    default. Folders are relative to ``path``'s.
     """
     written = []
     for cell in cells:
         folder = os.path.relpath(cell.folder, path.parent)
         config = replace(config_of(rows[cell.method], cell.seed), out=Path(folder))
         written.append({**asdict(cell), "folder": folder, "config": changed(to_dict(config))})
-    content = {"rows": written, **more}
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    lines = {"rows": "[\n" + ",\n".join(map(json.dumps, written)) + "\n]"} | {k: json.dumps(v) for k, v in more.items()}
+    write_text(path, "{\n" + ",\n".join(f"{json.dumps(k)}: {v}" for k, v in lines.items()) + "\n}\n")
