@@ -46,7 +46,7 @@ class DataConfig:
     """Folder of negative drawings, the same; further layers are NAME.1.png, NAME.2.png, ..."""
     simulate: str | None = None
     """Draw the kinds that are lacking from the dense masks, as they are read, at this level: scribble, spots, sketch, coarse
-    or full."""
+    or full; or on a part of the area from 0.01 to 1, such as 0.25."""
     supervision: Supervision = "drawings"
     """What is learned from: coarse drawings; dense masks; mixed, masks for some images and drawings for the others; then-masks,
     drawings of all images first and then the masks of some (fine-tuning); or mixed first and then masks alone."""

@@ -59,8 +59,11 @@ def _title(name: str, area: float) -> str:
 
 
 def _digits(config: ExperimentConfig, area: float) -> FitConfig:
-    """With the images that a run sees, the same ones for all seeds, since drawing them takes longer than the steps; and one
-    level of the network, since digits are small: with three it learns less from noise."""
+    """With the images that a run sees, the same ones for all seeds, since drawing them takes longer than the steps.
+
+    Validation masks chose one level of the network among four (seed 0, all of the area): both kinds have 96.0 with it and 94.7
+    with more, by cross-entropy 88.6 and 87.7 to 88.1. Rates of a half to two times this one differ by 0.4 at the most.
+    """
     base, steps = at_rate(recipe("mnist"), 0.5), STEPS["MNIST"]
     root = None if config.quick else config.root("mnist")
     data = replace(base.data, root=root, variant=f"digits-{area:g}", limit=steps * base.batch_size)
