@@ -2,14 +2,12 @@
 #
 #   make train       the demo: ways to train on coarse drawings of MNIST digits, under four minutes on two cores
 #   make test        the test suite
-#   make bench       speed table of the CPU kernels, under five minutes; make bench-full for every case
+#   make bench       speed and memory of the operator on this CPU, under five minutes; make bench-full: every case, under an hour
 #   make tune        how the one setting of the demo that is tuned was chosen
 #   make check-cuda  nvcc over every CUDA kernel: registers and spills; needs nvcc, no GPU (also part of make test)
 #   make test-gpu    the operator's tests on a GPU, and what only a GPU can get wrong (tests/gpu/README.md)
-#   make bench-gpu   speed table of the GPU kernels, about eight minutes; fails where there is no GPU
-#   make bench-objective  several kinds of drawings in one objective on a CPU: memory and time; about seven minutes;
-#                         make bench-objective-gpu on a GPU
-#   make highres     a 1024x2048 training step on a CPU beside the published formulation: memory and time; seven minutes
+#   make bench-gpu   the same on a GPU, about eight minutes; fails where there is no GPU
+#   make bench-step  a 1024x2048 training step by each formulation of the loss, and the largest image that fits; 15 minutes
 #   make lint        ruff, mypy, clang-format        make format: apply them
 #
 # TORCH overrides the torch that a new .venv gets, PYTHON the interpreter it is made from.
@@ -35,7 +33,7 @@ endif
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/*.h')
 CXX_DEPENDENCIES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu) setup.py pyproject.toml
 
-.PHONY: train test check-cuda test-gpu bench bench-full bench-gpu bench-objective bench-objective-gpu highres tune lint format clean
+.PHONY: train test check-cuda test-gpu bench bench-full bench-gpu bench-step tune lint format clean
 
 train: $(READY)
 	$(RUN) -m coarse_train demo $(ARGS)
@@ -50,25 +48,16 @@ test-gpu: $(READY)
 	$(RUN) -m pytest tests/gpu -rs $(ARGS)
 
 bench: $(READY)
-	$(RUN) -m benchmarks.cpu $(ARGS)
-	$(RUN) -m benchmarks.plot
+	$(RUN) -m benchmarks $(ARGS)
 
 bench-full: $(READY)
-	$(RUN) -m benchmarks.cpu --full $(ARGS)
-	$(RUN) -m benchmarks.plot
+	$(RUN) -m benchmarks --full $(ARGS)
 
 bench-gpu: $(READY)
-	$(RUN) -m benchmarks.gpu $(ARGS)
-	$(RUN) -m benchmarks.plot benchmarks/results/gpu.csv --case 'c19-1024x2048-*'
+	$(RUN) -m benchmarks --device cuda --budget-seconds 480 $(ARGS)
 
-bench-objective: $(READY)
-	$(RUN) -m benchmarks.objective $(ARGS)
-
-bench-objective-gpu: $(READY)
-	$(RUN) -m benchmarks.objective --device cuda $(ARGS)
-
-highres: $(READY)
-	$(RUN) -m benchmarks.highres $(ARGS)
+bench-step: $(READY)
+	$(RUN) -m benchmarks.step $(ARGS)
 
 tune: $(READY)
 	$(RUN) -m coarse_train demo --tune $(ARGS)

@@ -72,6 +72,7 @@ def extensions() -> tuple[list, dict]:
             ["csrc/native.cpp"],
             include_dirs=[pybind11.get_include()],
             extra_compile_args=CXX_FLAGS,
+            extra_link_args=["-pthread"],  # std::thread, before glibc 2.34
         )
         tools.libraries = []  # no torch in it
         tools.library_dirs = []

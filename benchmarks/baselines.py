@@ -1,13 +1,14 @@
-"""The competitors: one annotation stream in plain PyTorch, mean over the labelled pixels.
+"""The competitors: plain PyTorch, mean over the labelled pixels.
 
-Every function maps ``(seg_logits, cm_logits, labels, transition | None, trace_weight)`` to the scalar loss::
+A formulation of a kind with confusion matrices maps ``(seg_logits, cm_logits, labels, transition | None, trace_weight)`` to
 
     mean over labelled pixels of  -log sum_j p[j] q[j]  +  trace_weight * tr A,      q[j] = sum_i T[i,y] A[i,j]
 
-with seg_logits (B, C, H, W), cm_logits (B, C observed, C true, h, w), labels (B, H, W) and `IGNORE` where nothing is
-drawn. A field on a coarser grid is interpolated to (H, W) first.
+with seg_logits (B, C, H, W), cm_logits (B, C observed, C true, h, w), labels (B, H, W) and `IGNORE` where nothing is drawn. A
+field on a coarser grid is interpolated to (H, W) first. `objective` makes the sum over several kinds of one of them, class
+logits interpolated once, trusted kinds without a matrix.
 
-"Best plain PyTorch" is the fastest of `PLAIN`, per case. All of them work on probabilities with a clamp at `TINY`: that
+"Best plain PyTorch" is the fastest of all but `published`, per problem. They work on probabilities with a clamp at `TINY`: that
 is faster than log space and right at the logits that are timed, though not at extreme ones (gradients vanish once the
 probability of a label is below `TINY`; the fused kernels and `log_space` keep them). What was tried and what it took:
 CANDIDATES.md.
@@ -16,8 +17,8 @@ CANDIDATES.md.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,19 +28,20 @@ IGNORE = 255
 TINY = 1e-30  # far above the smallest normal float32 (1.2e-38), so that 1 / TINY is finite
 
 Formulation = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
-# (seg_logits, cm_logits, labels, negative_cm, negative_labels, transition, trace_weight): both streams, one loss
-Objective = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+Resize = Callable[[Tensor, torch.Size], Tensor]
 
 
 # --- shared pieces ----------------------------------------------------------------------------------------------------
 
 
-def interpolate(cm_logits: Tensor, size: torch.Size) -> Tensor:
-    """(B, C, C, h, w) -> (B, C, C, H, W), bilinear, align_corners=False."""
-    if cm_logits.shape[3:] == size:
-        return cm_logits
-    flat = F.interpolate(cm_logits.flatten(1, 2), size=tuple(size), mode="bilinear", align_corners=False)
-    return flat.view(*cm_logits.shape[:3], *size)
+def interpolate(x: Tensor, size: torch.Size) -> Tensor:
+    """(..., h, w) -> (..., H, W), bilinear, align_corners=False. One matrix for all pixels is one matrix for all pixels."""
+    if x.shape[-2:] == size:
+        return x
+    if x.shape[-2:] == (1, 1):
+        return x.expand(*x.shape[:-2], *size)
+    flat = F.interpolate(x.flatten(1, -3), size=tuple(size), mode="bilinear", align_corners=False)
+    return flat.view(*x.shape[:-2], *size)
 
 
 @functools.cache
@@ -49,15 +51,12 @@ def _interpolation_matrix(size: int, grid: int, dtype: torch.dtype, device: torc
     return F.interpolate(identity, size=size, mode="linear", align_corners=False)[0].T.contiguous()
 
 
-def interpolate_matmul(cm_logits: Tensor, size: torch.Size) -> Tensor:
+def interpolate_matmul(x: Tensor, size: torch.Size) -> Tensor:
     """`interpolate` as two matrix products: its backward is two products too, 4x faster than that of F.interpolate."""
-    if cm_logits.shape[3:] == size:
-        return cm_logits
-    rows, columns = (
-        _interpolation_matrix(n, m, cm_logits.dtype, cm_logits.device)
-        for n, m in zip(size, cm_logits.shape[3:], strict=True)
-    )
-    return rows @ (cm_logits @ columns.T)
+    if x.shape[-2:] == size:
+        return x
+    rows, columns = (_interpolation_matrix(n, m, x.dtype, x.device) for n, m in zip(size, x.shape[-2:], strict=True))
+    return rows @ (x @ columns.T)
 
 
 def _known(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +124,7 @@ def softmax_gather(
     labels: Tensor,
     transition: Tensor | None,
     trace_weight: float,
-    up: Callable[[Tensor, torch.Size], Tensor] = interpolate,
+    up: Resize = interpolate,
 ) -> Tensor:
     """Softmax, then row y of the matrix instead of the whole product A p."""
     valid, index = _known(labels)
@@ -145,7 +144,7 @@ def softmax_rows(
     labels: Tensor,
     transition: Tensor | None,
     trace_weight: float,
-    up: Callable[[Tensor, torch.Size], Tensor] = interpolate,
+    up: Resize = interpolate,
 ) -> Tensor:
     """`softmax_gather` with row y and the diagonal in one gather: autograd then fills one field of zeros, not two.
 
@@ -168,7 +167,7 @@ def softmax_rows_uniform(
     labels: Tensor,
     transition: Tensor | None,
     trace_weight: float,
-    up: Callable[[Tensor, torch.Size], Tensor] = interpolate,
+    up: Resize = interpolate,
 ) -> Tensor:
     """`softmax_rows` for somebody who knows that the transition is uniform: q[j] = (1 - A[y, j]) / (C - 1).
 
@@ -267,7 +266,7 @@ def closed_form(
     labels: Tensor,
     transition: Tensor | None,
     trace_weight: float,
-    up: Callable[[Tensor, torch.Size], Tensor] = interpolate,
+    up: Resize = interpolate,
     uniform: bool = False,
 ) -> Tensor:
     """The gradient written by hand (`_ClosedForm`): what someone would do who derived it, still in plain PyTorch.
@@ -279,90 +278,114 @@ def closed_form(
     return loss
 
 
-# --- both streams, half storage ---------------------------------------------------------------------------------------
+# --- one matrix for all pixels of an image ----------------------------------------------------------------------------
 
 
-def objective(formulation: Formulation) -> Objective:
-    """The positive and the negative stream of one formulation, as a single function: to be compiled as one graph."""
+def matrix_product(
+    seg_logits: Tensor, cm_logits: Tensor, labels: Tensor, transition: Tensor | None, trace_weight: float
+) -> Tensor:
+    """Where the grid is 1x1: one matrix product for all pixels, (T' A) p, and the entry of the label.
 
-    def both(
-        seg_logits: Tensor,
-        cm_logits: Tensor,
-        labels: Tensor,
-        negative_cm: Tensor,
-        negative_labels: Tensor,
-        transition: Tensor,
-        trace_weight: float,
-    ) -> Tensor:
-        positive = formulation(seg_logits, cm_logits, labels, None, trace_weight)
-        return positive + formulation(seg_logits, negative_cm, negative_labels, transition, trace_weight)
-
-    return both
+    Rows q looked up by label would be as many numbers; their gradient is then a sum over pixels one after another, which in
+    float32 is off by 3e-5.
+    """
+    valid, index = _known(labels)
+    reported = _reported_rows(cm_logits, transition, labels) @ seg_logits.softmax(1).flatten(2)
+    nll = -reported.view_as(seg_logits).gather(1, index[:, None])[:, 0].clamp_min(TINY).log()
+    return _masked_mean(nll, valid) + _mean_trace(cm_logits, valid, trace_weight)
 
 
-def in_float32(formulation: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """For logits stored in 16 bits: softmax and log in float32, as under autocast; torch.compile fuses the conversion.
+def _reported_rows(cm_logits: Tensor, transition: Tensor | None, labels: Tensor) -> Tensor:
+    """(B, C, C) [y, j]: q for each label."""
+    cm = cm_logits[..., 0, 0].softmax(1)
+    rows = cm if transition is None else transition.T @ cm
+    return rows.expand(len(labels), -1, -1)
 
-    In 16 bits throughout it would be another computation: the loss is off by 1e-3 then.
+
+def _mean_trace(cm_logits: Tensor, valid: Tensor, trace_weight: float) -> Tensor:
+    trace = cm_logits[..., 0, 0].softmax(1).diagonal(dim1=1, dim2=2).sum(1)
+    weight = valid.flatten(1).sum(1).to(trace.dtype)
+    return trace_weight * (trace * weight).sum() / weight.sum()
+
+
+# --- all kinds of an image --------------------------------------------------------------------------------------------
+
+
+def trusted(seg_logits: Tensor, labels: Tensor, transition: Tensor | None) -> Tensor:
+    """Drawings without a matrix, labels (B, H, W) or (B, K, H, W): cross-entropy, or -log p(not this one)."""
+    layers = labels.unbind(1) if labels.ndim == 4 else (labels,)
+    log_p = F.log_softmax(seg_logits, 1) if transition is None else None
+    p = seg_logits.softmax(1) if transition is not None else None
+    total, count = seg_logits.new_zeros(()), seg_logits.new_zeros(())
+    for layer in layers:
+        valid, index = _known(layer)
+        if log_p is not None:
+            nll = -log_p.gather(1, index[:, None])[:, 0]
+        else:
+            assert p is not None
+            assert transition is not None
+            nll = -(p * _reported(transition, index)).sum(1).clamp_min(TINY).log()
+        total, count = total + (nll * valid.to(nll.dtype)).sum(), count + valid.sum()
+    return total / count
+
+
+def trusted_published(seg_logits: Tensor, labels: Tensor, transition: Tensor | None) -> Tensor:
+    """In the layout of `published`: p itself as (BHW, C), multiplied with the transition, log, NLL."""
+    if labels.ndim == 4:  # one after another, as a loop over layers is written
+        counts = torch.stack([(layer != IGNORE).sum() for layer in labels.unbind(1)])
+        losses = [trusted_published(seg_logits, layer, transition) for layer in labels.unbind(1)]
+        return (torch.stack(losses) * counts).sum() / counts.sum()
+    p = seg_logits.softmax(1).permute(0, 2, 3, 1).reshape(-1, seg_logits.shape[1])
+    named = p if transition is None else p @ transition
+    return F.nll_loss(named.clamp_min(TINY).log(), labels.flatten().long(), ignore_index=IGNORE)
+
+
+class OfKind(NamedTuple):
+    """One kind of drawings as tensors: what a function that is compiled takes."""
+
+    cm_logits: Tensor | None
+    labels: Tensor
+    transition: Tensor | None
+    trace_weight: float
+
+
+def objective(
+    formulation: Formulation, without_matrix: Callable[..., Tensor] = trusted, up: Resize = interpolate
+) -> Callable[[Tensor, Sequence[OfKind]], Tensor]:
+    """(seg_logits on any grid, kinds) -> the loss: one function, to be compiled as one graph. ``up``: of class logits.
+
+    16-bit logits are converted to float32 first, as under autocast; torch.compile fuses that. In 16 bits throughout it would
+    be another computation: the loss is off by 1e-3 then.
     """
 
-    def wide(*arguments: Any) -> Tensor:
-        return formulation(
-            *(
-                a.float() if isinstance(a, Tensor) and a.dtype in (torch.bfloat16, torch.float16) else a
-                for a in arguments
-            )
-        )
+    def total(seg_logits: Tensor, kinds: Sequence[OfKind]) -> Tensor:
+        logits = up(_wide(seg_logits), kinds[0].labels.shape[-2:])
+        loss = logits.new_zeros(())
+        for cm_logits, labels, transition, trace_weight in kinds:
+            if cm_logits is None:
+                loss = loss + without_matrix(logits, labels, transition)
+            else:
+                field = _wide(cm_logits).expand(len(labels), *[-1] * (cm_logits.ndim - 1))
+                loss = loss + formulation(logits, field, labels, transition, trace_weight)
+        return loss
 
-    return wide
-
-
-# --- who is in the race -----------------------------------------------------------------------------------------------
-
-# Ordinary formulations, differentiated by autograd.
-AUTOGRAD: dict[str, Formulation] = {"softmax_gather": softmax_gather, "softmax_rows": softmax_rows}
-# Those, and the gradient written by hand. The fastest of them is "best plain PyTorch".
-PLAIN: dict[str, Formulation] = {**AUTOGRAD, "closed_form": closed_form}
-# On a strided grid also with the interpolation as matrix products.
-PLAIN_STRIDED: dict[str, Formulation] = {
-    **PLAIN,
-    "softmax_rows_matmul": functools.partial(softmax_rows, up=interpolate_matmul),
-    "closed_form_matmul": functools.partial(closed_form, up=interpolate_matmul),
-}
-# Where the transition is uniform, as in the objective by default, with that in mind.
-PLAIN_UNIFORM: dict[str, Formulation] = {
-    "softmax_rows_uniform": softmax_rows_uniform,
-    "closed_form_uniform": functools.partial(closed_form, uniform=True),
-}
-PLAIN_UNIFORM_STRIDED: dict[str, Formulation] = {
-    **PLAIN_UNIFORM,
-    "softmax_rows_uniform_matmul": functools.partial(softmax_rows_uniform, up=interpolate_matmul),
-    "closed_form_uniform_matmul": functools.partial(closed_form, up=interpolate_matmul, uniform=True),
-}
-AUTOGRAD_NAMES = (*AUTOGRAD, "softmax_rows_matmul", "softmax_rows_uniform", "softmax_rows_uniform_matmul")
-BASELINES: dict[str, Formulation] = {
-    "published": published,
-    "log_space": log_space,
-    **PLAIN_STRIDED,
-    **PLAIN_UNIFORM_STRIDED,
-}
-PLAIN_NAMES = tuple(name for name in BASELINES if name != "published")
-
-COMPILED = ("softmax_gather", "softmax_rows", "closed_form")
-COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
+    return total
 
 
-def contender(name: str, *, both: bool = False, half: bool = False) -> Callable[..., Tensor]:
-    """A baseline by name, as a case wants it. "compiled:<name>[:<mode>]" is `torch.compile` of it.
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
-    It compiles on its first call, and raises there without a compiler.
-    """
-    kind, *rest = name.split(":")
-    found: Callable[..., Tensor] = BASELINES[rest[0] if kind == "compiled" else kind]
-    found = objective(found) if both else found
-    found = in_float32(found) if half else found
-    if kind != "compiled":
-        return found
-    mode = rest[1] if len(rest) > 1 else None
-    result: Callable[..., Tensor] = torch.compile(found, fullgraph=True, dynamic=False, mode=mode)
-    return result
+
+def likelihoods(cm_logits: Tensor | None, labels: Tensor, transition: Tensor | None, classes: int) -> Tensor:
+    """q[j] = p(drawn | j), (B, C, H, W); 1 where nothing is drawn."""
+    valid, index = _known(labels)
+    if cm_logits is None:
+        table = torch.eye(classes, device=labels.device) if transition is None else transition
+        q = _reported(table, index)
+    else:
+        cm = interpolate(_wide(cm_logits), labels.shape[1:]).softmax(1)
+        if transition is None:
+            q = cm.gather(1, index[:, None, None].expand(-1, 1, classes, -1, -1)).squeeze(1)
+        else:
+            q = (cm * _reported(transition, index).unsqueeze(2)).sum(1)
+    return torch.where(valid[:, None], q, 1.0)

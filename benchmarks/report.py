@@ -1,231 +1,477 @@
-"""From rows to CSV, and to the table with the bars that the measured ratios are held to."""
+"""The report, in words and tables, from the measurements of a run."""
 
 from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import baselines
-from .cases import Case
-from .contestants import OURS
+import numpy as np
 
-COLUMNS = (
-    "case", "classes", "height", "width", "stride", "device", "dtype", "stream", "contestant", "schedule", "mode",
-    "threads", "buffers", "median_ms", "p20_ms", "p80_ms", "runs", "ns_per_pixel", "times_ours", "ideal_mb", "gb_per_s",
-    "copy_gb_per_s", "copy_fraction", "peak_extra_mb", "peak_over_cm",
-    "peak_over_gradients", "page_faults", "cpu_share", "loss_error", "grad_seg_error",
-    "grad_cm_error", "cpu", "cores", "isa", "torch", "python", "os", "date",
-)  # fmt: skip
+from .problem import parse
+from .providers import PLAIN
+from .sets import Bar, Group
+
+DISTURBED = 0.9  # of the cores that a row runs on: with less, it shared them with other processes
+KINDS = {"published": ("published",), "plain": PLAIN, "autograd": ("autograd", "torch"), "compiled": ("compiled",)}
+LIMITS = {
+    "bytes": "copy",
+    "exponentials": "exp",
+    "multiply-adds": "fma",
+}  # what is counted -> the machine's rate for it
 
 Row = Mapping[str, Any]
 
-DISTURBED = 0.9  # of the cores that a row runs on: with less, it shared them with other processes
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def write_csv(path: Path, rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: _shown(row[key]) for key in columns})
+def number(value: Any) -> float:
+    return math.nan if value in ("", None) else float(value)
 
 
-def _shown(value: Any) -> Any:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.6g}"
-    return value
+@dataclass(frozen=True)
+class Limit:
+    """Of a problem on this machine: the largest of what its bytes, exponentials and multiply-adds take at the least."""
+
+    name: str
+    seconds: float
 
 
-def is_ours(row: Row) -> bool:
-    return str(row["contestant"]).startswith(OURS)
+class Table:
+    """Measurements, found by problem, provider and quantity."""
+
+    def __init__(self, rows: Iterable[Row]):
+        self.rows = list(rows)
+        self._at = {(r["problem"], r["provider"], r["quantity"]): r for r in self.rows}
+        self._problems: dict[str, dict[str, str]] = {}
+        for row in self.rows:
+            own = self._problems.setdefault(row["problem"], {})
+            if row["provider"]:
+                own[row["provider"]] = row["group"]
+        self.machines = [name for name in self._problems if name.startswith("machine ")]
+        self.problems = [name for name in self._problems if name not in self.machines]
+
+    def providers(self, problem: str, kind: str | None = None) -> list[str]:
+        groups = KINDS.get(kind or "", (kind,))
+        return [name for name, group in self._problems.get(problem, {}).items() if kind is None or group in groups]
+
+    def row(self, problem: str, provider: str, quantity: str = "time") -> Row | None:
+        return self._at.get((problem, provider, quantity))
+
+    def value(self, problem: str, provider: str, quantity: str = "time") -> float:
+        row = self.row(problem, provider, quantity)
+        return math.nan if row is None else number(row["value"])
+
+    def best(self, problem: str, kind: str, quantity: str = "time") -> str | None:
+        """The provider of this kind with the least of a quantity."""
+        values = {name: self.value(problem, name, quantity) for name in self.providers(problem, kind)}
+        known = {name: value for name, value in values.items() if not math.isnan(value)}
+        return min(known, key=known.__getitem__, default=None)
+
+    def ours(self, problem: str) -> str | None:
+        """The first of ours that was timed: what ratios are taken against."""
+        names = self.providers(problem, "ours")
+        return next((name for name in names if self.row(problem, name)), None) or next(iter(names), None)
+
+    def peaks(self, problem: str) -> tuple[float, float] | None:
+        """MB over the inputs: ours, and the plain formulation that takes least. Not of small images: a page is a page."""
+        own, least = self.ours(problem), self.best(problem, "plain", "peak")
+        if own is None or least is None or not self.value(problem, own, "peak") > 1:
+            return None
+        return self.value(problem, own, "peak"), self.value(problem, least, "peak")
+
+    def times_ours(self, problem: str, provider: str) -> float:
+        own = self.ours(problem)
+        return math.nan if own is None else self.value(problem, provider) / self.value(problem, own)
+
+    def ns(self, problem: str, provider: str) -> float:
+        return 1e6 * self.value(problem, provider) / parse(problem).pixels
+
+    def limit(self, problem: str) -> Limit | None:
+        threads = parse(problem).threads
+        seconds = {
+            counted: self.value(problem, "", counted.replace("-", "_")) / self.value(f"machine t{threads}", "", rate)
+            for counted, rate in LIMITS.items()
+        }
+        known = {name: value for name, value in seconds.items() if not math.isnan(value)}
+        if not known:
+            return None
+        name = max(known, key=known.__getitem__)
+        return Limit(name, known[name])
+
+    def limit_share(self, problem: str, provider: str) -> float:
+        limit = self.limit(problem)
+        return math.nan if limit is None else 1e3 * limit.seconds / self.value(problem, provider)
+
+    def copy_share(self, problem: str, provider: str) -> float:
+        copy = self.value(f"machine t{parse(problem).threads}", "", "copy")
+        return 1e3 * self.value(problem, "", "bytes") / copy / self.value(problem, provider)
 
 
-KINDS: dict[str, tuple[str, ...]] = {
-    "published": ("published",),
-    "plain": baselines.PLAIN_NAMES,
-    "autograd": ("log_space", *baselines.AUTOGRAD_NAMES),
+def figure(bar: Bar, problem: str, first: str, table: Table) -> float:
+    """What is held to a bar; NaN where it was not measured. ``first``: the first problem of its group."""
+    own = table.ours(problem)
+    if own is None:
+        return math.nan
+    if bar.figure in KINDS:
+        best = table.best(problem, bar.figure)
+        return math.nan if best is None else table.times_ours(problem, best)
+    if bar.figure in ("time", "speedup"):
+        other = table.ours(first)
+        ratio = math.nan if other is None else table.ns(problem, own) / table.ns(first, other)
+        return ratio if bar.figure == "time" else 1 / ratio
+    if bar.figure == "fresh":
+        reused = str(replace(parse(problem), buffers="reused"))
+        other = table.ours(reused)
+        return math.nan if other is None else table.value(problem, own) / table.value(reused, other)
+    if bar.figure == "memory":
+        peaks = table.peaks(problem)
+        return math.nan if peaks is None else peaks[1] / peaks[0]
+    if bar.figure == "triton":
+        return table.value(problem, "triton") / table.value(problem, "cuda")
+    return {
+        "ms": table.value(problem, own),
+        "ns": table.ns(problem, own),
+        "copy": table.copy_share(problem, own),
+        "limit": table.limit_share(problem, own),
+        "peak": table.value(problem, own, "peak"),
+    }[bar.figure]
+
+
+_WORDS = {
+    "published": "times the published formulation",
+    "plain": "times the best plain PyTorch",
+    "autograd": "times the best plain PyTorch by autograd",
+    "compiled": "times torch.compile",
+    "ms": "milliseconds",
+    "ns": "nanoseconds a pixel",
+    "copy": "of a copy's bandwidth",
+    "limit": "of the nearest limit",
+    "peak": "MB at the peak over the inputs, gradients included",
+    "memory": "times less memory than any plain PyTorch",
+    "triton": "times of cuda, for triton",
+    "fresh": "times the time with reused buffers",
 }
 
 
-def of_kind(rows: Sequence[Row], kind: str) -> list[Row]:
-    """published | plain | autograd | compiled."""
-    if kind == "compiled":
-        return [row for row in rows if row["contestant"].startswith("compiled:")]
-    return [row for row in rows if row["contestant"] in KINDS[kind]]
+def _of(bar: Bar, first: str) -> str:
+    return _WORDS.get(bar.figure, f"time a pixel, {'over' if bar.at_most else 'faster than'} `{first}`")
 
 
-def fastest(rows: Sequence[Row], kind: str) -> Row | None:
-    """The row that a bar of this kind refers to; one without a time (it did not fit) is none."""
-    timed = [row for row in of_kind(rows, kind) if not math.isnan(row["median_ms"])]
-    return min(timed, key=lambda row: float(row["median_ms"]), default=None)
+# ---- the report ------------------------------------------------------------------------------------------------------
 
 
-def our_row(rows: Sequence[Row]) -> Row | None:
-    """What ratios are taken against: ours under the default schedule, on the fewest threads."""
-    return next((row for row in rows if is_ours(row)), None)
-
-
-def thread_speedup(rows: Sequence[Row]) -> float | None:
-    own = [row for row in rows if is_ours(row)]
-    few, many = min(own, key=_threads, default=None), max(own, key=_threads, default=None)
-    if few is None or many is None or few["threads"] == many["threads"]:
-        return None
-    return float(few["median_ms"]) / float(many["median_ms"])
-
-
-def _threads(row: Row) -> int:
-    return int(row["threads"])
-
-
-def measured(rows: Sequence[Row], kind: str) -> float | None:
-    if kind == "threads":
-        return thread_speedup(rows)
-    row = fastest(rows, kind)
-    return None if row is None else float(row["times_ours"])
-
-
-def _cell(rows: Sequence[Row], bars: Mapping[str, float], kind: str) -> str:
-    """'>= 25x | 31.2x met' in one cell; the bare figure where no bar is set."""
-    ratio = measured(rows, kind)
-    if ratio is None:
-        return "not run" if kind in bars else ""
-    if kind not in bars:
-        return f"{ratio:.1f}x"
-    return f"{ratio:.1f}x, >= {bars[kind]:g}x {'met' if ratio >= bars[kind] else '**missed**'}"
-
-
-def _describe(case: Case) -> str:
-    grid = "pixel grid" if case.stride == 1 else f"stride {case.stride}"
-    words = [f"C = {case.classes}", f"{case.height}x{case.width}", grid]
-    if case.dtype != "float32":
-        words.append(case.dtype)
-    if case.stream == "negative":
-        words.append("negative stream")
-    if case.mode == "forward":
-        words.append("forward only")
-    if case.scale != 2.0:
-        words.append(f"logits of scale {case.scale:g}")
-    return ", ".join([*words, f"{case.buffers} buffers"])
-
-
-def markdown(cases: Sequence[Case], rows: Sequence[Row], seconds: float) -> str:
-    """The whole report. `cases` in the order to show; a case without rows is left out."""
-    by_case = {case.name: [row for row in rows if row["case"] == case.name] for case in cases}
-    shown = [case for case in cases if by_case[case.name]]
-    lines = ["# CPU benchmark", ""]
-    if rows:
-        first = rows[0]
-        lines += [
-            f"{first['cpu']}, {first['cores']} cores, {first['isa']}; torch {first['torch']}, "
-            f"Python {first['python']}, {first['os']}; {first['date']}. "
-            "Every contestant passed the float64 check before it was timed. "
-            f"{seconds:.0f} s in total.",
-            "",
-        ]
-        disturbed = [row for row in rows if float(row["cpu_share"]) < DISTURBED * _threads(row)]
-        if disturbed:
-            lines += [
-                f"**{len(disturbed)} of {len(rows)} rows were disturbed**: they had less than {100 * DISTURBED:.0f} % "
-                "of the cores that they run on (cpu_share in the CSV). Run again with nothing else running.",
-                "",
-            ]
-    lines += _bar_table(shown, by_case)
-    lines += _resource_table(shown, by_case)
-    for case in shown:
-        lines += _case_table(case, by_case[case.name])
+def markdown(
+    groups: Sequence[Group],
+    rows: Sequence[Row],
+    machine: Mapping[str, Any],
+    wrong: Sequence[str],
+    notes: Sequence[str],
+    seconds: float,
+) -> str:
+    """``wrong``: what failed; ``notes``: what was not run, and why."""
+    table = Table(rows)
+    lines = [f"# {machine['hardware']}", "", *_conditions(machine, seconds), *_machine_limits(table)]
+    if wrong:
+        lines += ["**Wrong or failed, and therefore not measured:**", "", *(f"- {line}" for line in wrong), ""]
+    lines += ["## In words", "", *(f"- {line}" for line in in_words(groups, table)), ""]
+    lines += _bars(groups, table)
+    lines += _problems(table)
+    lines += _scaling(table)
+    lines += _everybody(table)
+    if notes:
+        lines += ["## Not run", "", *(f"- {line}" for line in notes), ""]
     return "\n".join(lines) + "\n"
 
 
-def _bar_table(cases: Sequence[Case], by_case: Mapping[str, Sequence[Row]]) -> list[str]:
-    lines = [
-        "## How many times faster",
+def _conditions(machine: Mapping[str, Any], seconds: float) -> list[str]:
+    shown = (
+        "cpu",
+        "gpu",
+        "isa_torch",
+        "isa_extension",
+        "driver",
+        "cuda",
+        "triton",
+        "torch",
+        "python",
+        "os",
+        "date",
+        "commit",
+    )
+    facts = "; ".join(f"{key} {machine[key]}" for key in shown if machine.get(key) not in (None, "", "none"))
+    return [
+        f"{facts}. `{machine['command']}`, {seconds:.0f} s.",
         "",
-        "Median time of the competitor over ours, float32, forward + backward unless stated, one thread. Best plain is "
-        "the fastest eager formulation, including a gradient written by hand; by autograd is the fastest without that.",
+        "Every figure is of a provider whose result and gradients passed the float64 check. Times are medians of interleaved "
+        'runs; `python -m benchmarks "PROBLEM"` measures one line of a table again. How it is measured, and what the words of '
+        "a problem mean: [README](../../README.md), [problem.py](../../problem.py).",
         "",
-        "| case | ours, ns per pixel | published | best plain PyTorch | (which) | best by autograd | torch.compile |",
-        "|---|---|---|---|---|---|---|",
     ]
-    for case in cases:
-        rows, bars = by_case[case.name], dict(case.bars)
-        own, plain = our_row(rows), fastest(rows, "plain")
-        if plain is None:
+
+
+def _machine_limits(table: Table) -> list[str]:
+    if not table.machines:
+        return []
+    lines = [
+        "| limits, same run | copy, read + written, GB/s | read, GB/s | exponentials, 1e9/s | multiply-adds, 1e9/s |",
+        "|---|---|---|---|---|",
+    ]
+    for name in table.machines:
+        values = [table.value(name, "", rate) / 1e9 for rate in ("copy", "read", "exp", "fma")]
+        shown = ["" if math.isnan(value) else f"{value:.3g}" for value in values]
+        lines.append(f"| threads: {name.removeprefix('machine t')} | {' | '.join(shown)} |")
+    return [*lines, ""]
+
+
+def in_words(groups: Sequence[Group], table: Table) -> list[str]:
+    """Where ours wins, where it does not, what the next limit is."""
+    timed = [name for name in table.problems if (own := table.ours(name)) and table.row(name, own)]
+    if not timed:
+        return ["Nothing was timed."]
+    found = []
+    leads = {}
+    for name in timed:
+        best = min(
+            (one for kind in ("plain", "published", "compiled") if (one := table.best(name, kind))),
+            key=lambda one, name=name: table.value(name, one),  # type: ignore[misc]
+            default=None,
+        )
+        if best is not None:
+            leads[name] = (table.times_ours(name, best), best)
+    if leads:
+        ahead = {name: lead for name, lead in leads.items() if lead[0] > 1}
+        least, most = min(leads, key=lambda n: leads[n][0]), max(leads, key=lambda n: leads[n][0])
+        found.append(
+            f"Ours is the fastest in {len(ahead)} of {len(leads)} problems that others compute, too, between "
+            f"{leads[least][0]:.2g} times (`{least}`, against {leads[least][1]}) and {leads[most][0]:.3g} times (`{most}`, "
+            f"against {leads[most][1]})."
+        )
+        found += [
+            f"It is NOT in `{name}`: {by} takes {ratio:.2f} of its time."
+            for name, (ratio, by) in leads.items()
+            if ratio <= 1
+        ]
+    judged = [
+        (bar, figure(bar, str(e.problem), str(group[0].problem), table))
+        for group in groups
+        for e in group
+        for bar in e.bars
+    ]
+    known = [(bar, value) for bar, value in judged if not math.isnan(value)]
+    if known:
+        met = sum(bar.is_met(value) for bar, value in known)
+        found.append(f"Of {len(known)} bars {met} are met, {len(known) - met} are missed.")
+    found += _limits_in_words(timed, table)
+    memory = {name: peaks[1] / peaks[0] for name in table.problems if (peaks := table.peaks(name)) is not None}
+    if memory:
+        low, high = min(memory, key=memory.__getitem__), max(memory, key=memory.__getitem__)
+        found.append(
+            f"The plain formulation that takes least memory takes {memory[low]:.2g} (`{low}`) to {memory[high]:.2g} times "
+            f"(`{high}`) the peak of ours."
+        )
+    found += _data_in_words(timed, table)
+    disturbed = [row for row in table.rows if row.get("disturbed") not in (None, "", False)]
+    if disturbed:
+        names = ", ".join(sorted({f"`{row['problem']}`" for row in disturbed}))
+        found.append(
+            f"**{len(disturbed)} times were disturbed**: after three tries they still had less than {100 * DISTURBED:.0f} % of "
+            f"their cores ({names}). Run again with nothing else running."
+        )
+    return found
+
+
+def _limits_in_words(timed: Sequence[str], table: Table) -> list[str]:
+    by: dict[str, list[tuple[float, str]]] = {}
+    for name in timed:
+        limit, own = table.limit(name), table.ours(name)
+        assert own is not None
+        if limit is not None:
+            by.setdefault(limit.name, []).append((table.limit_share(name, own), name))
+    found = []
+    for limit_name, shares in by.items():
+        low, lowest = min(shares)
+        high, highest = max(shares)
+        found.append(
+            f"The nearest limit is {limit_name} in {len(shares)} of {len(timed)} problems, of which ours reaches "
+            f"{100 * low:.0f} % (`{lowest}`) to {100 * high:.0f} % (`{highest}`)."
+        )
+    return found
+
+
+def _data_in_words(timed: Sequence[str], table: Table) -> list[str]:
+    found = []
+    for name in timed:
+        problem = parse(name)
+        if problem.data not in ("noise", "random"):
             continue
+        usual = str(replace(problem, data="blobs"))
+        own, other = table.ours(name), table.ours(usual)
+        if own is not None and other is not None and table.row(usual, other):
+            ratio = table.value(name, own) / table.value(usual, other)
+            found.append(f"`{name}` takes {ratio:.2f} times as long as data like those of training.")
+    return found
+
+
+def _bars(groups: Sequence[Group], table: Table) -> list[str]:
+    lines = ["## Bars", "", "| problem | bar | measured | |", "|---|---|---|---|"]
+    for group in groups:
+        first = str(group[0].problem)
+        for entry in group:
+            for bar in entry.bars:
+                value = figure(bar, str(entry.problem), first, table)
+                verdict = "not measured" if math.isnan(value) else "met" if bar.is_met(value) else "**missed**"
+                sign, measured = "<=" if bar.at_most else ">=", "" if math.isnan(value) else f"{value:.3g}"
+                lines.append(f"| `{entry.problem}` | {sign} {bar.bound:g} {_of(bar, first)} | {measured} | {verdict} |")
+    return [*lines, ""] if len(lines) > 4 else []
+
+
+def _problems(table: Table) -> list[str]:
+    timed = [name for name in table.problems if (own := table.ours(name)) and table.row(name, own)]
+    if not timed:
+        return []
+    lines = [
+        "## Ours, and how many times as long the others take",
+        "",
+        "Best plain: the fastest in plain PyTorch, a gradient derived and written by hand included; by autograd: without that. "
+        "Limit: what bytes, exponentials or multiply-adds of the problem take on this machine at the least, and the share of "
+        "it that ours reaches. Peak: over the inputs, gradients included; beside it the plain one that takes least.",
+        "",
+        "| problem | kernels | ms | ns a pixel | limit | reached | published | best plain | which | autograd | compiled | "
+        "peak MB | least plain MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in timed:
+        own, plain, least = table.ours(name), table.best(name, "plain"), table.best(name, "plain", "peak")
+        assert own is not None
+        row, limit = table.row(name, own), table.limit(name)
+        assert row is not None
         cells = [
-            _describe(case),
-            "not run" if own is None else f"{own['ns_per_pixel']:.1f}",
-            _cell(rows, bars, "published"),
-            _cell(rows, bars, "plain"),
-            str(plain["contestant"]),
-            _cell(rows, {}, "autograd"),
-            _cell(rows, bars, "compiled"),
+            f"`{name}`",
+            f"{own}: {row['kernels']}" if row["kernels"] else own,
+            f"{number(row['value']):.3g}",
+            f"{table.ns(name, own):.3g}",
+            "" if limit is None else limit.name,
+            _shown(100 * table.limit_share(name, own), ".0f", " %"),
+            *(_ratio(table, name, kind) for kind in ("published", "plain")),
+            plain or "",
+            *(_ratio(table, name, kind) for kind in ("autograd", "compiled")),
+            _shown(table.value(name, own, "peak"), ".1f"),
+            "" if least is None else _shown(table.value(name, least, "peak"), ".1f"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
-def _resource_table(cases: Sequence[Case], by_case: Mapping[str, Sequence[Row]]) -> list[str]:
-    lines = [
-        "## Ours: bandwidth, memory, threads",
-        "",
-        "Bandwidth counts each logit read once, each gradient written once, each label read once. Extra memory is the "
-        "peak over the inputs, gradients included.",
-        "",
-        "| case | schedule | threads | ns per pixel | GB/s | of copy | extra MB | of the CM logits | "
-        "of both gradients | faults per run | CPU share | two threads |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for case in cases:
-        rows = by_case[case.name]
-        for row in filter(is_ours, rows):
-            many = row["threads"] == max(case.threads) > min(case.threads)
-            cells = [
-                _describe(case),
-                row["schedule"],
-                str(row["threads"]),
-                f"{row['ns_per_pixel']:.1f}",
-                f"{row['gb_per_s']:.1f}",
-                f"{100 * row['copy_fraction']:.0f} %",
-                number(row["peak_extra_mb"], ".1f"),
-                number(row["peak_over_cm"], ".2f"),
-                number(row["peak_over_gradients"], ".2f"),
-                f"{row['page_faults']:.0f}",
-                f"{row['cpu_share']:.2f}",
-                _cell(rows, dict(case.bars), "threads") if many else "",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
-
-
-def number(value: float, form: str, unit: str = "") -> str:
+def _shown(value: float, form: str, unit: str = "") -> str:
     return "" if math.isnan(value) else format(value, form) + unit
 
 
-def _case_table(case: Case, rows: Sequence[Row]) -> list[str]:
-    lines = [
-        f"## {case.name}: {_describe(case)}",
-        "",
-        "| contestant | schedule | threads | median ms | p20 | p80 | runs | ns per pixel | times ours | GB/s | "
-        "extra MB | faults per run |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+def _ratio(table: Table, problem: str, kind: str) -> str:
+    best = table.best(problem, kind)
+    if best is not None:
+        return f"{table.times_ours(problem, best):.2f}"
+    needs = [table.value(problem, name, "needs") for name in table.providers(problem, kind)]
+    return next((f"needs {value:.0f} GB" for value in needs if not math.isnan(value)), "")
+
+
+# ---- scaling ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Series:
+    """Problems that differ in one thing: pixels or classes."""
+
+    along: str
+    about: str
+    provider: str
+    sizes: tuple[float, ...]
+    milliseconds: tuple[float, ...]
+
+    @property
+    def exponent(self) -> float:
+        """Of time over size, by least squares on logarithms."""
+        return float(np.polyfit(np.log(self.sizes), np.log(self.milliseconds), 1)[0])
+
+
+def series(table: Table) -> list[Series]:
+    """Of every provider, where there are at least three sizes."""
+    found: dict[tuple[str, str, str], dict[float, float]] = {}
+    for name in table.problems:
+        problem = parse(name)
+        for provider in table.providers(name):
+            value = table.value(name, provider)
+            if math.isnan(value):
+                continue
+            for along, size, about in (
+                ("pixels", problem.pixels, re.sub(r"\b\d+x\d+ ", "", name)),
+                ("classes", problem.classes, re.sub(r"^c\d+ ", "", name)),
+            ):
+                found.setdefault((along, about, provider), {}).setdefault(size, value)
+    return [
+        Series(along, about, provider, tuple(sorted(values)), tuple(values[size] for size in sorted(values)))
+        for (along, about, provider), values in found.items()
+        if len(values) >= 3
     ]
-    for row in sorted(rows, key=lambda row: float(row["median_ms"])):
-        cells = [
-            row["contestant"],
-            row["schedule"],
-            str(row["threads"]),
-            f"{row['median_ms']:.3f}",
-            f"{row['p20_ms']:.3f}",
-            f"{row['p80_ms']:.3f}",
-            str(row["runs"]),
-            f"{row['ns_per_pixel']:.1f}",
-            f"{row['times_ours']:.2f}",
-            f"{row['gb_per_s']:.2f}",
-            number(row["peak_extra_mb"], ".1f"),
-            f"{row['page_faults']:.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+
+
+def _scaling(table: Table) -> list[str]:
+    fits = series(table)
+    if not fits:
+        return []
+    lines = ["## Scaling", "", "Time grows with this power of the size:", ""]
+    lines += ["| along | problem | provider | sizes | power |", "|---|---|---|---|---|"]
+    for fit in fits:
+        sizes = ", ".join(f"{size:g}" for size in fit.sizes)
+        lines.append(f"| {fit.along} | `{fit.about}` | {fit.provider} | {sizes} | {fit.exponent:.2f} |")
     return [*lines, ""]
+
+
+def _everybody(table: Table) -> list[str]:
+    lines = ["## Everybody", ""]
+    for name in table.problems:
+        own = table.ours(name)
+        moved = table.value(name, "", "bytes")
+        lines += [
+            f"### `{name}`",
+            "",
+            "| provider | ms | p20 | p80 | runs | ns a pixel | times ours | GB/s | peak MB | off from float64 by |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        order = sorted(table.providers(name), key=lambda one, name=name: _last_if_nan(table.value(name, one)))  # type: ignore[misc]
+        for one in order:
+            row, needs = table.row(name, one), table.value(name, one, "needs")
+            if row is None:
+                text = "" if math.isnan(needs) else f"does not fit: needs {needs:.0f} GB, computed"
+                cells = [one, text, *[""] * 6]
+            else:
+                milliseconds = number(row["value"])
+                cells = [
+                    one,
+                    *(f"{number(row[key]):.3g}" for key in ("value", "p20", "p80")),
+                    str(row["runs"]),
+                    f"{table.ns(name, one):.3g}",
+                    "" if own is None else f"{table.times_ours(name, one):.2f}",
+                    _shown(moved / milliseconds / 1e6, ".3g"),
+                ]
+            cells += [_shown(table.value(name, one, "peak"), ".1f"), _worst_error(table, name, one)]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def _last_if_nan(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _worst_error(table: Table, problem: str, provider: str) -> str:
+    own = [r for r in table.rows if r["problem"] == problem and r["provider"] == provider]
+    found = [(number(r["value"]), r["quantity"]) for r in own if r["quantity"].startswith("error of ")]
+    return f"{max(found)[0]:.1e}" if found else ""

@@ -1,13 +1,12 @@
-"""Cases in a process of their own: `python -m benchmarks.worker '{...}'`, started by `benchmarks.cpu` and `benchmarks.gpu`.
+"""Problems in a process of their own: `python -m benchmarks.worker` with a task in JSON, started by `benchmarks.run`.
 
-For the CPU one case each, because malloc reads its settings at start-up, and one case's heap is no business of the next:
-the last line of its output is JSON, the rows, the contestants that are wrong, those that cannot run here. For a GPU many
-cases, and a line for each as soon as it is done: an illegal access takes the process with it, but nothing that was measured.
+On a CPU one group of problems each, because malloc reads its settings at start-up, and one group's heap is no business of the
+next. On a GPU many groups, and a line for each as soon as it is done: an illegal access takes the process with it, but
+nothing that was measured.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import math
@@ -15,324 +14,285 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from .cases import CASES, SMOKE, AnyInputs, Case, leaves, make_inputs, with_full_contestants
-from .contestants import (
-    OURS,
-    Contestant,
-    DoesNotFit,
-    Unavailable,
-    clear,
-    errors,
-    errors_in_bands,
-    first_run,
-    make_contestants,
-    run_once,
-    truth,
-    verdict,
-)
-from .gpu_cases import BY_NAME as GPU_BY_NAME
-from .gpu_cases import TARGET_CASE_NAMES, chosen_contestants
-from .measure import LEAST_ROUNDS, Meter, Timing, meter_for, peak_extra_bytes, time_all
+from . import limits
+from .meters import Meter, meter_for, time_all
+from .problem import Problem, cost, make_inputs, parse
+from .providers import choose, kernels
+from .verify import Call, DoesNotFit, Truth, Unavailable, bits, complaint, errors, find_truth, verified_problem
 
-BY_NAME = {case.name: case for case in (*CASES, SMOKE)}
-TARGET_SHARE = 3  # times as many runs for a row that a target names
 EVENT = "BENCHMARK "  # begins a line of JSON among whatever compilers print
+MB = 1e6
+MEASURED = ("speed", "memory")
+MODES = (*MEASURED, "correct", "bitwise")
+
+Row = dict[str, Any]
 
 
-@dataclasses.dataclass
-class Verified:
-    fit: list[tuple[Contestant, dict[str, float]]]  # may be timed; the errors found
-    wrong: dict[str, str]  # and why
-    absent: dict[str, str]  # cannot run here, and why
-    too_large: list[Contestant]  # ran out of memory
+@dataclass
+class _Found:
+    """What is known of a group. ``unfit``: too large for the device, with what they would need."""
+
+    rows: list[Row] = field(default_factory=list)
+    wrong: dict[str, str] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    calls: list[Call] = field(default_factory=list)
+    unfit: list[Call] = field(default_factory=list)
+
+    def add(self, call: Call, quantity: str, value: float, unit: str, **more: Any) -> None:
+        self.rows.append(
+            {
+                "problem": str(call.problem),
+                "provider": call.provider.name,
+                "group": call.provider.group,
+                "kernels": kernels(call.provider, call.inputs),
+                "quantity": quantity,
+                "value": value,
+                "unit": unit,
+                **more,
+            }
+        )
 
 
-def verify(
-    case: Case, contestants: Sequence[Contestant], find_errors: Callable[[Contestant], dict[str, float]]
-) -> Verified:
-    result = Verified([], {}, {}, [])
-    for contestant in contestants:
-        label = " ".join(filter(None, (contestant.name, contestant.schedule, f"({contestant.threads} threads)")))
+def examine(group: Sequence[tuple[str, Sequence[str]]], device: str, task: dict[str, Any]) -> dict[str, Any]:
+    """Verify, then measure, the problems of a group: lines and the words of their providers. {"rows", "wrong", "absent"}.
+
+    task: "modes"; "peaks": whether to take peak memory beside time, which on a CPU takes another process (`weigh`); "budget"
+    and "most" of `time_all`.
+    """
+    found, meter = _Found(), meter_for(device)
+    for line, words in group:
+        problem = parse(line)
+        inputs = make_inputs(problem, device)
+        chosen, refused = choose(problem, device, words)
+        found.absent |= {f"{problem}: {name}": why for name, why in refused.items() if name in words}
+        if "skip_compiled" in task:
+            chosen = [provider for provider in chosen if provider.group != "compiled"]
+        _verify([Call(problem, provider, inputs) for provider in chosen], device, found, meter)
+    modes = task["modes"]
+    if "bitwise" in modes:
+        _compare_bits(found)
+    if task["peaks"]:
+        _peaks(found, meter)
+    if "speed" in modes:
+        _time(found, meter, task["budget"], task["most"])
+    for call in found.unfit:
+        found.add(
+            call, "needs", _needs(call, device, meter) / 1e9, "GB", note="does not fit; computed from a smaller image"
+        )
+    if not any(call.provider.group == "ours" for call in found.calls):
+        found.wrong.setdefault(
+            f"{group[0][0]}: ours", "none of ours is both right and small enough, so nobody was timed"
+        )
+    return {"rows": found.rows, "wrong": found.wrong, "absent": found.absent}
+
+
+def _verify(calls: Sequence[Call], device: str, found: _Found, meter: Meter) -> None:
+    problem, inputs = calls[0].problem, calls[0].inputs
+    on = verified_problem(problem, device)
+    small = inputs if on == problem else make_inputs(on, device)
+    truth = find_truth(on, small)
+    for call in calls:
+        label = f"{problem}: {call.provider.name}"
+        checked = call if on == problem else Call(on, call.provider, small)
+        meter.make_room()
         try:
-            found = find_errors(contestant)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # inductor's own deprecation warnings
+                off = errors(checked, truth)
         except Unavailable as reason:
-            result.absent[label] = str(reason)
+            found.absent[label] = str(reason)
             continue
         except DoesNotFit:
-            result.too_large.append(contestant)
+            found.unfit.append(call)
             continue
         except Exception as error:  # a kernel that does not compile, or does not launch: the others are not to blame
-            result.wrong[label] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            found.wrong[label] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             continue
-        complaint = verdict(case, found)
-        if complaint is None:
-            result.fit.append((contestant, found))
+        why = complaint(on, off)
+        if why is not None:
+            found.wrong[label] = why
+            continue
+        found.calls.append(call)
+        for name, value in off.items():
+            unit = "absolute" if name == "posterior" else "relative"
+            found.add(call, f"error of {name}", value, unit, note=f"on {on}")
+    if on != problem:
+        _agree(found, problem, truth)
+
+
+def _agree(found: _Found, problem: Problem, truth: Truth) -> None:
+    """At full size, where float64 would take minutes: all have the loss of the first, or nearly its label map."""
+    own = [call for call in found.calls if call.problem == problem]
+    results = []
+    for call in own:
+        results.append(call.result())
+        call.after()
+    for call, result in zip(own[1:], results[1:], strict=True):
+        if result.ndim == 0:
+            difference = float((result - results[0]).abs() / results[0].abs())
+        elif problem.mode == "map":
+            difference = float((result.long() != results[0].long()).double().mean())
         else:
-            result.wrong[label] = complaint
-    return result
+            difference = float((result.double() - results[0].double()).abs().max())
+        if not difference <= 1e-4:
+            found.wrong[f"{problem}: {call.provider.name}"] = (
+                f"at full size it differs from {own[0].provider.name} by {difference:.2g}"
+            )
+            found.calls.remove(call)
 
 
-def row(
-    case: Case,
-    contestant: Contestant,
-    found: dict[str, float],
-    timing: Timing,
-    our_ms: float,
-    copy_gb: float,
-    machine: dict[str, Any],
-    peak: float = math.nan,
-) -> dict[str, Any]:
-    seconds = timing.median_ms / 1e3
-    gigabytes = case.ideal_bytes / seconds / 1e9
-    return {
-        "case": case.name,
-        "classes": case.classes,
-        "height": case.height,
-        "width": case.width,
-        "stride": case.stride,
-        "device": case.device,
-        "dtype": case.dtype,
-        "stream": case.stream,
-        "labels": case.labels,
-        "status": "ok",
-        "contestant": contestant.name,
-        "schedule": contestant.schedule,
-        "mode": case.mode,
-        "threads": contestant.threads,
-        "buffers": case.buffers,
-        "median_ms": timing.median_ms,
-        "p20_ms": timing.p20_ms,
-        "p80_ms": timing.p80_ms,
-        "runs": timing.runs,
-        "host_ms": timing.host_ms,
-        "ns_per_pixel": 1e9 * seconds / case.pixels,
-        "times_ours": timing.median_ms / our_ms,
-        "ideal_mb": case.ideal_bytes / 1e6,
-        "gb_per_s": gigabytes,
-        "copy_gb_per_s": copy_gb,
-        "copy_fraction": gigabytes / copy_gb,
-        # NaN on the CPU, where it is measured in a process of its own
-        "peak_extra_mb": peak / 1e6,
-        "peak_over_cm": peak / case.cm_bytes,
-        "peak_over_gradients": peak / case.logit_bytes,
-        "needs_gb": math.nan,  # of one that does not fit
-        "page_faults": timing.page_faults,
-        "cpu_share": timing.cpu_share,
-        "loss_error": found["loss"],
-        "grad_seg_error": found.get("grad_seg", math.nan),
-        "grad_cm_error": found.get("grad_cm", math.nan),
-        "grad_negative_cm_error": found.get("grad_negative_cm", math.nan),
-        **machine,
-    }
+def _compare_bits(found: _Found) -> None:
+    """Ours, again and again: the same bits, and on a CPU with any number of threads."""
+    for call in found.calls:
+        if call.provider.group != "ours":
+            continue
+        device = call.inputs.seg_logits.device.type
+        counts = [call.problem.threads] * 2 if device != "cpu" else [call.problem.threads, 2, 3]
+        first = bits(call)
+        others = [bits(Call(replace(call.problem, threads=threads), call.provider, call.inputs)) for threads in counts]
+        same = all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+        across = "runs" if device != "cpu" else "runs, and 1, 2 and 3 threads"
+        found.add(call, "same bits", float(same), "", note=f"over {across}")
+        if not same:
+            found.wrong[f"{call.problem}: {call.provider.name}"] = f"other bits over {across}"
 
 
-def race(case: Case, contestants: Sequence[Contestant], budget: float, repeats: int | None) -> dict[str, Any]:
-    """Verify, then time. Where ours is wrong nobody is timed: there would be nothing to compare with."""
-    meter = meter_for(case.device)
-    inputs = make_inputs(case)
-    expected = truth(inputs)
-    verified = verify(case, contestants, lambda contestant: errors(contestant, inputs, expected))
-    return {
-        "rows": timed_rows(case, verified, inputs, meter, budget, repeats),
-        "wrong": verified.wrong,
-        "absent": verified.absent,
-    }
-
-
-def timed_rows(
-    case: Case,
-    verified: Verified,
-    inputs: AnyInputs,
-    meter: Meter,
-    budget: float,
-    repeats: int | None,
-    peaks: dict[Contestant, float] | None = None,
-) -> list[dict[str, Any]]:
-    fit = verified.fit
-    if not any(contestant.name.startswith(OURS) for contestant, _ in fit):
-        return []
-    timings = time_all([contestant for contestant, _ in fit], inputs, budget, repeats, meter)
-    # Ratios are taken against our first row: first backend, schedule and thread count.
-    our_ms = next(t.median_ms for (c, _), t in zip(fit, timings, strict=True) if c.name.startswith(OURS))
-    copies = {threads: meter.copy_bandwidth(threads) for threads in {contestant.threads for contestant, _ in fit}}
-    machine = meter.environment()
-    return [
-        row(
-            case,
-            contestant,
-            found,
-            timing,
-            our_ms,
-            copies[contestant.threads],
-            machine,
-            math.nan if peaks is None else peaks[contestant],
-        )
-        for (contestant, found), timing in zip(fit, timings, strict=True)
-    ]
-
-
-# --- many cases, on a device that keeps its memory to itself ------------------------------------------------------------
-
-
-def race_on_device(
-    case: Case, contestants: Sequence[Contestant], backends: Sequence[str], budget: float, repeats: int | None
-) -> dict[str, Any]:
-    """`race` for sizes at which one contestant can fill the device: truth in bands, peak memory, who does not fit."""
-    meter = meter_for(case.device)
-    inputs = make_inputs(case)
-    peaks: dict[Contestant, float] = {}
-
-    def examine(contestant: Contestant) -> dict[str, float]:
+def _peaks(found: _Found, meter: Meter) -> None:
+    for call in list(found.calls):
         meter.make_room()
-        found = errors_in_bands(contestant, case, inputs)
-        if verdict(case, found) is None:  # the second run: what the first has loaded and set aside is no part of it
-            try:
-                peaks[contestant] = meter.peak_extra_bytes(contestant, inputs)
-            except torch.OutOfMemoryError:
-                raise DoesNotFit(contestant, "in its second run") from None
-            finally:
-                clear(inputs)
-        return found
-
-    verified = verify(case, contestants, examine)
-    while True:
         try:
-            rows = timed_rows(case, verified, inputs, meter, budget, repeats, peaks)
+            found.add(call, "peak", meter.peak_extra_bytes(call) / MB, "MB", runs=1)
+        except torch.OutOfMemoryError:
+            found.calls.remove(call)
+            found.unfit.append(call)
+
+
+def _time(found: _Found, meter: Meter, budget: float, most: int) -> None:
+    while any(call.provider.group == "ours" for call in found.calls):
+        try:
+            timings = time_all(found.calls, meter, budget, most)
             break
         except DoesNotFit as full:
-            verified.too_large.append(full.contestant)
-            verified.fit = [(other, found) for other, found in verified.fit if other is not full.contestant]
-    if rows:
-        held = sum(leaf.nbytes for leaf in leaves(inputs).values()) + case.fields * case.pixels
-        clear(inputs)
-        del inputs
-        meter.make_room()
-        rows += [
-            does_not_fit(case, contestant, rows[0], held + needed(case, contestant, backends, meter))
-            for contestant in verified.too_large
-        ]
-    elif verified.too_large:
-        verified.wrong["ours"] = "none of ours is both right and small enough, so nobody was timed"
-    return {"rows": rows, "wrong": verified.wrong, "absent": verified.absent}
+            found.unfit.append(full.args[1])
+            found.calls.remove(full.args[1])
+    else:
+        return
+    for call, timing in zip(found.calls, timings, strict=True):
+        spread = {"runs": timing.runs, "cpu_share": timing.cpu_share}
+        milliseconds = {"value": 1e3 * timing.median, "p20": 1e3 * timing.p20, "p80": 1e3 * timing.p80}
+        found.add(call, "time", unit="ms", **milliseconds, **spread)
+        if call.inputs.seg_logits.device.type == "cpu":
+            found.add(call, "page faults", timing.page_faults, "a run", **spread)
+        else:
+            found.add(call, "host time", 1e3 * timing.host, "ms", **spread)
+            found.add(call, "device allocations", timing.page_faults, "a run", **spread)
+    seen: set[str] = set()
+    for call in found.calls:
+        if str(call.problem) not in seen:
+            seen.add(str(call.problem))
+            found.rows += _cost_rows(call)
 
 
-def needed(case: Case, contestant: Contestant, backends: Sequence[str], meter: Meter) -> float:
-    """Peak extra bytes that it would have at full size: everything that it makes grows with the number of pixels."""
-    parts = 4 if case.height % (4 * case.stride) == 0 == case.width % (4 * case.stride) else 2
-    small = dataclasses.replace(case, height=case.height // parts, width=case.width // parts)
-    inputs = make_inputs(small)
-    again = next(
-        c for c in make_contestants(small, *backends) if (c.name, c.schedule) == (contestant.name, contestant.schedule)
-    )
+def _cost_rows(call: Call) -> list[Row]:
+    """What has to be moved and computed at the least, and how large the gradients are."""
+    about = {"problem": str(call.problem), "provider": "", "group": "", "kernels": ""}
+    counted = cost(call.problem, call.inputs.labelled())
+    rows = [{**about, "quantity": name, "value": value, "unit": ""} for name, value in counted._asdict().items()]
+    if call.problem.mode in ("fb", "b"):
+        size = sum(leaf.nbytes for leaf in call.inputs.leaves.values())
+        rows.append({**about, "quantity": "gradients", "value": size / MB, "unit": "MB"})
+    return rows
+
+
+def _needs(call: Call, device: str, meter: Meter) -> float:
+    """Bytes that it would take at full size, inputs and peak: everything that it makes grows with the number of pixels."""
+    small = replace(call.problem, height=call.problem.height // 4, width=call.problem.width // 4)
+    meter.make_room()
+    inputs = make_inputs(small, device)
+    again = Call(small, call.provider, inputs)
     try:
-        first_run(again, inputs)
-        return parts**2 * meter.peak_extra_bytes(again, inputs)
+        again.result()
+        held = sum(leaf.nbytes for leaf in inputs.leaves.values()) + sum(kind.labels.nbytes for kind in inputs.kinds)
+        return 16 * (held + meter.peak_extra_bytes(again))
     except (DoesNotFit, Unavailable):
         return math.nan
     finally:
-        clear(inputs)
+        again.after()
 
 
-def does_not_fit(case: Case, contestant: Contestant, like: dict[str, Any], needs: float) -> dict[str, Any]:
-    """A row without figures but one: how much memory it would take, computed from a smaller image of the same kind."""
-    measured: tuple[str, ...] = (
-        "ns_per_pixel",
-        "times_ours",
-        "gb_per_s",
-        "copy_fraction",
-        "page_faults",
-        "cpu_share",
-        "host_ms",
-    )
-    measured += ("median_ms", "p20_ms", "p80_ms", "peak_extra_mb", "peak_over_cm", "peak_over_gradients")
-    measured += tuple(key for key in like if key.endswith("_error"))
-    return {
-        **like,
-        **dict.fromkeys(measured, math.nan),
-        "status": "does not fit",
-        "contestant": contestant.name,
-        "schedule": contestant.schedule,
-        "runs": 0,
-        "needs_gb": needs / 1e9,
-    }
+def weigh(group: Sequence[tuple[str, Sequence[str]]], device: str, task: dict[str, Any]) -> dict[str, Any]:
+    """Peak memory, of those that were right: one run each, warmed up on a tiny image."""
+    found, meter = _Found(), meter_for(device)
+    for line, words in group:
+        problem = parse(line)
+        inputs = make_inputs(problem, device)
+        stride = math.lcm(problem.seg_stride, int(problem.field) if problem.field.isdigit() else 1)
+        tiny = problem.scaled_down(2 * stride, 2 * stride)
+        tiny_inputs = make_inputs(tiny, device)
+        for provider in choose(problem, device, words)[0]:
+            if provider.group == "compiled":
+                continue
+            warm = Call(tiny, provider, tiny_inputs)
+            warm.result()
+            warm.after()
+            found.calls.append(Call(problem, provider, inputs))
+            _peaks(found, meter)
+            found.calls.clear()
+    return {"rows": found.rows, "wrong": {}, "absent": {}}
+
+
+def limit_rows(device: str, threads: Sequence[int]) -> dict[str, Any]:
+    """The machine's own limits, for each number of threads."""
+    rows = []
+    for count in threads:
+        measured = limits.measure(device, count)
+        for name in ("copy", "read", "exp", "fma"):
+            value = getattr(measured, name)
+            about = {"problem": f"machine t{count}", "provider": "", "group": "", "kernels": "", "note": ""}
+            about["note"] = measured.reasons.get(name, "")
+            rows.append(
+                {**about, "quantity": name, "value": value, "unit": "B/s" if name in ("copy", "read") else "/s"}
+            )
+    return {"rows": rows, "wrong": {}, "absent": {}}
 
 
 def stream(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One result per case of ``task``, as it is done."""
-    for name in task["cases"]:
+    """An event as each group of ``task`` begins, and one with what was found."""
+    device = task["device"]
+    for index, group in enumerate(task["groups"]):
         if time.time() >= task["deadline"]:
-            yield {"case": name, "skipped": "the time budget was used up"}
+            yield {"index": index, "skipped": "the time budget was used up"}
             continue
-        yield {"case": name, "begins": True}
-        torch._dynamo.reset()  # its caches are per code object, and full after eight cases
-        case = dataclasses.replace(GPU_BY_NAME[name], device=task["device"])
-        case = chosen_contestants(case, compile=task["compile"], full=task["full"])
-        budget = task["budget"] * (TARGET_SHARE if name in TARGET_CASE_NAMES else 1)
+        yield {"index": index, "begins": True}
+        torch._dynamo.reset()  # its caches are per code object, and full after eight problems
         started = time.monotonic()
         try:
-            contestants = make_contestants(case, *task["backends"])
-            result = race_on_device(case, contestants, task["backends"], budget, task["repeats"])
+            if task["do"] == "limits":
+                result = limit_rows(device, group)
+            else:
+                result = (weigh if task["do"] == "weigh" else examine)(group, device, task)
         except Exception as error:
             traceback.print_exc()
             result = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
-        yield {"case": name, "seconds": time.monotonic() - started, **result}
+        yield {"index": index, "seconds": time.monotonic() - started, **result}
         gc.collect()
-        if torch.device(task["device"]).type == "cuda":
+        if torch.device(device).type == "cuda":
             torch.cuda.synchronize()  # raises after an illegal access: this process is of no use any more
             torch.cuda.empty_cache()
 
 
-def weigh(names: Sequence[str], backend: str) -> dict[str, Any]:
-    """Peak extra memory, bytes, of the eager contestants: one run each, warmed up on a tiny case."""
-    found = []
-    for name in names:
-        case = BY_NAME[name]
-        inputs = make_inputs(case)
-        eager = [c for c in make_contestants(case, backend) if not c.name.startswith("compiled")]
-        if (
-            case.mode == "forward" or case.stream == "negative"
-        ):  # what baselines hold there is no news, and takes a minute
-            eager = [c for c in eager if c.name.startswith(OURS)]
-        tiny = make_inputs(_tiny(case))
-        for contestant in eager:
-            with contestant.setting():
-                run_once(contestant, tiny)
-            extra = peak_extra_bytes(contestant, inputs)
-            found.append([name, contestant.name, contestant.schedule, contestant.threads, extra])
-        clear(inputs)
-    return {"memory": found}
-
-
-def _tiny(case: Case) -> Case:
-    return dataclasses.replace(case, height=2 * case.stride, width=2 * case.stride)
-
-
 def main(argv: Sequence[str]) -> int:
     task = json.loads(argv[0])
-    warnings.simplefilter("ignore")  # inductor's own deprecation warnings
-    if task["do"] == "stream":
-        for event in stream(task):
-            print(EVENT + json.dumps(event), flush=True)
-        return 0
-    torch.set_num_threads(task["threads"])
-    if task["do"] == "weigh":
-        result = weigh(task["cases"], task["backend"])
-    else:
-        case = BY_NAME[task["case"]]
-        if task["full"]:
-            case = with_full_contestants(case)
-        if len(case.threads) == 1:
-            case = dataclasses.replace(case, threads=(task["threads"],))
-        contestants = make_contestants(case, task["backend"])
-        if task["repeats"] is not None and task["repeats"] < LEAST_ROUNDS:
-            raise ValueError(f"repeats: expected at least {LEAST_ROUNDS}, got {task['repeats']}")
-        result = race(case, contestants, task["budget"], task["repeats"])
-    print(json.dumps(result))
+    if "threads" in task:
+        torch.set_num_threads(task["threads"])
+    for event in stream(task):
+        print(EVENT + json.dumps(event), flush=True)
     return 0
 
 

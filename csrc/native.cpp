@@ -1,21 +1,18 @@
 // `coarse_kernels._native`: the native code seen from NumPy, without torch. Facts about the machine and the build, the
-// machine's own ceilings for the roofline, and the shared mathematics (coarse_math.h) for the tests to hold against
+// machine's own limits (cpu/limits.h), and the shared mathematics (coarse_math.h) for the tests to hold against
 // NumPy.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
-#include <chrono>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "coarse_math.h"
 #include "cpu/kernel_set.h"
+#include "cpu/limits.h"
 
 namespace py = pybind11;
 
@@ -28,13 +25,6 @@ const coarse::Kernels& kernels() {
   static const auto* chosen = static_cast<const coarse::Kernels*>(PyCapsule_Import("coarse_kernels._C.kernels", 0));
   if (chosen == nullptr) throw py::error_already_set();
   return *chosen;
-}
-
-double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
 }
 
 py::dict cpu_info() {
@@ -120,47 +110,20 @@ py::dict pixel(py::array_t<R, py::array::c_style | py::array::forcecast> seg_log
   return result;
 }
 
-// Bytes read plus bytes written per second by a copy past the caches, median of `repeats`, on touched memory.
-double copy_bandwidth(int64_t megabytes, int repeats) {
-  if (megabytes < 1 || repeats < 1) throw std::invalid_argument("megabytes, repeats: expected at least 1");
-  const int64_t n = megabytes * (1 << 20) / 4;
-  const auto buffer = [&] {
-    float* p = static_cast<float*>(std::aligned_alloc(4096, sizeof(float) * static_cast<size_t>(n)));
-    if (p == nullptr) throw std::bad_alloc();
-    std::fill(p, p + n, 1.0f);
-    return std::unique_ptr<float, decltype(&std::free)>(p, &std::free);
+// A limit as Python calls it: the lock is released, but only once the kernels are there, which may import a module.
+template <class... Arguments>
+auto unlocked(double (*limit)(const coarse::Kernels&, Arguments...)) {
+  return [limit](Arguments... arguments) {
+    const coarse::Kernels& chosen = kernels();
+    py::gil_scoped_release release;
+    return limit(chosen, arguments...);
   };
-  const auto src = buffer(), dst = buffer();
-  std::vector<double> times;
-  const coarse::Kernels& chosen = kernels();  // may import a module: before the lock is released
-  py::gil_scoped_release release;
-  for (int k = 0; k <= repeats; ++k) {
-    const double start = seconds();
-    chosen.stream_copy(src.get(), dst.get(), n);
-    if (k > 0) times.push_back(seconds() - start);
-  }
-  return 2.0 * sizeof(float) * static_cast<double>(n) / median(times);
-}
-
-// Exponentials per second of the vector exp, in cache.
-double exp_throughput(int repeats) {
-  if (repeats < 1) throw std::invalid_argument("repeats: expected at least 1");
-  constexpr int64_t kCount = 4096, kRounds = 256;
-  std::vector<float> x(kCount), y(kCount);
-  for (int64_t k = 0; k < kCount; ++k) x[k] = -static_cast<float>(k) / 64.0f;
-  std::vector<double> times;
-  for (int k = 0; k <= repeats; ++k) {
-    const double start = seconds();
-    for (int64_t round = 0; round < kRounds; ++round) kernels().exp_array(x.data(), y.data(), kCount);
-    if (k > 0) times.push_back(seconds() - start);
-  }
-  return static_cast<double>(kCount * kRounds) / median(times);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Native code of coarse_kernels seen from NumPy: facts, ceilings, and the shared per-pixel mathematics.";
+  m.doc() = "Native code of coarse_kernels seen from NumPy: facts, limits, and the shared per-pixel mathematics.";
   m.attr("EXP_ULP") = coarse::kExpUlp;
   m.attr("LOG_ULP") = coarse::kLogUlp;
   m.attr("EXP_FLUSH") = coarse::kExpFlush;
@@ -178,7 +141,12 @@ PYBIND11_MODULE(_native, m) {
         py::arg("trace_weight") = 0.0, "One pixel in log space, float32; reported = T[:, y].");
   m.def("pixel_f64", &pixel<double>, py::arg("seg_logits"), py::arg("cm_logits"), py::arg("reported"),
         py::arg("trace_weight") = 0.0, "One pixel in log space, float64; reported = T[:, y].");
-  m.def("copy_bandwidth", &copy_bandwidth, py::arg("megabytes") = 128, py::arg("repeats") = 7,
-        "Bytes per second, read plus written, of a streaming copy on one thread.");
-  m.def("exp_throughput", &exp_throughput, py::arg("repeats") = 7, "Exponentials per second on one thread, in cache.");
+  m.def("copy_bandwidth", unlocked(&coarse::copy_bandwidth), py::arg("megabytes") = 128, py::arg("repeats") = 7,
+        py::arg("threads") = 1, "Bytes per second, read plus written, of a streaming copy: the best of `repeats`.");
+  m.def("read_bandwidth", unlocked(&coarse::read_bandwidth), py::arg("megabytes") = 128, py::arg("repeats") = 7,
+        py::arg("threads") = 1, "Bytes per second of the sum of a float32 array: the best of `repeats`.");
+  m.def("exp_throughput", unlocked(&coarse::exp_throughput), py::arg("repeats") = 7, py::arg("threads") = 1,
+        "Exponentials per second, float32, in cache: the best of `repeats`.");
+  m.def("fma_throughput", unlocked(&coarse::fma_throughput), py::arg("repeats") = 7, py::arg("threads") = 1,
+        "Multiply-adds per second, float32, in registers; each lane counts: the best of `repeats`.");
 }

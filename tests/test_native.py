@@ -215,7 +215,17 @@ def test_cpu_and_build_info() -> None:
     assert build["architecture"] in ("x86_64", "aarch64", "other")
 
 
-@pytest.mark.parametrize("call", ["copy_bandwidth(8, 3)", "exp_throughput(3)", "exp([0.0])", "cpu_info()"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "copy_bandwidth(8, 3)",
+        "read_bandwidth(8, 3)",
+        "exp_throughput(3)",
+        "fma_throughput(3)",
+        "exp([0.0])",
+        "cpu_info()",
+    ],
+)
 def test_the_first_call_in_a_fresh_process(call: str) -> None:
     """It fetches the kernels from the other module, which may not be imported yet: with the lock released it crashed."""
     done = run_python(f"import coarse_kernels._native as m\nprint(m.{call})")

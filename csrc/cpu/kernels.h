@@ -54,6 +54,32 @@ void stream_copy(const float* src, float* dst, int64_t n) {
   stream_fence();
 }
 
+// Sum of n floats (n a multiple of 8 vectors), of any rounding: the machine's limit for reading. One sum would be bound
+// by the latency of its additions.
+float sum_array(const float* x, int64_t n) {
+  constexpr int64_t N = kLanes<float>;
+  constexpr int kSums = 8;
+  VecF sums[kSums] = {};
+  for (int64_t k = 0; k < n; k += kSums * N) {
+    for (int j = 0; j < kSums; ++j) sums[j] += load(x + k + j * N);
+  }
+  for (int j = 1; j < kSums; ++j) sums[0] += sums[j];
+  return static_cast<float>(sum_lanes<float>(sums[0]));
+}
+
+// x = x / 2 + 1, `rounds` times, on kFmaChains vectors: the machine's limit for arithmetic. Nothing overflows, and
+// nothing becomes subnormal: x goes to 2.
+void fma_chains(float* x, int64_t rounds) {
+  constexpr int64_t N = kLanes<float>;
+  const VecF half = broadcast<VecF>(0.5f), one = broadcast<VecF>(1.0f);
+  VecF chains[kFmaChains];
+  for (int j = 0; j < kFmaChains; ++j) chains[j] = load(x + j * N);
+  for (int64_t round = 0; round < rounds; ++round) {
+    for (int j = 0; j < kFmaChains; ++j) chains[j] = chains[j] * half + one;
+  }
+  for (int j = 0; j < kFmaChains; ++j) store(x + j * N, chains[j]);
+}
+
 void convert(const float* src, void* dst, Storage storage, int64_t n) { store_run(dst, storage, 0, n, src); }
 
 template <class R>
@@ -62,7 +88,8 @@ constexpr KernelSet<R> kernel_set() {
 }
 
 constexpr Kernels make_kernels(const char* isa) {
-  return {isa, COARSE_SIMD_BYTES, kernel_set<float>(), scan_labels, exp_array, log_array, stream_copy, convert};
+  return {isa,       COARSE_SIMD_BYTES, kernel_set<float>(), scan_labels, exp_array,
+          log_array, stream_copy,       sum_array,           fma_chains,  convert};
 }
 
 }  // namespace

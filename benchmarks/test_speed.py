@@ -1,0 +1,84 @@
+"""A small stable set under pytest-benchmark, and a ratio that must hold; not part of the default test run.
+
+    pytest benchmarks --benchmark-only --benchmark-autosave
+    pytest benchmarks --benchmark-only --benchmark-compare --benchmark-compare-fail=median:10%
+
+Small images, one thread: absolute times of one machine against itself. The last test needs no earlier run: it fails where
+ours takes more than a stated part of plain PyTorch's time in the same minute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import coarse_kernels
+from benchmarks.meters import CpuMeter, time_all
+from benchmarks.problem import make_inputs, parse
+from benchmarks.providers import choose, setting
+from benchmarks.verify import Call, complaint, errors, find_truth
+
+pytest.importorskip("pytest_benchmark")
+
+PROBLEMS = (
+    "c2 64x64",
+    "c2 128x256",
+    "c10 64x128",
+    "c19 64x128",
+    "c19 64x128 negative",
+    "c19 64x128 nograd",
+    "c19 64x128 bf16",
+    "c19 128x256 cm8",
+    "c19 128x256 seg4 cm8 positive+trusted",
+    "c19 128x256 seg4 labels",
+    "c19 128x256 seg4 map",
+)
+# problem, competitor, how many times as long it takes at the least: about half of what was measured on AVX-512 and AVX2
+RATIOS = (
+    ("c10 128x256", "softmax_rows", 2.0),
+    ("c19 128x256", "closed_form", 1.3),
+    ("c19 128x256 cm8", "closed_form_matmul", 3.0),
+    ("c19 256x512 seg4 labels", "cross_entropy", 3.0),
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    if "cpu" not in coarse_kernels.available_backends("cpu"):
+        pytest.skip("the compiled extension is missing")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _call(line: str, name: str) -> Call:
+    problem = parse(line)
+    inputs = make_inputs(problem)
+    ((provider,), _) = choose(problem, "cpu", [name])
+    call = Call(problem, provider, inputs)
+    assert complaint(problem, errors(call, find_truth(problem, inputs))) is None
+    return call
+
+
+@pytest.mark.parametrize("line", PROBLEMS)
+def test_speed(benchmark: Any, line: str) -> None:
+    call = _call(line, "cpu")
+    with setting(call.provider, 1):
+        benchmark.pedantic(call.run, setup=call.before, rounds=100, warmup_rounds=3)
+
+
+@pytest.mark.parametrize(("line", "name", "least"), RATIOS)
+def test_ours_keeps_its_lead(benchmark: Any, line: str, name: str, least: float) -> None:
+    ours, other = _call(line, "cpu"), _call(line, name)
+
+    def ratio() -> float:
+        mine, theirs = time_all([ours, other], CpuMeter(), 2.0)
+        return theirs.median / mine.median
+
+    found = max(benchmark.pedantic(ratio, rounds=1) for _ in range(1))
+    benchmark.extra_info["ratio"] = found
+    assert found >= least

@@ -1,0 +1,238 @@
+"""Right or wrong: every provider is held to the float64 reference, on the very inputs that are measured where that fits.
+
+The truth is added up in bands of rows, so that no field in float64 is ever whole in memory but the gradient's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import coarse_kernels
+
+from .problem import IGNORE, Inputs, Problem
+from .providers import Provider, Thunk, setting
+
+# Relative error of the loss, and in 2-norm of each gradient, on the same (rounded) inputs.
+# float32: plain PyTorch and the kernels are within 5e-7, and 2e-6 with a transition; a wrong term or a dropped pixel shows at
+#   1e-3. 16 bits: the mathematics is float32, but a stored gradient has 8 bits of bfloat16, 2**-9 at worst.
+LOSS_BOUND = {"fp32": 2e-6, "bf16": 2e-5, "fp16": 2e-5, "fp64": 1e-12}
+GRADIENT_BOUND = {"fp32": 5e-6, "bf16": 8e-3, "fp16": 8e-3, "fp64": 1e-10}
+POSTERIOR_BOUND = {"fp32": 1e-5, "bf16": 8e-3, "fp16": 2e-3, "fp64": 1e-10}  # absolute
+ARGMAX_BOUND = 2e-5  # how far below the largest logit, of its size, the one of the chosen class may be
+BAND_BYTES = 256 << 20  # of one float64 field in a band; the reference holds about a dozen of them at a time
+CPU_VALUES = 64 << 20  # C x C x pixels above which a CPU takes too long: then a smaller image of the kind is verified
+SMALL = (64, 128)
+
+
+class Unavailable(RuntimeError):
+    """This provider cannot run on this machine; the others can."""
+
+
+class DoesNotFit(RuntimeError):
+    """This provider ran out of memory."""
+
+
+class Call:
+    """One provider on one problem: `before` and `after` are outside the clock, `run` is under it."""
+
+    def __init__(self, problem: Problem, provider: Provider, inputs: Inputs):
+        self.problem, self.provider, self.inputs = problem, provider, inputs
+        self.name = f"{problem} | {provider.name}"
+        self._thunk: Thunk | None = None
+        self._held: Tensor | None = None
+
+    def before(self) -> None:
+        self.after()
+        if self._thunk is None:
+            self._thunk = self.provider.prepare(self.problem, self.inputs)
+        if self.problem.mode == "b":
+            self._held = self._thunk()
+
+    def run(self) -> None:
+        assert self._thunk is not None
+        mode = self.problem.mode
+        if mode == "b":
+            assert self._held is not None
+            self._held.backward()
+        elif mode in ("fb", "f"):
+            self._held = self._thunk()
+            if mode == "fb":
+                self._held.backward()
+        else:
+            with torch.no_grad():
+                self._held = self._thunk()
+
+    def after(self) -> None:
+        self._held = None
+        for leaf in self.inputs.leaves.values():
+            leaf.grad = None
+
+    def result(self) -> Tensor:
+        """The loss, posterior or label map; gradients are left in the inputs. Also the warm-up."""
+        try:
+            with setting(self.provider, self.problem.threads):
+                self.before()
+                self.run()
+            assert self._held is not None
+            return self._held.detach()
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+        except Exception as error:
+            if self.provider.group == "compiled":  # no C++ compiler, or a graph that inductor cannot take
+                raise Unavailable(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+            raise
+        # Raised out here, where the first error and with it every tensor of the frames that it left are gone.
+        self.after()
+        raise DoesNotFit(reason)
+
+
+class Truth(NamedTuple):
+    """In float64. loss: 0-d, or the posterior; gradients: by the names of `Inputs.leaves`."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+
+
+def verified_problem(problem: Problem, device: str) -> Problem:
+    """The problem itself, or where float64 would take a CPU minutes a smaller image of the same kind."""
+    width = problem.classes**2 if problem.fields else problem.classes
+    if device != "cpu" or width * problem.pixels <= CPU_VALUES:
+        return problem
+    return problem.scaled_down(*SMALL)
+
+
+def find_truth(problem: Problem, inputs: Inputs, most_bytes: int = BAND_BYTES) -> Truth:
+    if problem.mode == "map":
+        return Truth(torch.zeros(()), {})
+    device = inputs.seg_logits.device
+    if problem.mode == "posterior":
+        bands = [
+            coarse_kernels.annotation_posterior(band.seg_logits, band.kinds, backend="reference")[:, :, band.inside]
+            for band in _bands(problem, inputs, most_bytes)
+        ]
+        return Truth(torch.cat(bands, 2), {})
+    wanted = inputs.leaves if problem.mode in ("fb", "b") else {}
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    gradients = {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in wanted.items()}
+    for band in _bands(problem, inputs, most_bytes):
+        leaves = [band.seg_logits, *(k.cm_logits for k in band.kinds if k.cm_logits is not None)]
+        part = coarse_kernels.annotation_objective(band.seg_logits, band.kinds, backend="reference").loss
+        loss += part.detach()
+        if wanted:
+            found = torch.autograd.grad(part, leaves)
+            for whole, rows, own in zip(gradients.values(), band.rows, found, strict=True):
+                whole[..., rows, :] += own
+    return Truth(loss, gradients)
+
+
+@dataclass
+class _Band:
+    """Rows of the image in float64. Labels of all but its own rows are gone, so that bands add up."""
+
+    seg_logits: Tensor
+    kinds: tuple[coarse_kernels.Drawings, ...]
+    rows: list[slice]  # of each leaf, that the band took
+    inside: slice  # its own rows, of those that it took
+
+
+def _bands(problem: Problem, inputs: Inputs, most_bytes: int) -> Iterator[_Band]:
+    grids = [leaf.shape[-2] for leaf in inputs.leaves.values()]
+    strides = [problem.height // rows for rows in grids if rows > 1]
+    step = math.lcm(*strides) if strides else 1
+    width = problem.classes**2 if problem.fields else problem.classes
+    own = max(1, most_bytes // (8 * width * problem.images * problem.width * step)) * step
+    if any(rows > 1 and rows * stride != problem.height for rows, stride in zip(grids, strides, strict=False)):
+        own = problem.height  # rows of such a grid lie at no whole number of pixels
+    halo = step if step > 1 else 0
+    counts = [(kind.labels != IGNORE).sum(dtype=torch.float64) for kind in inputs.kinds]
+    for start in range(0, problem.height, own):
+        stop = min(start + own, problem.height)
+        first, last = max(0, start - halo), min(problem.height, stop + halo)
+        rows: list[slice] = []
+
+        def cut(leaf: Tensor, rows: list[slice] = rows, first: int = first, last: int = last) -> Tensor:
+            grid = leaf.shape[-2]
+            stride = problem.height // grid if grid > 1 else 0
+            whole = (
+                slice(None) if not stride or last - first == problem.height else slice(first // stride, last // stride)
+            )
+            rows.append(whole)
+            return leaf.detach()[..., whole, :].double().requires_grad_()
+
+        seg_logits = cut(inputs.seg_logits)
+        kinds = []
+        for kind, count in zip(inputs.kinds, counts, strict=True):
+            labels = kind.labels[..., first:last, :].clone()
+            labels[..., : start - first, :] = IGNORE
+            labels[..., stop - first :, :] = IGNORE
+            kinds.append(
+                dataclasses.replace(
+                    kind,
+                    labels=labels,
+                    cm_logits=None if kind.cm_logits is None else cut(kind.cm_logits),
+                    transition=None if kind.transition is None else kind.transition.double(),
+                    normalizer=count,
+                )
+            )
+        yield _Band(seg_logits, tuple(kinds), rows, slice(start - first, stop - first))
+
+
+def errors(call: Call, truth: Truth) -> dict[str, float]:
+    """Relative errors, absolute ones of a posterior; of a label map how much too small the logit of the chosen class is."""
+    problem, inputs = call.problem, call.inputs
+    result = call.result()
+    if problem.mode == "map":
+        found = {"label map": _gap(inputs, result)}
+    elif problem.mode == "posterior":
+        found = {"posterior": float((result.double() - truth.loss).abs().max())}
+    else:
+        found = {"loss": float((result.double() - truth.loss).abs() / truth.loss.abs())}
+        for name, true in truth.gradients.items():
+            own = inputs.leaves[name].grad
+            found[name] = math.nan if own is None else _distance(own, true)
+    call.after()
+    return found
+
+
+def _distance(own: Tensor, true: Tensor) -> float:
+    """In 2-norm, relative; an image at a time, since the difference in float64 takes as much as the truth."""
+    squares = torch.zeros(2, dtype=torch.float64, device=true.device)
+    for a, b in zip(own, true, strict=True):
+        for one, other in zip(a, b, strict=True):
+            squares += torch.stack(((one.double() - other).square().sum(), other.square().sum()))
+    return float((squares[0] / squares[1]).sqrt())
+
+
+def _gap(inputs: Inputs, chosen: Tensor) -> float:
+    gaps = []
+    for logits, classes in zip(inputs.seg_logits, chosen, strict=True):
+        values = F.interpolate(logits[None].double(), inputs.size, mode="bilinear", align_corners=False)[0]
+        gaps.append(((values.amax(0) - values.gather(0, classes[None].long())[0]) / values.abs().amax()).max())
+    return float(torch.stack(gaps).max())
+
+
+def complaint(problem: Problem, found: dict[str, float]) -> str | None:
+    """Why it may not be measured, or None."""
+    for name, error in found.items():
+        bounds = {"loss": LOSS_BOUND, "posterior": POSTERIOR_BOUND}.get(name, GRADIENT_BOUND)
+        bound = ARGMAX_BOUND if name == "label map" else bounds[problem.dtype]
+        if not error <= bound:  # NaN fails too
+            kind = "absolute" if name == "posterior" else "relative"
+            return f"{name} is off by {error:.2g} ({kind}), allowed is {bound:.2g}"
+    return None
+
+
+def bits(call: Call) -> list[Tensor]:
+    """Result and gradients, to be compared bit for bit."""
+    result = call.result().clone()
+    found = [result, *(leaf.grad.clone() for leaf in call.inputs.leaves.values() if leaf.grad is not None)]
+    call.after()
+    return found

@@ -1,0 +1,108 @@
+"""`make bench-step`: what is measured, what is computed, and that all steps do the same."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from benchmarks import step
+from benchmarks.problem import parse
+from benchmarks.step import GB, Line, Measured
+from coarse_kernels import Drawings, Objective, annotation_objective
+
+SMALL = ("c3 128x256 seg4 cm8 positive+trusted", "c3 128x256 seg4 cm8 positive+negative")
+
+
+def test_all_steps_compute_the_same_and_the_table_says_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "measure", step.step)  # in this process: a fraction of a second
+    assert step.main([*SMALL, "--steps", "1", "--no-confirm", "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "step.md").read_text()
+    expected = [
+        f"| `{parse(line.replace('128x256', size))}` | {name} |"
+        for line in SMALL
+        for size in ("128x256", "64x128", "32x64", "16x32")
+        for name in step.PROVIDERS
+    ]
+    rows = [line for line in text.splitlines() if line.endswith("| measured |")]
+    assert [row[: len(start)] for row, start in zip(rows, expected, strict=True)] == expected
+    assert "## The largest image" in text
+
+
+@pytest.mark.parametrize("line", SMALL)
+def test_our_step_is_one_call_of_the_operator(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def spy(seg_logits: Tensor, drawings: list[Drawings], **options: Any) -> Objective:
+        fields = [None if kind.cm_logits is None else tuple(kind.cm_logits.shape[3:]) for kind in drawings]
+        calls.append((tuple(seg_logits.shape[2:]), fields))
+        return annotation_objective(seg_logits, drawings, **options)
+
+    monkeypatch.setattr("coarse_kernels.annotation_objective", spy)
+    step.step(line.replace("128x256", "64x96"), "reference", "cpu", 1)  # and one that warms up
+    of_negatives = (8, 12) if "negative" in line else None
+    assert calls == [((16, 24), [(8, 12), of_negatives])] * 2
+
+
+def test_a_step_in_a_process_of_its_own() -> None:
+    found = step.measure("c3 32x64 seg4 cm8 positive+trusted", "reference", "cpu", 1)
+    assert 1e8 < found.peak < 4e9
+    assert found.seconds > 0
+
+
+def _fake(line: str, name: str, device: str, steps: int) -> Measured:
+    pixels = parse(line).pixels
+    return Measured(1e9 + 1000.0 * pixels if name == "published" else 5e8 + 100.0 * pixels, 1.0, 1.0)
+
+
+def test_what_does_not_fit_is_computed_from_what_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "measure", _fake)
+    monkeypatch.setattr(step, "free_bytes", lambda device: 1.6e9)
+    rows, lines = step.compare(step.PROBLEMS[0], ["ours", "published"], "cpu", 1)
+    whole = next(row for row in rows if row["provider"] == "published")
+    assert ("1024x2048" in whole["problem"], whole["how"]) == (True, "computed")
+    assert whole["peak"] == pytest.approx(1e9 + 1000.0 * 1024 * 2048)
+    assert "not run" in "\n".join(step.table(rows))
+    assert lines["published"] == pytest.approx(Line(1e9, 1000.0))
+
+
+def test_the_largest_image_fits_and_is_trained_where_there_is_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "measure", _fake)
+    monkeypatch.setattr(step, "free_bytes", lambda device: 20e9)
+    lines = {"ours": Line(5e8, 100.0), "published": Line(1e9, 1000.0)}
+    rows = step.fitting(step.PROBLEMS[0], lines, "cpu", confirm=True)
+    assert len(rows) == 2 * len(step.LIMITS_GB)
+    for row in rows:
+        height, width = map(int, row["size"].split("x"))
+        needs = lines[row["provider"]].at(height * width)
+        assert needs <= row["limit"] * GB < lines[row["provider"]].at((height + 32) * (width + 64))
+        assert height % 32 == width % 32 == 0
+        assert width == pytest.approx(2 * height, abs=64)
+        assert (row["peak"] == needs) == (row["limit"] < 18)
+    text = "\n".join(step.fitting_table(rows))
+    assert text.count("computed") == 4
+    assert step.exceeded(rows) == []
+    rows[0]["peak"] = 1.1 * rows[0]["limit"] * GB
+    assert step.exceeded(rows)[0].startswith("ours at ")
+    assert all(math.isnan(row["peak"]) for row in step.fitting(step.PROBLEMS[0], lines, "cpu", confirm=False))
+
+
+def test_steps_that_differ_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other_loss(line: str, name: str, *more: Any) -> Measured:
+        return _fake(line, name, *more)._replace(loss=1.0 if name == "ours" else 1.1)
+
+    monkeypatch.setattr(step, "measure", other_loss)
+    with pytest.raises(RuntimeError, match=r"128x256 .* the losses of ours and published differ, 1.0 and 1.1"):
+        step.compare(step.PROBLEMS[1], ["ours", "published"], "cpu", 1)
+
+
+@pytest.mark.parametrize("line", ["c3 64x64 seg4 labels", "c3 64x64 cm8 positive+trusted", "c3 64x64 seg4 cmglobal"])
+def test_a_problem_that_is_no_step(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        step.main([line])
+    assert "two kinds of drawings" in capsys.readouterr().err
