@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+import coarse_kernels
+
 from .providers import setting
 from .verify import Call, DoesNotFit
 
@@ -168,6 +170,7 @@ class CpuMeter:
         with setting(call.provider, call.problem.threads):
             for measure in (_peak_by_reset, _peak_by_sampling):
                 call.before()
+                coarse_kernels.empty_pool()  # what waits there would be used unseen
                 try:
                     return max(0.0, float(measure(call.run)))
                 except OSError:

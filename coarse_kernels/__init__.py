@@ -14,6 +14,7 @@ from .functional import (
     label_map,
 )
 from .modules import AnnotationNLL, AnnotationObjective, CoarseLabelCriterion, TransitionMatrix
+from .pool import empty_pool, pool_bytes, set_pool_limit
 from .problem import Drawings
 from .schedule import use_schedule
 from .transition import estimate_transition, uniform_transition
@@ -36,9 +37,12 @@ __all__ = [
     "available_backends",
     "coarse_label_loss",
     "confusion_logits",
+    "empty_pool",
     "estimate_transition",
     "explain",
     "label_map",
+    "pool_bytes",
+    "set_pool_limit",
     "uniform_transition",
     "use_backend",
     "use_schedule",

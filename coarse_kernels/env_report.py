@@ -9,12 +9,18 @@ import sys
 
 import torch
 
-from . import backends, native, schedule
+from . import backends, native, pool, schedule
 from .functional import explain
 from .problem import Drawings
 from .version import __version__
 
-VARIABLES = ("COARSE_KERNELS_BACKEND", "COARSE_KERNELS_SCHEDULE", "COARSE_KERNELS_ISA", "COARSE_KERNELS_DEBUG")
+VARIABLES = (
+    "COARSE_KERNELS_BACKEND",
+    "COARSE_KERNELS_SCHEDULE",
+    "COARSE_KERNELS_ISA",
+    "COARSE_KERNELS_DEBUG",
+    pool.VARIABLE,
+)
 
 
 def report() -> str:
@@ -45,6 +51,7 @@ def report() -> str:
     lines += ["", "19 classes, 256x512: class logits at stride 4, a field at stride 8 and a trusted kind on the CPU:"]
     lines += [f"  {line}" for line in explain(seg, drawings).splitlines()]
     lines += ["", f"schedule: {schedule.current()}"]
+    lines += [f"pool of large CPU results: {pool.pool_bytes()} of at most {pool.pool_limit()} bytes wait"]
     lines += [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
     return "\n".join(lines)
 

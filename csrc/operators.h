@@ -2,6 +2,7 @@
 // outputs allocated, the device's part, tensors out.
 //
 //   struct Device {
+//     static Tensor output(const Tensor& like, const std::vector<int64_t>& size, ScalarType);  // may be large
 //     template <class R> static void objective(Call<R>&);  // fills every output
 //     template <class R> static void run(Call<R>&);        // the posterior or the label map of its problem
 //     template <class R> static void kernels(Call<R>&, int64_t* out);  // four numbers for each kind
@@ -59,7 +60,7 @@ Outputs objective(Inputs in, std::vector<double> weight, std::vector<double> tra
   call.per_pixel = per_pixel;
   call.problem = describe<R>(call.in, ignore_index, call.kinds);
   const auto gradient_of = [](const Tensor& t, Field& field) {
-    Tensor gradient = new_tensor(t, sizes_of(t), t.scalar_type());
+    Tensor gradient = Device::output(t, sizes_of(t), t.scalar_type());
     field.gradient = gradient.data_ptr();
     return gradient;
   };
@@ -104,7 +105,7 @@ Tensor posterior(Inputs in, int64_t ignore_index) {
   call.problem = describe<R>(call.in, ignore_index, call.kinds);
   std::vector<int64_t> size = sizes_of(call.in.labels[0]);
   size[1] = call.problem.classes;
-  Tensor result = new_tensor(call.like(), size, call.like().scalar_type());
+  Tensor result = Device::output(call.like(), size, call.like().scalar_type());
   call.problem.posterior = result.data_ptr();
   Device::run(call);
   return result;

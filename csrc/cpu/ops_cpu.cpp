@@ -14,6 +14,10 @@ coarse::LabelScan scan(const Tensor& labels, int64_t ignore_index, int64_t class
 }
 
 struct Cpu {
+  static Tensor output(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
+    return output_tensor(like, size, dtype);
+  }
+
   template <class R>
   static void objective(Call<R>& call) {
     const size_t count = call.kinds.size();
@@ -106,10 +110,35 @@ STABLE_TORCH_LIBRARY_IMPL(coarse_kernels, CPU, m) {
   m.impl("find_bad_label", TORCH_BOX(&find_bad_label));
 }
 
-// Importing the module registers the operators. Its one attribute is the chosen kernels, for `_native` to look at.
+namespace {
+
+// pool_limit() -> bytes; pool_limit(bytes): sets it
+PyObject* pool_limit(PyObject*, PyObject* arguments) {
+  long long bytes = -1;
+  if (PyArg_ParseTuple(arguments, "|L", &bytes) == 0) return nullptr;
+  if (bytes >= 0) Pool::instance().set_limit(bytes);
+  return PyLong_FromLongLong(Pool::instance().limit());
+}
+
+PyObject* pool_bytes(PyObject*, PyObject*) { return PyLong_FromLongLong(Pool::instance().idle_bytes()); }
+
+PyObject* empty_pool(PyObject*, PyObject*) {
+  Pool::instance().empty();
+  Py_RETURN_NONE;
+}
+
+PyMethodDef kMethods[] = {{"pool_limit", &pool_limit, METH_VARARGS, nullptr},
+                          {"pool_bytes", &pool_bytes, METH_NOARGS, nullptr},
+                          {"empty_pool", &empty_pool, METH_NOARGS, nullptr},
+                          {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+// Importing the module registers the operators. It has the pool of large outputs (memory.py) and, for `_native` to look
+// at, the chosen kernels.
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, kMethods, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
   if (module == nullptr) return nullptr;
   void* kernels = const_cast<void*>(static_cast<const void*>(&coarse::kernels()));

@@ -11,6 +11,7 @@
 
 #include "../describe.h"
 #include "plan.h"
+#include "pool.h"
 
 namespace {
 
@@ -130,7 +131,7 @@ class Run {
     Booking booking{
         &field, &tensor, planes, owners, like_, std::nullopt, tensor.storage != own || (shared && owners > 1)};
     if (booking.converted) {
-      booking.sum = new_tensor(like_, {owners, n}, dtype_of<R>());
+      booking.sum = output_tensor(like_, {owners, n}, dtype_of<R>());
       field.sum = static_cast<R*>(booking.sum.data_ptr());
     } else {
       field.sum = static_cast<R*>(tensor.gradient);
@@ -139,7 +140,7 @@ class Run {
     if (zeroed) std::memset(field.sum, 0, sizeof(R) * static_cast<size_t>(owners * n));
     const int64_t heads = owners * plan.chunk_count * field.head_slots * planes * field.unit;
     if (!field.on_pixels && heads > 0) {
-      booking.heads = new_tensor(like_, {heads}, dtype_of<R>());
+      booking.heads = output_tensor(like_, {heads}, dtype_of<R>());
       field.heads = static_cast<R*>(booking.heads->data_ptr());
       if (zeroed) std::memset(field.heads, 0, sizeof(R) * static_cast<size_t>(heads));
     }

@@ -7,6 +7,11 @@
 namespace {
 
 struct Cuda {
+  // PyTorch's allocator keeps what is freed
+  static Tensor output(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
+    return new_tensor(like, size, dtype);
+  }
+
   template <class R>
   static void objective(Call<R>& call) {
     Run<R>(call).objective();

@@ -1,0 +1,57 @@
+"""Memory of the CPU backend's large results (4 MB and more): gradients of fields above all.
+
+glibc gives a large block back to the system as it is freed, so that the gradient of every step would be made of new pages, each
+of them cleared by the system as it is first touched, which takes longer than to compute the gradient. So blocks come back here
+when their tensor dies, whoever held it, and wait for the next result of that size; new ones are of huge pages where the system
+has them. What waits is at most `pool_limit`, 256 MB at first; COARSE_KERNELS_POOL_MB sets another limit, 0 switches it off.
+PyTorch's other CPU tensors cannot use what waits: see `empty_pool`.
+"""
+
+from __future__ import annotations
+
+import os
+
+from . import native
+
+VARIABLE = "COARSE_KERNELS_POOL_MB"
+_MB = 1 << 20
+
+
+def pool_limit() -> int:
+    """Bytes that may wait; 0: there is no pool, here or at all."""
+    return 0 if native.OPERATORS is None else int(native.OPERATORS.pool_limit())
+
+
+def set_pool_limit(megabytes: float) -> None:
+    """At most ``megabytes`` (2^20 bytes) wait from now on; 0 switches the pool off. Without compiled kernels nothing happens.
+
+    Raises ValueError for what is no number >= 0.
+    """
+    if isinstance(megabytes, bool) or not isinstance(megabytes, (int, float)) or not 0 <= megabytes < 1 << 40:
+        raise ValueError(f"megabytes: expected a number >= 0, got {megabytes!r}")
+    if native.OPERATORS is not None:
+        native.OPERATORS.pool_limit(int(megabytes * _MB))
+
+
+def pool_bytes() -> int:
+    """Bytes that wait now."""
+    return 0 if native.OPERATORS is None else int(native.OPERATORS.pool_bytes())
+
+
+def empty_pool() -> None:
+    """Give all that waits back to the system: before something else needs the memory."""
+    if native.OPERATORS is not None:
+        native.OPERATORS.empty_pool()
+
+
+def _from_environment() -> None:
+    text = os.environ.get(VARIABLE)
+    if not text:
+        return
+    try:
+        set_pool_limit(float(text))
+    except ValueError as error:
+        raise ValueError(f"{VARIABLE}: expected a number of megabytes >= 0, got {text!r}") from error
+
+
+_from_environment()
