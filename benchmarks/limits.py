@@ -211,7 +211,11 @@ def _measure_cuda(megabytes: int) -> Limits:
     if triton is None:
         return Limits(copy, read, math.nan, math.nan, dict.fromkeys(("exp", "fma"), "triton is not installed"))
     # Some milliseconds each: exponentials have a unit of their own, with an eighth of the lanes.
-    return Limits(copy, read, _triton_rate(_exp_kernel, 128), _triton_rate(_fma_kernel, 1024))
+    try:
+        return Limits(copy, read, _triton_rate(_exp_kernel, 128), _triton_rate(_fma_kernel, 1024))
+    except Exception as error:  # a compiler that fails costs two figures, and no run
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return Limits(copy, read, math.nan, math.nan, dict.fromkeys(("exp", "fma"), reason))
 
 
 def _triton_rate(kernel: Any, rounds: int) -> float:

@@ -182,7 +182,7 @@ class Suite:
 
     def measure(self, changed: Callable[[], None]) -> None:
         """Everything; ``changed`` is called after each group."""
-        if "speed" in self.options.mode:
+        if "speed" in self.options.mode and (self.options.limits or not self.options.problem):
             usable = len(cores(1 << 20)) if self.on_cpu else 1
             counts = sorted({1, usable})
             for event in events(self.task("limits", [counts], max(counts)), self.source):
@@ -344,6 +344,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--most", type=int, default=meters.MOST_ROUNDS, help="runs of a provider, at least 3")
     parser.add_argument("--budget-seconds", type=float, default=math.inf, help="begin nothing after so many")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes most of the time")
+    parser.add_argument(
+        "--limits", action="store_true", help="of the machine, for a single problem, too: half a minute"
+    )
     parser.add_argument("--commit", help="what to write as the commit; without it git is asked")
     parser.add_argument("--out", type=Path, help="folder of results; without it benchmarks/results/HARDWARE")
     options = parser.parse_args(argv)
@@ -355,10 +358,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--most: expected at least {meters.LEAST_ROUNDS}, got {options.most}")
     if options.seconds is None:
         options.seconds = GROUP_SECONDS["full" if options.full else "quick" if options.quick else "default"]
-    try:
-        torch.device(options.device)
-    except RuntimeError:
-        parser.error(f"--device: expected cpu or cuda, got {options.device!r}")
+    if options.device not in limits.DEVICES:
+        parser.error(f"--device: expected one of {limits.DEVICES}, got {options.device!r}")
     return options
 
 

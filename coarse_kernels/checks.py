@@ -126,19 +126,21 @@ def _check_drawings(
         _check_constant(name("class_weight"), class_weight, (classes,))
     if pixel_weight is not None:
         _check_constant(name("pixel_weight"), pixel_weight, tuple(labels.shape))
+    device = seg_logits.device
     for part, tensor in (
-        (cm_name, cm_logits),
-        (labels_name, labels),
-        (name("transition"), transition),
-        (name("class_weight"), class_weight),
-        (name("pixel_weight"), pixel_weight),
-        (name("normalizer"), normalizer),
+        ("cm_logits", cm_logits),
+        ("labels", labels),
+        ("transition", transition),
+        ("class_weight", class_weight),
+        ("pixel_weight", pixel_weight),
+        ("normalizer", normalizer),
     ):
-        if isinstance(tensor, Tensor) and tensor.device != seg_logits.device:
-            if part == name("normalizer") and tensor.dim() == 0 and tensor.device.type == "cpu":
+        if isinstance(tensor, Tensor) and tensor.device != device:
+            if part == "normalizer" and tensor.dim() == 0 and tensor.device.type == "cpu":
                 continue  # PyTorch's own rule: a 0-d CPU tensor goes with any device
-            raise ValueError(f"{part}: expected on {seg_logits.device}, where seg_logits is, got {tensor.device}")
-    _check_normalizer(name("normalizer"), normalizer, reduction)
+            raise ValueError(f"{name(part)}: expected on {device}, where seg_logits is, got {tensor.device}")
+    if normalizer is not None:
+        _check_normalizer(name("normalizer"), normalizer, reduction)
     _check_number(name("trace_weight"), given.trace_weight)
     check_weight(name("weight"), given.weight)
     if labels.dtype not in (torch.uint8, torch.int64):
@@ -155,7 +157,7 @@ def _check_drawings(
         class_weight=class_weight,
         pixel_weight=pixel_weight,
         # numpy's float32 would make its reciprocal in float32
-        normalizer=float(normalizer) if isinstance(normalizer, numbers.Real) else normalizer,
+        normalizer=normalizer if normalizer is None or isinstance(normalizer, Tensor) else float(normalizer),
     )
     _check_values(seg_logits, checked, ignore_index, name, complementary)
     return checked
@@ -214,6 +216,8 @@ def check_classes(classes: Any) -> int:
 
 
 def check_ignore_index(ignore_index: Any) -> int:
+    if type(ignore_index) is int and 0 <= ignore_index <= 255:
+        return ignore_index
     if not isinstance(ignore_index, numbers.Integral) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
     if not -(2**63) <= int(ignore_index) < 2**63:
@@ -245,7 +249,8 @@ def _check_float(name: str, value: Any) -> None:
 
 
 def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    # an abstract base class takes a microsecond to ask
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if not -math.inf < value < math.inf:  # type: ignore[operator]  # torch 2.11 cannot trace isfinite of a number that is dynamic
         raise ValueError(f"{name}: expected a finite number, got {value}")
@@ -273,6 +278,8 @@ def _check_cm(name: str, cm_logits: Tensor, batch: int, classes: int, rank: int)
 
 def _check_grid(name: str, field: Tensor, size: torch.Size, labels_name: str) -> None:
     grid = field.shape[-len(size) :]
+    if grid == size:
+        return
     if any(g > s for g, s in zip(grid, size, strict=True)):
         raise ValueError(
             f"{name}: its grid {tuple(grid)} is larger than the image {tuple(size)} that {labels_name} define; "
@@ -301,8 +308,6 @@ def _check_detached(name: str, constant: Tensor) -> None:
 
 
 def _check_normalizer(name: str, normalizer: Any, reduction: str) -> None:
-    if normalizer is None:
-        return
     if reduction != "mean":
         raise ValueError(f'{name}: belongs to reduction="mean", got reduction={reduction!r}')
     if isinstance(normalizer, Tensor):

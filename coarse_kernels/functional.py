@@ -353,7 +353,8 @@ def _scale(problem: Problem, drawings: Drawings, count: Tensor) -> Tensor | None
         normalizer = count
     elif not isinstance(normalizer, Tensor):
         return torch.full_like(count, 1.0 / normalizer)
-    normalizer = normalizer.detach().to(count)  # a 0-d CPU tensor is welcome, but kernels read it on the device
+    else:
+        normalizer = normalizer.detach().to(count)  # a 0-d CPU tensor is welcome, but kernels read it on the device
     if normalizer.device.type == "cpu" and wrapped.readable(normalizer):  # fewer steps, where the value is at hand
         return torch.zeros_like(normalizer) if normalizer.item() == 0 else normalizer.reciprocal()
     return torch.where(normalizer == 0, 0.0, 1.0 / torch.where(normalizer == 0, 1.0, normalizer))

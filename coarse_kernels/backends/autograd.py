@@ -12,7 +12,6 @@ every call, which costs 0.3 ms.
 
 from __future__ import annotations
 
-import enum
 import functools
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ _SECOND_DERIVATIVE = (
     'use backend="reference", which computes them with plain PyTorch'
 )
 _TENSOR_LISTS = ("labels", "cm_logits", "transition", "class_weight", "pixel_weight", "scale")
+_WITHOUT_TENSORS: dict[str, Any] = dict.fromkeys(("seg_logits", *_TENSOR_LISTS))
 
 Gradients = dict[int, Tensor]  # by bit of ``wanted``
 
@@ -45,18 +45,20 @@ def run(operators: Any, call: Arguments, needed: dict[int, Tensor]) -> Outputs:
 
     if call.wanted and not _parts_follow(call):
         # The losses of the parts need the inputs, their sum the gradients alone: who keeps one keeps nothing of the other.
-        (loss,), losses = node(_Of.LOSS), node(_Of.LOSSES)
+        (loss,), losses = node(_LOSS), node(_LOSSES)
     else:
-        loss, *losses = node(_Of.BOTH)  # type: ignore[assignment]
+        loss, *losses = node(_BOTH)  # type: ignore[assignment]
     return out._replace(loss=loss, losses=list(losses), grad_seg=call.seg_logits, grad_cm=[], grad_transition=[])
 
 
-class _Of(enum.Flag):
+class _Of(NamedTuple):
     """Results of a node of the graph."""
 
-    LOSS = enum.auto()
-    LOSSES = enum.auto()
-    BOTH = LOSS | LOSSES
+    loss: bool = False
+    losses: bool = False
+
+
+_LOSS, _LOSSES, _BOTH = _Of(loss=True), _Of(losses=True), _Of(loss=True, losses=True)
 
 
 class _Objective(torch.autograd.Function):
@@ -70,12 +72,12 @@ class _Objective(torch.autograd.Function):
         ctx.operators, ctx.bits, ctx.of = operators, bits, of
         anchor = out.loss.new_empty(0)
         _save(ctx, call, out, of, anchor)
-        return (*((out.loss,) if _Of.LOSS in of else ()), *(out.losses if _Of.LOSSES in of else ()), anchor)
+        return (*((out.loss,) if of.loss else ()), *(out.losses if of.losses else ()), anchor)
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_losses = list(incoming[:-1])
-        grad_loss = grad_losses.pop(0) if _Of.LOSS in ctx.of else None
+        grad_loss = grad_losses.pop(0) if ctx.of.loss else None
         grad_losses = grad_losses or [None] * ctx.state.kinds
         asked = [bit for bit, wants in zip(ctx.bits, ctx.needs_input_grad[5:], strict=True) if wants]
         found = _gradients(ctx.operators, ctx, asked, grad_loss, grad_losses)
@@ -125,10 +127,10 @@ def _parts_follow(call: Arguments) -> bool:
 
 
 def _save(ctx: Any, call: Arguments, out: Outputs, of: _Of, anchor: Tensor | None) -> None:
-    formed = [bit for bit, _ in differentiable(call) if call.wanted & bit and _Of.LOSS in of]
+    formed = [bit for bit, _ in differentiable(call) if call.wanted & bit and of.loss]
     saved = [_of(bit, out) for bit in formed]
     # The operator itself may be asked for other gradients than it was told. It has no anchor, so the inputs stand for it.
-    has_inputs = not formed or anchor is None or (_Of.LOSSES in of and not _parts_follow(call))
+    has_inputs = not formed or anchor is None or (of.losses and not _parts_follow(call))
     if has_inputs:
         inputs = [call.seg_logits]
         for name in _TENSOR_LISTS:
@@ -136,8 +138,7 @@ def _save(ctx: Any, call: Arguments, out: Outputs, of: _Of, anchor: Tensor | Non
         saved += [t.clone() if t.is_inference() else t for t in inputs]  # a label made in inference mode is one, too
     if anchor is not None:
         saved.append(anchor)
-    absent: dict[str, Any] = dict.fromkeys(("seg_logits", *_TENSOR_LISTS))
-    bare = call._replace(**absent)
+    bare = call._replace(**_WITHOUT_TENSORS)
     ctx.state = _State(bare, len(call.labels), tuple(formed), has_inputs, anchor is not None)
     ctx.save_for_backward(*saved)
 
@@ -279,7 +280,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     call, out = Arguments(*inputs), Outputs(*output)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*out.nll, *out.trace, out.grad_seg, *out.grad_cm, *out.grad_transition)
-    _save(ctx, call, out, _Of.BOTH, None)
+    _save(ctx, call, out, _BOTH, None)
 
 
 def _backward(
