@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from coarse_kernels import native
+from coarse_kernels import native, pool
 
 try:
     import triton
@@ -71,7 +71,8 @@ def machine(device: str) -> dict[str, object]:
     """What a JSON file says of the machine; sizes in bytes, and only what the system tells. Names no host and no folder.
 
     cpu, cores (that this process may use), caches (by level), memory, isa_torch, isa_extension, torch, python, os,
-    compiler (of the extension); on "cuda" also gpu, driver, cuda, triton, multiprocessors, gpu_memory, gpu_l2.
+    compiler (of the extension), pool_limit (of what waits in its pool), huge_pages; on "cuda" also gpu, driver, cuda, triton,
+    multiprocessors, gpu_memory, gpu_l2.
     """
     _check_device(device)
     facts: dict[str, object] = {"cpu": _cpu_model(), "cores": _cores(), "caches": _caches()}
@@ -85,6 +86,9 @@ def machine(device: str) -> dict[str, object]:
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.release()}",
     }
+    facts["pool_limit"] = pool.pool_limit()
+    if (pages := _huge_pages()) is not None:
+        facts["huge_pages"] = pages
     build_info = getattr(native.TOOLS, "build_info", None)
     if build_info is not None:
         facts["compiler"] = str(build_info()["compiler"])
@@ -242,6 +246,16 @@ def _best_cuda_seconds(work: Callable[[], object], repeats: int = 20) -> float:
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------
+
+
+def _huge_pages() -> str | None:
+    """When the system gives them out: always, madvise (to who asks) or never."""
+    try:
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return None
+    chosen = re.search(r"\[(\w+)\]", text)
+    return chosen[1] if chosen else None
 
 
 def _cpu_model() -> str:

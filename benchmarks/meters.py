@@ -99,8 +99,11 @@ def time_all(calls: Sequence[Call], meter: Meter, budget: float, most: int = MOS
         try:
             call.before()
             return meter.timed(call)
-        except torch.OutOfMemoryError as error:  # it did fit alone, but not beside what the others have left
-            reason = str(error).splitlines()[0]
+        except (
+            torch.OutOfMemoryError,
+            MemoryError,
+        ) as error:  # it did fit alone, but not beside what the others have left
+            reason = str(error).splitlines()[0] if str(error) else "out of memory"
         finally:
             call.after()
         raise DoesNotFit(reason, call)

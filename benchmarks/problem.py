@@ -13,8 +13,8 @@
     fb              forward and backward (without a word); f: forward that keeps what backward needs; b: backward alone; nograd;
                     posterior; map: the label map
     blobs           the data: `DATA` below; without a word: blobs
-    t2 fresh        conditions: threads (without a word: 1), and what malloc does with large blocks: reused (without a word) or
-                    fresh
+    t2 fresh        conditions: threads (without a word: 1); what malloc does with large blocks: reused (without a word), fresh,
+                    or thp, which is fresh with PyTorch told to ask for huge pages
 
 It names everything that decides a time but the machine. Tables, tests and the command line take the same lines.
 """
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ MODES = ("fb", "f", "b", "nograd", "posterior", "map")
 # random  white noise, and every pixel labelled on its own: the worst case for gathers
 # extreme white noise of scale 40, at which probabilities underflow
 DATA = ("blobs", "same", "noise", "random", "extreme")
-BUFFERS = ("reused", "fresh")
+BUFFERS = ("reused", "fresh", "thp")
 _WITH_FIELD, _TRUSTED = ("positive", "negative"), ("labels", "trusted")
 
 
@@ -224,15 +225,23 @@ _EXAMPLE = Problem(19, 1024, 2048, (Kind("positive"), Kind("trusted")), seg_stri
 # ---- what it costs at the least --------------------------------------------------------------------------------------
 
 
+class Drawn(NamedTuple):
+    """pixels: with a label of some layer of a kind; labels: of all its layers."""
+
+    pixels: float
+    labels: float
+
+
 class Cost(NamedTuple):
-    """Counted from the algorithm, for one call.
+    """Counted from the algorithm, for one call: what no way to compute it does without.
 
     bytes: each logit read once, each gradient written once, each label (a byte) read once.
-    exponentials: of the class logits at each pixel, and of the field's at each pixel that is labelled, or once for each matrix
-        that all pixels of an image share.
-    multiply_adds: of one lane. At each labelled pixel C x C for the columns' sums and for A p (with a transition as many
-        again), for the gradient 2 C x C, and for interpolating a coarse field and adding to its gradient 4 C x C (an axis at a
-        time would be less by the share of a cell's pixels); of a matrix that all share, C for p q and C for the gradient.
+    exponentials: of the class logits at each pixel; of a field's at each pixel that has a label of its kind, or once for each
+        matrix that all pixels of an image share.
+    multiply_adds: of one lane. Of class logits: their sum and their gradient, and on a grid as many again for each axis less
+        one. Of a field, at each pixel that has a label of its kind, C x C for the sums of the columns, with a gradient C x C
+        more, and as many again on a grid of its own; at each label C for the row that is named, or C x C with a transition.
+        Of a matrix that all pixels share, C for p q and C for the gradient at each label.
 
     All three are unknown, NaN, for a forward or a backward alone: which of them does the work is for a schedule to say.
     """
@@ -242,8 +251,8 @@ class Cost(NamedTuple):
     multiply_adds: float
 
 
-def cost(problem: Problem, labelled: float) -> Cost:
-    """``labelled``: pixels with a label in some layer of a kind, over all kinds, as a share of pixels x kinds."""
+def cost(problem: Problem, drawn: Sequence[Drawn]) -> Cost:
+    """``drawn``: of each kind of drawings, as `Inputs.drawn` says."""
     if problem.mode in ("f", "b"):
         return Cost(math.nan, math.nan, math.nan)
     values = problem.seg_values + problem.field_values
@@ -251,25 +260,20 @@ def cost(problem: Problem, labelled: float) -> Cost:
     moved = passes * values * problem.storage.itemsize + problem.layers * problem.pixels
     if problem.mode == "posterior":
         moved += problem.pixels * problem.classes * problem.storage.itemsize
+    classes, square, on_grid = problem.classes, problem.classes**2, problem.seg_stride > 1
     if problem.mode == "map":
-        moved += problem.pixels
-        return Cost(moved, 0.0, 4.0 * problem.classes * problem.pixels)
-    drawn = labelled * problem.pixels
-    square = problem.classes**2
-    exponentials = float(problem.classes * problem.pixels)
-    operations = 4.0 * problem.classes * problem.pixels * (1 if problem.seg_stride == 1 else 2)
-    for kind in problem.kinds:
-        if not kind.has_field:
+        return Cost(moved + problem.pixels, 0.0, float(classes * problem.pixels * on_grid))
+    exponentials = float(classes * problem.pixels)
+    operations = float(passes * classes * problem.pixels * (1 + on_grid))
+    for kind, (pixels, labels) in zip(problem.kinds, drawn, strict=True):
+        shared = problem.field_grid == (1, 1) != problem.size
+        if not kind.has_field or shared:
+            exponentials += square * problem.field_images if kind.has_field else 0
+            operations += passes * classes * labels
             continue
-        if problem.field_grid == (1, 1) != problem.size:
-            exponentials += square * problem.field_images
-            operations += passes * problem.classes * drawn * kind.layers
-            continue
-        exponentials += square * drawn
-        each = 2 + (1 if kind.is_negative else 0) + (2 if passes == 2 else 0)
-        if problem.field_grid != problem.size:
-            each += 4 if passes == 1 else 8
-        operations += each * square * drawn * kind.layers
+        exponentials += square * pixels
+        operations += passes * square * pixels * (1 if problem.field_grid == problem.size else 2)
+        operations += labels * (square if kind.is_negative else classes)
     return Cost(moved, exponentials, operations)
 
 
@@ -290,12 +294,10 @@ class Inputs(NamedTuple):
         fields = [kind.cm_logits for kind in self.kinds if kind.cm_logits is not None]
         return found | {f"field {k}" if len(fields) > 1 else "field": field for k, field in enumerate(fields)}
 
-    def labelled(self) -> float:
-        """Share of pixels x kinds that have a label in some layer."""
-        if not self.kinds:
-            return 0.0
-        shares = [_layered(kind.labels).ne(IGNORE).any(1).double().mean() for kind in self.kinds]
-        return float(torch.stack(shares).mean())
+    def drawn(self) -> tuple[Drawn, ...]:
+        """Of each kind the pixels that have a label in some layer, and the labels of all layers."""
+        known = [_layered(kind.labels).ne(IGNORE) for kind in self.kinds]
+        return tuple(Drawn(float(each.any(1).sum()), float(each.sum())) for each in known)
 
 
 def _layered(labels: Tensor) -> Tensor:
@@ -384,11 +386,12 @@ class _Maker:
         return torch.stack(layers, 1)
 
     def _drawn(self, kind: Kind, truth: Tensor) -> Tensor:
-        """(H, W): a name a polygon, for positive drawings mostly that of the truth in its middle, for negative ones another."""
+        """(H, W): a name a polygon, for positive drawings mostly that of the truth there, for negative ones another."""
         place = self._polygons(32)
         count = int(place.max()) + 1
         anywhere = torch.zeros(count, dtype=torch.int64, device=self.device)
-        anywhere[place.flatten()] = truth.flatten()  # one of a polygon's pixels
+        # a polygon has few classes, mostly one; which of its pixels comes last is no one's to say
+        anywhere.scatter_reduce_(0, place.flatten(), truth.flatten(), "amax", include_self=False)
         other = torch.randint(1, self.problem.classes, (count,), **self.where)
         wrong = torch.rand(count, **self.where) < (1.0 if kind.is_negative else 0.2)
         names = torch.where(wrong, (anywhere + other) % self.problem.classes, anywhere)

@@ -205,7 +205,9 @@ _FORMULATIONS: tuple[tuple[str, str, baselines.Formulation, _For], ...] = (
 )
 _COMPILED = ("softmax_gather", "softmax_rows", "closed_form", "closed_form_uniform", "matrix_product")
 _COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
-_USUALLY_COMPILED = tuple(f"compiled:{name}" for name in ("softmax_rows", "closed_form_uniform", "matrix_product"))
+_USUALLY_COMPILED = tuple(
+    f"compiled:{name}" for name in ("softmax_rows", "closed_form_uniform", "matrix_product", "cross_entropy")
+)
 
 
 def _register() -> None:
@@ -263,16 +265,23 @@ def _is_cross_entropy(problem: Problem, device: str) -> str | None:
     )
 
 
-@_provider("cross_entropy", "torch", _is_cross_entropy)
-def _cross_entropy(problem: Problem, inputs: Inputs) -> Thunk:
-    """F.interpolate and F.cross_entropy. It is given labels in int64: nobody is timed converting them."""
-    targets = inputs.kinds[0].labels.long()
-
-    def run() -> Tensor:
-        logits = baselines.interpolate(inputs.seg_logits.float(), targets.shape[1:])
+def _cross_entropy(up: baselines.Resize, compiled: bool = False) -> Callable[[Problem, Inputs], Thunk]:
+    def loss(seg_logits: Tensor, targets: Tensor) -> Tensor:
+        logits = up(seg_logits.float(), targets.shape[1:])
         return F.cross_entropy(logits, targets, ignore_index=baselines.IGNORE)
 
-    return run
+    def prepare(problem: Problem, inputs: Inputs) -> Thunk:
+        targets = inputs.kinds[0].labels.long()  # nobody is timed converting them
+        run = torch.compile(loss, fullgraph=True, dynamic=False) if compiled else loss
+        return lambda: run(inputs.seg_logits, targets)
+
+    return prepare
+
+
+# F.interpolate and F.cross_entropy; the same with the interpolation as matrix products, whose backward is faster
+_provider("cross_entropy", "torch", _is_cross_entropy)(_cross_entropy(baselines.interpolate))
+_provider("cross_entropy_matmul", "torch", _is_cross_entropy)(_cross_entropy(baselines.interpolate_matmul))
+_provider("compiled:cross_entropy", "compiled", _is_cross_entropy)(_cross_entropy(baselines.interpolate, compiled=True))
 
 
 @_provider("argmax", "torch", lambda problem, device: None if problem.mode == "map" else "the problem is no label map")

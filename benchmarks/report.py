@@ -55,6 +55,8 @@ class Table:
             own = self._problems.setdefault(row["problem"], {})
             if row["provider"]:
                 own[row["provider"]] = row["group"]
+        #: the first of ours: bars are about it, and about no other that stands in where it failed
+        self.main = next((row["provider"] for row in self.rows if row["group"] == "ours"), None)
         self.machines = [name for name in self._problems if name.startswith("machine ")]
         self.problems = [name for name in self._problems if name not in self.machines]
 
@@ -118,7 +120,7 @@ class Table:
 def figure(bar: Bar, problem: str, first: str, table: Table) -> float:
     """What is held to a bar; NaN where it was not measured. ``first``: the first problem of its group."""
     own = table.ours(problem)
-    if own is None:
+    if own is None or own != table.main:
         return math.nan
     if bar.figure in KINDS:
         best = table.best(problem, bar.figure)
@@ -210,7 +212,8 @@ def _conditions(machine: Mapping[str, Any], seconds: float) -> list[str]:
     return [
         f"{facts}. `{machine['command']}`, {seconds:.0f} s.",
         "",
-        "Every figure is of a provider whose result and gradients passed the float64 check. Times are medians of interleaved "
+        "Every figure is of a provider whose result and gradients passed the float64 check, of large images on a CPU in some "
+        "bands. Times are medians of interleaved "
         'runs; `python -m benchmarks "PROBLEM"` measures one line of a table again. How it is measured, and what the words of '
         "a problem mean: [README](../../README.md), [problem.py](../../problem.py).",
         "",
@@ -251,7 +254,7 @@ def in_words(groups: Sequence[Group], table: Table) -> list[str]:
         least, most = min(leads, key=lambda n: leads[n][0]), max(leads, key=lambda n: leads[n][0])
         found.append(
             f"Ours is the fastest in {len(ahead)} of {len(leads)} problems that others compute, too, between "
-            f"{leads[least][0]:.2g} times (`{least}`, against {leads[least][1]}) and {leads[most][0]:.3g} times (`{most}`, "
+            f"{leads[least][0]:.3g} times (`{least}`, against {leads[least][1]}) and {leads[most][0]:.3g} times (`{most}`, "
             f"against {leads[most][1]})."
         )
         found += [

@@ -64,26 +64,27 @@ Group = tuple[Entry, ...]  # what takes turns in one process
 
 
 def read(*names: str) -> list[Group]:
-    """The groups of some files of `sets/`, one after another; of a problem that is there twice the first."""
-    lines = [line for name in names for line in (FOLDER / f"{name}.txt").read_text().splitlines()]
-    return parse_lines(lines)
+    """The groups of some files of `sets/`, one after another."""
+    return parse_lines([line for name in names for line in (FOLDER / f"{name}.txt").read_text().splitlines()])
 
 
 def parse_lines(lines: Iterable[str]) -> list[Group]:
     groups: list[list[Entry]] = []
-    known: set[str] = set()
+    known: set[Problem] = set()
     for line in lines:
         text = line.partition("#")[0].strip()
         if not text:
             continue
         entry = parse_entry(text.removeprefix("&"))
-        if text.startswith("&"):
-            if not groups:
-                raise ValueError(f"set: expected a problem before {line!r}")
-            groups[-1].append(entry)
-        elif str(entry.problem) not in known:
-            known.add(str(entry.problem))
+        if entry.problem in known:
+            raise ValueError(f"set: expected each problem once, got {entry.problem} again")
+        known.add(entry.problem)
+        if not text.startswith("&"):
             groups.append([entry])
+        elif not groups:
+            raise ValueError(f"set: expected a problem before {line!r}")
+        else:
+            groups[-1].append(entry)
     for group in groups:
         if len({entry.problem.buffers for entry in group}) > 1:
             raise ValueError(f"set: expected one kind of buffers in a group, got {[str(e.problem) for e in group]}")

@@ -5,7 +5,7 @@ images a second, peak memory of the process (on a GPU of its allocator), and fro
 24 and 80 GB.
 
     python -m benchmarks.step                              1024x2048 with 19 classes; about a quarter of an hour on two cores
-    python -m benchmarks.step "c19 512x1024 seg4 cm8 positive+trusted" --provider cpu published
+    python -m benchmarks.step "c19 512x1024 seg4 cm8 positive+trusted t2 fresh" --provider cpu published
 
 Every size is a process of its own. Memory grows with the pixels along a line: it is measured at an eighth, a quarter, a half
 and the whole of each side, and what does not fit into free memory is computed from the two largest sizes that do, and marked.
@@ -15,9 +15,9 @@ The largest images are computed from the same line; where this machine has the m
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -31,8 +31,12 @@ from .problem import Problem, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 # The recommended configuration first: free matrices on both kinds are degenerate.
-PROBLEMS = ("c19 1024x2048 seg4 cm8 positive+trusted", "c19 1024x2048 seg4 cm8 positive+negative")
-PROVIDERS = ("ours", "closed_form_matmul", "published")
+PROBLEMS = (
+    "c19 1024x2048 seg4 cm8 positive+trusted t2 fresh",
+    "c19 1024x2048 seg4 cm8 positive+negative t2 fresh",
+)
+PLAIN = ("closed_form_uniform_matmul", "closed_form_matmul")  # the best of plain PyTorch where it serves
+PROVIDERS = ("ours", "plain", "published")
 WIDTHS = (32, 64, 128, 192)
 LIMITS_GB = (8, 16, 24, 80)
 GB = 1e9
@@ -44,7 +48,10 @@ AGREEMENT = 1e-3  # relative difference of the first losses, of the same network
 class Measured(NamedTuple):
     peak: float  # bytes
     seconds: float  # median of the steps after the first
+    least: float  # the fastest, and the slowest
+    most: float
     loss: float  # of the first step
+    what: str  # computed the loss
 
 
 def step(line: str, name: str, device: str, steps: int) -> Measured:
@@ -53,15 +60,15 @@ def step(line: str, name: str, device: str, steps: int) -> Measured:
 
     import torch
 
-    from coarse_kernels import Drawings, uniform_transition
     from coarse_train.config import DrawingsConfig, FitConfig, ModelConfig
     from coarse_train.model import build_model, parameter_groups
 
-    from .problem import TRACE_WEIGHT, Inputs
-    from .providers import choose
+    from .problem import make_inputs
+    from .providers import choose, kernels
 
     problem = parse(line)
-    chosen, _ = choose(problem, device, [name])
+    torch.set_num_threads(problem.threads)
+    chosen = [one for word in (PLAIN if name == "plain" else (name,)) for one in choose(problem, device, [word])[0]]
     if not chosen:
         raise ValueError(f"provider: expected one that computes {line!r}, got {name!r}")
     provider = chosen[0]
@@ -71,33 +78,35 @@ def step(line: str, name: str, device: str, steps: int) -> Measured:
     torch.manual_seed(0)
     model = build_model(config, 3, problem.classes, None).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.optim))
-    shape = (problem.images, problem.height, problem.width)
-    image = torch.rand(shape[0], 3, *shape[1:]).to(device)
-    labels = [torch.randint(0, problem.classes, shape, dtype=torch.uint8).to(device) for _ in problem.kinds]
-    transition = uniform_transition(problem.classes, device=device)
-
-    losses, seconds = [], []
+    image = torch.rand(problem.images, 3, *problem.size).to(device)
+    data = make_inputs(problem, device)  # of which the drawings are taken
+    data = data._replace(kinds=tuple(dataclasses.replace(kind, cm_logits=None) for kind in data.kinds))
+    losses: list[float] = []
+    seconds: list[float] = []
+    ran = ""
     for _ in range(steps + 1):
         started = time.perf_counter()
         out = model(image)
         kinds = tuple(
-            Drawings(
-                y, cm, transition if kind.is_negative else None, trace_weight=TRACE_WEIGHT if kind.has_field else 0.0
-            )
-            for kind, y, cm in zip(problem.kinds, labels, (out.positive_cm, out.negative_cm), strict=True)
+            dataclasses.replace(kind, cm_logits=cm)
+            for kind, cm in zip(data.kinds, (out.positive_cm, out.negative_cm), strict=True)
         )
-        loss = provider.prepare(problem, Inputs(out.seg_logits, kinds, problem.size))()
+        given = data._replace(seg_logits=out.seg_logits, kinds=kinds)
+        ran = kernels(provider, given) if not losses else ran
+        loss = provider.prepare(problem, given)()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        del loss, out, kinds
+        del loss, out, kinds, given
         seconds.append(time.perf_counter() - started)
     if torch.device(device).type == "cuda":
-        peak = float(torch.cuda.max_memory_allocated())
+        peak = float(torch.cuda.max_memory_reserved())
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-    return Measured(peak, sorted(seconds[1:] or seconds)[len(seconds[1:]) // 2], losses[0])
+    times = sorted(seconds[1:] or seconds)
+    what = f"{provider.name}: {ran}" if ran else provider.name
+    return Measured(peak, times[len(times) // 2], times[0], times[-1], losses[0], what)
 
 
 def measure(line: str, name: str, device: str, steps: int) -> Measured:
@@ -124,7 +133,7 @@ class Line(NamedTuple):
 
     def largest(self, problem: Problem, most_bytes: float) -> Problem:
         """The problem on the largest image of its shape that fits, sides in multiples of 32 pixels; at least 32."""
-        pixels = max(0.0, (most_bytes - self.start) / self.slope)
+        pixels = max(0.0, (most_bytes - self.start) / max(self.slope, 1.0))  # a pixel takes a byte at the least
         height = math.sqrt(pixels * problem.height / problem.width)
         width = height * problem.width / problem.height
         return replace(problem, height=max(32, int(height) // 32 * 32), width=max(32, int(width) // 32 * 32))
@@ -138,11 +147,21 @@ def line_through(points: Sequence[tuple[float, float]]) -> Line:
 
 
 def free_bytes(device: str) -> float:
+    """That a new process may take; 0 where nothing tells."""
     if device != "cpu":
         import torch
 
         return float(torch.cuda.mem_get_info()[0])
-    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 0.0
+    try:  # of a container
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        return free if limit == "max" else min(free, float(limit) - float(used))
+    except OSError:
+        return free
 
 
 Row = dict[str, Any]
@@ -162,15 +181,21 @@ def compare(line: str, names: Sequence[str], device: str, steps: int) -> tuple[l
             if len(known) > 1 and line_through(known).at(size.pixels) > SAFE_SHARE * free_bytes(device):
                 rows.append({**about, "peak": line_through(known).at(size.pixels), "how": "computed"})
                 continue
-            found = measure(str(size), name, device, steps if name == names[0] else 1)
+            try:
+                found = measure(str(size), name, device, steps)
+            except RuntimeError as error:
+                print(error, file=sys.stderr)
+                rows.append({**about, "peak": math.nan, "how": "failed: see what it printed"})
+                continue
             first = found.loss if first is None else first
             if abs(found.loss - first) > AGREEMENT * abs(first):
                 raise RuntimeError(f"{size}: the losses of {names[0]} and {name} differ, {first} and {found.loss}")
             known.append((size.pixels, found.peak))
-            rows.append({**about, "peak": found.peak, "seconds": found.seconds, "how": "measured"})
+            measured = {"seconds": found.seconds, "least": found.least, "most": found.most, "steps": steps}
+            rows.append({**about, **measured, "what": found.what, "peak": found.peak, "how": "measured"})
             print(f"{size}: {name} {found.peak / GB:.2f} GB, {found.seconds:.2f} s", file=sys.stderr, flush=True)
     rows.sort(key=lambda row: -parse(row["problem"]).pixels)
-    return rows, {name: line_through(known) for name, known in points.items()}
+    return rows, {name: line_through(known) for name, known in points.items() if len(known) > 1}
 
 
 def fitting(line: str, lines: dict[str, Line], device: str, *, confirm: bool) -> list[Row]:
@@ -181,7 +206,11 @@ def fitting(line: str, lines: dict[str, Line], device: str, *, confirm: bool) ->
             size = memory.largest(parse(line), limit * GB)
             row: Row = {"provider": name, "limit": limit, "size": f"{size.height}x{size.width}", "peak": math.nan}
             if confirm and limit * GB < SAFE_SHARE * free_bytes(device):
-                row["peak"] = measure(str(size), name, device, 0).peak
+                try:  # the second step has what the optimiser keeps
+                    row["peak"] = measure(str(size), name, device, 1).peak
+                except RuntimeError as error:
+                    row["peak"] = math.inf
+                    print(error, file=sys.stderr)
                 print(f"{name}, {limit} GB: {row['size']}, {row['peak'] / GB:.2f} GB", file=sys.stderr, flush=True)
             rows.append(row)
     return rows
@@ -191,14 +220,18 @@ def fitting(line: str, lines: dict[str, Line], device: str, *, confirm: bool) ->
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    lines = ["| problem | loss by | peak memory, GB | images a second | s a step | |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| problem | loss by | peak memory, GB | images a second | s a step (least to most of the steps) | |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
-        known = "seconds" in row
-        images = parse(row["problem"]).images
-        times = [f"{images / row['seconds']:.2f}", f"{row['seconds']:.2f}"] if known else ["not run"] * 2
-        lines.append(
-            f"| `{row['problem']}` | {row['provider']} | {row['peak'] / GB:.2f} | {' | '.join(times)} | {row['how']} |"
-        )
+        times = ["not run"] * 2
+        if "seconds" in row:
+            spread = f"{row['seconds']:.2f} ({row['least']:.2f} to {row['most']:.2f} of {row['steps']})"
+            times = [f"{parse(row['problem']).images / row['seconds']:.2f}", spread]
+        peak = "" if math.isnan(row["peak"]) else f"{row['peak'] / GB:.2f}"
+        who = row.get("what", row["provider"])
+        lines.append(f"| `{row['problem']}` | {who} | {peak} | {' | '.join(times)} | {row['how']} |")
     return [*lines, ""]
 
 
@@ -212,6 +245,7 @@ def fitting_table(rows: Sequence[Row]) -> list[str]:
             row = own[name]
             peak = row["peak"]
             confirmed = "computed" if math.isnan(peak) else f"a step took {peak / GB:.2f} GB"
+            confirmed = "computed; a step FAILED" if peak == math.inf else confirmed
             cells.append(f"{row['size']} ({confirmed})")
         lines.append(f"| {limit} GB | {' | '.join(cells)} |")
     return [*lines, ""]
@@ -230,10 +264,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("problem", nargs="*", help="two kinds of drawings, class logits at stride 4, fields on a grid")
+    parser.add_argument("problem", nargs="*", help="two kinds of drawings, seg4, fields on a grid, fresh")
     parser.add_argument("--provider", nargs="+", default=PROVIDERS, help="of the loss; the first is compared with")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--steps", type=int, default=3, help="timed, of the first provider, after one that warms up")
+    parser.add_argument("--steps", type=int, default=2, help="timed, after one that warms up")
     parser.add_argument("--no-confirm", action="store_true", help="compute the largest images, and train none of them")
     parser.add_argument("--out", type=Path, help="folder; without it benchmarks/results/HARDWARE")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -245,8 +279,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = options.problem or PROBLEMS
     for line in lines:
         problem = parse(line)
-        if len(problem.kinds) != 2 or problem.seg_stride != 4 or not problem.field.isdigit():
-            parser.error(f"problem: expected two kinds of drawings, seg4 and a field on a grid, got {line!r}")
+        fits = len(problem.kinds) == 2 and problem.seg_stride == 4 and problem.field.isdigit()
+        if not fits or (problem.dtype, problem.mode, problem.buffers) != ("fp32", "fb", "fresh"):
+            parser.error(
+                f"problem: expected two kinds of drawings, seg4, a field on a grid, fp32, fb and fresh buffers, got {line!r}"
+            )
     rows: list[Row] = []
     largest: list[Row] = []
     for k, line in enumerate(lines):

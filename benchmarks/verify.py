@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,7 +28,9 @@ GRADIENT_BOUND = {"fp32": 5e-6, "bf16": 8e-3, "fp16": 8e-3, "fp64": 1e-10}
 POSTERIOR_BOUND = {"fp32": 1e-5, "bf16": 8e-3, "fp16": 2e-3, "fp64": 1e-10}  # absolute
 ARGMAX_BOUND = 2e-5  # how far below the largest logit, of its size, the one of the chosen class may be
 BAND_BYTES = 256 << 20  # of one float64 field in a band; the reference holds about a dozen of them at a time
-CPU_VALUES = 64 << 20  # C x C x pixels above which a CPU takes too long: then a smaller image of the kind is verified
+# C x C x pixels above which a CPU takes too long: then a smaller image of the kind is verified, and of the image itself the
+# gradients in two bands
+CPU_VALUES = 64 << 20
 SMALL = (64, 128)
 
 
@@ -83,12 +85,16 @@ class Call:
                 self.run()
             assert self._held is not None
             return self._held.detach()
-        except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            reason = str(error).splitlines()[0] if str(error) else "out of memory"
         except Exception as error:
-            if self.provider.group == "compiled":  # no C++ compiler, or a graph that inductor cannot take
+            if (
+                "allocate memory" not in str(error) and self.provider.group == "compiled"
+            ):  # no C++ compiler, or a graph that inductor cannot take
                 raise Unavailable(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
-            raise
+            if "allocate memory" not in str(error):  # how a CPU says it
+                raise
+            reason = str(error).splitlines()[0]
         # Raised out here, where the first error and with it every tensor of the frames that it left are gone.
         self.after()
         raise DoesNotFit(reason)
@@ -104,7 +110,7 @@ class Truth(NamedTuple):
 def verified_problem(problem: Problem, device: str) -> Problem:
     """The problem itself, or where float64 would take a CPU minutes a smaller image of the same kind."""
     width = problem.classes**2 if problem.fields else problem.classes
-    if device != "cpu" or width * problem.pixels <= CPU_VALUES:
+    if device != "cpu" or problem.mode == "map" or width * problem.pixels <= CPU_VALUES:
         return problem
     return problem.scaled_down(*SMALL)
 
@@ -141,19 +147,33 @@ class _Band:
     kinds: tuple[coarse_kernels.Drawings, ...]
     rows: list[slice]  # of each leaf, that the band took
     inside: slice  # its own rows, of those that it took
+    start: int  # its own rows, of the image
+    stop: int
+    taken: int  # rows of the image
 
 
-def _bands(problem: Problem, inputs: Inputs, most_bytes: int) -> Iterator[_Band]:
+def _cuts(problem: Problem, inputs: Inputs, most_bytes: int) -> tuple[int, int]:
+    """Rows of pixels of a band, and of its halo."""
     grids = [leaf.shape[-2] for leaf in inputs.leaves.values()]
     strides = [problem.height // rows for rows in grids if rows > 1]
     step = math.lcm(*strides) if strides else 1
     width = problem.classes**2 if problem.fields else problem.classes
-    own = max(1, most_bytes // (8 * width * problem.images * problem.width * step)) * step
+    # on a grid at least three of its rows, so that one is the band's alone
+    own = max(3 if step > 1 else 1, most_bytes // (8 * width * problem.images * problem.width * step)) * step
     if any(rows > 1 and rows * stride != problem.height for rows, stride in zip(grids, strides, strict=False)):
         own = problem.height  # rows of such a grid lie at no whole number of pixels
-    halo = step if step > 1 else 0
+    return own, step if step > 1 else 0
+
+
+def _band_starts(problem: Problem, inputs: Inputs, most_bytes: int) -> range:
+    return range(0, problem.height, _cuts(problem, inputs, most_bytes)[0])
+
+
+def _bands(problem: Problem, inputs: Inputs, most_bytes: int, starts: Sequence[int] | None = None) -> Iterator[_Band]:
+    """All bands, or those that begin at ``starts``."""
+    own, halo = _cuts(problem, inputs, most_bytes)
     counts = [(kind.labels != IGNORE).sum(dtype=torch.float64) for kind in inputs.kinds]
-    for start in range(0, problem.height, own):
+    for start in _band_starts(problem, inputs, most_bytes) if starts is None else starts:
         stop = min(start + own, problem.height)
         first, last = max(0, start - halo), min(problem.height, stop + halo)
         rows: list[slice] = []
@@ -182,7 +202,53 @@ def _bands(problem: Problem, inputs: Inputs, most_bytes: int) -> Iterator[_Band]
                     normalizer=count,
                 )
             )
-        yield _Band(seg_logits, tuple(kinds), rows, slice(start - first, stop - first))
+        yield _Band(seg_logits, tuple(kinds), rows, slice(start - first, stop - first), start, stop, last - first)
+
+
+class Part(NamedTuple):
+    """Rows of a leaf, and its gradient there in float64."""
+
+    rows: slice
+    gradient: Tensor
+
+
+def sample_truth(problem: Problem, inputs: Inputs, most_bytes: int = BAND_BYTES) -> list[dict[str, Part]]:
+    """Gradients in two bands, one of them the last: of those rows of each leaf to which no other band adds."""
+    if problem.mode not in ("fb", "b"):
+        return []
+    starts = list(_band_starts(problem, inputs, most_bytes))
+    found = []
+    for band in _bands(problem, inputs, most_bytes, sorted({starts[len(starts) // 2], starts[-1]})):
+        leaves = [band.seg_logits, *(k.cm_logits for k in band.kinds if k.cm_logits is not None)]
+        loss = coarse_kernels.annotation_objective(band.seg_logits, band.kinds, backend="reference").loss
+        parts = {}
+        gradients = torch.autograd.grad(loss, leaves)
+        for (name, leaf), rows, gradient in zip(inputs.leaves.items(), band.rows, gradients, strict=True):
+            grid = leaf.shape[-2]
+            if grid == 1 or rows == slice(None):  # all bands add to it
+                continue
+            # the first and the last row that the band's own pixels reach are the neighbours' as well
+            edge = 0 if grid == problem.height else 1
+            stride = problem.height // grid
+            first = band.start // stride + (edge if band.start > 0 else 0)
+            last = grid if band.stop == problem.height else band.stop // stride - edge
+            if last > first:
+                parts[name] = Part(slice(first, last), gradient[..., first - rows.start : last - rows.start, :])
+        found.append(parts)
+    return found
+
+
+def errors_in_sample(call: Call, sample: list[dict[str, Part]]) -> dict[str, float]:
+    """The largest relative error of each gradient over the sampled bands, at full size."""
+    call.result()
+    found: dict[str, float] = {}
+    for parts in sample:
+        for name, part in parts.items():
+            own = call.inputs.leaves[name].grad
+            error = math.nan if own is None else _distance(own[..., part.rows, :], part.gradient)
+            found[name] = error if math.isnan(error) else max(error, found.get(name, 0.0))
+    call.after()
+    return found
 
 
 def errors(call: Call, truth: Truth) -> dict[str, float]:
@@ -190,7 +256,7 @@ def errors(call: Call, truth: Truth) -> dict[str, float]:
     problem, inputs = call.problem, call.inputs
     result = call.result()
     if problem.mode == "map":
-        found = {"label map": _gap(inputs, result)}
+        found = {"label map": _gap(problem, inputs, result)}
     elif problem.mode == "posterior":
         found = {"posterior": float((result.double() - truth.loss).abs().max())}
     else:
@@ -211,11 +277,15 @@ def _distance(own: Tensor, true: Tensor) -> float:
     return float((squares[0] / squares[1]).sqrt())
 
 
-def _gap(inputs: Inputs, chosen: Tensor) -> float:
+def _gap(problem: Problem, inputs: Inputs, chosen: Tensor) -> float:
+    """Of the logit of the chosen class below the largest, over the largest of its band."""
     gaps = []
-    for logits, classes in zip(inputs.seg_logits, chosen, strict=True):
-        values = F.interpolate(logits[None].double(), inputs.size, mode="bilinear", align_corners=False)[0]
-        gaps.append(((values.amax(0) - values.gather(0, classes[None].long())[0]) / values.abs().amax()).max())
+    for band in _bands(problem, inputs, BAND_BYTES):
+        values = F.interpolate(
+            band.seg_logits.detach(), (band.taken, problem.width), mode="bilinear", align_corners=False
+        )
+        values, own = values[:, :, band.inside], chosen[:, band.start : band.stop, :].long()[:, None]
+        gaps.append(((values.amax(1) - values.gather(1, own)[:, 0]) / values.abs().amax()).max())
     return float(torch.stack(gaps).max())
 
 

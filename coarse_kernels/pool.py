@@ -4,7 +4,8 @@ glibc gives a large block back to the system as it is freed, so that the gradien
 of them cleared by the system as it is first touched, which takes longer than to compute the gradient. So blocks come back here
 when their tensor dies, whoever held it, and wait for the next result of that size; new ones are of huge pages where the system
 has them. What waits is at most `pool_limit`, 256 MB at first; COARSE_KERNELS_POOL_MB sets another limit, 0 switches it off.
-PyTorch's other CPU tensors cannot use what waits: see `empty_pool`.
+PyTorch's other CPU tensors cannot use what waits: see `empty_pool`. The storage of such a result cannot be resized, as that of
+`torch.from_numpy` cannot: whoever frees gradients by `untyped_storage().resize_(0)` switches the pool off.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from benchmarks.problem import parse
 from benchmarks.step import GB, Line, Measured
 from coarse_kernels import Drawings, Objective, annotation_objective
 
-SMALL = ("c3 128x256 seg4 cm8 positive+trusted", "c3 128x256 seg4 cm8 positive+negative")
+SMALL = ("c3 128x256 seg4 cm8 positive+trusted fresh", "c3 128x256 seg4 cm8 positive+negative fresh")
 
 
 def test_all_steps_compute_the_same_and_the_table_says_measured(
@@ -24,10 +24,10 @@ def test_all_steps_compute_the_same_and_the_table_says_measured(
     assert step.main([*SMALL, "--steps", "1", "--no-confirm", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "step.md").read_text()
     expected = [
-        f"| `{parse(line.replace('128x256', size))}` | {name} |"
-        for line in SMALL
+        f"| `{parse(line.replace('128x256', size))}` | {name}"
+        for line, plain in zip(SMALL, ("closed_form_matmul |", "closed_form_uniform_matmul |"), strict=True)
         for size in ("128x256", "64x128", "32x64", "16x32")
-        for name in step.PROVIDERS
+        for name in ("cpu: strided", plain, "published |")
     ]
     rows = [line for line in text.splitlines() if line.endswith("| measured |")]
     assert [row[: len(start)] for row, start in zip(rows, expected, strict=True)] == expected
@@ -50,14 +50,15 @@ def test_our_step_is_one_call_of_the_operator(line: str, monkeypatch: pytest.Mon
 
 
 def test_a_step_in_a_process_of_its_own() -> None:
-    found = step.measure("c3 32x64 seg4 cm8 positive+trusted", "reference", "cpu", 1)
+    found = step.measure("c3 32x64 seg4 cm8 positive+trusted fresh", "reference", "cpu", 1)
     assert 1e8 < found.peak < 4e9
     assert found.seconds > 0
 
 
 def _fake(line: str, name: str, device: str, steps: int) -> Measured:
     pixels = parse(line).pixels
-    return Measured(1e9 + 1000.0 * pixels if name == "published" else 5e8 + 100.0 * pixels, 1.0, 1.0)
+    peak = 1e9 + 1000.0 * pixels if name == "published" else 5e8 + 100.0 * pixels
+    return Measured(peak, 1.0, 0.9, 1.1, 1.0, name)
 
 
 def test_what_does_not_fit_is_computed_from_what_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,8 +102,30 @@ def test_steps_that_differ_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> 
         step.compare(step.PROBLEMS[1], ["ours", "published"], "cpu", 1)
 
 
-@pytest.mark.parametrize("line", ["c3 64x64 seg4 labels", "c3 64x64 cm8 positive+trusted", "c3 64x64 seg4 cmglobal"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "c3 64x64 seg4 labels fresh",
+        "c3 64x64 cm8 positive+trusted fresh",
+        "c3 64x64 seg4 cm8 positive+trusted bf16 fresh",
+    ],
+)
 def test_a_problem_that_is_no_step(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         step.main([line])
     assert "two kinds of drawings" in capsys.readouterr().err
+
+
+def test_a_step_that_dies_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(line: str, name: str, device: str, steps: int) -> Measured:
+        if name == "published" and parse(line).height > 300:
+            raise RuntimeError("ended with status -9")
+        return _fake(line, name, device, steps)
+
+    monkeypatch.setattr(step, "measure", dies)
+    monkeypatch.setattr(step, "free_bytes", lambda device: 1e12)
+    rows, lines = step.compare(step.PROBLEMS[0], ["ours", "published"], "cpu", 1)
+    assert [row["how"][:6] for row in rows if row["provider"] == "published"] == ["failed"] * 2 + ["measur"] * 2
+    largest = step.fitting(step.PROBLEMS[0], {"published": lines["published"]}, "cpu", confirm=True)
+    assert "a step FAILED" in "\n".join(step.fitting_table(largest))
+    assert len(step.exceeded(largest)) == len(step.LIMITS_GB)

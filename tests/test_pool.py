@@ -201,3 +201,31 @@ def test_compiled_steps_reuse_it_too() -> None:
         torch.testing.assert_close(found, 2 * truth)
         del found
     assert 0 < ck.pool_bytes() <= 24 * MB
+
+
+def test_a_storage_that_has_to_be_resized_needs_the_pool_switched_off() -> None:
+    with pytest.raises(RuntimeError, match="not resizable"):
+        gradient().untyped_storage().resize_(0)
+    ck.set_pool_limit(0)
+    gradient().untyped_storage().resize_(0)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no way to limit memory and to look at it")
+def test_out_of_memory_says_how_much_and_gives_back_what_waits() -> None:
+    code = """
+import resource
+import coarse_kernels as ck, torch
+from tests.test_pool import gradient, inputs
+torch.set_num_threads(1)
+seg, cm, labels = inputs((448, 448))
+gradient((256, 256)), gradient((192, 192))
+assert ck.pool_bytes() > 140 << 20
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+try:
+    ck.annotation_nll(seg, cm, labels, backend="cpu")
+except RuntimeError as error:
+    print("a result of" in str(error), ck.pool_bytes() < 20 << 20)  # the class gradient's, which came first
+"""
+    done = run_python(code)
+    assert done.stdout.split() == ["True", "True"], done.stderr

@@ -134,7 +134,7 @@ PyMethodDef kMethods[] = {{"pool_limit", &pool_limit, METH_VARARGS, nullptr},
 
 }  // namespace
 
-// Importing the module registers the operators. It has the pool of large outputs (memory.py) and, for `_native` to look
+// Importing the module registers the operators. It has the pool of large outputs (pool.py) and, for `_native` to look
 // at, the chosen kernels.
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {

@@ -1,7 +1,8 @@
-// Memory of large outputs. glibc gives a large block back to the system as it is freed, so the gradient of every step
-// is made of new pages, and the kernel clears each of them, 4 KB at a time, as it is first touched: of a field at every
-// pixel that takes longer than to compute the gradient. So a block comes back here when its tensor dies, whoever held
-// it, and waits for the next one of its size; and new blocks ask for huge pages, of which there are 512 times fewer.
+// Memory of large results and of what is summed up on the way to them. glibc gives a large block back to the system as
+// it is freed, so the gradient of every step is made of new pages, and the kernel clears each of them, 4 KB at a time,
+// as it is first touched: of a field at every pixel that takes longer than to compute the gradient. So a block comes
+// back here when its tensor dies, whoever held it, and waits for the next one of its size; and new blocks ask for huge
+// pages, of which there are 512 times fewer.
 //
 // What waits is bounded, and nothing else is held: a block that does not fit below the limit is unmapped, as glibc
 // would do.
@@ -51,13 +52,23 @@ class Pool {
         return data;
       }
     }
-    return map(*rounded);
+    void* data = map(*rounded);
+    if (data == nullptr) {  // what waits may be what is lacking
+      empty();
+      data = map(*rounded);
+    }
+    STD_TORCH_CHECK(data != nullptr, "out of memory: a result of ", bytes, " bytes");
+    return data;
   }
 
   void give_back(void* data, int64_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (bytes > limit_) return unmap(data, bytes);
-    idle_.push_back({data, bytes});
+    try {
+      idle_.push_back({data, bytes});
+    } catch (const std::bad_alloc&) {  // nothing may leave a tensor's end
+      return unmap(data, bytes);
+    }
     idle_bytes_ += bytes;
     shrink(limit_);
   }
@@ -108,7 +119,7 @@ class Pool {
   static void* map(int64_t bytes) {
     const auto size = static_cast<size_t>(bytes), page = static_cast<size_t>(kHugePage);
     void* const all = mmap(nullptr, size + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (all == MAP_FAILED) throw std::bad_alloc();
+    if (all == MAP_FAILED) return nullptr;
     auto* const begin = static_cast<char*>(all);
     char* const data = begin + (page - reinterpret_cast<uintptr_t>(begin) % page) % page;
     if (data > begin) munmap(begin, static_cast<size_t>(data - begin));
@@ -119,11 +130,7 @@ class Pool {
   }
   static void unmap(void* data, int64_t bytes) { munmap(data, static_cast<size_t>(bytes)); }
 #else
-  static void* map(int64_t bytes) {
-    void* const data = std::aligned_alloc(64, static_cast<size_t>(bytes));
-    if (data == nullptr) throw std::bad_alloc();
-    return data;
-  }
+  static void* map(int64_t bytes) { return std::aligned_alloc(64, static_cast<size_t>(bytes)); }
   static void unmap(void* data, int64_t) { std::free(data); }
 #endif
 
@@ -144,8 +151,13 @@ Tensor output_tensor(const Tensor& like, const std::vector<int64_t>& size, Scala
   for (size_t axis = size.size() - 1; axis > 0; --axis) strides[axis - 1] = strides[axis] * size[axis];
   int64_t rounded = 0;
   void* const data = Pool::instance().take(bytes, &rounded);
-  return torch::stable::from_blob(data, size, strides, like.device(), dtype,
-                                  [rounded](void* block) { Pool::instance().give_back(block, rounded); });
+  try {
+    return torch::stable::from_blob(data, size, strides, like.device(), dtype,
+                                    [rounded](void* block) { Pool::instance().give_back(block, rounded); });
+  } catch (...) {
+    Pool::instance().give_back(data, rounded);
+    throw;
+  }
 }
 
 }  // namespace
