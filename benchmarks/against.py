@@ -76,8 +76,11 @@ def serve(order: str) -> None:
             small = verified_problem(problem, "cpu")
             inputs = call.inputs if small == problem else make_inputs(small)
             checked = Call(small, provider, inputs)
-            _say({"wrong": complaint(small, errors(checked, find_truth(small, inputs)))})
-            del inputs, checked
+            truth = find_truth(small, inputs)
+            (reference,) = choose(small, "cpu", ["reference"])[0]
+            usual = errors(Call(small, reference, inputs), truth)
+            _say({"wrong": complaint(small, errors(checked, truth), usual)})
+            del inputs, checked, truth
             gc.collect()
             gc.disable()
             continue

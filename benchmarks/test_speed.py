@@ -60,7 +60,9 @@ def _call(line: str, name: str) -> Call:
     inputs = make_inputs(problem)
     ((provider,), _) = choose(problem, "cpu", [name])
     call = Call(problem, provider, inputs)
-    assert complaint(problem, errors(call, find_truth(problem, inputs))) is None
+    truth = find_truth(problem, inputs)
+    ((reference,), _) = choose(problem, "cpu", ["reference"])
+    assert complaint(problem, errors(call, truth), errors(Call(problem, reference, inputs), truth)) is None
     return call
 
 

@@ -25,6 +25,9 @@ from .providers import Provider, Thunk, setting
 #   1e-3. 16 bits: the mathematics is float32, but a stored gradient has 8 bits of bfloat16, 2**-9 at worst.
 LOSS_BOUND = {"fp32": 2e-6, "bf16": 2e-5, "fp16": 2e-5, "fp64": 1e-12}
 GRADIENT_BOUND = {"fp32": 5e-6, "bf16": 8e-3, "fp16": 8e-3, "fp64": 1e-10}
+# Where a pixel is sure and a negative drawing agrees, its gradient p - r is a difference of two numbers near 1, and nobody has
+# more than five digits of what is left: twice the error of the reference in the same dtype is allowed, up to this one.
+MOST_USUAL = 1e-4
 POSTERIOR_BOUND = {"fp32": 1e-5, "bf16": 8e-3, "fp16": 2e-3, "fp64": 1e-10}  # absolute
 ARGMAX_BOUND = 2e-5  # how far below the largest logit, of its size, the one of the chosen class may be
 BAND_BYTES = 256 << 20  # of one float64 field in a band; the reference holds about a dozen of them at a time
@@ -289,11 +292,13 @@ def _gap(problem: Problem, inputs: Inputs, chosen: Tensor) -> float:
     return float(torch.stack(gaps).max())
 
 
-def complaint(problem: Problem, found: dict[str, float]) -> str | None:
-    """Why it may not be measured, or None."""
+def complaint(problem: Problem, found: dict[str, float], usual: dict[str, float] | None = None) -> str | None:
+    """Why it may not be measured, or None. ``usual``: the errors of the reference backend in the problem's own dtype."""
     for name, error in found.items():
         bounds = {"loss": LOSS_BOUND, "posterior": POSTERIOR_BOUND}.get(name, GRADIENT_BOUND)
         bound = ARGMAX_BOUND if name == "label map" else bounds[problem.dtype]
+        if usual is not None and name in usual:
+            bound = max(bound, 2 * min(usual[name], MOST_USUAL))
         if not error <= bound:  # NaN fails too
             kind = "absolute" if name == "posterior" else "relative"
             return f"{name} is off by {error:.2g} ({kind}), allowed is {bound:.2g}"

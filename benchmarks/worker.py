@@ -23,11 +23,12 @@ import torch
 
 from . import limits
 from .meters import Meter, meter_for, time_all
-from .problem import cost, make_inputs, parse
+from .problem import Inputs, Problem, cost, make_inputs, parse
 from .providers import choose, kernels
 from .verify import (
     Call,
     DoesNotFit,
+    Truth,
     Unavailable,
     bits,
     complaint,
@@ -130,6 +131,7 @@ def _verify(calls: Sequence[Call], device: str, found: _Found, meter: Meter) -> 
     except torch.OutOfMemoryError as error:
         found.absent[f"{problem}: everybody"] = f"its truth in float64 does not fit: {str(error).splitlines()[0]}"
         return
+    usual = _usual(on, small, truth, device)
     for call in calls:
         alive()
         label = f"{problem}: {call.provider.name}"
@@ -148,7 +150,7 @@ def _verify(calls: Sequence[Call], device: str, found: _Found, meter: Meter) -> 
         except Exception as error:  # a kernel that does not compile, or does not launch: the others are not to blame
             found.wrong[label] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             continue
-        why = complaint(on, off)
+        why = complaint(on, off, usual)
         if why is not None:
             found.wrong[label] = why
             continue
@@ -157,10 +159,19 @@ def _verify(calls: Sequence[Call], device: str, found: _Found, meter: Meter) -> 
             unit = "absolute" if name == "posterior" else "relative"
             found.add(call, f"error of {name}", value, unit, note=f"on {on}")
     if on != problem and found.calls:
-        _verify_sample([call for call in found.calls if call.problem == problem], found)
+        _verify_sample([call for call in found.calls if call.problem == problem], usual, found)
 
 
-def _verify_sample(calls: Sequence[Call], found: _Found) -> None:
+def _usual(problem: Problem, inputs: Inputs, truth: Truth, device: str) -> dict[str, float]:
+    """Errors of the reference in the problem's own dtype; none where it does not fit."""
+    (reference,) = choose(problem, device, ["reference"])[0]
+    try:
+        return errors(Call(problem, reference, inputs), truth)
+    except DoesNotFit:
+        return {}
+
+
+def _verify_sample(calls: Sequence[Call], usual: dict[str, float], found: _Found) -> None:
     """At full size, where all of float64 would take minutes: gradients in some bands, and one loss for all.
 
     The loss is held to the median of all losses, so that of two that differ neither is right.
@@ -175,7 +186,7 @@ def _verify_sample(calls: Sequence[Call], found: _Found) -> None:
         if result.ndim == 0:
             losses[call.provider.name] = float(result)
         call.after()
-        why = complaint(problem, errors_in_sample(call, sample))
+        why = complaint(problem, errors_in_sample(call, sample), usual)
         if why is not None:
             reasons[call.provider.name] = f"in a band of the image, {why}"
     for name, loss in losses.items():

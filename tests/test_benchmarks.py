@@ -40,6 +40,7 @@ SMALL = (
     "c4 16x24 seg4 cm8 posterior positive+trusted",
     "c7 16x24 seg4 map",
     "c3 16x24 extreme",
+    "c19 64x128 negative",
 )
 
 
@@ -152,11 +153,23 @@ def test_everybody_is_right(line: str) -> None:
     problem = parse(line)
     inputs = make_inputs(problem)
     truth = find_truth(problem, inputs)
+    usual = errors(Call(problem, provider(problem, "reference"), inputs), truth)
     chosen, _ = choose(problem, "cpu", ["eager", "recompute", "reference"])
     assert {one.group for one in chosen} >= {"ours"}
     for one in chosen:
         found = errors(Call(problem, one, inputs), truth)
-        assert complaint(problem, found) is None, (one.name, found)
+        assert complaint(problem, found, usual) is None, (one.name, found)
+    if line != "c19 64x128 negative":
+        assert complaint(problem, usual) is None
+
+
+def test_what_float32_cannot_tell_is_allowed_and_no_more() -> None:
+    problem = parse("c3 9x9")
+    assert complaint(problem, {"field": 3e-5}, {"field": 2e-5}) is None
+    assert complaint(problem, {"field": 3e-5}, {"field": 1e-5}) is not None
+    assert complaint(problem, {"field": 1e-3}, {"field": 1.0}) is not None
+    assert complaint(problem, {"field": 1e-3}, {"field": math.nan}) is not None
+    assert complaint(problem, {"field": math.nan}, {"field": 1e-5}) is not None
 
 
 @pytest.mark.parametrize("line", [one for one in SMALL if "map" not in one])
@@ -650,7 +663,7 @@ def in_process(*arguments: str) -> int:
 
 
 def test_a_wrong_provider_fails_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(verify, "LOSS_BOUND", dict.fromkeys(verify.LOSS_BOUND, -1.0))
+    monkeypatch.setattr(worker, "complaint", lambda *which: "loss is off by 1")
     assert in_process(LINE, "--mode", "correct") == 1
     captured = capsys.readouterr()
     assert "FAILED" in captured.err
