@@ -108,7 +108,7 @@ def test_confident_pixels(backend: str, schedule: str, grid: tuple[int, int] | N
 
 @COMPILED
 def test_evidence_on_both_sides_of_the_switch_to_log_space(backend: str) -> None:
-    """Probabilities are left for log space near 1e-30 (pixel grid) and 1e-12 (strided): the two meet without a step."""
+    """Probabilities are left for log space near 1e-30 (strided: 1e-12): the two meet without a step."""
     evidence = torch.linspace(0.0, -100.0, 4 * 64).reshape(1, 4, 64)
     for grid in (None, (1, 16), (1, 1)):
         seg = torch.zeros(1, 3, 4, 64)

@@ -125,6 +125,12 @@ struct LabelRun {
 
   // `common`, of n positions.
   void find_common(int64_t n) { common = common_label(label, valid, n); }
+
+  // The same of vector v.
+  int32_t one_label(int v) const {
+    constexpr int N = kLanes<R>;
+    return common >= 0 ? common : common_label(label + v * N, valid + v * N, N);
+  }
 };
 
 // Where a task adds what it has of one kind of drawings.
@@ -171,6 +177,25 @@ inline void zero_maps(const Problem<R>& problem, const Drawings<R>& kind, const 
     for (int64_t k = 0; k < place.lanes; ++k)
       kind.nll_map[map + place.at + k] = kind.trace_map[map + place.at + k] = R(0);
   });
+}
+
+// f(labels, place) for every vector of every layer that has labels; `place` is in the layer's map. Zeros in the maps of
+// the others.
+template <class R, class F>
+COARSE_HD void for_each_labelled(const Problem<R>& problem, const Drawings<R>& kind, const Slab& slab,
+                                 const LabelRun<R>* layers, const F& f) {
+  for (int64_t layer = 0; layer < kind.layers; ++layer) {
+    const LabelRun<R>& labels = layers[layer];
+    if (!labels.any_valid) {
+      if (problem.posterior == nullptr) zero_maps(problem, kind, slab, layer);
+      continue;
+    }
+    const int64_t map = (slab.image * kind.layers + layer) * problem.pixels();
+    for_each_vector(problem, slab, [&](Place place) {
+      place.at += map;
+      f(labels, place);
+    });
+  }
 }
 
 // reported[i][k] = T[i, y(k)] for k in [0, n); rows `stride` apart.

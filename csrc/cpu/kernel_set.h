@@ -65,9 +65,22 @@ struct FieldPlan {
   int64_t span = 0;                                            // most of them
 };
 
+// One matrix for all pixels of an image (matrices.h): tables for all images, or for each, and the sums that are their
+// gradients, of which each task has its own: a slot for each image (where they share the matrix, each group of them)
+// and chunk.
+template <class R>
+struct MatrixPlan {
+  const R *q = nullptr, *log_q = nullptr;  // (images, C true, C labels)
+  const R* log_a = nullptr;                // (images, C observed, C true), where T is learned
+  const R* trace = nullptr;                // (images)
+  double* counts = nullptr;                // (images or groups, chunks, slot), zeros on arrival; null: not wanted
+  int64_t slot = 0;
+};
+
 template <class R>
 struct Plan {
   FieldPlan<R> seg, kinds[kMaxKinds];
+  MatrixPlan<R> matrices[kMaxKinds];
   const Segment* segments = nullptr;
   const Band* bands = nullptr;
   const Chunk* chunks = nullptr;
@@ -86,14 +99,19 @@ struct Plan {
 // The kernels of a kind of drawings, in the order in which they are asked.
 enum class Form : int {
   trusted,      // no matrices
+  one_matrix,   // one for all pixels of an image
   strided,      // matrices on a grid coarser than the pixels
   two_classes,  // a matrix for each pixel, C = 2
   pixels        // a matrix for each pixel
 };
 
+// Whether a field is one matrix for all pixels of an image.
+inline bool has_one_matrix(const Field& field, bool on_pixels) { return !on_pixels && field.points() == 1; }
+
 template <class R>
 Form form_of(const Problem<R>& problem, const Plan<R>& plan, int kind) {
   if (problem.kinds[kind].field.data == nullptr) return Form::trusted;
+  if (has_one_matrix(problem.kinds[kind].field, plan.kinds[kind].on_pixels)) return Form::one_matrix;
   if (!plan.kinds[kind].on_pixels) return Form::strided;
   return problem.classes == 2 ? Form::two_classes : Form::pixels;
 }

@@ -41,6 +41,10 @@ class Planned {
     for (int k = 0; k < problem.kind_count; ++k) {
       if (problem.kinds[k].field.data == nullptr) continue;
       const bool pixels = describe(plan.kinds[k], problem.kinds[k].field, size, axes_[static_cast<size_t>(k) + 1]);
+      if (has_one_matrix(problem.kinds[k].field, pixels)) {
+        matrices_.push_back(k);
+        continue;
+      }
       any_pixels = any_pixels || pixels;
       flat = flat && pixels;
       if (!pixels) strided_.push_back(k);
@@ -58,7 +62,7 @@ class Planned {
     }
     cut_bands(problem);
     plan.groups = groups(problem);
-    if (flat) {
+    if (flat && matrices_.empty()) {
       for (int64_t x = 0; x < problem.width; x += kPixelsPerChunk)
         chunks_.push_back(
             {0, 1, x, std::min(x + kPixelsPerChunk, problem.width), 0, static_cast<int32_t>(bands_.size())});
@@ -198,6 +202,14 @@ class Planned {
       find(plan.seg, problem.seg, problem.classes);
       for (int k : strided_)
         find(plan.kinds[k], problem.kinds[k].field, static_cast<int64_t>(problem.classes) * problem.classes);
+      // sums of the tasks in the place of seams
+      for (int k : matrices_) {
+        const Drawings<R>& kind = problem.kinds[k];
+        if (kind.field.gradient == nullptr && kind.transition == nullptr) continue;
+        const int64_t owners = kind.field.images == 1 ? plan.groups : kind.field.images;
+        const int64_t bytes = static_cast<int64_t>(problem.classes) * problem.classes * sizeof(double);
+        seams += owners * static_cast<int64_t>(chunks_.size()) * bytes * (kind.transition == nullptr ? 1 : 2);
+      }
       if (most == 1 || seams <= std::max(kHeadBytes, gradients / 4)) return;
     }
   }
@@ -286,7 +298,8 @@ class Planned {
   }
 
   std::vector<Points> axes_;
-  std::vector<int> strided_;  // kinds with a field on a grid of its own
+  std::vector<int> strided_;   // kinds with a field on a grid of its own
+  std::vector<int> matrices_;  // kinds with one matrix for all pixels of an image
   std::vector<Segment> segments_;
   std::vector<Band> bands_;
   std::vector<Chunk> chunks_;

@@ -7,9 +7,12 @@
 #include <cstring>
 #include <deque>
 #include <memory>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../describe.h"
+#include "matrices.h"
 #include "plan.h"
 #include "pool.h"
 
@@ -74,6 +77,10 @@ class Run {
     book(plan.seg, problem_.seg, c, plan, false);
     for (size_t k = 0; k < count; ++k) {
       const bool shared = kinds_[k].field.images == 1 && problem_.batch > 1;
+      if (coarse::form_of(problem_, plan, static_cast<int>(k)) == coarse::Form::one_matrix) {
+        form(plan, static_cast<int>(k));
+        continue;
+      }
       book(plan.kinds[k], kinds_[k].field, entries, plan, shared);
     }
     planned.learn_transitions(std::count(want_transition_.begin(), want_transition_.end(), true), c);
@@ -103,6 +110,7 @@ class Run {
       }
     }
     for (const Booking& booking : bookings_) settle(booking, plan);
+    for (auto& [k, matrices] : matrices_) settle(matrices, kinds_[k].field, totals[k].transition_gradient);
     return totals;
   }
 
@@ -173,11 +181,54 @@ class Run {
     for (int64_t copy = 1; one && copy < booking.owners; ++copy) {
       for (int64_t k = 0; k < n; ++k) field.sum[k] += field.sum[copy * n + k];
     }
+    write(field.sum, *booking.tensor, images * n);
+  }
+
+  static void write(const R* from, const Field& to, int64_t n) {
     if constexpr (sizeof(R) == 4) {
-      coarse::kernels().convert(field.sum, booking.tensor->gradient, booking.tensor->storage, images * n);
+      coarse::kernels().convert(from, to.gradient, to.storage, n);
     } else {
-      std::memcpy(booking.tensor->gradient, field.sum, sizeof(R) * static_cast<size_t>(images * n));
+      std::memcpy(to.gradient, from, sizeof(R) * static_cast<size_t>(n));
     }
+  }
+
+  // --- one matrix for all pixels of an image -------------------------------------------------------------------------
+
+  // So many columns of C exponentials and C x C multiply-adds that a thread is worth it.
+  int64_t grain() const {
+    const int64_t c = problem_.classes;
+    return std::max<int64_t>(1, (int64_t{1} << 18) / (c * (c + 16)));
+  }
+
+  void form(coarse::Plan<R>& plan, int k) {
+    auto& matrices = matrices_
+                         .emplace_back(std::piecewise_construct, std::forward_as_tuple(static_cast<size_t>(k)),
+                                       std::forward_as_tuple(problem_, plan, k, want_transition_[k]))
+                         .second;
+    torch::stable::parallel_for(0, matrices.columns(), grain(), [&](int64_t first, int64_t last) {
+      for (int64_t column = first; column < last; ++column) matrices.form(column);
+    });
+    matrices.find_traces();
+    plan.matrices[k] = matrices.plan();
+  }
+
+  void settle(coarse::Matrices<R>& matrices, const Field& field, std::vector<double>& transition) const {
+    if (!matrices.counted()) return;
+    torch::stable::parallel_for(0, matrices.images(), std::max<int64_t>(1, grain() / 32),
+                                [&](int64_t first, int64_t last) {
+                                  for (int64_t image = first; image < last; ++image) matrices.gather(image);
+                                });
+    if (!transition.empty()) {
+      torch::stable::parallel_for(0, problem_.classes, grain(), [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) matrices.settle_transition(i, transition.data());
+      });
+    }
+    if (field.gradient == nullptr) return;
+    torch::stable::parallel_for(0, matrices.columns(), grain(), [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) matrices.settle(row);
+    });
+    const std::vector<R> rounded(matrices.gradient().begin(), matrices.gradient().end());
+    write(rounded.data(), field, static_cast<int64_t>(rounded.size()));
   }
 
   Problem<R> problem_;
@@ -185,6 +236,7 @@ class Run {
   const Tensor& like_;
   const std::vector<bool>& want_transition_;
   std::deque<Booking> bookings_;
+  std::deque<std::pair<size_t, coarse::Matrices<R>>> matrices_;  // of the kinds that have one for all pixels
 };
 
 }  // namespace

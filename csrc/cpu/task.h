@@ -3,6 +3,7 @@
 #pragma once
 
 #include "class_field.h"
+#include "one_matrix.h"
 #include "pixel_grid.h"
 #include "strided_grid.h"
 #include "trusted.h"
@@ -25,6 +26,7 @@ class Kind {
     weight_ = arena.take<R>(kind_->layers * slots_);
     switch (form_) {
       case Form::trusted: trusted_.init(problem, *kind_, arena); break;
+      case Form::one_matrix: matrix_.init(problem, plan, index, arena); break;
       case Form::strided: strided_.init(problem, plan, index, arena); break;
       case Form::two_classes: two_.init(problem, *kind_, arena); break;
       case Form::pixels: pixels_.init(problem, *kind_, arena); break;
@@ -44,12 +46,14 @@ class Kind {
       memset(layers_[l].weight, 0, sizeof(R) * static_cast<size_t>(slots_));
     }
     if (form_ == Form::trusted) trusted_.begin();
+    if (form_ == Form::one_matrix) matrix_.begin();
     if (form_ == Form::two_classes) two_.begin(sum_);
     if (form_ == Form::pixels) pixels_.begin(sum_);
   }
 
   void start(int64_t image, int64_t group, int64_t chunk, int64_t z, bool first) {
     if (form_ == Form::strided) strided_.start(image, group, chunk, z, first);
+    if (form_ == Form::one_matrix) matrix_.start(image, group, chunk);
   }
   void enter(const Band& band) {
     if (form_ == Form::strided) strided_.enter(band);
@@ -64,6 +68,7 @@ class Kind {
     if (form_ == Form::strided) strided_.finish();
   }
   void finish() {
+    if (form_ == Form::one_matrix) matrix_.finish();
     if (form_ == Form::two_classes) two_.finish();
     if (form_ == Form::pixels) pixels_.finish();
   }
@@ -79,7 +84,8 @@ class Kind {
         const int64_t row = (slab.z * problem_->height + slab.y0 + r) * problem_->width;
         bad = layers_[l].read(*problem_, *kind_, map + row + slab.x0, slab.x1 - slab.x0, lanes, r * lanes) || bad;
       }
-      if (form_ == Form::strided || form_ == Form::trusted) layers_[l].find_common(slab.rows * lanes);
+      if (form_ == Form::trusted || form_ == Form::one_matrix || form_ == Form::strided)
+        layers_[l].find_common(slab.rows * lanes);
     }
     return bad;
   }
@@ -90,6 +96,7 @@ class Kind {
   void run(ClassField<R>& field, const Slab& slab) {
     switch (form_) {
       case Form::trusted: trusted_.run(field, slab, layers_, sums_); break;
+      case Form::one_matrix: matrix_.run(field, slab, layers_, sums_); break;
       case Form::strided: strided_.run(field, slab, layers_, sums_); break;
       case Form::two_classes: two_.run(field, slab, layers_, sums_); break;
       case Form::pixels: pixels_.run(field, slab, layers_, sums_); break;
@@ -107,6 +114,7 @@ class Kind {
   R* sum_ = nullptr;
   Sums sums_{};
   Trusted<R> trusted_;
+  OneMatrix<R> matrix_;
   StridedGrid<R> strided_;
   PixelGrid<R, 2> two_;  // two classes are common, and cheap enough for the loops over classes to show
   PixelGrid<R, 0> pixels_;

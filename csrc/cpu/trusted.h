@@ -5,6 +5,7 @@
 //   d nll / dT[i,y] = -p[i] / D
 #pragma once
 
+#include "by_label.h"
 #include "class_field.h"
 
 namespace coarse {
@@ -21,48 +22,29 @@ class Trusted {
     problem_ = &problem;
     kind_ = &kind;
     if (kind.transition == nullptr) return;
-    reported_ = arena.take<V>(problem.classes);
+    reported_.init(problem.classes, arena);
     r_ = arena.take<V>(problem.classes);
-    // rows of T where a permutation of two vectors can look a label up
-    table_ = problem.classes <= 2 * N ? arena.take<R>(2 * N * problem.classes) : nullptr;
   }
 
   // With the workspace in place.
   void begin() {
-    if (kind_->transition == nullptr || table_ == nullptr) return;
-    const int c = problem_->classes;
-    for (int i = 0; i < c; ++i)
-      for (int y = 0; y < 2 * N; ++y) table_[i * 2 * N + y] = y < c ? kind_->transition[i * c + y] : R(0);
+    if (kind_->transition != nullptr) reported_.set(kind_->transition);
   }
 
   void run(ClassField<R>& field, const Slab& slab, const LabelRun<R>* layers, const Sums& sums) {
-    for (int64_t layer = 0; layer < kind_->layers; ++layer) {
-      const LabelRun<R>& labels = layers[layer];
-      if (!labels.any_valid) {
-        if (problem_->posterior == nullptr) zero_maps(*problem_, *kind_, slab, layer);
-        continue;
-      }
-      const int64_t map = (slab.image * kind_->layers + layer) * problem_->pixels();
-      for_each_vector(*problem_, slab, [&](Place place) {
-        place.at += map;
-        kind_->transition == nullptr ? one_hot(field, slab, labels, place) : mixed(field, slab, labels, place, sums);
-      });
-    }
+    for_each_labelled(*problem_, *kind_, slab, layers, [&](const LabelRun<R>& labels, const Place& place) {
+      kind_->transition == nullptr ? one_hot(field, slab, labels, place) : mixed(field, slab, labels, place, sums);
+    });
     terms_.leave(sums);
   }
 
  private:
-  // Of a vector.
-  static int32_t one_label(const LabelRun<R>& labels, int v) {
-    return labels.common >= 0 ? labels.common : common_label(labels.label + v * N, labels.valid + v * N, N);
-  }
-
   void one_hot(ClassField<R>& field, const Slab& slab, const LabelRun<R>& labels, const Place& place) {
     const int c = problem_->classes, pitch = slab.pitch, v = place.v;
     const V zero = broadcast<V>(R(0)), inf = broadcast<V>(std::numeric_limits<R>::infinity());
     const int32_t* const label = labels.label + v * N;
     const V valid = load(labels.valid + v * N), weight = load(labels.weight + v * N);
-    const int32_t y = one_label(labels, v);
+    const int32_t y = labels.one_label(v);
     if (problem_->posterior != nullptr) {
       for (int j = 0; j < c; ++j) {
         V other = zero;
@@ -88,34 +70,12 @@ class Trusted {
     terms_.add(*kind_, place.at, place.lanes, weight, nll, zero);
   }
 
-  // T[j, y] of every lane.
-  void look_up(const int32_t* label, int32_t y) {
-    const int c = problem_->classes;
-    if (y >= 0) {
-      for (int j = 0; j < c; ++j) reported_[j] = broadcast<V>(kind_->transition[static_cast<int64_t>(j) * c + y]);
-      return;
-    }
-    if (table_ != nullptr) {
-      I index{};
-      for (int k = 0; k < N; ++k) index[k] = label[k];
-      for (int j = 0; j < c; ++j) {
-        const R* const row = table_ + j * 2 * N;
-        reported_[j] = permute<R>(load(row), load(row + N), index);
-      }
-      return;
-    }
-    for (int j = 0; j < c; ++j) {
-      const R* const row = kind_->transition + static_cast<int64_t>(j) * c;
-      for (int k = 0; k < N; ++k) reinterpret_cast<R*>(reported_ + j)[k] = row[label[k]];
-    }
-  }
-
   void mixed(ClassField<R>& field, const Slab& slab, const LabelRun<R>& labels, const Place& place, const Sums& sums) {
     const int c = problem_->classes, pitch = slab.pitch, v = place.v;
     const V zero = broadcast<V>(R(0)), one = broadcast<V>(R(1)), inf = broadcast<V>(std::numeric_limits<R>::infinity());
     const int32_t* const label = labels.label + v * N;
     const V valid = load(labels.valid + v * N), weight = load(labels.weight + v * N);
-    look_up(label, one_label(labels, v));
+    reported_.look_up(label, labels.one_label(v));
     if (problem_->posterior != nullptr) {
       for (int j = 0; j < c; ++j) field.joint[j * pitch + v] += select(valid != zero, log_of(reported_[j]), zero);
       return;
@@ -189,8 +149,8 @@ class Trusted {
 
   const Problem<R>* problem_ = nullptr;
   const Drawings<R>* kind_ = nullptr;
-  V *reported_ = nullptr, *r_ = nullptr;
-  R* table_ = nullptr;
+  ByLabel<R> reported_;  // T[j, y]
+  V* r_ = nullptr;
   Terms<R> terms_;
 };
 
