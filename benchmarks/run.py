@@ -41,7 +41,7 @@ from .sets import Entry, Group
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SILENCE = 400.0  # seconds without a word from a worker: a kernel that hangs must not use up the machine
-GROUP_SECONDS = {"quick": 3.0, "default": 3.0, "full": 20.0}  # of timed runs, for each problem of a group
+GROUP_SECONDS = {"quick": 3.0, "default": 2.5, "full": 20.0}  # of timed runs, for each problem of a group
 TRIES = 3  # of a group whose rows were disturbed by other work
 COLUMNS = (
     "problem", "provider", "group", "kernels", "quantity", "value", "unit", "p20", "p80", "runs", "cpu_share", "disturbed",
