@@ -131,24 +131,38 @@ def setting(provider: Provider, threads: int) -> Iterator[None]:
 # ---- plain PyTorch ---------------------------------------------------------------------------------------------------
 
 _PROVIDERS: list[Provider] = []
-_INSTEAD = "it has no formulation for {}"
+Loss = Callable[[Tensor, Sequence[baselines.OfKind]], Tensor]
 
 
-def _of_kinds(inputs: Inputs) -> list[baselines.OfKind]:
-    return [baselines.OfKind(k.cm_logits, k.labels, k.transition, k.trace_weight) for k in inputs.kinds]
+def _provider(name: str, group: str, refuses: Callable[[Problem, str], str | None]) -> Callable[..., None]:
+    def add(prepare: Callable[[Problem, Inputs], Thunk]) -> None:
+        _PROVIDERS.append(Provider(name, group, prepare, refuses))
+
+    return add
 
 
-def _add(
-    name: str,
-    group: str,
-    loss: Callable[[Tensor, Sequence[baselines.OfKind]], Tensor],
-    refuses: Callable[[Problem, str], str | None],
-) -> None:
+def _over_kinds(loss: Loss, mode: str | None = None) -> Callable[[Problem, Inputs], Thunk]:
+    """``mode``: of torch.compile; None: eager."""
+
     def prepare(problem: Problem, inputs: Inputs) -> Thunk:
-        kinds = _of_kinds(inputs)
-        return lambda: loss(inputs.seg_logits, kinds)
+        kinds = [baselines.OfKind(k.cm_logits, k.labels, k.transition, k.trace_weight) for k in inputs.kinds]
+        run = loss if mode is None else torch.compile(loss, fullgraph=True, dynamic=False, mode=mode)
+        return lambda: run(inputs.seg_logits, kinds)
 
-    _PROVIDERS.append(Provider(name, group, prepare, refuses))
+    return prepare
+
+
+def _no_loss(problem: Problem) -> str | None:
+    return f"it has no formulation for mode {problem.mode}" if problem.mode in ("map", "posterior") else None
+
+
+def _layers_under_a_field(problem: Problem) -> str | None:
+    layered = any(kind.has_field and kind.layers > 1 for kind in problem.kinds)
+    return "it has no formulation for layers under a field" if layered else None
+
+
+def _clamps(problem: Problem) -> str | None:
+    return "it clamps probabilities, and is wrong at such logits" if problem.data == "extreme" else None
 
 
 @dataclass(frozen=True)
@@ -162,12 +176,10 @@ class _For:
     any: bool = False
 
     def refuses(self, problem: Problem, device: str) -> str | None:
-        if problem.mode in ("map", "posterior"):
-            return _INSTEAD.format("it")
+        if reason := _no_loss(problem) or _layers_under_a_field(problem):
+            return reason
         if problem.fields == 0:
             return "no kind of drawings has a field"
-        if any(kind.has_field and kind.layers > 1 for kind in problem.kinds):
-            return _INSTEAD.format("layers under a field")
         if self.any:
             return None
         one = problem.field_grid == (1, 1) != problem.size
@@ -177,7 +189,7 @@ class _For:
             return "everything is on the pixel grid"
         if self.negative and not any(kind.has_field and kind.is_negative for kind in problem.kinds):
             return "no kind with a field has a transition"
-        return "it clamps probabilities, and is wrong at such logits" if problem.data == "extreme" else None
+        return _clamps(problem)
 
 
 _MATMUL = baselines.interpolate_matmul
@@ -210,52 +222,27 @@ _USUALLY_COMPILED = tuple(
 )
 
 
-def _register() -> None:
-    published = baselines.objective(baselines.published, baselines.trusted_published)
-    _add("published", "published", published, _refuses_published)
-    _add("trusted", "autograd", baselines.objective(baselines.softmax_gather), _refuses_alone)
-    for name, group, formulation, serves in _FORMULATIONS:
-        loss = baselines.objective(formulation, up=_MATMUL if serves.strided else baselines.interpolate)
-        _add(name, group, loss, serves.refuses)
-        for mode in _COMPILE_MODES if name in _COMPILED else ():
-            _add_compiled(name, mode, loss, serves.refuses)
-
-
-def _add_compiled(
-    name: str,
-    mode: str,
-    loss: Callable[[Tensor, Sequence[baselines.OfKind]], Tensor],
-    refuses: Callable[[Problem, str], str | None],
-) -> None:
-    def prepare(problem: Problem, inputs: Inputs) -> Thunk:
-        kinds = _of_kinds(inputs)
-        compiled = torch.compile(loss, fullgraph=True, dynamic=False, mode=mode)
-        return lambda: compiled(inputs.seg_logits, kinds)
-
-    ending = "" if mode == "default" else f":{mode}"
-    _PROVIDERS.append(Provider(f"compiled:{name}{ending}", "compiled", prepare, refuses))
-
-
 def _refuses_published(problem: Problem, device: str) -> str | None:
-    if problem.mode in ("map", "posterior") or any(kind.has_field and kind.layers > 1 for kind in problem.kinds):
-        return _INSTEAD.format("layers under a field" if problem.mode != "map" else "label maps")
-    return "it clamps probabilities, and is wrong at such logits" if problem.data == "extreme" else None
+    return _no_loss(problem) or _layers_under_a_field(problem) or _clamps(problem)
 
 
 def _refuses_alone(problem: Problem, device: str) -> str | None:
-    if problem.mode in ("map", "posterior"):
-        return _INSTEAD.format("it")
-    return None if problem.fields == 0 else "some kind of drawings has a field"
+    return _no_loss(problem) or (None if problem.fields == 0 else "some kind of drawings has a field")
+
+
+def _register() -> None:
+    published = baselines.objective(baselines.published, baselines.trusted_published)
+    _provider("published", "published", _refuses_published)(_over_kinds(published))
+    _provider("trusted", "autograd", _refuses_alone)(_over_kinds(baselines.objective(baselines.softmax_gather)))
+    for name, group, formulation, serves in _FORMULATIONS:
+        loss = baselines.objective(formulation, up=_MATMUL if serves.strided else baselines.interpolate)
+        _provider(name, group, serves.refuses)(_over_kinds(loss))
+        for mode in _COMPILE_MODES if name in _COMPILED else ():
+            ending = "" if mode == "default" else f":{mode}"
+            _provider(f"compiled:{name}{ending}", "compiled", serves.refuses)(_over_kinds(loss, mode))
 
 
 _register()
-
-
-def _provider(name: str, group: str, refuses: Callable[[Problem, str], str | None]) -> Callable[..., None]:
-    def add(prepare: Callable[[Problem, Inputs], Thunk]) -> None:
-        _PROVIDERS.append(Provider(name, group, prepare, refuses))
-
-    return add
 
 
 def _is_cross_entropy(problem: Problem, device: str) -> str | None:
@@ -293,7 +280,7 @@ def _argmax(problem: Problem, inputs: Inputs) -> Thunk:
 def _is_posterior(problem: Problem, device: str) -> str | None:
     if problem.mode != "posterior":
         return "the problem is no posterior"
-    return _INSTEAD.format("layers") if any(kind.layers > 1 for kind in problem.kinds) else None
+    return "it has no formulation for layers" if any(kind.layers > 1 for kind in problem.kinds) else None
 
 
 @_provider("posterior", "torch", _is_posterior)

@@ -45,6 +45,12 @@ class DoesNotFit(RuntimeError):
     """This provider ran out of memory."""
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Also as PyTorch's allocator and the pool say it on a CPU."""
+    words = ("allocate memory", "out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
+
+
 class Call:
     """One provider on one problem: `before` and `after` are outside the clock, `run` is under it."""
 
@@ -88,16 +94,13 @@ class Call:
                 self.run()
             assert self._held is not None
             return self._held.detach()
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            reason = str(error).splitlines()[0] if str(error) else "out of memory"
         except Exception as error:
-            if (
-                "allocate memory" not in str(error) and self.provider.group == "compiled"
-            ):  # no C++ compiler, or a graph that inductor cannot take
-                raise Unavailable(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
-            if "allocate memory" not in str(error):  # how a CPU says it
+            lines = str(error).splitlines() or [type(error).__name__]
+            if not lacks_memory(error):
+                if self.provider.group == "compiled":  # no C++ compiler, or a graph that inductor cannot take
+                    raise Unavailable(f"{type(error).__name__}: {lines[0]}") from error
                 raise
-            reason = str(error).splitlines()[0]
+            reason = lines[0]
         # Raised out here, where the first error and with it every tensor of the frames that it left are gone.
         self.after()
         raise DoesNotFit(reason)
