@@ -21,7 +21,7 @@ import torch
 import coarse_kernels
 
 from .providers import setting
-from .verify import Call, DoesNotFit
+from .verify import Call, DoesNotFit, lacks_memory
 
 # glibc hands large freed blocks back to the kernel, so that a gradient of 47 MB is page-faulted in afresh each time it
 # is allocated. Under these settings it keeps them. Read by malloc at start-up: a worker process gets one or the other.
@@ -99,11 +99,11 @@ def time_all(calls: Sequence[Call], meter: Meter, budget: float, most: int = MOS
         try:
             call.before()
             return meter.timed(call)
-        except (
-            torch.OutOfMemoryError,
-            MemoryError,
-        ) as error:  # it did fit alone, but not beside what the others have left
-            reason = str(error).splitlines()[0] if str(error) else "out of memory"
+        except Exception as error:
+            if not lacks_memory(error):
+                raise
+            # it did fit alone, but not beside what the others have left
+            reason = (str(error).splitlines() or ["out of memory"])[0]
         finally:
             call.after()
         raise DoesNotFit(reason, call)
