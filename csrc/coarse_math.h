@@ -90,6 +90,26 @@ struct PowerOfTwo {
 constexpr float kExpFlush = -87.3365f;  // 2^-126: the smallest normal float
 constexpr double kExpUlp = 2.0;
 
+// exp_f32 of kCount vectors, a step of all before the next step of any. One by one, the chain of a dozen multiply-adds keeps
+// as many instructions waiting as a scheduler holds, or twice as many where another thread has half of the core.
+template <int kCount, class V>
+COARSE_HD void exp_f32_each(V* x) {
+  const V magic =
+      broadcast<V>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits
+  V t[kCount], r[kCount], y[kCount];
+  for (int k = 0; k < kCount; ++k) t[k] = x[k] * broadcast<V>(1.44269504088896341f) + magic;
+  for (int k = 0; k < kCount; ++k) y[k] = t[k] - magic;
+  for (int k = 0; k < kCount; ++k)
+    r[k] = x[k] - y[k] * broadcast<V>(0.693359375f);  // exact: n has at most 8 bits, the constant 9
+  for (int k = 0; k < kCount; ++k) r[k] = r[k] + y[k] * broadcast<V>(2.12194440e-4f);
+  for (int k = 0; k < kCount; ++k) y[k] = broadcast<V>(1.384364441e-3f) * r[k] + broadcast<V>(8.374163881e-3f);
+  constexpr float kTerms[] = {4.166800156e-2f, 1.666643173e-1f, 4.999999404e-1f, 1.0f, 1.0f};
+  for (const float term : kTerms)
+    for (int k = 0; k < kCount; ++k) y[k] = y[k] * r[k] + broadcast<V>(term);
+  for (int k = 0; k < kCount; ++k)
+    x[k] = select(x[k] < broadcast<V>(kExpFlush), broadcast<V>(0.0f), PowerOfTwo<V>::scale(y[k], t[k], magic));
+}
+
 template <class V>
 COARSE_HD V exp_f32(V x) {
 #if defined(__CUDA_ARCH__)
@@ -99,20 +119,8 @@ COARSE_HD V exp_f32(V x) {
 #elif defined(COARSE_EMULATED)  // with the device's rounding of t
   return x < kExpFlush ? 0.0f : exp2f(x * 1.44269504088896341f);
 #else
-  const V magic =
-      broadcast<V>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits
-  const V t = x * broadcast<V>(1.44269504088896341f) + magic;
-  const V n = t - magic;
-  V r = x - n * broadcast<V>(0.693359375f);  // exact: n has at most 8 bits, the constant 9
-  r = r + n * broadcast<V>(2.12194440e-4f);
-  V y = broadcast<V>(1.384364441e-3f);
-  y = y * r + broadcast<V>(8.374163881e-3f);
-  y = y * r + broadcast<V>(4.166800156e-2f);
-  y = y * r + broadcast<V>(1.666643173e-1f);
-  y = y * r + broadcast<V>(4.999999404e-1f);
-  y = y * r + broadcast<V>(1.0f);
-  y = y * r + broadcast<V>(1.0f);
-  return select(x < broadcast<V>(kExpFlush), broadcast<V>(0.0f), PowerOfTwo<V>::scale(y, t, magic));
+  exp_f32_each<1>(&x);
+  return x;
 #endif
 }
 
@@ -178,6 +186,16 @@ COARSE_HD V exp_v(V x) {
   }
 }
 
+// exp_v of kCount vectors, interleaved.
+template <int kCount, class V>
+COARSE_HD void exp_each(V* x) {
+  if constexpr (sizeof(typename Lanes<V>::Scalar) == sizeof(float) && sizeof(V) > sizeof(float)) {
+    exp_f32_each<kCount>(x);
+  } else {
+    for (int k = 0; k < kCount; ++k) x[k] = exp_v(x[k]);
+  }
+}
+
 template <class V>
 COARSE_HD V log_v(V x) {
   if constexpr (sizeof(typename Lanes<V>::Scalar) == sizeof(float)) {
@@ -211,6 +229,10 @@ COARSE_HD V scaled_exp(V factor, V x) {
 template <class V>
 COARSE_HD V max_v(V a, V b) {
   return select(a > b, a, b);
+}
+template <class V>
+COARSE_HD V min_v(V a, V b) {
+  return select(a < b, a, b);
 }
 
 // --- one pixel, probability space ------------------------------------------------------------------------------------

@@ -15,6 +15,10 @@
 namespace coarse {
 namespace {
 
+// A gradient of so many bytes is out of the cache before somebody reads it. Planes of images whose sides are powers of
+// two share few sets of a cache, so that a line that it must read before it is written is often gone by then.
+constexpr int64_t kStreamedBytes = int64_t{4} << 20;
+
 template <class R>
 class ClassField {
   using V = Vec<R>;
@@ -45,10 +49,14 @@ class ClassField {
     for (int k = 0; k < problem.kind_count; ++k)
       want_log_sum_ = want_log_sum_ || problem.kinds[k].field.data == nullptr;
     lines_ = arena.take<V>(plan.seg.rows);
-    scattered_ = arena.take<V>(plan.seg.rows);
+    streams_ = problem.seg.gradient != nullptr && plan_->on_pixels && sizeof(V) == 64 &&
+               problem.seg.storage == own_storage_ && problem.width % N == 0 &&
+               reinterpret_cast<uintptr_t>(problem.seg.gradient) % sizeof(V) == 0 &&
+               problem.batch * c * problem.pixels() * static_cast<int64_t>(sizeof(R)) >= kStreamedBytes;
     columns_ = arena.take<Columns<R>>(plan.per_row);
-    weights_ = arena.take<V>(2 * N * plan.per_row);
-    if (gathers()) rows_.init(problem.seg, plan.seg, c, plan.chunk_count, arena);
+    if (!gathers()) return;
+    rows_.init(problem.seg, plan.seg, c, 1, plan.chunk_count, arena);
+    scattered_ = arena.take<V>(rows_.vectors());
   }
 
   bool gathers() const { return problem_->seg.gradient != nullptr && !plan_->on_pixels; }
@@ -61,6 +69,7 @@ class ClassField {
   }
   void finish() {
     if (gathers()) rows_.finish();
+    if (streams_) stream_fence();
   }
 
   // s, in the slab.
@@ -104,8 +113,18 @@ class ClassField {
     if (problem_->seg.gradient == nullptr) return;
     problem_->classes == 2 ? add_mass<2>(slab) : add_mass<0>(slab);
     if (!plan_->on_pixels) return scatter(slab);
+    const int64_t pixels = problem_->pixels();
+    if (streams_ && slab.x1 - slab.x0 == slab.per_row * N) {
+      for (int j = 0; j < problem_->classes; ++j) {
+        R* const plane = static_cast<R*>(problem_->seg.gradient) + first_pixel(slab) + j * pixels;
+        const V* const from = own + j * slab.pitch;
+        for (int r = 0; r < slab.rows; ++r)
+          for (int m = 0; m < slab.per_row; ++m)
+            stream<R>(plane + r * problem_->width + m * N, from[r * slab.per_row + m]);
+      }
+      return;
+    }
     for_each_vector(*problem_, slab, [&](const Place& place) {
-      const int64_t pixels = problem_->pixels();
       int64_t offset = slab.image * problem_->classes * pixels + place.at;
       for (int j = 0; j < problem_->classes; ++j, offset += pixels)
         store_lanes(problem_->seg.gradient, offset, place.lanes, own[j * slab.pitch + place.v]);
@@ -129,12 +148,15 @@ class ClassField {
       V top = sv[0];
       for (int j = 1; j < c; ++j) top = max_v(sv[j * pitch], top);
       V sum = zero;
-      for (int j = 0; j < c; ++j) {
-        const V x = sv[j * pitch] - top, e = exp_v(x);
-        sv[j * pitch] = x;
-        pv[j * pitch] = e;
-        sum += e;
-      }
+      in_blocks<kBlock>(c, [&](auto block, int j) {
+        V e[block.value];
+        for (int k = 0; k < block.value; ++k) e[k] = sv[(j + k) * pitch] -= top;
+        exp_each<block.value>(e);
+        for (int k = 0; k < block.value; ++k) {
+          pv[(j + k) * pitch] = e[k];
+          sum += e[k];
+        }
+      });
       const V inv = R(1) / sum;
       for (int j = 0; j < c; ++j) {
         pv[j * pitch] *= inv;
@@ -196,6 +218,11 @@ class ClassField {
  private:
   static constexpr Storage own_storage_ = sizeof(R) == 4 ? Storage::f32 : Storage::f64;
 
+  int64_t first_pixel(const Slab& slab) const {  // of class 0
+    return slab.image * problem_->classes * problem_->pixels() +
+           (slab.z * problem_->height + slab.y0) * problem_->width + slab.x0;
+  }
+
   V load_lanes(int64_t offset, int64_t lanes) const {
     if (problem_->seg.storage == own_storage_ && lanes == N)
       return load(static_cast<const R*>(problem_->seg.data) + offset);
@@ -222,7 +249,6 @@ class ClassField {
       const int64_t begin = slab.x0 + static_cast<int64_t>(m) * N;
       columns_[m] = Columns<R>{};
       columns_[m].find(plan_->x, begin, slab.x1 - begin < N ? slab.x1 - begin : N);
-      if (gathers()) columns_[m].weigh(weights_ + 2 * N * m);
     }
   }
 
@@ -260,28 +286,25 @@ class ClassField {
     const int c = problem_->classes;
     const int64_t first = y.i0[slab.y0], last = y.next(slab.y0 + slab.rows - 1);
     find_columns(slab);
+    int64_t begin = rows_.vectors(), end = 0;
+    for (int64_t g = first; g <= last; ++g) {
+      const int64_t own = rows_.slot(g);
+      begin = own < begin ? own : begin;
+      end = own + c > end ? own + c : end;
+    }
     for (int m = 0; m < slab.per_row; ++m) {
-      const V* const weights = weights_ + 2 * N * m;
-      for (int j = 0; j < c; ++j) {
-        for (int64_t g = first; g <= last; ++g) scattered_[g - first] = broadcast<V>(R(0));
-        for (int r = 0; r < slab.rows; ++r) {
-          const V x = own[j * slab.pitch + r * slab.per_row + m];
-          const int64_t upper = y.i0[slab.y0 + r];
-          if (!y.interpolated) {
-            scattered_[upper - first] += x;
-            continue;
-          }
-          const V below = y.lambda[slab.y0 + r] * x;
-          scattered_[upper - first] += x - below;
-          scattered_[y.after(upper) - first] += below;
-        }
-        for (int64_t g = first; g <= last; ++g) {
-          const R* const lanes = reinterpret_cast<const R*>(scattered_ + (g - first));
-          R* const to = rows_.row(g, j, columns_[m].node);
-          for (int half = 0; half * N < columns_[m].nodes; ++half)
-            give<R, 1>(weights + half * N, {lanes}, {to + half * N});
+      for (int64_t k = begin; k < end; ++k) scattered_[k] = broadcast<V>(R(0));
+      for (int r = 0; r < slab.rows; ++r) {
+        const int64_t upper = y.i0[slab.y0 + r];
+        const R lambda = y.interpolated ? y.lambda[slab.y0 + r] : R(0);
+        V *const above = scattered_ + rows_.slot(upper), *const below = scattered_ + rows_.slot(y.after(upper));
+        for (int j = 0; j < c; ++j) {
+          const V x = own[j * slab.pitch + r * slab.per_row + m], share = lambda * x;
+          above[j] += y.interpolated ? x - share : x;
+          if (y.interpolated) below[j] += share;
         }
       }
+      rows_.gather(columns_[m], scattered_, begin, end);
     }
   }
 
@@ -311,10 +334,11 @@ class ClassField {
   const Problem<R>* problem_ = nullptr;
   const FieldPlan<R>* plan_ = nullptr;
   bool want_log_sum_ = false;
+  bool streams_ = false;  // the gradient, past the caches
   GradientRows<R> rows_;
   int64_t begin_ = -1, end_ = -1;  // pixels that columns_ are of
   Columns<R>* columns_;            // of each vector of a row
-  V *lines_, *scattered_, *weights_;
+  V *lines_, *scattered_;
 };
 
 }  // namespace

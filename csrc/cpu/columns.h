@@ -44,14 +44,30 @@ class Columns {
     return (R(1) - lambda_) * a + lambda_ * permute_one<R>(low, right_);
   }
 
-  // weights[half * N + lane]: what a lane gives to points [half * N, half * N + N), none of it beyond the pixels.
+  // weights[point], `nodes` of them: what the lanes take of a point.
   void weigh(V* weights) const {
-    for (int k = 0; k < 2 * N; ++k) weights[k] = broadcast<V>(R(0));
-    R* const flat = reinterpret_cast<R*>(weights);
-    for (int k = 0; k < lanes_; ++k) {
-      const auto give = [&](int64_t point, R share) { flat[(point / N * N + k) * N + point % N] += share; };
-      give(left_[k], R(1) - lambda_[k]);
-      give(right_[k], lambda_[k]);
+    for (int n = 0; n < nodes; ++n) {
+      const V from_left = select(left_ == n, interpolated_ ? R(1) - lambda_ : broadcast<V>(R(1)), V{});
+      weights[n] = from_left + (interpolated_ ? select(right_ == n, lambda_, V{}) : V{});
+    }
+  }
+
+  // The transpose: x[lane], of N items each, goes to where the lane reads: to(point) += ...
+  template <class To>
+  COARSE_HD void spread(const V* x, const To& to) const {
+    for (int k = 0; k < lanes_;) {
+      const auto left = left_[k], right = right_[k];
+      V sum{}, below{};
+      for (; k < lanes_ && left_[k] == left; ++k) {
+        sum += x[k];
+        below += lambda_[k] * x[k];
+      }
+      if (!interpolated_) {
+        to(left, sum);
+        continue;
+      }
+      to(left, sum - below);
+      to(right, below);
     }
   }
 
@@ -61,25 +77,6 @@ class Columns {
   I left_{}, right_{};
   V lambda_{};
 };
-
-// to[row] += sum over lanes of from[row][lane] * w[lane]: of some rows, what one half of `Columns::weigh` gives to a
-// vector of points.
-template <class R, int kRows>
-COARSE_HD void give(const Vec<R>* w, const R* const (&from)[kRows], R* const (&to)[kRows]) {
-  using V = Vec<R>;
-  V even[kRows], odd[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    even[r] = load(to[r]);
-    odd[r] = broadcast<V>(R(0));
-  }
-  for (int k = 0; k < kLanes<R>; k += 2) {
-    for (int r = 0; r < kRows; ++r) {
-      even[r] += from[r][k] * w[k];
-      odd[r] += from[r][k + 1] * w[k + 1];
-    }
-  }
-  for (int r = 0; r < kRows; ++r) store(to[r], even[r] + odd[r]);
-}
 
 }  // namespace
 }  // namespace coarse

@@ -72,6 +72,8 @@ inline int32_t common_label(const int32_t* label, const R* valid, int64_t n) {
 // Labels and weights of the vectors of a slab in one layer of drawings.
 template <class R>
 struct LabelRun {
+  static constexpr int N = kLanes<R>;
+
   int32_t* label;  // 0 where ignored, so that a lane without label computes something harmless
   R* valid;        // 1 or 0
   R* weight;       // class_weight[label] * pixel_weight, 0 where ignored
@@ -85,17 +87,21 @@ struct LabelRun {
     int64_t count = 0, bad = 0;
     int32_t* const to_label = label + to;
     R *const to_valid = valid + to, *const to_weight = weight + to;
-    // In locals and without a branch, for the compiler to make vectors of it.
+    // In locals, without a branch and mostly of a length that is known, for the compiler to make vectors of it.
     const auto scan = [&](const auto* y, auto ignore, auto classes) {
       int32_t counted = 0, wrong = 0;
-      for (int64_t k = 0; k < n; ++k) {
+      const auto one = [&](int64_t k) {
         const decltype(ignore) own = y[k];
         const bool used = own != ignore, fits = (own >= 0) & (own < classes), ok = used & fits;
         counted += ok;
         wrong += used & !fits;
         to_label[k] = ok ? static_cast<int32_t>(own) : 0;
         to_valid[k] = to_weight[k] = ok ? R(1) : R(0);
-      }
+      };
+      int64_t k = 0;
+      for (; k + N <= n; k += N)
+        for (int lane = 0; lane < N; ++lane) one(k + lane);
+      for (; k < n; ++k) one(k);
       count = counted;
       bad = wrong;
     };
@@ -127,10 +133,7 @@ struct LabelRun {
   void find_common(int64_t n) { common = common_label(label, valid, n); }
 
   // The same of vector v.
-  int32_t one_label(int v) const {
-    constexpr int N = kLanes<R>;
-    return common >= 0 ? common : common_label(label + v * N, valid + v * N, N);
-  }
+  int32_t one_label(int v) const { return common >= 0 ? common : common_label(label + v * N, valid + v * N, N); }
 };
 
 // Where a task adds what it has of one kind of drawings.

@@ -41,7 +41,15 @@ void map_array(const float* x, float* y, int64_t n, F f) {
 }
 
 void exp_array(const float* x, float* y, int64_t n) {
-  map_array(x, y, n, [](VecF v) { return exp_v(v); });
+  constexpr int64_t N = kLanes<float>, together = kBlock * N;
+  int64_t k = 0;
+  for (; k + together <= n; k += together) {
+    VecF v[kBlock];
+    for (int b = 0; b < kBlock; ++b) v[b] = load(x + k + b * N);
+    exp_each<kBlock>(v);
+    for (int b = 0; b < kBlock; ++b) store(y + k + b * N, v[b]);
+  }
+  map_array(x + k, y + k, n - k, [](VecF v) { return exp_v(v); });
 }
 
 void log_array(const float* x, float* y, int64_t n) {

@@ -274,14 +274,16 @@ class PixelGrid {
           }
           stream_vectors(g, leaving_at + i * plane_stride + k);
         }
+        V e[kUnroll];
+        for (int u = 0; u < kUnroll; ++u) e[u] = load(staged + i * tile + k + u * N) - shift[u];
+        exp_each<kUnroll>(e);
         for (int u = 0; u < kUnroll; ++u) {
-          const V e = exp_v(load(staged + i * tile + k + u * N) - shift[u]);
-          store(slot + u * N, e);
-          z[u] += e;
+          store(slot + u * N, e[u]);
+          z[u] += e[u];
           if constexpr (kOneHot) {
-            q[u] += select(label[u] == observed, e, zero);
+            q[u] += select(label[u] == observed, e[u], zero);
           } else {
-            q[u] += e * load(t.reported + i * tile + k + u * N);
+            q[u] += e[u] * load(t.reported + i * tile + k + u * N);
           }
         }
       }

@@ -48,12 +48,41 @@ using Vec = typename VecOf<R>::type;
 template <class R>
 constexpr int kLanes = COARSE_SIMD_BYTES / static_cast<int>(sizeof(R));
 
+// Vectors that go through a long chain of operations together (`exp_each`): as many as fill both units while each
+// waits, or as registers there are.
+constexpr int kBlock = 4;
+
+template <int kCount>
+struct Block {
+  static constexpr int value = kCount;
+};
+// f(Block<n>{}, k) for items [k, k + n) of `count`: kCount at a time, and the rest by halves.
+template <int kCount, class F>
+COARSE_HD void in_blocks(int count, const F& f, int from = 0) {
+  int k = from;
+  for (; k + kCount <= count; k += kCount) f(Block<kCount>{}, k);
+  if constexpr (kCount > 1) in_blocks<kCount / 2>(count, f, k);
+}
+
 #if defined(__x86_64__) && COARSE_SIMD_BYTES == 64
 template <>
 struct PowerOfTwo<VecF> {
   static COARSE_HD VecF scale(VecF y, VecF t, VecF magic) { return _mm512_scalef_ps(y, t - magic); }
 };
 #endif
+
+// 1 / x for x in [1e-30, 1e30], to one unit in the last place: a division takes 16 cycles.
+template <class V>
+COARSE_HD V quick_inverse(V x) {
+#if defined(__x86_64__) && COARSE_SIMD_BYTES == 64
+  if constexpr (sizeof(typename Lanes<V>::Scalar) == sizeof(float)) {
+    const V y = _mm512_rcp14_ps(x);
+    return y + y * (1.0f - x * y);
+  }
+#endif
+  using R = typename Lanes<V>::Scalar;
+  return R(1) / x;
+}
 
 // Unaligned. Through a vector type rather than memcpy, whose stores might change anything, members of `this` included,
 // and have them reloaded in every iteration.
@@ -129,6 +158,34 @@ COARSE_HD Vec<R> permute_one(Vec<R> x, typename Lanes<Vec<R>>::Int index) {
 #else
   return __builtin_shuffle(x, index);
 #endif
+}
+
+// Of pairs of runs of kHalf lanes, a step of `transpose`: the first run of each pair, a's and b's in turn, or the
+// second.
+template <int kHalf, bool kSecond, class V, int... kLane>
+COARSE_HD V pick_runs(V a, V b, std::integer_sequence<int, kLane...>) {
+  constexpr int N = sizeof...(kLane), shift = kSecond ? kHalf : 0;
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, ((kLane & kHalf) != 0 ? N + kLane - kHalf + shift : kLane + shift)...);
+#else
+  using I = typename Lanes<V>::Int;
+  return __builtin_shuffle(a, b, I{((kLane & kHalf) != 0 ? N + kLane - kHalf + shift : kLane + shift)...});
+#endif
+}
+
+// Lane k of vector i <-> lane i of vector k, of N vectors.
+template <class R, int kHalf = kLanes<R> / 2>
+COARSE_HD void transpose(Vec<R>* x) {
+  if constexpr (kHalf > 0) {
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes<R>>{};
+    for (int i = 0; i < kLanes<R>; ++i) {
+      if ((i & kHalf) != 0) continue;
+      const Vec<R> a = x[i], b = x[i + kHalf];
+      x[i] = pick_runs<kHalf, false>(a, b, lanes);
+      x[i + kHalf] = pick_runs<kHalf, true>(a, b, lanes);
+    }
+    transpose<R, kHalf / 2>(x);
+  }
 }
 
 // --- storage types ---------------------------------------------------------------------------------------------------

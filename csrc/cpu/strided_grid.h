@@ -13,8 +13,9 @@
 // is small, pixels are taken one row at a time in log space.
 //
 // A band is a row of grid cells (or a part of it). Its two rows of logits are copied to float rows first (`grid_`),
-// which also takes care of the storage type and of the depth interpolation of volumes; its gradients are summed in two
-// such rows (GradientRows). Going down a chunk of the image, the lower row of a cell becomes the upper one of the next.
+// which also takes care of the storage type and of the depth interpolation of volumes, and where the C x C entries of a
+// point are neighbours: a strip reads a few points of all planes. Its gradients are summed in two such rows
+// (GradientRows). Going down a chunk of the image, the lower row of a cell becomes the upper one of the next.
 //
 // Several layers of labels share the matrix, and so the exponentials: each adds its q, its posterior, and its
 // coefficients.
@@ -51,15 +52,19 @@ class StridedGrid {
     kind_ = &problem.kinds[index];
     g_ = &plan.kinds[index];
     const int64_t c = problem.classes, rows = kMaxRows, layers = kind_->layers;
-    pitch_ = round_up(g_->span, N) + 2 * N;  // a strip reads 2 N points from any point on
+    pitch_ = round_up(c * c, N);
+    tile_pitch_ = round_up(g_->span, N);
     want_cm_ = kind_->field.gradient != nullptr;
-    for (R*& grid : grid_) grid = arena.take<R>(c * c * pitch_);
-    if (want_cm_) sums_.init(kind_->field, *g_, c * c, plan.chunk_count, arena);
-    deeper_ = arena.take<R>(pitch_);
+    for (R*& grid : grid_) grid = arena.take<R>(tile_pitch_ * pitch_);
+    if (want_cm_) {
+      sums_.init(kind_->field, *g_, c * c, c, plan.chunk_count, arena);
+      sum_ = arena.take<V>(sums_.vectors());
+    }
+    tile_ = arena.take<R>(N * tile_pitch_);
+    deeper_ = arena.take<R>(tile_pitch_);
+    weights_ = arena.take<V>(2 * N);
     first_ = arena.take<V>(c * c);
     ratio_ = arena.take<V>(c * c);
-    top_sum_ = arena.take<V>(c * c);
-    bottom_sum_ = arena.take<V>(c * c);
     reported_ = arena.take<V>(layers * c * rows);
     q_ = arena.take<V>(layers * c * rows);
     drop_ = arena.take<V>(layers * c * rows);
@@ -67,7 +72,6 @@ class StridedGrid {
     ajj_ = arena.take<V>(c * rows);
     keep_ = arena.take<V>(c * rows);
     diag_ = arena.take<V>(c * rows);
-    scatter_ = arena.take<V>(2 * N);
     few_ = arena.take<int32_t>(layers * c);
     few_count_ = arena.take<int>(layers);
     slow_.take(arena, c);
@@ -106,14 +110,18 @@ class StridedGrid {
   void enter_strip(int64_t x0, int64_t x1) {
     lanes_ = x1 - x0;
     columns_.find(g_->x, x0, lanes_);
+    columns_.weigh(weights_);
     touched_ = false;
     if (!want_cm_) return;
-    const V zero = broadcast<V>(R(0));
-    for (int64_t ij = 0; ij < entries(); ++ij) top_sum_[ij] = bottom_sum_[ij] = zero;
+    upper_sum_ = sum_ + sums_.slot(cell_);
+    lower_sum_ = sum_ + sums_.slot(lower_);
+    for (int64_t ij = 0; ij < entries(); ++ij) upper_sum_[ij] = lower_sum_[ij] = broadcast<V>(R(0));
   }
 
   void leave_strip() {
-    if (want_cm_ && touched_) scatter();
+    if (!want_cm_ || !touched_) return;
+    const int64_t upper = sums_.slot(cell_), lower = sums_.slot(lower_);
+    sums_.gather(columns_, sum_, upper < lower ? upper : lower, (upper < lower ? lower : upper) + entries());
   }
 
   // A segment: up to kMaxRows rows of a strip.
@@ -153,6 +161,9 @@ class StridedGrid {
  private:
   int classes() const { return problem_->classes; }
   int64_t entries() const { return static_cast<int64_t>(classes()) * classes(); }
+  // Where [i, j] is in what has an entry for each of C x C: those of a column lie together, as they are worked on.
+  int64_t at(int i, int j) const { return static_cast<int64_t>(j) * classes() + i; }
+  int64_t plane_of(int64_t at) const { return at % classes() * classes() + at / classes(); }  // i * C + j
   // (C, kMaxRows) of a layer
   V* reported(int64_t layer) const { return reported_ + layer * classes() * kMaxRows; }
   V* q(int64_t layer) const { return q_ + layer * classes() * kMaxRows; }
@@ -189,17 +200,13 @@ class StridedGrid {
     return true;
   }
 
-  template <int kRows>
-  struct Rows {
-    static constexpr int value = kRows;
-  };
   template <class F>
   static COARSE_HD bool with_rows(int rows, const F& f) {
     switch (rows) {
-      case 1: return f(Rows<1>{});
-      case 2: return f(Rows<2>{});
-      case 4: return f(Rows<4>{});
-      default: return f(Rows<8>{});
+      case 1: return f(Block<1>{});
+      case 2: return f(Block<2>{});
+      case 4: return f(Block<4>{});
+      default: return f(Block<8>{});
     }
   }
   V valid(int64_t layer, int r) const { return load(layers_[layer].valid + r * N); }
@@ -215,46 +222,78 @@ class StridedGrid {
     const auto offset = [&](int64_t plane, int64_t z) {
       return image + plane * points + (z * g_->y.grid + y) * g_->x.grid + x_first_;
     };
-    for (int64_t plane = 0; plane < entries(); ++plane) {
-      R* row = grid_[side] + plane * pitch_;
-      load_run(kind_->field.data, kind_->field.storage, offset(plane, z0), w, row);
-      if (lambda != R(0)) {
+    for (int64_t at = 0; at < entries(); at += N) {
+      for (int64_t k = 0; k < N; ++k) {
+        R* const row = tile_ + k * tile_pitch_;
+        const int64_t plane = plane_of(at + k < entries() ? at + k : entries() - 1);
+        load_run(kind_->field.data, kind_->field.storage, offset(plane, z0), w, row);
+        if (lambda == R(0)) continue;
         load_run(kind_->field.data, kind_->field.storage, offset(plane, z1), w, deeper_);
-        for (int64_t k = 0; k < w; ++k) row[k] = (R(1) - lambda) * row[k] + lambda * deeper_[k];
+        for (int64_t x = 0; x < w; ++x) row[x] = (R(1) - lambda) * row[x] + lambda * deeper_[x];
       }
-      for (int64_t k = w; k < pitch_; ++k) row[k] = row[w - 1];
+      for (int64_t point = 0; point < w; point += N) {
+        V x[N];
+        for (int64_t k = 0; k < N; ++k) x[k] = load(tile_ + k * tile_pitch_ + point);
+        transpose<R>(x);
+        for (int64_t k = 0; k < N; ++k) store(grid_[side] + (point + k) * pitch_ + at, x[k]);
+      }
     }
     loaded_[side] = y;
   }
 
-  const R* upper_row(int64_t ij) const { return grid_[0] + ij * pitch_; }
-  const R* lower_row(int64_t ij) const { return (lower_ != cell_ ? grid_[1] : grid_[0]) + ij * pitch_; }
+  // At the strip's first point.
+  const R* upper() const { return grid_[0] + (columns_.node - x_first_) * pitch_; }
+  const R* lower() const { return (lower_ != cell_ ? grid_[1] : grid_[0]) + (columns_.node - x_first_) * pitch_; }
 
-  V interpolate_x(const R* row) const {
-    const R* const first = row + (columns_.node - x_first_);
-    return columns_.read(load(first), load(first + N));
+  // An entry, from its first point on; a point that a lane does not read may be infinite.
+  V interpolate_x(const R* entry) const {
+    V x = broadcast<V>(R(0));
+    for (int n = 0; n < columns_.nodes; ++n)
+      x += select(weights_[n] != V{}, weights_[n] * broadcast<V>(entry[n * pitch_]), V{});
+    return x;
   }
 
-  // Adds what top_sum_ and bottom_sum_ hold, lane by lane, to the grid points left and right of each lane.
-  void scatter() {
-    columns_.weigh(scatter_);
-    if (lower_ == cell_) {  // both rows are one
-      for (int64_t ij = 0; ij < entries(); ++ij) top_sum_[ij] += bottom_sum_[ij];
+  // --- geometric sequences -------------------------------------------------------------------------------------------
+  //
+  // By halves rather than term by term: a chain of kRows multiplications keeps instructions waiting that the scheduler
+  // then has no room to look past.
+
+  // to[r] = e g^r
+  template <int kRows>
+  COARSE_HD static void sequence(V e, V g, V* to) {
+    to[0] = e;
+    for (int half = 1; half < kRows; half *= 2, g *= g)
+      for (int r = 0; r < half; ++r) to[half + r] = to[r] * g;
+  }
+
+  // sum_r v[stride r] x^r
+  template <int kTerms>
+  COARSE_HD static V polynomial(const V* v, int stride, V x) {
+    if constexpr (kTerms == 1) {
+      return v[0];
+    } else {
+      constexpr int half = kTerms / 2;
+      V pairs[half];
+      for (int k = 0; k < half; ++k) pairs[k] = v[2 * k * stride] + x * v[(2 * k + 1) * stride];
+      return polynomial<half>(pairs, 1, x * x);
     }
-    V w[N];
-    for (int half = 0; half * N < columns_.nodes; ++half) {
-      for (int k = 0; k < N; ++k) w[k] = scatter_[half * N + k];
-      R* to_top = sums_.row(cell_, 0, columns_.node) + half * N;
-      R* to_bottom = sums_.row(lower_, 0, columns_.node) + half * N;
-      for (int64_t ij = 0; ij < entries(); ++ij, to_top += pitch_, to_bottom += pitch_) {
-        const R* const top = reinterpret_cast<const R*>(top_sum_ + ij);
-        const R* const bottom = reinterpret_cast<const R*>(bottom_sum_ + ij);
-        if (lower_ == cell_) {
-          give<R, 1>(w, {top}, {to_top});
-        } else {
-          give<R, 2>(w, {top, bottom}, {to_top, to_bottom});
-        }
-      }
+  }
+
+  struct Moments {
+    V value, rows;  // sum_r v[r] g^r, sum_r r v[r] g^r
+  };
+  // With the pairs t[k] = v[2k] + g v[2k + 1], r being 2k or 2k + 1:
+  // sum_r r v[r] g^r = 2 sum_k k t[k] g^2k + g sum_k v[2k + 1] g^2k.
+  template <int kRows>
+  COARSE_HD static Moments moments(const V* v, V g) {
+    if constexpr (kRows == 1) {
+      return {v[0], broadcast<V>(R(0))};
+    } else {
+      constexpr int half = kRows / 2;
+      V pairs[half];
+      for (int k = 0; k < half; ++k) pairs[k] = v[2 * k] + g * v[2 * k + 1];
+      const Moments of_pairs = moments<half>(pairs, g * g);
+      return {of_pairs.value, R(2) * of_pairs.rows + g * polynomial<half>(v + 1, 2, g * g)};
     }
   }
 
@@ -274,37 +313,38 @@ class StridedGrid {
   bool columns(const Slope<R>& slope) {
     const int c = classes();
     const V zero = broadcast<V>(R(0)), limit = broadcast<V>(kMaxSpan<R>);
-    const V lambda = broadcast<V>(slope.lambda0), step = broadcast<V>(slope.step);
     const R last = static_cast<R>(kRows - 1);
     I steep = zero != zero;
     for (int j = 0; j < c; ++j) {
-      V top = broadcast<V>(-std::numeric_limits<R>::infinity());
-      for (int i = 0; i < c; ++i) {
-        const int64_t ij = static_cast<int64_t>(i) * c + j;
-        const V a = interpolate_x(upper_row(ij)), b = interpolate_x(lower_row(ij));
-        const V first = a + lambda * (b - a), slope_y = step * (b - a), end = first + last * slope_y;
-        top = max_v(max_v(first, end), top);
-        steep |= !((end - first <= limit) & (first - end <= limit));  // NaN is steep
-        first_[ij] = first;
-        ratio_[ij] = slope_y;
-      }
+      V* const firsts = first_ + at(0, j);
+      V* const ratios = ratio_ + at(0, j);
+      const Extremes extreme = read_column(j, slope, last);
+      const V top = extreme.first_or_last;
       V z[kRows], q0[kRows];
       for (int r = 0; r < kRows; ++r) z[r] = q0[r] = zero;
-      for (int i = 0; i < c; ++i) {
-        const int64_t ij = static_cast<int64_t>(i) * c + j;
-        V e = exp_v(first_[ij] - top);
-        const V g = kRows > 1 ? exp_v(ratio_[ij]) : zero;
-        first_[ij] = e;
-        ratio_[ij] = g;
-        const V row = kReports == Reports::one_row ? broadcast<V>(report(0, i)) : zero;
-        for (int r = 0; r < kRows; ++r) {
-          z[r] += e;
-          if constexpr (kReports == Reports::mixed) q0[r] += e * reported_[i * kMaxRows + r];
-          if constexpr (kReports == Reports::one_row) q0[r] += e * row;
-          e *= g;
+      in_blocks<kBlock / 2>(c, [&](auto block, int i) {
+        constexpr int n = block.value;
+        V eg[2 * n];
+        for (int k = 0; k < n; ++k) eg[k] = firsts[i + k] - top;
+        for (int k = 0; k < n; ++k) eg[n + k] = ratios[i + k];
+        exp_each<kRows == 1 ? n : 2 * n>(eg);
+        for (int k = 0; k < n; ++k) {
+          const V g = kRows == 1 ? zero : eg[n + k];
+          firsts[i + k] = eg[k];
+          ratios[i + k] = g;
+          const V row = kReports == Reports::one_row ? broadcast<V>(report(0, i + k)) : zero;
+          V e[kRows];
+          sequence<kRows>(eg[k], g, e);
+          for (int r = 0; r < kRows; ++r) {
+            z[r] += e[r];
+            if constexpr (kReports == Reports::mixed) q0[r] += e[r] * reported_[(i + k) * kMaxRows + r];
+            if constexpr (kReports == Reports::one_row) q0[r] += e[r] * row;
+          }
         }
-      }
-      for (int r = 0; r < kRows; ++r) inv_z_[j * kMaxRows + r] = R(1) / z[r];
+      });
+      // NaN, which the extremes do not keep, stays in z
+      steep |= !((last * extreme.most <= limit) & (last * extreme.least >= -limit) & (z[kRows - 1] == z[kRows - 1]));
+      for (int r = 0; r < kRows; ++r) inv_z_[j * kMaxRows + r] = quick_inverse(z[r]);
       entry<kRows>(j, j, ajj_ + j * kMaxRows);
       if constexpr (kReports == Reports::few_labels) {
         for (int64_t l = 0; l < kind_->layers; ++l) at_labels<kRows>(j, l);
@@ -318,19 +358,68 @@ class StridedGrid {
     return !any(steep);
   }
 
+  struct Extremes {
+    V first_or_last, most, least;  // the largest logit, and slopes
+  };
+  // The logits of column j in the first row of a segment, and their slopes. Nearly always a strip has few points.
+  Extremes read_column(int j, const Slope<R>& slope, R last) {
+    switch (columns_.nodes) {
+      case 1: return read_column<1>(j, slope, last);
+      case 2: return read_column<2>(j, slope, last);
+      case 3: return read_column<3>(j, slope, last);
+      case 4: return read_column<4>(j, slope, last);
+      default: return read_column<0>(j, slope, last);
+    }
+  }
+
+  // A point that a lane does not read has the weight 0, and makes NaN of it if it is infinite: then `columns` fails.
+  template <int kNodes>
+  Extremes read_column(int j, const Slope<R>& slope, R last) {
+    const int c = classes(), nodes = kNodes > 0 ? kNodes : columns_.nodes;
+    const int64_t pitch = pitch_;
+    const V lambda = broadcast<V>(slope.lambda0), step = broadcast<V>(slope.step);
+    V weights[kNodes > 0 ? kNodes : 2 * N];
+    for (int n = 0; n < nodes; ++n) weights[n] = weights_[n];
+    const R *const upper_row = upper() + at(0, j), *const lower_row = lower() + at(0, j);
+    V* const firsts = first_ + at(0, j);
+    V* const slopes = ratio_ + at(0, j);
+    V top = broadcast<V>(-std::numeric_limits<R>::infinity()), most = broadcast<V>(R(0)), least = most;
+    in_blocks<kBlock>(c, [&](auto block, int i) {
+      constexpr int count = block.value;
+      V a[count], b[count];
+      for (int k = 0; k < count; ++k) {
+        a[k] = weights[0] * upper_row[i + k];
+        b[k] = weights[0] * lower_row[i + k];
+      }
+      for (int n = 1; n < nodes; ++n) {
+        for (int k = 0; k < count; ++k) {
+          a[k] += weights[n] * upper_row[n * pitch + i + k];
+          b[k] += weights[n] * lower_row[n * pitch + i + k];
+        }
+      }
+      for (int k = 0; k < count; ++k) {
+        const V first = a[k] + lambda * (b[k] - a[k]), slope_y = step * (b[k] - a[k]);
+        top = max_v(max_v(first, first + last * slope_y), top);
+        most = max_v(slope_y, most);
+        least = min_v(slope_y, least);
+        firsts[i + k] = first;
+        slopes[i + k] = slope_y;
+      }
+    });
+    return {top, most, least};
+  }
+
   // q of column j where a layer has few labels.
   template <int kRows>
   void at_labels(int j, int64_t layer) {
     V* const to = q(layer) + j * kMaxRows;
     for (int r = 0; r < kRows; ++r) to[r] = broadcast<V>(R(0));
     for (int n = 0; n < few_count_[layer]; ++n) {
-      const int64_t ij = static_cast<int64_t>(few_[layer * classes() + n]) * classes() + j;
+      const int64_t ij = at(few_[layer * classes() + n], j);
       const V* const is = reported(layer) + n * kMaxRows;
-      V e = first_[ij];
-      for (int r = 0; r < kRows; ++r) {
-        to[r] += e * is[r];
-        e *= ratio_[ij];
-      }
+      V e[kRows];
+      sequence<kRows>(first_[ij], ratio_[ij], e);
+      for (int r = 0; r < kRows; ++r) to[r] += e[r] * is[r];
     }
     for (int r = 0; r < kRows; ++r) to[r] *= inv_z_[j * kMaxRows + r];
   }
@@ -338,12 +427,9 @@ class StridedGrid {
   // A[i,j] of every row.
   template <int kRows>
   void entry(int i, int j, V* to) {
-    const int64_t ij = static_cast<int64_t>(i) * classes() + j;
-    V e = first_[ij];
-    for (int r = 0; r < kRows; ++r) {
-      to[r] = e * inv_z_[j * kMaxRows + r];
-      e *= ratio_[ij];
-    }
+    V e[kRows];
+    sequence<kRows>(first_[at(i, j)], ratio_[at(i, j)], e);
+    for (int r = 0; r < kRows; ++r) to[r] = e[r] * inv_z_[j * kMaxRows + r];
   }
 
   // q of the same column in kLayers further layers.
@@ -357,21 +443,20 @@ class StridedGrid {
       for (int r = 0; r < kRows; ++r) sum[l][r] = broadcast<V>(R(0));
     }
     for (int i = 0; i < c; ++i) {
-      const int64_t ij = static_cast<int64_t>(i) * c + j;
-      V e = first_[ij];
-      const V g = ratio_[ij];
+      const int64_t ij = at(i, j);
+      V e[kRows];
+      sequence<kRows>(first_[ij], ratio_[ij], e);
       V row[kLayers];
       for (int l = 0; l < kLayers; ++l)
         row[l] = broadcast<V>(kReports == Reports::one_row ? report(layer + l, i) : R(0));
       for (int r = 0; r < kRows; ++r) {
         for (int l = 0; l < kLayers; ++l) {
           if constexpr (kReports == Reports::one_row) {
-            sum[l][r] += e * row[l];
+            sum[l][r] += e[r] * row[l];
           } else {
-            sum[l][r] += e * rows[l][i * kMaxRows + r];
+            sum[l][r] += e[r] * rows[l][i * kMaxRows + r];
           }
         }
-        e *= g;
       }
     }
     for (int l = 0; l < kLayers; ++l)
@@ -396,23 +481,13 @@ class StridedGrid {
             field_->joint[j * pitch + r] += select(valid(l, r) != zero, log_v(q(l)[j * kMaxRows + r]), zero);
       return true;
     }
-    const auto evidence = [&](int64_t l, int r) {
-      V d = zero;
-      for (int j = 0; j < c; ++j) d += field_->p[j * pitch + r] * q(l)[j * kMaxRows + r];
-      return select(valid(l, r) != zero, d, one);
+    const auto find = [&](int64_t l) {
+      return with_rows(slab.rows, [&](auto rows) { return find_evidence<rows.value>(slab, l); });
     };
+    for (int64_t l = kind_->layers - 1; l >= 0; --l)  // the first layer's stays
+      if (!find(l)) return false;
     for (int64_t l = 0; l < kind_->layers; ++l) {
-      for (int r = 0; r < slab.rows; ++r) {
-        const V d = evidence(l, r);
-        if (any(!(d >= smallest))) return false;
-        evidence_[r] = d;
-      }
-      if (kind_->layers == 1) break;
-    }
-    for (int64_t l = 0; l < kind_->layers; ++l) {
-      if (kind_->layers > 1) {
-        for (int r = 0; r < slab.rows; ++r) evidence_[r] = evidence(l, r);
-      }
+      if (l > 0) find(l);
       if (totals_.transition != nullptr) add_transition_gradient(slab, l);
       for (int r = 0; r < slab.rows; ++r) {
         const V d = evidence_[r], inv_d = one / d;
@@ -438,6 +513,22 @@ class StridedGrid {
       }
     }
     return true;
+  }
+
+  // D of every row; 1 where there is no label. False where one is too small.
+  template <int kRows>
+  bool find_evidence(const Slab& slab, int64_t layer) {
+    const V* const qs = q(layer);
+    const V* const p = field_->p;
+    V d[kRows] = {};
+    for (int j = 0; j < classes(); ++j)
+      for (int r = 0; r < kRows; ++r) d[r] += p[j * slab.pitch + r] * qs[j * kMaxRows + r];
+    bool enough = true;
+    for (int r = 0; r < kRows; ++r) {
+      evidence_[r] = select(valid(layer, r) != V{}, d[r], broadcast<V>(R(1)));
+      enough = enough && !any(!(evidence_[r] >= kSmallestGeometricEvidence<R>));
+    }
+    return enough;
   }
 
   void add(const Slab& slab, int64_t layer, int r, V nll, V trace) {
@@ -472,24 +563,23 @@ class StridedGrid {
         drop0[r] = drop_[j * kMaxRows + r];
       }
       for (int i = 0; i < c; ++i) {
-        const int64_t ij = static_cast<int64_t>(i) * c + j;
+        const int64_t ij = at(i, j);
         const V g = ratio_[ij];
         const V row = kReports == Reports::one_row ? broadcast<V>(report(0, i)) : zero;
-        V value = zero, derivative = zero;  // of the polynomial sum_r v[r] g^r
-        for (int r = kRows - 1; r >= 0; --r) {
-          derivative = derivative * g + value;
-          V v = keep[r];
-          if constexpr (kReports == Reports::mixed) v -= drop0[r] * reported_[i * kMaxRows + r];
-          if constexpr (kReports == Reports::one_row) v -= drop0[r] * row;
+        V v[kRows];
+        for (int r = 0; r < kRows; ++r) {
+          v[r] = keep[r];
+          if constexpr (kReports == Reports::mixed) v[r] -= drop0[r] * reported_[i * kMaxRows + r];
+          if constexpr (kReports == Reports::one_row) v[r] -= drop0[r] * row;
           if constexpr (!kOneLayer && kReports != Reports::few_labels) {
             for (int64_t l = 1; l < kind_->layers; ++l) {
               const V t = kReports == Reports::one_row ? broadcast<V>(report(l, i)) : reported(l)[i * kMaxRows + r];
-              v -= drop(l)[j * kMaxRows + r] * t;
+              v[r] -= drop(l)[j * kMaxRows + r] * t;
             }
           }
-          value = value * g + v;
         }
-        V sum = first_[ij] * value, sum_rows = first_[ij] * (g * derivative);
+        const Moments m = moments<kRows>(v, g);
+        V sum = first_[ij] * m.value, sum_rows = first_[ij] * m.rows;
         if (i == j) {
           for (int r = 0; r < kRows; ++r) {
             sum += diag_[j * kMaxRows + r];
@@ -501,16 +591,12 @@ class StridedGrid {
       if constexpr (kReports == Reports::few_labels) {
         for (int64_t l = 0; l < kind_->layers; ++l) {
           for (int n = 0; n < few_count_[l]; ++n) {
-            const int64_t ij = static_cast<int64_t>(few_[l * c + n]) * c + j;
+            const int64_t ij = at(few_[l * c + n], j);
             const V* const is = reported(l) + n * kMaxRows;
-            V e = first_[ij], sum = zero, sum_rows = zero;
-            for (int r = 0; r < kRows; ++r) {
-              const V v = e * (drop(l)[j * kMaxRows + r] * is[r]);
-              sum -= v;
-              sum_rows -= static_cast<R>(r) * v;
-              e *= ratio_[ij];
-            }
-            add_sums(ij, slope, sum, sum_rows);
+            V v[kRows];
+            for (int r = 0; r < kRows; ++r) v[r] = drop(l)[j * kMaxRows + r] * is[r];
+            const Moments m = moments<kRows>(v, ratio_[ij]);
+            add_sums(ij, slope, -first_[ij] * m.value, -first_[ij] * m.rows);
           }
         }
       }
@@ -519,8 +605,8 @@ class StridedGrid {
 
   void add_sums(int64_t ij, const Slope<R>& slope, V sum, V sum_rows) {
     const V lower = slope.lambda0 * sum + slope.step * sum_rows;
-    bottom_sum_[ij] += lower;
-    top_sum_[ij] += sum - lower;
+    lower_sum_[ij] += lower;
+    upper_sum_[ij] += sum - lower;
   }
 
   // d loss / dT[i, y] -= weight / D * sum_j A[i,j] p[j]
@@ -531,8 +617,8 @@ class StridedGrid {
       V ap[kMaxRows];
       for (int r = 0; r < slab.rows; ++r) ap[r] = broadcast<V>(R(0));
       for (int j = 0; j < c; ++j) {
-        V e = first_[static_cast<int64_t>(i) * c + j];
-        const V g = ratio_[static_cast<int64_t>(i) * c + j];
+        V e = first_[at(i, j)];
+        const V g = ratio_[at(i, j)];
         for (int r = 0; r < slab.rows; ++r) {
           ap[r] += e * (inv_z_[j * kMaxRows + r] * field_->p[j * slab.pitch + r]);
           e *= g;
@@ -553,10 +639,10 @@ class StridedGrid {
       const V lambda = broadcast<V>(slope.lambda0 + static_cast<R>(r) * slope.step);
       for (int64_t l = 0; l < kind_->layers; ++l) {
         for (int j = 0; j < c; ++j) slow_.s[j] = field_->s[j * pitch + r];
-        for (int64_t ij = 0; ij < entries(); ++ij) {
-          const V a = interpolate_x(upper_row(ij));
-          const V x = g_->y.interpolated ? (R(1) - lambda) * a + lambda * interpolate_x(lower_row(ij)) : a;
-          slow_.a[ij] = select(valid(l, r) != zero, x, zero);
+        for (int64_t at = 0; at < entries(); ++at) {
+          const V a = interpolate_x(upper() + at);
+          const V x = g_->y.interpolated ? (R(1) - lambda) * a + lambda * interpolate_x(lower() + at) : a;
+          slow_.a[plane_of(at)] = select(valid(l, r) != zero, x, zero);
         }
         const V scaled = weight(l, r) * kind_->gradient_scale, scaled_trace = scaled * kind_->trace_weight;
         const auto terms =
@@ -573,7 +659,8 @@ class StridedGrid {
         field_->mass[r] += live;
         for (int j = 0; j < c; ++j) field_->own[j * pitch + r] -= select(live == zero, zero, live * slow_.r[j]);
         if (!want_cm_) continue;
-        for (int64_t ij = 0; ij < entries(); ++ij) add_sums(ij, slope, slow_.a[ij], static_cast<R>(r) * slow_.a[ij]);
+        for (int64_t at = 0; at < entries(); ++at)
+          add_sums(at, slope, slow_.a[plane_of(at)], static_cast<R>(r) * slow_.a[plane_of(at)]);
       }
     }
   }
@@ -582,16 +669,17 @@ class StridedGrid {
   const Drawings<R>* kind_ = nullptr;
   const FieldPlan<R>* g_ = nullptr;
   bool want_cm_ = false, touched_ = false;
-  int64_t pitch_ = 0, image_ = -1, z_ = -1;
+  int64_t pitch_ = 0, tile_pitch_ = 0, image_ = -1, z_ = -1;
   int64_t x_first_ = 0, x_count_ = 0;                    // of the chunk, points of a row
   int64_t cell_ = 0, lower_ = 0, loaded_[2] = {-1, -1};  // the band's upper and lower grid row, and those in grid_
-  R* grid_[2];                                           // (C * C, pitch) logits of the two rows
+  R* grid_[2];                                           // (points, C * C) logits of the two rows
+  R *tile_, *deeper_;                                    // (N, points) planes on their way in; one of the next slice
   GradientRows<R> sums_;
-  R* deeper_;  // one row of the next slice of the grid
   // the strip
   int64_t lanes_ = 0;  // pixels
   Columns<R> columns_;
-  V *top_sum_, *bottom_sum_, *scatter_;  // (C * C) gradient at the upper and lower grid row, by lane
+  V* weights_;                        // (2 N) what lanes take of a point
+  V *sum_, *upper_sum_, *lower_sum_;  // (C * C) gradient at the two grid rows, by lane, as `sums_` wants it
   // the segment
   const LabelRun<R>* layers_ = nullptr;
   ClassField<R>* field_ = nullptr;
