@@ -201,10 +201,11 @@ def test_few_masks_names_the_best_use_of_both_sides() -> None:
 
 
 def test_regret_is_told_by_seed_and_a_missed_bar_is_said() -> None:
-    scores = {"all trusted": 80.0, "pen": 90.0, select.CHOSEN: 87.0}
-    first, second = select.conclude([result("thick", scores)])
+    scores = {"all trusted": 80.0, "pen": 90.0, select.CHOSEN: 87.0, select.LONGER: 89.5}
+    first, longer, second = select.conclude([result("thick", scores)])
     assert "3.0 points on average over 1 noises, NOT within the 1 point" in first
-    assert "regret +3.0 (by seed +3.0, +3.0); best pen 90.0, worst all trusted 80.0" in second
+    assert "half runs: 0.5 points on average over 1 noises, within the 1 point" in longer
+    assert "regret +3.0 (+3.0, +3.0), with half runs +0.5 (+0.5, +0.5); best pen 90.0, worst all trusted 80.0" in second
 
 
 # ---- drawings that they make ----------------------------------------------------------------------------------------
