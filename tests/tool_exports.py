@@ -1,4 +1,4 @@
-"""The same four drawings as each annotation tool exports them, by the formats that the modules of `coarse_train.exports` cite."""
+"""Drawings as each annotation tool exports them, by the formats that the modules of `coarse_train.exports` cite."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def _load(entries: Sequence[Entry], config: ImportConfig) -> _Loaded:
 
 
 def _explained(error: Exception, file: str, tool: str) -> str:
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, OSError) or (isinstance(error, ValueError) and "expected" in str(error)):
         return str(error) if file.split(", ")[0] in str(error) else f"{file}: {error}"
     got = f"one without {error}" if isinstance(error, KeyError) else f"another structure ({error})"
     return f"{file}: expected an export of {tool}, got {got}"

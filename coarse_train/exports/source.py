@@ -114,10 +114,10 @@ class Source:
             for tail in dict.fromkeys((wanted, PurePosixPath(wanted).name)):
                 for suffix in suffixes:
                     path = Path(os.path.normpath(folder / f"{tail}{suffix}"))
-                    if any(path.is_relative_to(base) for base in allowed) and path.is_file():
+                    if any(path.is_relative_to(base) for base in allowed) and os.path.isfile(path):
                         return path
         places = " or ".join(str(folder) for folder in (*given, self.folder))
-        raise FileNotFoundError(f"expected the image {recorded!r} in {places}, got none; say --images FOLDER")
+        raise FileNotFoundError(f"expected the image {recorded[:200]!r} in {places}, got none; say --images FOLDER")
 
     def size(self, image: Path, recorded: tuple[Any, Any] | None) -> Size:
         """Height and width of an image as it is shown. recorded: what the export says that they are."""
