@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 from PIL import Image, ImageOps
 
 from coarse_train.cli import main
@@ -365,6 +367,27 @@ def test_links_lead_to_the_images_but_for_those_that_are_turned(tmp_path: Path) 
     assert not (folder / "b.png").is_symlink()
 
 
+def test_images_whose_shapes_say_nothing_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "export"
+    drawn = {
+        "a": BOXES,
+        "b": (Box("road", 20, 20, 30, 30),),
+        "c": (Box("blur", 0, 0, 4, 4), Box("not blur", 5, 5, 6, 6)),
+    }
+    for name, boxes in drawn.items():
+        save_photo(source / f"{name}.png")
+        write_labelme(source, [labelme_shape(box) for box in boxes], name)
+    imported("labelme", source, tmp_path / "out", ignore=("blur",))
+    assert [path.name for path in (tmp_path / "out/train/images").iterdir()] == ["a.png"]
+    printed = capsys.readouterr().out
+    assert "note: 1 shape(s) cover no pixel of their image" in printed
+    assert "left out: b: no shape of a class is inside of it" in printed
+    (source / "a.json").unlink()
+    with pytest.raises(ValueError, match="expected shapes of a class inside the images of train, got none"):
+        imported("labelme", source, tmp_path / "other", ignore=("blur",), classes=("road", "car"))
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_format_that_training_does_not_read_is_saved_as_png(tmp_path: Path) -> None:
     Image.fromarray(photo()).save(tmp_path / "a.pcx")
     write_labelme(tmp_path, [labelme_shape(box) for box in BOXES], imagePath="a.pcx")
@@ -392,6 +415,16 @@ def test_the_report_counts_names_slips_and_says_what_comes_next(
     assert "left out: b: nothing is drawn on it" in printed
     assert f"coarse-train check folder --root {tmp_path / 'out'}" in printed
     assert json.loads((source / "a.json").read_text())["imageData"] is None
+
+
+def test_the_commands_of_the_page_are_understood() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "own-data.md").read_text()
+    commands = [line.split()[2:] for line in page.splitlines() if line.startswith("    coarse-train import ")]
+    read = [tyro.cli(ImportConfig, args=command) for command in commands[1:]]  # after the first there is a comment
+    assert {config.tool for config in read} == set(TOOLS)
+    options = set(re.findall(r"`(--[a-z-]+)", page)) - {"--positive", "--labelflags"}
+    known = {f"--{field.name.replace('_', '-')}" for field in fields(ImportConfig)} | {"--as"}
+    assert options <= known
 
 
 def test_what_is_imported_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

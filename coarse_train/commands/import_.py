@@ -102,6 +102,8 @@ def run_import(config: ImportConfig) -> Path:
             _write_classes(classes, folder / "classes.toml")
         for split, chosen in parts.items():
             written[split] = write_split(chosen, drawing, folder / split)
+            if not written[split].images:
+                raise ValueError(f"{config.source}: expected shapes of a class inside the images of {split}, got none")
     _report(config, classes, written, [*export.notes, *_notes(pictures, export, source, classes)], left_out)
     return config.out
 
@@ -199,7 +201,7 @@ def _split(pictures: Sequence[Picture], config: ImportConfig) -> dict[str, list[
 @contextmanager
 def _appearing(config: ImportConfig, parts: dict[str, list[Picture]]) -> Iterator[Path]:
     """A folder beside ``out`` that is renamed at the end, or with ``add`` its splits; on an error it goes."""
-    out = config.out
+    out = Path(os.path.abspath(config.out))
     taken = [split for split in parts if (out / split).exists()]
     if config.add and (taken or ("train" in parts and (out / "images").is_dir())):
         raise ValueError(f"add: expected {out} without {taken[0] if taken else 'images'}, got one that has it")
@@ -216,11 +218,12 @@ def _appearing(config: ImportConfig, parts: dict[str, list[Picture]]) -> Iterato
 
 
 def _write_classes(classes: Classes, path: Path) -> None:
-    rows = zip(classes.names, classes.file_ids, classes.colours, strict=True)
-    table = [{"name": name, "id": number, "colour": list(colour)} for name, number, colour in rows]
-    path.write_text(
-        "# 255 in a label map: nothing is drawn there\n\n" + tomli_w.dumps({"class": table}), encoding="utf-8"
-    )
+    names = (tomli_w.dumps({"name": name}) for name in classes.names)
+    tables = [
+        f"\n[[class]]\n{name}id = {number}\ncolour = {list(colour)}\n"
+        for name, number, colour in zip(names, classes.file_ids, classes.colours, strict=True)
+    ]
+    path.write_text("# 255 in a label map: nothing is drawn there\n" + "".join(tables), encoding="utf-8")
 
 
 def _notes(pictures: Sequence[Picture], export: Export, source: Source, classes: Classes) -> Iterator[str]:
@@ -254,14 +257,21 @@ def _report(
     total = Written()
     for one in written.values():
         total.add(one)
+    left_out = [*left_out, *(f"{name}: no shape of a class is inside of it" for name in total.blank)]
+    if total.missed:
+        notes.append(f"{total.missed} shape(s) cover no pixel of their image")
     if total.resaved:
         notes.append(
             f"{_some(total.resaved)}: saved anew as upright PNG (an orientation tag, or a format that is not read)"
         )
     for name, count in total.contradicted.items():
         notes.append(f"{name!r} is drawn and ruled out at the same pixels of {count} image(s)")
-    if config.kind == "positives" or config.background is None:
+    if config.kind == "positives":
         notes.append("where nothing is drawn nothing is known (255)")
+        if written.keys() & {"val", "test"}:
+            notes.append("scores need masks: draw those images densely and import them with --as masks")
+    elif config.background is None:
+        notes.append("where nothing is drawn nothing is known (255); --background NAME makes it a class")
     print("\n" + "\n".join(f"note: {note}" for note in notes))
     for line in left_out[:20]:
         print(f"left out: {line}")

@@ -60,7 +60,9 @@ def _picture(source: Source, task: dict[str, Any], results: list[dict[str, Any]]
     except FileNotFoundError:
         image, recorded = source.find_image(original), original
     sizes = {(one["original_height"], one["original_width"]) for one in results if one.get("original_width")}
-    size = source.size(image, sizes.pop() if sizes else None)
+    size = source.size(image, None)
+    for there in sorted(sizes):
+        source.size(image, there)
     regions: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for one in results:
         if one.get("image_rotation"):
@@ -95,7 +97,7 @@ def _shapes(source: Source, parts: list[dict[str, Any]], size: Size) -> list[Sha
     if geometry is None:  # choices, texts and ratings about the image as a whole
         return []
     labels = next((item for key, item in value.items() if key.endswith("labels")), None)
-    flags = dict.fromkeys(value.get("choices", []), True)
+    flags = {choice: True for one in parts for choice in one["value"].get("choices", [])}
     return [source.shape(label, [geometry], flags) for label in labels or [None]]
 
 

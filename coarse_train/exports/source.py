@@ -1,9 +1,9 @@
 """What the readers of all tools share: `Export`, `Picture`, `Shape`, and a `Source` that finds files and images.
 
-Orientation tags. labelme (since 3.9), CVAT (since 2.1), Label Studio and labelImg (since 1.8.4) show an image as its EXIF
+Orientation tags. labelme (since 2019), CVAT (since 2022), Label Studio and labelImg (since 2020) show an image as its EXIF
 tag says, and record points and size of what they show. So that is what an image is here ("shown"); ``stored`` is for tools
-that do not follow the tag. Sources: labelme `_utils/image.py`, pull request 305; CVAT pull request 4529; label-studio issue
-6608; labelImg pull request 650.
+that do not follow the tag. Sources: labelme, pull request 305; CVAT, pull request 4529; label-studio, issue 6608; labelImg,
+pull request 650.
 """
 
 from __future__ import annotations

@@ -41,15 +41,20 @@ class Drawing:
 
 @dataclass
 class Written:
-    """What has been written. counts: (class index, kind) -> images, shapes, pixels. resaved: names of images that were."""
+    """What has been written. counts: (class index, kind) -> images, shapes, pixels. resaved: names of images that were.
+    blank: names of images that were left out, since their shapes leave all of it unknown. missed: shapes without a pixel."""
 
     images: int = 0
+    missed: int = 0
+    blank: list[str] = field(default_factory=list)
     counts: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)
     resaved: list[str] = field(default_factory=list)
     contradicted: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Written) -> None:
         self.images += other.images
+        self.missed += other.missed
+        self.blank += other.blank
         for key, values in other.counts.items():
             self.counts[key] = self.counts.get(key, np.zeros(3, np.int64)) + values
         self.resaved += other.resaved
@@ -67,10 +72,12 @@ def write_split(pictures: Sequence[Picture], drawing: Drawing, folder: Path) -> 
 
 
 def _write(picture: Picture, drawing: Drawing, folder: Path) -> Written:
-    written = Written(images=1)
+    top, layers, missed = label_maps(picture, drawing)
+    if not layers and (top == IGNORE).all():
+        return Written(missed=missed, blank=[picture.name])
+    written = Written(images=1, missed=missed)
     if _write_image(picture, drawing, folder / "images"):
         written.resaved.append(picture.name)
-    top, layers = label_maps(picture, drawing)
     for number, layer in enumerate(layers):
         _save(layer, folder / "negatives" / f"{picture.name}{f'.{number}' if number else ''}.png", drawing.classes)
     if (top != IGNORE).any():
@@ -88,17 +95,18 @@ def _write(picture: Picture, drawing: Drawing, folder: Path) -> Written:
     return written
 
 
-def label_maps(picture: Picture, drawing: Drawing) -> tuple[np.ndarray, list[np.ndarray]]:
-    """(H, W) uint8 classes of the positives or the mask, and the layers of negatives, each (H, W)."""
+def label_maps(picture: Picture, drawing: Drawing) -> tuple[np.ndarray, list[np.ndarray], int]:
+    """(H, W) uint8 classes of the positives or the mask; the layers of negatives, each (H, W); the shapes without a pixel."""
     index = {name: number for number, name in enumerate(drawing.classes.names)}
     fill = index[drawing.background] if drawing.background and drawing.kind == "masks" else IGNORE
     top = np.full(picture.size, fill, np.uint8)
     excluded: dict[int, np.ndarray] = {}
+    missed = 0
     for shape in picture.shapes:
         if not shape.negative:
-            _paint(top, shape, IGNORE if shape.label in drawing.left_out else index[shape.label])
+            missed += not _paint(top, shape, IGNORE if shape.label in drawing.left_out else index[shape.label])
         elif shape.label not in drawing.left_out:
-            _paint(excluded.setdefault(index[shape.label], np.zeros(picture.size, bool)), shape, True)
+            missed += not _paint(excluded.setdefault(index[shape.label], np.zeros(picture.size, bool)), shape, True)
     depth = np.zeros(picture.size, np.uint8)  # classes that are excluded here so far
     layers: list[np.ndarray] = []
     for label, where in sorted(excluded.items()):
@@ -107,13 +115,17 @@ def label_maps(picture: Picture, drawing: Drawing) -> tuple[np.ndarray, list[np.
                 layers.append(np.full(picture.size, IGNORE, np.uint8))
             layers[number][where & (depth == number)] = label
         depth += where
-    return top, layers
+    return top, layers, missed
 
 
-def _paint(canvas: np.ndarray, shape: Shape, value: int | bool) -> None:
+def _paint(canvas: np.ndarray, shape: Shape, value: int | bool) -> bool:
+    """Whether the shape has a pixel inside."""
+    found = False
     for part in shape.parts:
         rows, columns, mask = part.region((canvas.shape[0], canvas.shape[1]))
         canvas[rows, columns][mask] = value
+        found |= bool(mask.any())
+    return found
 
 
 def _save(labels: np.ndarray, path: Path, classes: Classes) -> None:
