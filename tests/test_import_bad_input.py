@@ -326,6 +326,16 @@ def test_names_in_an_export_never_leave_the_new_folder(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.array(Image.open(image)), photo())
 
 
+def test_the_folder_around_the_current_one_is_outside_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_photo(tmp_path / "secret.png")
+    write_labelme(tmp_path / "export", SHAPES, imagePath="../secret.png")
+    monkeypatch.chdir(tmp_path / "export")
+    with pytest.raises(ValueError, match=r"expected the image '\.\./secret\.png' in \., got none"):
+        import_.run_import(import_.ImportConfig("labelme", Path(), Path("../out")))
+    import_.run_import(import_.ImportConfig("labelme", Path(), Path("../out"), images=Path("..")))
+    assert (tmp_path / "out/train/images/a.png").is_file()
+
+
 def test_one_name_for_two_images_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_photo(tmp_path / "a.png")
     save_photo(tmp_path / "a.1.png")

@@ -317,6 +317,8 @@ def test_masks_have_a_background_and_what_is_ignored_is_unknown(tmp_path: Path) 
     save_photo(source / "empty.png", photo(4))
     write_labelme(source, [labelme_shape(box) for box in boxes])
     write_labelme(source, [], "empty")
+    save_photo(source / "ruled out.png", photo(6))
+    write_labelme(source, [labelme_shape(BOXES[2])], "ruled out")
     settings = {"kind": "masks", "background": "ground", "ignore": ("blur",)}
     record = imported("labelme", source, tmp_path / "out", **settings)
     mask = np.array([2, 1, *[0] * 254], np.uint8)[expected()[0]]
@@ -327,6 +329,7 @@ def test_masks_have_a_background_and_what_is_ignored_is_unknown(tmp_path: Path) 
     assert record.negative.shape[0] == 1
     assert read_classes(tmp_path / "out" / "classes.toml").names == ("ground", "car", "road")
     assert not (tmp_path / "out/train/images/empty.png").exists()
+    assert [path.name for path in (tmp_path / "out/train/masks").iterdir()] == ["a.png"]
     imported("labelme", source, tmp_path / "kept", keep_empty=True, **settings)
     kept = open_split(DataConfig(dataset="folder", root=tmp_path / "kept"), "train").load(1)
     assert kept.mask is not None

@@ -108,12 +108,12 @@ class Source:
         """
         wanted = PureWindowsPath(recorded).as_posix()
         given = [] if self.images is None else [self.images]
-        allowed = [os.path.normpath(folder) for folder in (*given, self.folder)]
+        allowed = [os.path.abspath(folder) for folder in (*given, self.folder)]
         suffixes = [*IMAGE_SUFFIXES, *(suffix.upper() for suffix in IMAGE_SUFFIXES)] if any_suffix else [""]
         for folder in (*given, *folders, self.folder, self.folder / "images"):
             for tail in dict.fromkeys((wanted, PurePosixPath(wanted).name)):
                 for suffix in suffixes:
-                    path = Path(os.path.normpath(folder / f"{tail}{suffix}"))
+                    path = Path(os.path.abspath(folder / f"{tail}{suffix}"))
                     if any(path.is_relative_to(base) for base in allowed) and os.path.isfile(path):
                         return path
         places = " or ".join(str(folder) for folder in (*given, self.folder))

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,10 @@ class Drawing:
     left_out: frozenset[str] = frozenset()
     link: bool = False
     stored: bool = False
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.classes.names)}
 
 
 @dataclass
@@ -82,23 +86,22 @@ def _write(picture: Picture, drawing: Drawing, folder: Path) -> Written:
         _save(layer, folder / "negatives" / f"{picture.name}{f'.{number}' if number else ''}.png", drawing.classes)
     if (top != IGNORE).any():
         _save(top, folder / drawing.kind / f"{picture.name}.png", drawing.classes)
-    index = {name: number for number, name in enumerate(drawing.classes.names)}
     for kind, maps, negative in ((drawing.kind, [top], False), ("negatives", layers, True)):
         shapes = Counter(shape.label for shape in picture.shapes if shape.negative == negative)
         pixels = sum((np.bincount(one.ravel(), minlength=256) for one in maps), np.zeros(256, np.int64))
-        for name, label in index.items():
+        for name, label in drawing.index.items():
             if shapes[name] or pixels[label]:
                 written.counts[label, kind] = np.array([1, shapes[name], pixels[label]])
-    for layer in layers:
-        same = layer[(layer == top) & (layer != IGNORE)]
-        written.contradicted.update(drawing.classes.names[label] for label in np.unique(same))
+    same = {label for layer in layers for label in np.unique(layer[layer == top])} - {IGNORE}
+    written.contradicted.update(drawing.classes.names[label] for label in same)
     return written
 
 
 def label_maps(picture: Picture, drawing: Drawing) -> tuple[np.ndarray, list[np.ndarray], int]:
     """(H, W) uint8 classes of the positives or the mask; the layers of negatives, each (H, W); the shapes without a pixel."""
-    index = {name: number for number, name in enumerate(drawing.classes.names)}
-    fill = index[drawing.background] if drawing.background and drawing.kind == "masks" else IGNORE
+    index = drawing.index
+    dense = drawing.kind == "masks" and not (picture.shapes and all(shape.negative for shape in picture.shapes))
+    fill = index[drawing.background] if drawing.background and dense else IGNORE
     top = np.full(picture.size, fill, np.uint8)
     excluded: dict[int, np.ndarray] = {}
     missed = 0
