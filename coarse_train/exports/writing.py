@@ -1,8 +1,8 @@
 """Pictures -> ROOT/SPLIT of the `folder` layout.
 
-Positives, or masks: the later shape lies on top. Negatives: of one pixel all are kept, each class in a layer of its own,
-the classes in the order of the table from the first layer on. Where nothing is drawn is `IGNORE`; in masks it is the
-background, where there is one.
+Positives, or masks: the later shape lies on top. Negatives: of one pixel all are kept, each class in a layer of its own, the
+classes in the order of the table from the first layer on. Where nothing is drawn is `IGNORE`; in masks it is the background,
+where there is one, but not in an image of negatives alone.
 """
 
 from __future__ import annotations
