@@ -15,6 +15,7 @@ from typing import Any
 import tyro
 
 from .commands.evaluate import EvaluateConfig, run_evaluate
+from .commands.import_ import ImportConfig, run_import
 from .commands.pen import PenConfig, run_pen
 from .commands.predict import PredictConfig, run_predict
 from .commands.simulate import SimulateConfig, run_simulate
@@ -30,8 +31,8 @@ _EXPECTED = (ValueError, OSError, CheckpointError, NonFiniteStep)
 
 
 DESCRIPTION = """Train segmentation networks from coarse drawings: `coarse-train fit DATASET|CONFIG.toml [options]`, where
-DATASET takes the recipe of that name; then `evaluate CHECKPOINT`, `predict CHECKPOINT`; `simulate DATASET` draws, `pen DATASET`
-measures outlines, `demo`
+DATASET takes the recipe of that name; then `evaluate CHECKPOINT`, `predict CHECKPOINT`. `import TOOL EXPORT` reads drawings
+of annotation tools, `simulate DATASET` draws, `pen DATASET` measures outlines, `demo`
 shows it on digits, `experiment NAME` shows what helps when. `COMMAND --help` lists the options."""
 
 
@@ -53,6 +54,7 @@ def _simulate(config: SimulateConfig) -> None:
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
+    "import": (ImportConfig, run_import),
     "fit": (FitConfig, _fit),
     "evaluate": (EvaluateConfig, run_evaluate),
     "predict": (PredictConfig, run_predict),
