@@ -1,5 +1,6 @@
 """`python -m coarse_train`, and the command `coarse-train`; see `coarse_train.cli`."""
 
+import io
 import os
 import sys
 
@@ -10,6 +11,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def main() -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors="replace"
+            )  # ? for what a terminal has not, instead of an error after all the work
     try:
         from .cli import main as run
     except ModuleNotFoundError as error:
