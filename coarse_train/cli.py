@@ -72,8 +72,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; an error of the user's is one line on stderr and exit status 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # options of an inner table, as it is called in files and in Python: --data.workers
-    arguments = [re.sub(r"^--(data|model|optim|inference)\.", "--", argument) for argument in arguments]
+    arguments = [short(argument) for argument in arguments]
     try:
         if arguments[:1] == ["fit"]:
             _fit(parse_fit(arguments[1:]))
@@ -92,9 +91,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as stop:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{stop or 'interrupted'}{_GOES_ON.get(arguments[0], '')}", file=sys.stderr)
+            print(f"{str(stop) or 'interrupted'}{_GOES_ON.get(arguments[0], '')}", file=sys.stderr)
         return 128 + getattr(stop, "signal", signal.SIGINT)  # as shells count
     return 0
+
+
+def short(argument: str) -> str:
+    """--workers, also where it is called as in files and in Python: --data.workers."""
+    return re.sub(r"^--(data|model|optim|inference)\.", "--", argument)
 
 
 def parse_fit(arguments: list[str]) -> FitConfig:
