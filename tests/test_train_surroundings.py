@@ -7,6 +7,7 @@ import fcntl
 import io
 import os
 import stat
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +28,7 @@ from coarse_train.engine import fit
 from coarse_train.storage import CheckpointError
 from tests import data_trees
 
+ROOT = Path(__file__).resolve().parents[1]
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
@@ -281,3 +283,18 @@ def test_a_world_size_without_torchrun_is_explained(size: str, message: str, mon
     monkeypatch.setenv("WORLD_SIZE", "1")
     with join_world("cpu") as world:
         assert (world.size, world.device) == (1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "passive"), ("active", "active")])
+def test_threads_of_the_command_sleep_while_they_wait_unless_told_otherwise(given: str | None, used: str) -> None:
+    """OpenMP reads it when torch loads it. Threads that spin take twenty times the CPU beside other work."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    code = "import os, sys, coarse_train.__main__; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment, "PYTHONPATH": str(ROOT), **({"OMP_WAIT_POLICY": given} if given else {})},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [used, "False"]
