@@ -129,6 +129,7 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
 
         # ---- steps
         loss, warned, left_out = math.nan, False, 0
+        step, stop = start, None
         batches = stack.enter_context(closing(_batches(loaders)))  # what ends the run ends their processes
         watch = stack.enter_context(Watch(world, config.save_minutes))
         for step in range(start + 1, config.steps + 1):
@@ -199,14 +200,16 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
                 if world.is_main:
                     run.save(config.out / "last.pt", content)
                 watch.saved()
-            if stop and step < config.steps:
-                world.wait()  # nobody leaves before the checkpoint is there
-                raise Interrupted(
-                    f"stopped after step {step} of {config.steps}, which is in {config.out / 'last.pt'}", stop
-                )
+            if stop:
+                break
         if left_out:
-            log.say(f"note: {left_out} of {config.steps - start} steps overflowed in float16 and were left out")
+            log.say(f"note: {left_out} of {step - start} steps overflowed in float16 and were left out")
+        stop = stop or watch.look()[0]  # also one that came with the last step: it may mean more than this run
         world.wait()  # nobody returns before the checkpoint is there
+        if stop:
+            raise Interrupted(
+                f"stopped after step {step} of {config.steps}, which is in {config.out / 'last.pt'}", stop
+            )
         by_masks = config.select_with > 0 and validation is not None
         chosen = config.out / ("best.pt" if by_masks else "last.pt")
         return FitResult(chosen, config.steps, best_score if by_masks else last_score, loss)
