@@ -12,11 +12,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def main() -> int:
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="replace"
-            )  # ? for what a terminal has not, instead of an error after all the work
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # ? for what a terminal has not, instead of an error after all the work
+        sys.stdout.reconfigure(errors="replace")
     try:
         from .cli import main as run
     except ModuleNotFoundError as error:

@@ -195,18 +195,22 @@ def test_a_terminal_without_unicode_gets_help_and_scores(tmp_path: Path, monkeyp
     for arguments, expected in (
         (["--help"], "evaluate"),
         (["evaluate", str(tmp_path / "run" / "last.pt")], "???"),
-        (["evaluate", str(tmp_path / "\u0444.pt")], "?.pt: expected a checkpoint"),
+        (["evaluate", str(tmp_path / "\u0444.pt")], r"\u0444.pt: expected a checkpoint"),
     ):
         printed = io.BytesIO()
-        stream = io.TextIOWrapper(printed, encoding="ascii")
-        monkeypatch.setattr(sys, "stdout", stream)
-        monkeypatch.setattr(sys, "stderr", stream)
+        streams = {
+            "stdout": io.TextIOWrapper(printed, "ascii"),
+            "stderr": io.TextIOWrapper(printed, "ascii", "backslashreplace"),
+        }
+        for name, stream in streams.items():  # as Python makes them
+            monkeypatch.setattr(sys, name, stream)
         monkeypatch.setattr(sys, "argv", ["coarse-train", *arguments])
         try:
             status = __main__.main()
         except SystemExit as stopped:
             status = int(stopped.code or 0)
-        stream.flush()
+        for stream in streams.values():
+            stream.flush()
         assert status == (1 if "\u0444.pt" in arguments[-1] else 0)
         assert expected in printed.getvalue().decode("ascii")
 
