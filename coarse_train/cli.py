@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,6 +31,10 @@ from .run import CheckpointError
 # the user's to mend: one line on stderr and exit status 1; anything else is a bug of ours and shows its traceback
 _EXPECTED = (ValueError, OSError, CheckpointError, NonFiniteStep)
 
+
+# what goes on after Ctrl-C, and how
+_GOES_ON = dict.fromkeys(("demo", "experiment"), "; what is trained is kept, and the same command goes on")
+_GOES_ON["fit"] = "; the same command goes on from the last checkpoint with --resume"
 
 DESCRIPTION = """Train segmentation networks from coarse drawings: `coarse-train fit DATASET|CONFIG.toml [options]`, where
 DATASET takes the recipe of that name; then `evaluate CHECKPOINT`, `predict CHECKPOINT`. `import TOOL EXPORT` reads drawings
@@ -68,6 +74,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; an error of the user's is one line on stderr and exit status 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = [short(argument) for argument in arguments]
     try:
         if arguments[:1] == ["fit"]:
             _fit(parse_fit(arguments[1:]))
@@ -84,10 +91,16 @@ def main(arguments: list[str] | None = None) -> int:
     except _EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; a run goes on with --resume, the demo when it is called again", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{str(stop) or 'interrupted'}{_GOES_ON.get(arguments[0], '')}", file=sys.stderr)
+        return 128 + getattr(stop, "signal", signal.SIGINT)  # as shells count
     return 0
+
+
+def short(argument: str) -> str:
+    """--workers, also where it is called as in files and in Python: --data.workers."""
+    return re.sub(r"^--(data|model|optim|inference)\.", "--", argument)
 
 
 def parse_fit(arguments: list[str]) -> FitConfig:

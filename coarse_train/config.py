@@ -18,6 +18,8 @@ import tyro
 
 import coarse_kernels
 
+from .storage import read_text
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -172,6 +174,9 @@ class FitConfig:
     """Run folder: config.toml, metrics.jsonl, last.pt, best.pt, tensorboard."""
     resume: bool = False
     """Go on from last.pt in the run folder."""
+    resume_changed: bool = False
+    """With resume: also where steps, batch size, precision, learning rates or their schedule are not as in the run. The rest of
+    the run has the new ones; config.toml and checkpoints record what was changed, and after which step."""
     seed: int = 0
     """Of networks, batches, transforms, simulated drawings and chosen masks."""
     steps: int = 1000
@@ -197,6 +202,8 @@ class FitConfig:
     """Steps between scores on the validation split; without it a fifth of the run."""
     save_every: int = 100
     """Steps between checkpoints."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints by the clock, the first after one at most; 0: none. They change no result."""
     select_with: int = 0
     """Use so many dense masks of the validation split to choose: both kinds trusted, a matrix on either, outlines moved back,
     both, or fine-tuning on these masks; then the checkpoint; and nothing else. 0: masks choose nothing, the last step
@@ -233,6 +240,7 @@ def check_config(config: FitConfig) -> None:
         (config.optim, "momentum", 0.0, 1.0),
         (config.data, "colour", 0.0, 1.0),
         (config, "mask_weight", 0.0, None),
+        (config, "save_minutes", 0.0, None),
         (config, "select_with", 0, None),
         (config, "select_steps", 0, None),
     ):
@@ -324,7 +332,7 @@ def load_toml(path: Path) -> FitConfig:
     Raises ValueError naming the file and the key where one is unknown or has the wrong type.
     """
     try:
-        return from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
+        return from_dict(tomllib.loads(read_text(path)))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: expected a config file, got none") from error
     except (tomllib.TOMLDecodeError, ValueError) as error:
@@ -339,6 +347,34 @@ def to_toml(config: FitConfig) -> str:
 def to_dict(config: FitConfig) -> dict[str, Any]:
     """Plain values only: what a checkpoint keeps."""
     return _CONVERTER.unstructure(config)
+
+
+def anchored(config: FitConfig) -> FitConfig:
+    """With absolute paths of what it reads, so that a run can be gone on with and used from another working directory.
+
+    Raises ValueError naming a path that a TOML file cannot hold.
+    """
+
+    def absolute(name: str, path: Any) -> Any:
+        return _in_utf8(name, path.absolute()) if isinstance(path, Path) else path
+
+    _in_utf8("out", config.out)
+    data = {name: absolute(name, getattr(config.data, name)) for name in ("root", "positives", "negatives")}
+    return replace(
+        config,
+        data=replace(config.data, **data),
+        model=replace(config.model, weights=absolute("weights", config.model.weights)),
+        positive=replace(config.positive, pen=absolute("positive.pen", config.positive.pen)),
+        transition=absolute("transition", config.transition),
+    )
+
+
+def _in_utf8(name: str, path: Path) -> Path:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: expected a path in UTF-8 (rename its folder), got {str(path)!r}") from error
+    return path
 
 
 def changed(content: dict[str, Any], default: dict[str, Any] | None = None) -> dict[str, Any]:

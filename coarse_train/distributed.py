@@ -46,6 +46,20 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _world_size() -> int:
+    """Raises ValueError where WORLD_SIZE is there without the rest of what torchrun sets: some schedulers leave it behind."""
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"WORLD_SIZE: expected a number of processes, got {given!r}")
+    lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if int(given) > 1 and lacking and not dist.is_initialized():
+        raise ValueError(
+            f"WORLD_SIZE: expected {', '.join(lacking)} beside WORLD_SIZE={given}, got none; start with `torchrun "
+            f"--nproc-per-node {given} -m coarse_train ...`, or unset WORLD_SIZE for one process"
+        )
+    return int(given)
+
+
 @contextmanager
 def join_world(device: str | None = None) -> Iterator[World]:
     """The world that torchrun's environment variables describe. A process group that exists already is used and left alone.
@@ -55,7 +69,7 @@ def join_world(device: str | None = None) -> Iterator[World]:
             the GPU of its LOCAL_RANK.
     """
     kind = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _world_size()
     if kind.type == "cuda" and (size > 1 or kind.index is None):
         kind = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if kind.type == "cuda":

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,13 +24,14 @@ from torch.utils.data import DataLoader
 
 from . import run
 from .advice import describe_risks
-from .config import FitConfig, check_config, from_dict, to_dict, to_toml
+from .config import FitConfig, anchored, check_config, from_dict, to_dict, to_toml
 from .criterion import Counts, Criterion, open_transition
 from .data import Sample, count_channels, describe_source, open_split
 from .data.sampler import StepSampler
 from .data.segmentation import SegmentationData, open_pen
 from .distributed import World, join_world
 from .inference import score, transition_of
+from .interrupt import Interrupted, Watch, shield_worker
 from .model import architecture_of, build_model
 from .parallel import Networks
 from .pen import describe_pen
@@ -63,9 +65,10 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
         ValueError, FileNotFoundError: what is wrong with the config or the data, before the first step; what is wrong in a
             file, when a step reads it (``data.skip_bad`` reads all files first).
         NonFiniteStep: after the batch has been saved in the run folder.
+        Interrupted: a KeyboardInterrupt, after SIGTERM or Ctrl-C, when the step is done and kept.
         coarse_train.run.CheckpointError: a checkpoint cannot be written; the last good one is intact.
     """
-    config = from_dict(to_dict(config))  # paths that came as text, and types that do not fit
+    config = anchored(from_dict(to_dict(config)))  # paths that came as text, and types that do not fit
     check_config(config)
     with join_world(config.device) as world, ExitStack() as stack:
         if config.threads is not None:
@@ -75,7 +78,7 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
         source = open_split(config.data, "train") if splits is None else splits.train
         config, selection = choose(config, source, world, fit)
         _, validation, masks = open_splits(config, source) if splits is None else splits
-        resumed = run.read_resume(config)
+        resumed, changes = run.read_resume(config)
         start = resumed["step"] if resumed else 0
 
         # ---- data
@@ -108,14 +111,16 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
             networks.load(optimizer, resumed)
             scaler.load_state_dict(resumed["scaler"])
             best_score, last_score = resumed["best_score"], resumed["last_score"]
-        if world.is_main and not resumed:
-            run.write_text(config.out / "config.toml", to_toml(replace(config, resume=False)))
+        if world.is_main and (not resumed or changes != resumed["changes"]):
+            written = to_toml(replace(config, resume=False, resume_changed=False))
+            run.write_text(config.out / "config.toml", "".join(f"# {line}\n" for line in changes) + written)
         log = stack.enter_context(run.RunLog(config, start, enabled=world.is_main))
         log.say(f"{describe_source(source)}, {classes} classes; {world.size} process(es) on {world.device.type}")
         if config.resume and not resumed:
             log.say(f"no last.pt in {config.out}: a new run")
         log.say(f"{config.out}: {start} of {config.steps} steps done")
         for line in (
+            *changes,
             *describe_selection(config, validation, selection),
             *(describe_risks(config, source) if world.is_main else ()),  # it reads drawings
             *describe_pen(pen, measured, source.classes.names),
@@ -124,7 +129,9 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
 
         # ---- steps
         loss, warned, left_out = math.nan, False, 0
-        batches = itertools.chain.from_iterable(map(SegmentationData.batches, loaders))
+        step, stop = start, None
+        batches = stack.enter_context(closing(_batches(loaders)))  # what ends the run ends their processes
+        watch = stack.enter_context(Watch(world, config.save_minutes))
         for step in range(start + 1, config.steps + 1):
             passes = list(itertools.islice(batches, config.accumulate))
             torch.manual_seed(step_seed(config.seed, step, world.rank))
@@ -173,12 +180,14 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
                 log.scores(step, {"mean_iou": last_score, "pixel_accuracy": meter.pixel_accuracy()}, len(validation))
                 if world.is_main:
                     draw_progress(log, scored, datasets[0], step, world.device, config.backend)
-            if improved or step % config.save_every == 0 or step == config.steps:
+            stop, due = watch.look()
+            if improved or due or stop or step % config.save_every == 0 or step == config.steps:
                 content = {
                     "config": to_dict(config),
                     "classes": asdict(source.classes),
                     "channels": channels,
                     "data": facts,
+                    "changes": changes,
                     "architecture": architecture_of(model.segmentation),
                     "step": step,
                     "best_score": best_score,
@@ -190,9 +199,17 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
                     run.save(config.out / "best.pt", content)
                 if world.is_main:
                     run.save(config.out / "last.pt", content)
+                watch.saved()
+            if stop:
+                break
         if left_out:
-            log.say(f"note: {left_out} of {config.steps - start} steps overflowed in float16 and were left out")
+            log.say(f"note: {left_out} of {step - start} steps overflowed in float16 and were left out")
+        stop = stop or watch.look()[0]  # also one that came with the last step: it may mean more than this run
         world.wait()  # nobody returns before the checkpoint is there
+        if stop:
+            raise Interrupted(
+                f"stopped after step {step} of {config.steps}, which is in {config.out / 'last.pt'}", stop
+            )
         by_masks = config.select_with > 0 and validation is not None
         chosen = config.out / ("best.pt" if by_masks else "last.pt")
         return FitResult(chosen, config.steps, best_score if by_masks else last_score, loss)
@@ -217,7 +234,13 @@ def _loader(config: FitConfig, phase: Phase, dataset: SegmentationData, start: i
         num_workers=config.data.workers,
         collate_fn=dataset.collate,
         pin_memory=world.device.type == "cuda",
+        worker_init_fn=shield_worker,
     )
+
+
+def _batches(loaders: list[DataLoader[Sample]]) -> Generator[Sample]:
+    for loader in loaders:
+        yield from SegmentationData.batches(loader)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

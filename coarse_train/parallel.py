@@ -101,9 +101,12 @@ class Networks:
 
     def load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """What `state` gave."""
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         dcp.set_model_state_dict(self.model, state["model"], options=_EVERYWHERE)
         if state["optimizer"]["state"]:  # plain SGD keeps none
             dcp.set_optimizer_state_dict(self.model, optimizer, state["optimizer"], options=_PARTIAL)
+        for group, setting in zip(optimizer.param_groups, settings, strict=True):
+            group.update(setting)  # rates and the like are those of the config, which may have been changed
         if self._average is not None:
             dcp.set_model_state_dict(self._average, state["ema"], options=_EVERYWHERE)
 

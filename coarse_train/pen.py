@@ -24,6 +24,7 @@ import numpy as np
 from scipy import ndimage, optimize
 
 from . import IGNORE
+from .storage import read_text
 
 LARGEST = 10  # radius in pixels that is looked for
 _LEVELS = 2 * LARGEST + 2  # of the signed distance: the radii, the smallest that covers a pixel, and "none does"
@@ -89,7 +90,7 @@ def _distance(where: np.ndarray) -> np.ndarray:
 def read_radii(path: Path, names: Sequence[str]) -> tuple[float, ...]:
     """Of a pen.json, as `to_json` writes it; classes that are not in it have radius 0."""
     try:
-        radii = json.loads(path.read_text(encoding="utf-8"))["radius"]
+        radii = json.loads(read_text(path))["radius"]
         values = {str(name): float(radius or 0) for name, radius in radii.items()}
     except FileNotFoundError as error:
         raise FileNotFoundError(

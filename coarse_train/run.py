@@ -7,78 +7,39 @@ Files appear whole or not at all.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
 import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from .config import FitConfig, from_dict, to_dict
+from .config import FitConfig, anchored, from_dict, to_dict
 from .data import Source
 from .distributed import World
+from .storage import CheckpointError, is_lfs_pointer, locked, write_text, write_whole
 
 FORMAT = 1  # of checkpoints
 # what may differ between a run and its continuation: nothing that changes a step
 _FREE = {"out", "resume", "save_every", "accumulate", "backend", "device", "threads", "fsdp", "compile"}
-_FREE |= {"data.root", "data.workers"}
+_FREE |= {"data.root", "data.workers", "save_minutes", "resume_changed"}
+# what `resume_changed` may change: nothing that decides which tensors a checkpoint holds, or what is learned from
+_CHANGEABLE = {"steps", "batch_size", "precision", "evaluate_every", "mask_weight"}
+_CHANGEABLE |= {f"optim.{name}" for name in ("lr", "cm_lr", "weight_decay", "momentum", "schedule", "warmup", "hold")}
+_CHANGEABLE |= {f"optim.{name}" for name in ("clip", "finetune", "finetune_lr")}
 _MOVABLE = {"data.positives", "data.negatives"}  # another folder is fine; one where there was none is other data
 _LINE_EVERY = 10.0  # seconds between two lines in a log file
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
-
-
-class CheckpointError(RuntimeError):
-    """A file of the run cannot be written or read; the message says which, and what is still good."""
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """``write(file)`` into a temporary file beside ``path``, synced to disk, then renamed: whatever happens meanwhile,
-    ``path`` is the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError of its own
-        temporary.unlink(missing_ok=True)
-        kept = "the last good one is still there" if path.exists() else "there is none yet"
-        raise CheckpointError(f"{path}: expected to write it, got {_reason(error)}; {kept}") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    def write(file: BinaryIO) -> None:
-        file.write(text.encode())
-
-    write_whole(path, write)
-
-
-def _reason(error: BaseException) -> str:
-    """The OSError behind what torch.save made of it, where there is one."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return str(cause)
-        cause = cause.__cause__ or cause.__context__
-    return str(error).splitlines()[0]
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -93,7 +54,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # unpickling fails in many ways
-        raise CheckpointError(f"{path}: expected a checkpoint, got a damaged or foreign file") from error
+        got = "a git-lfs pointer (`git lfs pull` fetches it)" if is_lfs_pointer(path) else "a damaged or foreign file"
+        raise CheckpointError(f"{path}: expected a checkpoint, got {got}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path}: expected a checkpoint of format {FORMAT}, got {found!r}")
@@ -139,14 +101,11 @@ def open_run(config: FitConfig, world: World) -> Iterator[None]:
         if world.is_main:
             make_folder("out", config.out)
             try:
-                lock = stack.enter_context(open(config.out / ".lock", "w"))
+                free = stack.enter_context(locked(config.out / ".lock"))
             except OSError as error:
                 raise ValueError(f"out: expected a folder that can be written, got {config.out} ({error})") from error
-            try:
-                # Goes with this process, whatever ends it; flock would stay with the workers of a run that was killed.
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ValueError(f"out: expected a folder that no other run writes to, got {config.out}") from error
+            if not free:
+                raise ValueError(f"out: expected a folder that no other run writes to, got {config.out}")
             if not config.resume:
                 (config.out / "best.pt").unlink(missing_ok=True)  # of a run that was given up
         world.wait()
@@ -156,28 +115,41 @@ def open_run(config: FitConfig, world: World) -> Iterator[None]:
 # ---- the same run ------------------------------------------------------------------------------------------------
 
 
-def read_resume(config: FitConfig) -> dict[str, Any] | None:
-    """The checkpoint to go on from. None: start anew. Raises ValueError where a field that changes steps differs."""
+def read_resume(config: FitConfig) -> tuple[dict[str, Any] | None, list[str]]:
+    """The checkpoint to go on from, None to start anew; and a line for every field that has been changed on the way, now or
+    before. Raises ValueError where a field that changes steps differs."""
     last = config.out / "last.pt"
     if not config.resume or not last.exists():
-        return None
+        return None, []
     content = load(last)
-    check_same_run(from_dict(content["config"]), config)
-    return content
+    changed = check_same_run(from_dict(content["config"]), config)
+    done = content["step"]
+    if config.steps < done:
+        raise ValueError(f"steps: expected at least the {done} that are done in {config.out}, got {config.steps}")
+    content.setdefault("changes", [])
+    lines = [f"after step {done}: {name} {pair[1]!r}, before {pair[0]!r}" for name, pair in changed.items()]
+    return content, content["changes"] + lines
 
 
-def check_same_run(before: FitConfig, now: FitConfig) -> None:
-    """Raises ValueError where a field that changes steps differs, naming it."""
-    one, other = _flat(to_dict(before)), _flat(to_dict(now))
+def check_same_run(before: FitConfig, now: FitConfig) -> dict[str, tuple[Any, Any]]:
+    """Raises ValueError where a field that changes steps differs, naming it. With ``resume_changed`` some may: their names,
+    what they were and what they are."""
+    one, other = _flat(to_dict(anchored(before))), _flat(to_dict(anchored(now)))
     free = _FREE if now.model.norm == "group" else _FREE - {"accumulate"}  # batch normalisation sees the parts
+    changed = {}
     for name in one:
         pair = one[name], other[name]
         if name in _MOVABLE:
             pair = pair[0] is not None, pair[1] is not None
         if name == "positive.pen":  # a file may have moved with its folder
             pair = _kind_of_pen(pair[0]), _kind_of_pen(pair[1])
-        if name not in free and pair[0] != pair[1]:
-            raise ValueError(f"resume: expected {name} as in the run, {one[name]!r}, got {other[name]!r}")
+        if name in free or pair[0] == pair[1]:
+            continue
+        if name not in _CHANGEABLE or not now.resume_changed:
+            how = "; --resume-changed goes on with it" if name in _CHANGEABLE else ""
+            raise ValueError(f"resume: expected {name} as in the run, {one[name]!r}, got {other[name]!r}{how}")
+        changed[name] = pair
+    return changed
 
 
 def _kind_of_pen(value: Any) -> Any:
@@ -193,15 +165,17 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def describe_data(source: Source, validation: Source | None, channels: int) -> dict[str, Any]:
     """What has to be the same for a run to go on: classes, channels, and which images there are, as checksums."""
-    names = {"training images": source, "validation masks": validation}
+    splits = {"training images": source, "validation masks": validation}
+
+    def checksum(part: Source) -> int:
+        names = "\n".join(part.name(index) for index in range(len(part)))
+        return zlib.crc32(names.encode("utf-8", "surrogateescape"))  # a name may have bytes that are no UTF-8
+
     return {
         "classes": list(source.classes.names),
         "label values": list(source.classes.file_ids),
         "channels": channels,
-        **{
-            name: 0 if part is None else zlib.crc32("\n".join(part.name(k) for k in range(len(part))).encode())
-            for name, part in names.items()
-        },
+        **{name: 0 if part is None else checksum(part) for name, part in splits.items()},
     }
 
 

@@ -315,7 +315,10 @@ def test_fit_says_what_it_moved_and_how_it_knows(tmp_path: Path, capsys: pytest.
         (["--negative.pen", "1"], "negative.pen: expected None"),
         (["--positive.band", "1"], "positive.band: expected a number >= 0, and 0 without positive.pen, got 1.0"),
         (["--positive.pen", "nan"], "positive.pen: expected a number of pixels, auto or a file, got nan"),
-        (["--positive.pen", "nowhere.json"], "pen: expected a number, auto or a pen.json, got nowhere.json"),
+        (
+            ["--positive.pen", "nowhere.json"],
+            f"pen: expected a number, auto or a pen.json, got {Path('nowhere.json').absolute()}",
+        ),
         (["--positive.pen", "auto", "--supervision", "masks"], "positive.pen: expected None with supervision masks"),
         (["--dense-share", "0.5"], "dense_share: expected a number between 0 and 1 with supervision mixed"),
         (["--supervision", "then-masks"], "dense_images: expected a number >= 1 with supervision then-masks"),

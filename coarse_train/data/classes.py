@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import IGNORE
+from ..storage import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -100,7 +101,7 @@ def read_classes_of(dataset: str) -> Classes:
 def read_classes(path: Path) -> Classes:
     """The class table in a ``classes.toml``. Raises ValueError naming the file and the key."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_text(path))
         _known_keys(content, {"class", "ignore"}, "")
         entries = content.get("class")
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

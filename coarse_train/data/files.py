@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 from tqdm import tqdm
@@ -46,7 +47,8 @@ def find_files(folder: Path, *suffixes: str) -> dict[str, Path]:
             if suffix is None or file.startswith("."):
                 continue
             path = Path(parent, file)
-            name = path.relative_to(folder).as_posix()[: -len(suffix)]
+            # composed: the name that macOS takes apart is that of a file from elsewhere
+            name = normalize("NFC", path.relative_to(folder).as_posix()[: -len(suffix)])
             if name in found:
                 raise ValueError(f"{path}: expected one file for {name!r}, got also {found[name]}")
             found[name] = path

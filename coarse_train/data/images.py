@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
+from ..storage import is_lfs_pointer
+
 _GREY = ("1", "L", "LA")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
 _STRETCHED = {"L;2": 85, "L;4": 17}  # Pillow stretches grey values of 2 and 4 bits to 0..255
@@ -65,7 +67,12 @@ def _decoded(path: Path) -> tuple[Image.Image, str]:
             turned = image.format == "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
             image.load()
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error and more on damaged data
-        raise ValueError(f"{path}: expected a complete image file, got one that cannot be read ({error})") from error
+        got = (
+            "a git-lfs pointer (`git lfs pull` fetches it)"
+            if is_lfs_pointer(path)
+            else f"one that cannot be read ({error})"
+        )
+        raise ValueError(f"{path}: expected a complete image file, got {got}") from error
     if turned:
         raise ValueError(f"{path}: expected a TIFF that is stored upright, got one with an orientation tag")
     return image, packing

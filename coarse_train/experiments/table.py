@@ -225,7 +225,10 @@ def _run(content: dict[str, object], split: str) -> Cell:
     kept = config.out / f"{split}.json"
     if not kept.exists():
         config.out.mkdir(parents=True, exist_ok=True)
-        with open(config.out / "log.txt", "a") as log, redirect_stderr(log):
+        with (
+            open(config.out / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as log,
+            redirect_stderr(log),
+        ):
             checkpoint = fit(config).checkpoint
             cell = _cell(checkpoint, config, split)
         write_text(kept, json.dumps(asdict(cell), indent=2) + "\n")

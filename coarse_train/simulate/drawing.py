@@ -28,7 +28,7 @@ _SPECK = 1e-4  # of the image's area: 17 pixels of CamVid, which has hundreds of
 
 def generator_for(seed: int, name: str) -> np.random.Generator:
     """The random numbers of one image's drawings: its name decides, not its place or who draws it."""
-    return np.random.default_rng([seed, crc32(name.encode())])
+    return np.random.default_rng([seed, crc32(name.encode("utf-8", "surrogateescape"))])
 
 
 def draw_coarse(
