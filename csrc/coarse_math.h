@@ -90,8 +90,8 @@ struct PowerOfTwo {
 constexpr float kExpFlush = -87.3365f;  // 2^-126: the smallest normal float
 constexpr double kExpUlp = 2.0;
 
-// exp_f32 of kCount vectors, a step of all before the next step of any. One by one, the chain of a dozen multiply-adds keeps
-// as many instructions waiting as a scheduler holds, or twice as many where another thread has half of the core.
+// exp_f32 of kCount vectors, a step of all before the next step of any: chains of a dozen multiply-adds one after the
+// other fill the scheduler with what waits, all the more where another thread has half of the core.
 template <int kCount, class V>
 COARSE_HD void exp_f32_each(V* x) {
   const V magic =
