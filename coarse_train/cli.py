@@ -17,6 +17,7 @@ import tyro
 from .commands.evaluate import EvaluateConfig, run_evaluate
 from .commands.pen import PenConfig, run_pen
 from .commands.predict import PredictConfig, run_predict
+from .commands.report import ReportConfig, run_report
 from .commands.simulate import SimulateConfig, run_simulate
 from .config import FitConfig, load_toml, recipe
 from .data import DATASETS
@@ -30,9 +31,9 @@ _EXPECTED = (ValueError, OSError, CheckpointError, NonFiniteStep)
 
 
 DESCRIPTION = """Train segmentation networks from coarse drawings: `coarse-train fit DATASET|CONFIG.toml [options]`, where
-DATASET takes the recipe of that name; then `evaluate CHECKPOINT`, `predict CHECKPOINT`; `simulate DATASET` draws, `pen DATASET`
-measures outlines, `demo`
-shows it on digits, `experiment NAME` shows what helps when. `COMMAND --help` lists the options."""
+DATASET takes the recipe of that name; then `report RUN`, `evaluate CHECKPOINT`, `predict CHECKPOINT`; `simulate DATASET` draws,
+`pen DATASET` measures outlines, `demo` shows it on digits, `experiment NAME` shows what helps when. `COMMAND --help` lists the
+options."""
 
 
 def _fit(config: FitConfig) -> None:
@@ -58,6 +59,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "predict": (PredictConfig, run_predict),
     "simulate": (SimulateConfig, _simulate),
     "pen": (PenConfig, run_pen),
+    "report": (ReportConfig, run_report),
     "demo": (DemoConfig, run_demo),
     "experiment": (ExperimentConfig, run_experiment),
 }

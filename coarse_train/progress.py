@@ -39,7 +39,8 @@ def show_progress(
 
     The row in metrics.jsonl has ``mean_iou``, ``pixel_accuracy``, ``iou`` (class -> percent, null for one that does not occur),
     ``confusion`` (pixels [true, predicted]), ``images`` (how many), ``worst`` and ``best`` of them ([name, mean IoU]), and for
-    kinds of drawings with a matrix ``positive_cm`` and ``negative_cm``, [drawn, true], of the first training image.
+    kinds of drawings with a matrix ``positive_cm`` and ``negative_cm`` (drawn as -> share of each true class), of the first
+    training image.
     """
     names = dataset.source.classes.names
     model.eval()
@@ -60,7 +61,8 @@ def show_progress(
         )
     kinds = [kind for kind in ("positive", "negative") if getattr(output, f"{kind}_cm") is not None]
     matrices = {kind: mean_confusion(output, kind).tolist() for kind in kinds}  # type: ignore[arg-type]
-    log.scores(step, {**row, **{f"{kind}_cm": matrix for kind, matrix in matrices.items()}})
+    named = {f"{kind}_cm": dict(zip(names, matrix, strict=True)) for kind, matrix in matrices.items()}
+    log.scores(step, {**row, **named})
     if collapse := describe_collapse(meter.counts, names):
         log.say(f"note: at step {step} {collapse}")
     if not config.pictures:

@@ -53,6 +53,7 @@ def _config(out: Path, **changes: Any) -> FitConfig:
         save_every=2,
         threads=1,
         device="cpu",
+        pictures=0,
     )
     return replace(config, **changes)
 
@@ -552,7 +553,7 @@ def test_a_grey_image_among_colour_ones_is_scored(tmp_path: Path) -> None:
 
 
 def test_tensorboard_has_every_step_once_and_the_pictures(tmp_path: Path) -> None:
-    config = _config(tmp_path / "run", save_every=4)
+    config = _config(tmp_path / "run", save_every=4, pictures=3)
     stop_after_folder = config.out
     stop_after_folder.mkdir()
     stop_after(config, 4)
@@ -576,7 +577,7 @@ def test_tensorboard_has_every_step_once_and_the_pictures(tmp_path: Path) -> Non
 def test_scores_of_classes_and_images_stand_in_metrics_and_on_tensorboard(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = _config(tmp_path)
+    config = _config(tmp_path, pictures=3)
     fit(config)
     row = _rows(tmp_path)[-1]
     truth = run_evaluate(EvaluateConfig(tmp_path / "last.pt", device="cpu"))
@@ -588,7 +589,7 @@ def test_scores_of_classes_and_images_stand_in_metrics_and_on_tensorboard(
     ranked = [*row["worst"], *row["best"][::-1]]
     assert [len(row["worst"]), len(row["best"])] == [3, 3]
     assert [score for _, score in ranked] == sorted(score for _, score in ranked)
-    assert np.array(row["positive_cm"]).sum(0) == pytest.approx(np.ones(5), abs=1e-5)
+    assert np.array([*row["positive_cm"].values()]).sum(0) == pytest.approx(np.ones(5), abs=1e-5)
     lowest = min((value, name) for name, value in row["iou"].items() if value is not None)
     assert f"validation masks; lowest: {lowest[1]} {lowest[0]:.1f}" in capsys.readouterr().err
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -605,11 +606,11 @@ def test_a_run_that_learns_one_class_says_so_with_and_without_masks(
     one = OptimConfig(lr=0.0, cm_lr=0.0, weight_decay=0.0)
     model = ModelConfig(network="tests.test_train_fit:sees_one")
     data = DataConfig(root=root)
-    fit(_config(tmp_path / "run", data=data, model=model, optim=one, steps=1, pictures=0))
+    fit(_config(tmp_path / "run", data=data, model=model, optim=one, steps=1))
     sentence = "note: at step 1 the network has collapsed to one class: 'car' at 100.0 % of the pixels, of which it is"
     assert sentence in capsys.readouterr().err
     shutil.rmtree(root / "val")
-    fit(_config(tmp_path / "bare", data=data, model=model, optim=one, steps=1))
+    fit(_config(tmp_path / "bare", data=data, model=model, optim=one, steps=1, pictures=1))
     assert sentence in capsys.readouterr().err
     assert sorted(path.stem for path in (tmp_path / "bare/pictures").iterdir()) == ["confusion_positive", "training"]
     assert not (tmp_path / "run/pictures").exists()
