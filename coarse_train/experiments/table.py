@@ -364,6 +364,21 @@ def text(cells: Sequence[Cell], split: str) -> str:
     return "\n".join(lines)
 
 
+def by_class(cells: Sequence[Cell]) -> str:
+    """Aligned: IoU of every class by its name, a line for each row, mean over the seeds; "-" where a class occurs nowhere."""
+    rows = list(dict.fromkeys(cell.method for cell in cells))
+    names = list(dict.fromkeys(name for cell in cells for name in cell.iou))
+    wide = max(map(len, ("IoU by class", *rows)))
+    lines = [f"{'IoU by class':<{wide}}" + "".join(f"  {name:>6}" for name in names)]
+    for row in rows:
+        line = f"{row:<{wide}}"
+        for name in names:
+            known = [iou for cell in cells if cell.method == row and (iou := cell.iou.get(name)) is not None]
+            line += f"  {statistics.fmean(known) if known else '-':>{max(6, len(name))}{'.1f' if known else ''}}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def write_results(path: Path, cells: Sequence[Cell], rows: Mapping[str, Row], **more: object) -> None:
     """JSON, all or nothing: every cell, a line each, with the config that `from_dict` reads back, of which it has what is no
     default. Folders are relative to ``path``'s.
