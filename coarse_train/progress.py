@@ -54,7 +54,7 @@ def show_progress(
     else:
         meter = scored[1].meter
         row = row_of(*scored, config.pictures)
-        low = [f"{name} {iou:.1f}" for name, iou in sorted(row["iou"].items(), key=lambda one: one[1]) if iou == iou]
+        low = [f"{name} ({iou:.1f})" for name, iou in sorted(row["iou"].items(), key=lambda one: one[1]) if iou == iou]
         log.say(
             f"step {step}/{config.steps}  mean IoU {row['mean_iou']:.2f} on {row['images']} validation masks; "
             f"lowest: {', '.join(low[:_LOWEST]) or 'none'}"

@@ -591,7 +591,7 @@ def test_scores_of_classes_and_images_stand_in_metrics_and_on_tensorboard(
     assert [score for _, score in ranked] == sorted(score for _, score in ranked)
     assert np.array([*row["positive_cm"].values()]).sum(0) == pytest.approx(np.ones(5), abs=1e-5)
     lowest = min((value, name) for name, value in row["iou"].items() if value is not None)
-    assert f"validation masks; lowest: {lowest[1]} {lowest[0]:.1f}" in capsys.readouterr().err
+    assert f"validation masks; lowest: {lowest[1]} ({lowest[0]:.1f})" in capsys.readouterr().err
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     for name, value in row["iou"].items():

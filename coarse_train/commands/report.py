@@ -20,6 +20,7 @@ import matplotlib
 import torch
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from ..config import FitConfig, load_toml
@@ -166,10 +167,11 @@ def _draw(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bytes:
             steps, values, color=colour, linestyle=dash, marker=marker, markersize=3, label=_NAMES.get(name, name)
         )
     axis.set_xlabel("step")
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.3)
     if len(names) > 1:
-        axis.legend(frameon=False, fontsize=8)
+        figure.legend(loc="outside upper left", ncols=len(names), frameon=False, fontsize=8)
     file = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "coarse_train"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
