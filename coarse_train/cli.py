@@ -20,6 +20,7 @@ from .commands.evaluate import EvaluateConfig, run_evaluate
 from .commands.import_ import ImportConfig, run_import
 from .commands.pen import PenConfig, run_pen
 from .commands.predict import PredictConfig, run_predict
+from .commands.report import ReportConfig, run_report
 from .commands.simulate import SimulateConfig, run_simulate
 from .config import FitConfig, load_toml, recipe
 from .data import DATASETS
@@ -37,9 +38,9 @@ _GOES_ON = dict.fromkeys(("demo", "experiment"), "; what is trained is kept, and
 _GOES_ON["fit"] = "; the same command goes on from the last checkpoint with --resume"
 
 DESCRIPTION = """Train segmentation networks from coarse drawings: `coarse-train fit DATASET|CONFIG.toml [options]`, where
-DATASET takes the recipe of that name; then `evaluate CHECKPOINT`, `predict CHECKPOINT`. `import TOOL EXPORT` reads drawings
-of annotation tools, `simulate DATASET` draws, `pen DATASET` measures outlines, `demo`
-shows it on digits, `experiment NAME` shows what helps when. `COMMAND --help` lists the options."""
+DATASET takes the recipe of that name; then `report RUN`, `evaluate CHECKPOINT`, `predict CHECKPOINT`. `import TOOL EXPORT`
+reads drawings of annotation tools, `simulate DATASET` draws, `pen DATASET` measures outlines, `demo` shows it on digits,
+`experiment NAME` shows what helps when. `COMMAND --help` lists the options."""
 
 
 def _fit(config: FitConfig) -> None:
@@ -66,6 +67,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "predict": (PredictConfig, run_predict),
     "simulate": (SimulateConfig, _simulate),
     "pen": (PenConfig, run_pen),
+    "report": (ReportConfig, run_report),
     "demo": (DemoConfig, run_demo),
     "experiment": (ExperimentConfig, run_experiment),
 }

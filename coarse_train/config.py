@@ -171,7 +171,7 @@ class FitConfig:
     """Weight of the dense masks in the loss (supervision masks or mixed)."""
 
     out: Path = Path("runs/fit")
-    """Run folder: config.toml, metrics.jsonl, last.pt, best.pt, tensorboard."""
+    """Run folder: config.toml, metrics.jsonl, last.pt, best.pt, tensorboard, pictures."""
     resume: bool = False
     """Go on from last.pt in the run folder."""
     resume_changed: bool = False
@@ -204,6 +204,11 @@ class FitConfig:
     """Steps between checkpoints."""
     save_minutes: float = 10.0
     """Minutes between checkpoints by the clock, the first after one at most; 0: none. They change no result."""
+    pictures: int = 3
+    """So many of the best and of the worst validation images, a training image and the confusion matrices are drawn at every
+    evaluation, for tensorboard and the folder `pictures`. 0: no pictures."""
+    opacity: float = 0.5
+    """Of the classes' colours in them, over the image: from 0 to 1."""
     select_with: int = 0
     """Use so many dense masks of the validation split to choose: both kinds trusted, a matrix on either, outlines moved back,
     both, or fine-tuning on these masks; then the checkpoint; and nothing else. 0: masks choose nothing, the last step
@@ -243,6 +248,8 @@ def check_config(config: FitConfig) -> None:
         (config, "save_minutes", 0.0, None),
         (config, "select_with", 0, None),
         (config, "select_steps", 0, None),
+        (config, "pictures", 0, None),
+        (config, "opacity", 0.0, 1.0),
     ):
         value = getattr(owner, name)
         if value is not None and not (math.isfinite(value) and low <= value and (high is None or value <= high)):

@@ -35,7 +35,7 @@ from .interrupt import Interrupted, Watch, shield_worker
 from .model import architecture_of, build_model
 from .parallel import Networks
 from .pen import describe_pen
-from .pictures import draw_progress
+from .progress import show_progress
 from .schedule import Phase, make_optimizer, plan_phases, set_rates
 from .selection import Splits, choose, describe_selection, open_splits
 
@@ -169,17 +169,17 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
 
             # ---- score and keep
             improved = False
-            if validation is not None and (step % _evaluate_every(config) == 0 or step == config.steps):
-                scored = networks.scored().eval()
-                meter = score(scored.segmentation, validation, world=world, channels=channels)
-                last_score = meter.mean_iou()
-                if config.select_with and math.isnan(last_score):
-                    raise ValueError("select_with: expected masks with labelled pixels to choose by, got none")
-                improved = config.select_with > 0 and (last_score > best_score or math.isnan(best_score))
-                best_score = last_score if improved else best_score
-                log.scores(step, {"mean_iou": last_score, "pixel_accuracy": meter.pixel_accuracy()}, len(validation))
+            if step % _evaluate_every(config) == 0 or step == config.steps:
+                kept, scored = networks.scored().eval(), None
+                if validation is not None:
+                    scored = validation, score(kept.segmentation, validation, world=world, channels=channels)
+                    last_score = scored[1].meter.mean_iou()
+                    if config.select_with and math.isnan(last_score):
+                        raise ValueError("select_with: expected masks with labelled pixels to choose by, got none")
+                    improved = config.select_with > 0 and (last_score > best_score or math.isnan(best_score))
+                    best_score = last_score if improved else best_score
                 if world.is_main:
-                    draw_progress(log, scored, datasets[0], step, world.device, config.backend)
+                    show_progress(log, config, step, kept, datasets[0], scored, world)
             stop, due = watch.look()
             if improved or due or stop or step % config.save_every == 0 or step == config.steps:
                 content = {

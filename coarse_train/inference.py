@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from .config import DataConfig, FitConfig, from_dict
 from .data import Classes, Record, Source, open_split
 from .data.images import with_channels
 from .distributed import World
-from .metrics import ConfusionMeter
+from .metrics import ConfusionMeter, mean_iou_of
 from .model import CoarseModel, build_model
 
 _TOGETHER = 1 << 17  # pixels in one call of a network: images of 48x48 one by one take twice as long
@@ -289,6 +289,13 @@ def _as_it_is(record: Any) -> Any:
     return record
 
 
+class Scores(NamedTuple):
+    """Over all images, and (images,) float64 mean IoU of each on its own, in percent; NaN where no pixel has a class."""
+
+    meter: ConfusionMeter
+    images: Tensor
+
+
 def score(
     segmentation: nn.Module,
     source: Source,
@@ -297,10 +304,9 @@ def score(
     channels: int | None = None,
     config: InferenceConfig | None = None,
     workers: int = 0,
-    limit: int | None = None,
     on_prediction: Callable[[Record, np.ndarray], None] | None = None,
-) -> ConfusionMeter:
-    """Count predictions against masks, over all processes of ``world``; all get the same meter.
+) -> Scores:
+    """Count predictions against masks, over all processes of ``world``; all get the same scores.
 
     Every process runs the network on equally many images, since one that is sharded waits for all; those that some do
     to no purpose are not counted. ``channels``: of the network; None: as the images have. ``on_prediction`` gets the
@@ -308,22 +314,22 @@ def score(
 
     Raises ValueError naming an image that has no mask, before the first is read.
     """
-    count = len(source) if limit is None else min(limit, len(source))
+    count = len(source)
     bare = [source.name(index) for index in range(count) if "mask" not in source.kinds(index)]
     if bare:
         raise ValueError(f"evaluate needs dense masks; {len(bare)} of {count} images have none, such as {bare[0]}")
     places = range(world.rank, math.ceil(count / world.size) * world.size, world.size)
     own = [place % count for place in places]
-    meter = ConfusionMeter(len(source.classes))
+    meter, images = ConfusionMeter(len(source.classes)), torch.zeros(count, dtype=torch.float64)
     how = config or InferenceConfig()
     found = predictions(segmentation, source, own, world, channels=channels, config=how, workers=workers)
     bar = tqdm(found, total=len(own), unit="image", leave=False, disable=None if world.is_main else True)
     for place, (record, predicted) in zip(places, bar, strict=True):
         if place < count:
             assert record.mask is not None  # `kinds` says so
-            meter.update(predicted, torch.from_numpy(record.mask).to(world.device))
+            images[place] = mean_iou_of(meter.update(predicted, torch.from_numpy(record.mask).to(world.device)))
             if on_prediction is not None:
                 on_prediction(record, predicted.cpu().numpy())
     if world.size > 1:
         meter.reduce()
-    return meter
+    return Scores(meter, world.sum(images))

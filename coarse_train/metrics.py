@@ -7,10 +7,13 @@ All are the usual ones, and IoU is that of the official Cityscapes evaluator to 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_NEARLY_ALL, _NEARLY_NONE = 0.95, 0.05
 
 
 class ConfusionMeter:
@@ -24,9 +27,10 @@ class ConfusionMeter:
         self.ignore_index = ignore_index
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
 
-    def update(self, predicted: Tensor, mask: Tensor) -> None:
-        """``predicted`` and ``mask``: integer classes of one shape, any rank. On CUDA the host waits, as it does for any
-        `torch.bincount`.
+    def update(self, predicted: Tensor, mask: Tensor) -> Tensor:
+        """Count, and return the (C, C) counts of these pixels. On CUDA the host waits, as it does for any `torch.bincount`.
+
+        Args: ``predicted`` and ``mask``, integer classes of one shape, any rank.
 
         Raises ValueError where a labelled pixel has a class outside 0 to C - 1, and then counts nothing.
         """
@@ -44,7 +48,9 @@ class ConfusionMeter:
         counts = torch.bincount(bins.flatten(), minlength=size**2 + 2)
         if counts[-1]:
             raise ValueError(self._out_of_range(predicted[labelled], mask[labelled]))
-        self.counts = self.counts.to(counts.device) + counts[: size**2].view(size, size)
+        own = counts[: size**2].view(size, size)
+        self.counts = self.counts.to(own.device) + own
+        return own
 
     def _out_of_range(self, predicted: Tensor, mask: Tensor) -> str:
         for name, classes in (("predicted", predicted), ("mask", mask)):
@@ -71,8 +77,7 @@ class ConfusionMeter:
 
     def iou(self) -> Tensor:
         """(C,) float64 intersection over union; NaN for a class that is neither in the masks nor predicted."""
-        hit, true, predicted = self._parts()
-        return hit / (true + predicted - hit)
+        return iou_of(self.counts)
 
     def dice(self) -> Tensor:
         """(C,) float64 Dice coefficient (F1), 2 IoU / (1 + IoU); NaN where IoU is."""
@@ -100,6 +105,50 @@ class ConfusionMeter:
         """Share of labelled pixels that are right, in percent; NaN if no pixel is labelled."""
         hit, true, _ = self._parts()
         return 100.0 * float(hit.sum() / true.sum())
+
+
+def iou_of(counts: Tensor) -> Tensor:
+    """(C, C) pixels [true, predicted] -> (C,) float64; NaN for a class that is neither in the masks nor predicted."""
+    counts = counts.cpu().double()
+    hit = counts.diagonal()
+    return hit / (counts.sum(1) + counts.sum(0) - hit)
+
+
+def mean_iou_of(counts: Tensor) -> float:
+    """In percent, over the classes that occur; NaN if none does."""
+    return _mean_percent(iou_of(counts))
+
+
+def describe_collapse(counts: Tensor, names: Sequence[str]) -> str | None:
+    """A sentence where a network predicts one class almost everywhere and next to nothing of the others; else None.
+
+    Both are asked for: where nearly all is background, a network that finds the rest predicts it almost everywhere, too.
+    ``counts``: (C, C) pixels [true, predicted].
+    """
+    counts = counts.cpu().double()
+    total, true, predicted = counts.sum(), counts.sum(1), counts.sum(0)
+    one = int(predicted.argmax())
+    others, found = total - true[one], counts.diagonal().sum() - counts[one, one]
+    if predicted[one] < _NEARLY_ALL * total or found >= _NEARLY_NONE * others:
+        return None
+    return (
+        f"the network has collapsed to one class: {names[one]!r} at {100 * predicted[one] / total:.1f} % of the pixels, of "
+        f"which it is {100 * true[one] / total:.1f} %; of all other classes {100 * found / others:.1f} % is found. Where that "
+        "lasts, more --steps or another --lr may help, or drawings of the other classes are too few or wrong"
+    )
+
+
+def largest_confusions(counts: Tensor, names: Sequence[str], most: int = 5) -> list[tuple[str, str, float]]:
+    """(true class, predicted as, percent of the true class's pixels), the most pixels first; those below 1 % are left out.
+
+    ``counts``: (C, C) pixels [true, predicted].
+    """
+    counts = counts.cpu().double()
+    wrong = counts - counts.diag().diag()
+    order = wrong.flatten().argsort(descending=True, stable=True)[:most]
+    pairs = [divmod(int(place), len(names)) for place in order]
+    found = [(names[i], names[j], 100 * float(wrong[i, j] / counts[i].sum())) for i, j in pairs if wrong[i, j]]
+    return [one for one in found if one[2] >= 1]
 
 
 def _mean_percent(scores: Tensor) -> float:

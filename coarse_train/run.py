@@ -1,6 +1,6 @@
 """A run folder: its lock, its record, its checkpoints, and whether what goes on in it is the same run.
 
-    config.toml, metrics.jsonl, tensorboard/, last.pt, best.pt where masks choose
+    config.toml, metrics.jsonl, tensorboard/, pictures/, last.pt, best.pt where masks choose
 
 Files appear whole or not at all.
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from tqdm import tqdm
 
 from .config import FitConfig, anchored, from_dict, to_dict
@@ -30,7 +31,7 @@ from .storage import CheckpointError, is_lfs_pointer, locked, write_text, write_
 FORMAT = 1  # of checkpoints
 # what may differ between a run and its continuation: nothing that changes a step
 _FREE = {"out", "resume", "save_every", "accumulate", "backend", "device", "threads", "fsdp", "compile"}
-_FREE |= {"data.root", "data.workers", "save_minutes", "resume_changed"}
+_FREE |= {"data.root", "data.workers", "save_minutes", "resume_changed", "pictures", "opacity"}
 # what `resume_changed` may change: nothing that decides which tensors a checkpoint holds, or what is learned from
 _CHANGEABLE = {"steps", "batch_size", "precision", "evaluate_every", "mask_weight"}
 _CHANGEABLE |= {f"optim.{name}" for name in ("lr", "cm_lr", "weight_decay", "momentum", "schedule", "warmup", "hold")}
@@ -207,7 +208,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # in here: who only reads a run does not need it
 
         self._board = SummaryWriter(str(config.out / "tensorboard"), purge_step=start + 1)
-        self._steps, self._first = config.steps, start
+        self._steps, self._first, self._pictures = config.steps, start, config.out / "pictures"
         self._started = self._last_line = time.monotonic()
         self._bar = tqdm(total=config.steps, initial=start, unit="step") if sys.stderr.isatty() else None
 
@@ -227,19 +228,22 @@ class RunLog:
             rate = (step - self._first) / max(elapsed, 1e-9)
             self.say(f"step {step}/{self._steps}  loss {values['loss']:.4f}  {rate:.2f} steps/s")
 
-    def scores(self, step: int, values: dict[str, float], images: int) -> None:
-        """Scores on ``images`` images of the validation split; ``values`` has the mean IoU."""
+    def scores(self, step: int, values: dict[str, Any]) -> None:
+        """What was found at an evaluation: a row; numbers in ``values``, and in dictionaries of it, are curves too."""
         if not self._enabled:
             return
         self._write({"step": step, **values})
-        for name, value in values.items():
-            self._board.add_scalar(f"val/{name}", value, step)
-        self.say(f"step {step}/{self._steps}  mean IoU {values['mean_iou']:.2f} on {images} validation masks")
+        for name, value in _flat(values).items():
+            if isinstance(value, float) and math.isfinite(value):
+                self._board.add_scalar(f"val/{name.replace('.', '/', 1)}", value, step)
 
-    def picture(self, name: str, picture: np.ndarray, step: int) -> None:
-        """(H, W, 3) uint8."""
+    def picture(self, name: str, picture: Image, step: int) -> None:
+        """For tensorboard, and the newest of its name in the folder ``pictures``."""
         if self._enabled:
-            self._board.add_image(name, picture, step, dataformats="HWC")
+            self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
+            path = self._pictures / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda file: picture.save(file, "png"))
 
     def say(self, line: str) -> None:
         """One line that survives the progress bar."""
@@ -257,13 +261,22 @@ class RunLog:
             self._file.close()
 
     def _write(self, row: dict[str, Any]) -> None:
-        line = json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()})  # JSON has no NaN
+        line = json.dumps(without_nan(row))
         try:
             self._file.write(line + "\n")
         except OSError as error:
             raise CheckpointError(
                 f"{self._file.name}: expected to write it, got {error}; checkpoints are intact"
             ) from error
+
+
+def without_nan(value: Any) -> Any:
+    """``value`` for JSON, which has no NaN and no infinity: None in their places, in lists and dictionaries too."""
+    if isinstance(value, dict):
+        return {key: without_nan(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -166,7 +166,7 @@ def _score(
 ) -> float:
     """Mean IoU of a short run at its last step."""
     folder = out / f"trial_{name.replace(', ', '_').replace(' ', '_')}"
-    trial = replace(row, out=folder, steps=steps, select_with=0, select_steps=None, resume=True)
+    trial = replace(row, out=folder, steps=steps, select_with=0, select_steps=None, resume=True, pictures=0)
     if row.data.dense_split != "val":
         return float(fit(trial, splits).score)
     masks = splits.validation

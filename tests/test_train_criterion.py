@@ -16,7 +16,7 @@ from coarse_train.config import DrawingsConfig, FitConfig
 from coarse_train.criterion import Counts, Criterion, StepLoss
 from coarse_train.data import IGNORE, Sample
 from coarse_train.model import ModelOutput
-from coarse_train.pictures import posterior
+from coarse_train.progress import posterior
 
 CLASSES = 3
 

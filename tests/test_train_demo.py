@@ -25,7 +25,7 @@ from coarse_train.config import DataConfig, FitConfig, from_dict
 from coarse_train.data.mnist import PROCESSES
 from coarse_train.experiments import table
 from coarse_train.experiments.demo import TUNED, DemoConfig, conclude, rows_of, run_demo, trials
-from coarse_train.experiments.table import Cell, Summary, digest, run_table, text
+from coarse_train.experiments.table import Cell, Summary, by_class, digest, run_table, text
 
 from .data_trees import write_folder_tree
 
@@ -49,6 +49,11 @@ def _finite(value: Any) -> bool:
 
 def _as_run(config: FitConfig) -> FitConfig:
     return replace(config, steps=4, data=replace(config.data, limit=24))
+
+
+def test_every_class_has_its_name_and_its_mean_over_the_seeds() -> None:
+    cells = [cell("method", seed, 0.0, iou={"background": 90.0 + 4 * seed, "seven": None}) for seed in (0, 1)]
+    assert by_class(cells) == "IoU by class  background   seven\nmethod              92.0       -"
 
 
 @pytest.mark.parametrize("task", ["majority", "binary"])

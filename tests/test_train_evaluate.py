@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -198,12 +199,55 @@ def test_a_data_set_with_other_classes_is_refused(tmp_path: Path) -> None:
         run_evaluate(config)
 
 
+def test_images_without_a_mask_are_counted_and_the_others_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, _ = _flawed(tmp_path)
+    before = run_evaluate(replace(config, limit=2))  # the same images, had the others no part in it
+    capsys.readouterr()
+    for bare in "234":
+        (tmp_path / f"data/val/masks/town/{bare}.png").unlink()
+    result = run_evaluate(config)
+    assert (result["images"], result["images_without_mask"]) == (2, 3)
+    assert result["confusion"] == before["confusion"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1:3] == ["2 images, 57 labelled pixels, whole images", "3 more have no mask and are not scored"]
+    assert run_evaluate(replace(config, limit=1))["images"] == 1  # the first of those that have one
+
+
 def test_a_split_without_masks_is_refused_before_the_first_image_is_read(tmp_path: Path) -> None:
     config = _perfect(tmp_path)
-    (tmp_path / "data/val/masks/town/3.png").unlink()
+    shutil.rmtree(tmp_path / "data/val/masks")
     (tmp_path / "data/val/images/town/0.png").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="evaluate needs dense masks; 1 of 5 images have none, such as town/3"):
+    with pytest.raises(ValueError, match="evaluate needs dense masks; not one of 5 images of val has one"):
         run_evaluate(config)
+
+
+def test_what_is_confused_most_is_said_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = np.array([[0, 0, 0, 0, 1, 1, 1, 2]] * 4, np.uint8)
+    mask = np.array([[0, 0, 0, 1, 1, 1, 1, 3]] * 4, np.uint8)
+    root = write_folder(tmp_path / "data", "val", {"a": (seen, mask)})
+    result = run_evaluate(EvaluateConfig(write_checkpoint(tmp_path / "best.pt", DataConfig(root=root)), device="cpu"))
+    assert result["most_confused"] == [["wall", "ground", 25.0], ["sky", "tree", 100.0]]
+    assert result["collapse"] is None
+    assert capsys.readouterr().out.endswith(
+        "most confused, in percent of the class's pixels\n"
+        "wall             25.00  predicted as ground\n"
+        "sky             100.00  predicted as tree\n"
+    )
+
+
+def test_a_network_that_sees_one_class_everywhere_is_told_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (mask,) = random_maps((20, 20))
+    root = write_folder(tmp_path / "data", "val", {"a": (np.full_like(mask, 2), mask)})
+    run_evaluate(EvaluateConfig(write_checkpoint(tmp_path / "best.pt", DataConfig(root=root)), device="cpu"))
+    share = 100 * (mask == 2).mean()
+    assert (
+        f"note: the network has collapsed to one class: 'tree' at 100.0 % of the pixels, of which it is {share:.1f} %; of all "
+        "other classes 0.0 % is found." in capsys.readouterr().out
+    )
 
 
 def test_masks_without_one_labelled_pixel_are_refused(tmp_path: Path) -> None:

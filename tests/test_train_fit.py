@@ -53,6 +53,7 @@ def _config(out: Path, **changes: Any) -> FitConfig:
         save_every=2,
         threads=1,
         device="cpu",
+        pictures=0,
     )
     return replace(config, **changes)
 
@@ -552,7 +553,7 @@ def test_a_grey_image_among_colour_ones_is_scored(tmp_path: Path) -> None:
 
 
 def test_tensorboard_has_every_step_once_and_the_pictures(tmp_path: Path) -> None:
-    config = _config(tmp_path / "run", save_every=4)
+    config = _config(tmp_path / "run", save_every=4, pictures=3)
     stop_after_folder = config.out
     stop_after_folder.mkdir()
     stop_after(config, 4)
@@ -562,10 +563,65 @@ def test_tensorboard_has_every_step_once_and_the_pictures(tmp_path: Path) -> Non
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(_losses(config.out))
     assert [event.step for event in events.Scalars("val/mean_iou")] == [3, 6]
-    names = events.Tags()["images"]
-    assert names == ["image, positive, negative, prediction, posterior", "confusion of positives [drawn, true]"]
-    picture = Image.open(io.BytesIO(events.Images(names[0])[-1].encoded_image_string))
-    assert picture.size == (5 * 48, 48)
+    names = ["training", "confusion_positive", "confusion_validation"]
+    names += [f"{end}_{number}" for end in ("worst", "best") for number in (1, 2, 3)]
+    assert sorted(events.Tags()["images"]) == sorted(names)
+    assert sorted(path.stem for path in (config.out / "pictures").iterdir()) == sorted(names)
+    for name in names:
+        shown = events.Images(name)
+        assert [event.step for event in shown] == [3, 6]
+        newest = Image.open(io.BytesIO(shown[-1].encoded_image_string))
+        np.testing.assert_array_equal(newest, Image.open(config.out / "pictures" / f"{name}.png"))
+
+
+def test_scores_of_classes_and_images_stand_in_metrics_and_on_tensorboard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _config(tmp_path, pictures=3)
+    fit(config)
+    row = _rows(tmp_path)[-1]
+    truth = run_evaluate(EvaluateConfig(tmp_path / "last.pt", device="cpu"))
+    assert row["confusion"] == truth["confusion"]
+    assert row["iou"] == {name: scores["iou"] for name, scores in truth["classes"].items()}
+    assert None in row["iou"].values() or len(row["iou"]) == 5
+    assert row["mean_iou"] == truth["mean_iou"]
+    assert row["images"] == truth["images"]
+    ranked = [*row["worst"], *row["best"][::-1]]
+    assert [len(row["worst"]), len(row["best"])] == [3, 3]
+    assert [score for _, score in ranked] == sorted(score for _, score in ranked)
+    assert np.array([*row["positive_cm"].values()]).sum(0) == pytest.approx(np.ones(5), abs=1e-5)
+    lowest = min((value, name) for name, value in row["iou"].items() if value is not None)
+    assert f"validation masks; lowest: {lowest[1]} ({lowest[0]:.1f})" in capsys.readouterr().err
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for name, value in row["iou"].items():
+        found = [event.value for event in events.Scalars(f"val/iou/{name}")][-1:]
+        assert found == ([] if value is None else [pytest.approx(value)])
+
+
+def test_a_run_that_learns_one_class_says_so_with_and_without_masks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = data_trees.write_folder_tree(tmp_path / "data")
+    one = OptimConfig(lr=0.0, cm_lr=0.0, weight_decay=0.0)
+    model = ModelConfig(network="tests.test_train_fit:sees_one")
+    data = DataConfig(root=root)
+    fit(_config(tmp_path / "run", data=data, model=model, optim=one, steps=1))
+    sentence = "note: at step 1 the network has collapsed to one class: 'car' at 100.0 % of the pixels, of which it is"
+    assert sentence in capsys.readouterr().err
+    shutil.rmtree(root / "val")
+    fit(_config(tmp_path / "bare", data=data, model=model, optim=one, steps=1, pictures=1))
+    assert sentence in capsys.readouterr().err
+    assert sorted(path.stem for path in (tmp_path / "bare/pictures").iterdir()) == ["confusion_positive", "training"]
+    assert not (tmp_path / "run/pictures").exists()
+
+
+def sees_one(channels: int, num_classes: int) -> torch.nn.Module:
+    network = torch.nn.Conv2d(channels, num_classes, 1)
+    torch.nn.init.zeros_(network.weight)
+    with torch.no_grad():
+        network.bias.copy_(torch.eye(num_classes)[2] * 20)  # type: ignore[union-attr]
+    return network
 
 
 @pytest.mark.parametrize("given", ["positive", "negative"])

@@ -15,6 +15,7 @@ from coarse_kernels import available_backends, use_backend
 from coarse_train.commands.predict import PredictConfig, find_images, run_predict
 from coarse_train.config import DataConfig
 from coarse_train.inference import InferenceConfig, load_model, to_input
+from coarse_train.pictures import draw_maps
 from tests.floats_formed import FloatsFormed, assert_most_probable
 from tests.nearest_colour import CLASSES, random_maps, write_checkpoint, write_folder, write_street_checkpoint
 
@@ -46,17 +47,27 @@ def test_a_folder_of_images_becomes_labels_and_pictures(
     for name, classes in zip(NAMES, random_maps((5, 7), (8, 3), (6, 6)), strict=True):
         out = Path(name).with_suffix(".png")
         np.testing.assert_array_equal(Image.open(config.out / "labels" / out), CLASSES.encode(classes))
-        # half the image and half the colour of its class, which here are the same
-        np.testing.assert_array_equal(Image.open(config.out / "overlays" / out), CLASSES.paint(classes))
+        picture = draw_maps(
+            CLASSES.paint(classes), {"prediction": classes}, CLASSES, title=str(Path(name).with_suffix(""))
+        )
+        np.testing.assert_array_equal(Image.open(config.out / "overlays" / out), picture)
     assert capsys.readouterr().out == f"3 images -> {config.out}\n"
 
 
-def test_pictures_are_half_the_image_and_half_the_colours(config: PredictConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("opacity", "expected"), [(0.0, (100, 30, 230)), (0.5, (52, 52, 137)), (1.0, (30, 30, 200))])
+def test_pictures_are_the_image_and_beside_it_the_colours_as_opaque_as_asked(
+    config: PredictConfig, tmp_path: Path, opacity: float, expected: tuple[int, int, int]
+) -> None:
     Image.new("RGB", (4, 3), (100, 30, 230)).save(tmp_path / "blue.png")  # nearest: sky, (30, 30, 200)
-    run_predict(replace(config, images=tmp_path / "blue.png"))
+    run_predict(replace(config, images=tmp_path / "blue.png", opacity=opacity))
     assert _files(config.out) == {"labels/blue.png", "overlays/blue.png"}
     assert (np.array(Image.open(config.out / "labels/blue.png")) == 2).all()
-    assert (np.array(Image.open(config.out / "overlays/blue.png")) == (65, 30, 215)).all()
+    picture = np.array(Image.open(config.out / "overlays/blue.png"))
+    image, overlay = picture[48:198, 8:208], picture[48:198, 216:416]  # enlarged 50 times
+    assert (image == (100, 30, 230)).all()
+    assert (overlay == expected).all()
+    with pytest.raises(ValueError, match="opacity: expected a number from 0 to 1, got 2"):
+        run_predict(replace(config, opacity=2))
 
 
 def test_pictures_can_be_left_out(config: PredictConfig) -> None:
@@ -76,7 +87,7 @@ def test_grey_images_go_through_a_colour_network_and_come_back_in_colour(config:
     Image.new("L", (3, 2), 16).save(tmp_path / "grey.png")
     run_predict(replace(config, images=tmp_path / "grey.png"))
     assert (np.array(Image.open(config.out / "labels/grey.png")) == CLASSES.ids[0]).all()
-    assert (np.array(Image.open(config.out / "overlays/grey.png")) == (18, 18, 18)).all()
+    assert (np.array(Image.open(config.out / "overlays/grey.png")) == (18, 18, 18)).all(-1).sum() == 66 * 66 * 3 * 2
 
 
 def test_colour_images_for_a_grey_network_are_named(config: PredictConfig) -> None:

@@ -7,26 +7,24 @@ torchrun --nproc-per-node 4 -m coarse_train evaluate runs/street/best.pt      th
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import tyro
 
-from ..data import Record
+from ..data import Record, Subset
 from ..distributed import World, join_world
 from ..inference import InferenceConfig, LoadedModel, load_model, open_trained_split, score
-from ..metrics import ConfusionMeter
-from ..run import claim_folder
+from ..metrics import ConfusionMeter, describe_collapse, largest_confusions
+from ..run import claim_folder, without_nan
 from .predict import write_labels
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Score a trained network on dense masks."""
+    """Score a trained network on dense masks; images that have none are counted and left out."""
 
     checkpoint: tyro.conf.Positional[Path]
     """best.pt or last.pt of a run: the network, its classes and its data set."""
@@ -44,14 +42,14 @@ class EvaluateConfig:
     workers: int = 0
     """Processes that read images; 0: the evaluating process does."""
     limit: int | None = None
-    """At most so many images (the first)."""
+    """At most so many images (the first that have a mask)."""
     skip_bad: bool = False
     """List and leave out images whose files are missing, damaged or inconsistent; without it the first is an error."""
     out: Path | None = None
     """JSON file with all scores and the confusion matrix."""
     export: Path | None = None
-    """Folder for the predictions, NAME.png with the values of the data set's label files: what the official Cityscapes
-    evaluator takes as CITYSCAPES_RESULTS."""
+    """Folder for the predictions of what is scored, NAME.png with the values of the data set's label files: what the official
+    Cityscapes evaluator takes as CITYSCAPES_RESULTS."""
     overwrite: bool = False
     """Export into a folder that is not empty; other files in it stay."""
 
@@ -73,28 +71,32 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
             variant=config.variant,
             skip_bad=config.skip_bad,
         )
-        images = min(len(source), config.limit or len(source))
+        with_mask = [index for index in range(len(source)) if "mask" in source.kinds(index)]
+        if not with_mask:
+            raise ValueError(f"evaluate needs dense masks; not one of {len(source)} images of {config.split} has one")
+        without = len(source) - len(with_mask)
+        source = Subset(source, with_mask[: config.limit])
+        images = len(source)
         _prepare_out(config, world)
 
         def export(record: Record, predicted: np.ndarray) -> None:
             if config.export is not None:
                 write_labels(config.export, record.name, predicted, source.classes)
 
-        meter = score(
+        meter, _ = score(
             loaded.model.segmentation,
             source,
             world=world,
             channels=loaded.channels,
             config=config.inference,
             workers=config.workers,
-            limit=images,
             on_prediction=None if config.export is None else export,
         )
         if not meter.counts.any():
             raise ValueError(
                 f"evaluate needs dense masks; not one pixel of {images} images of {config.split} has a class"
             )
-        result = _result(config, loaded, images, meter)
+        result = _result(config, loaded, images, without, meter)
         if world.is_main:
             if config.out is not None:
                 config.out.write_text(json.dumps(result, indent=2) + "\n")
@@ -112,41 +114,37 @@ def _prepare_out(config: EvaluateConfig, world: World) -> None:
         claim_folder("export", config.export, world, overwrite=config.overwrite)
 
 
-def _result(config: EvaluateConfig, loaded: LoadedModel, images: int, meter: ConfusionMeter) -> dict[str, Any]:
+def _result(
+    config: EvaluateConfig, loaded: LoadedModel, images: int, without: int, meter: ConfusionMeter
+) -> dict[str, Any]:
     trained = loaded.config.data
     root = config.root or (trained.root if config.dataset in (None, trained.dataset) else None)
     own = config.split == "val" and config.dataset is None
-    rows = zip(loaded.classes.names, meter.iou(), meter.dice(), meter.accuracy(), strict=True)
-    return {
+    names = loaded.classes.names
+    rows = zip(names, *((100 * s).tolist() for s in (meter.iou(), meter.dice(), meter.accuracy())), strict=True)
+    result = {
         "checkpoint": str(config.checkpoint),
         "step": loaded.step,
         "dataset": config.dataset or trained.dataset,
         "root": None if root is None else str(root),
         "split": config.split,
         "images": images,
+        "images_without_mask": without,
         "pixels": int(meter.counts.sum()),
         "inference": str(config.inference),
         # of the same split: a score on them is no score on unseen images
         "chosen_with": loaded.config.select_with if own else 0,
         "learned_from": loaded.config.data.dense_images if own and loaded.config.data.dense_split == "val" else 0,
-        "mean_iou": _number(meter.mean_iou()),
-        "mean_dice": _number(meter.mean_dice()),
-        "pixel_accuracy": _number(meter.pixel_accuracy()),
-        "mean_accuracy": _number(meter.mean_accuracy()),
-        "classes": {
-            name: {"iou": _percent(iou), "dice": _percent(dice), "accuracy": _percent(accuracy)}
-            for name, iou, dice, accuracy in rows
-        },
+        "mean_iou": meter.mean_iou(),
+        "mean_dice": meter.mean_dice(),
+        "pixel_accuracy": meter.pixel_accuracy(),
+        "mean_accuracy": meter.mean_accuracy(),
+        "classes": {name: {"iou": iou, "dice": dice, "accuracy": accuracy} for name, iou, dice, accuracy in rows},
         "confusion": meter.counts.tolist(),  # [true, predicted]
+        "most_confused": [list(pair) for pair in largest_confusions(meter.counts, names)],
+        "collapse": describe_collapse(meter.counts, names),
     }
-
-
-def _percent(share: torch.Tensor) -> float | None:
-    return _number(100.0 * float(share))
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value  # JSON has no NaN
+    return without_nan(result)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -157,6 +155,11 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['checkpoint']}, step {result['step']}, on {where}",
         f"{result['images']} images, {result['pixels']} labelled pixels, {result['inference']}",
+        *(
+            [f"{result['images_without_mask']} more have no mask and are not scored"]
+            if result["images_without_mask"]
+            else []
+        ),
         *([f"{result['chosen_with']} of these masks chose this checkpoint"] if result["chosen_with"] else []),
         *([f"{result['learned_from']} of these masks were learned from"] if result["learned_from"] else []),
         "",
@@ -164,6 +167,9 @@ def table(result: dict[str, Any]) -> str:
         *(f"{name:{wide}}  {_cell(iou)}  {_cell(dice)}" for name, iou, dice in rows),
         f"{'mean':{wide}}  {_cell(result['mean_iou'])}  {_cell(result['mean_dice'])}",
         f"{'pixel accuracy':{wide}}  {_cell(result['pixel_accuracy'])}",
+        *(["", "most confused, in percent of the class's pixels"] if result["most_confused"] else []),
+        *(f"{true:{wide}}  {share:6.2f}  predicted as {other}" for true, other, share in result["most_confused"]),
+        *([f"note: {result['collapse']}"] if result["collapse"] else []),
     ]
     return "\n".join(lines)
 

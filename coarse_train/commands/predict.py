@@ -19,6 +19,7 @@ from ..data.files import IMAGE_SUFFIXES, find_files
 from ..data.images import read_image
 from ..distributed import join_world
 from ..inference import InferenceConfig, load_model, open_trained_split, predictions
+from ..pictures import draw_maps
 from ..run import claim_folder
 
 
@@ -35,10 +36,12 @@ class PredictConfig:
     root: Path | None = None
     """Folder of the data set; without it that of the run."""
     out: Path = Path("predictions")
-    """labels/NAME.png has the values of the data set's label files, overlays/NAME.png the image with its classes in
-    colour. labels can be given to the official Cityscapes evaluator as CITYSCAPES_RESULTS."""
+    """labels/NAME.png has the values of the data set's label files, overlays/NAME.png the image and beside it its classes in
+    colour, with their names. labels can be given to the official Cityscapes evaluator as CITYSCAPES_RESULTS."""
     overlays: bool = True
     """Write the pictures too."""
+    opacity: float = 0.5
+    """Of the classes' colours in them, over the image: from 0 to 1."""
     inference: Annotated[InferenceConfig, tyro.conf.arg(name="")] = field(default_factory=InferenceConfig)
     device: str | None = None
     """Without it cuda where there is one, else cpu."""
@@ -50,6 +53,8 @@ class PredictConfig:
 
 def run_predict(config: PredictConfig) -> Path:
     """The folder that was written. Under torchrun the images are spread over the processes."""
+    if not 0 <= config.opacity <= 1:
+        raise ValueError(f"opacity: expected a number from 0 to 1, got {config.opacity}")
     with join_world(config.device) as world:
         loaded = load_model(config.checkpoint, world.device)
         source: Source
@@ -72,7 +77,9 @@ def run_predict(config: PredictConfig) -> Path:
             labels = predicted.cpu().numpy()
             write_labels(config.out / "labels", record.name, labels, source.classes)
             if config.overlays:
-                write_overlay(config.out / "overlays", record, labels, source.classes)
+                maps = {"prediction": labels}
+                picture = draw_maps(record.image, maps, source.classes, title=record.name, opacity=config.opacity)
+                picture.save(_file(config.out / "overlays", record.name))
         world.wait()
         if world.is_main:
             print(f"{len(source)} images -> {config.out}")
@@ -119,13 +126,6 @@ def find_images(images: Path, *, but: Path | None = None) -> list[tuple[str, Pat
 def write_labels(folder: Path, name: str, predicted: np.ndarray, classes: Classes) -> None:
     """(H, W) uint8 classes -> folder/name.png with the values of the data set's label files."""
     Image.fromarray(classes.encode(predicted)).save(_file(folder, name))
-
-
-def write_overlay(folder: Path, record: Record, predicted: np.ndarray, classes: Classes) -> None:
-    """folder/name.png: half the image, half the colours of its classes."""
-    image = np.broadcast_to(record.image, (*predicted.shape, 3))
-    blended = Image.blend(Image.fromarray(np.ascontiguousarray(image)), Image.fromarray(classes.paint(predicted)), 0.5)
-    blended.save(_file(folder, record.name))
 
 
 def _file(folder: Path, name: str) -> Path:

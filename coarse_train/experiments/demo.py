@@ -30,7 +30,7 @@ import torch
 from ..config import DrawingsConfig, FitConfig, recipe
 from ..data.mnist import PROCESSES
 from .report import save_figure
-from .table import Cell, Summary, run_table, text, write_results
+from .table import Cell, Summary, by_class, run_table, text, write_results
 
 TRUSTED = DrawingsConfig()
 # task -> the matrix: global where names are wrong whatever the image; at every pixel for binary masks, where all there is to
@@ -141,7 +141,7 @@ def run_demo(config: DemoConfig) -> list[Cell]:
     }
     write_results(out / "results.json", cells, rows, **facts)
     save_figure(out / "figure.png", cells, config.task)
-    print("\n".join([text(cells, "test"), *verdicts]))
+    print("\n".join([text(cells, "test"), by_class(cells), *verdicts]))
     print(f"{out / 'results.json'}, {out / 'figure.png'}")
     return cells
 

@@ -22,7 +22,7 @@ from ..data import IGNORE, open_split
 from ..engine import fit
 from ..inference import load_model
 from ..pen import LARGEST
-from ..pictures import posterior
+from ..progress import posterior
 from ..simulate import Mix, Process, Strokes, draw_coarse, others, swapped
 from .corrector import corrected
 from .experiment import ExperimentConfig, Part, Result

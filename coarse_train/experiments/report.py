@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 
 from ..data import IGNORE, Record, Source, open_split
 from ..inference import load_model
-from ..pictures import posterior
+from ..progress import posterior
 from .table import Cell, Summary
 
 _BLANK = 0.93

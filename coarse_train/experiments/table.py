@@ -48,7 +48,8 @@ from ..run import make_folder, write_text
 from ..simulate import pair_counts, shares
 
 _FORMAT = 2  # of a cell; another one is another folder
-_UNNAMED = ("out", "resume", "save_every")  # in no hash: where a run lies, and what it may be interrupted by
+# in no hash: where a run lies, what it may be interrupted by, what it draws
+_UNNAMED = ("out", "resume", "save_every", "pictures", "opacity")
 _MATRIX_IMAGES = 512  # of the training split, over which the believed matrix is averaged
 _HASHED_IMAGES = 16  # of the training split, whose content, drawings included, is part of the hash
 
@@ -215,7 +216,7 @@ def _content(data: DataConfig, seed: int) -> int:
 
 
 def _in_cell(config: FitConfig, out: Path) -> FitConfig:
-    config = replace(config, threads=config.threads or 1, resume=True)
+    config = replace(config, threads=config.threads or 1, resume=True, pictures=0)
     return replace(config, out=out / "cells" / digest(config))
 
 
@@ -244,7 +245,7 @@ def _cell(checkpoint: Path, config: FitConfig, split: str) -> Cell:
     loaded = load_model(checkpoint)
     source = open_split(config.data, split)
     with join_world("cpu") as world:
-        meter = score(loaded.model.segmentation, source, world=world, channels=loaded.channels)
+        meter, _ = score(loaded.model.segmentation, source, world=world, channels=loaded.channels)
     steps = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     scores = [step["mean_iou"] for step in steps if step.get("mean_iou") is not None]
     matrices = None
@@ -363,6 +364,21 @@ def text(cells: Sequence[Cell], split: str) -> str:
         + "best: of the evaluations on validation masks; CM error: mean absolute difference of the entries of p(drawn | true), "
         "believed and counted."
     )
+    return "\n".join(lines)
+
+
+def by_class(cells: Sequence[Cell]) -> str:
+    """Aligned: IoU of every class by its name, a line for each row, mean over the seeds; "-" where a class occurs nowhere."""
+    rows = list(dict.fromkeys(cell.method for cell in cells))
+    names = list(dict.fromkeys(name for cell in cells for name in cell.iou))
+    wide = max(map(len, ("IoU by class", *rows)))
+    lines = [f"{'IoU by class':<{wide}}" + "".join(f"  {name:>6}" for name in names)]
+    for row in rows:
+        line = f"{row:<{wide}}"
+        for name in names:
+            known = [iou for cell in cells if cell.method == row and (iou := cell.iou.get(name)) is not None]
+            line += f"  {statistics.fmean(known) if known else '-':>{max(6, len(name))}{'.1f' if known else ''}}"
+        lines.append(line)
     return "\n".join(lines)
 
 
