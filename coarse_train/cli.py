@@ -14,6 +14,7 @@ from typing import Any
 
 import tyro
 
+from .commands.check import CheckConfig, run_check
 from .commands.evaluate import EvaluateConfig, run_evaluate
 from .commands.pen import PenConfig, run_pen
 from .commands.predict import PredictConfig, run_predict
@@ -30,7 +31,8 @@ _EXPECTED = (ValueError, OSError, CheckpointError, NonFiniteStep)
 
 
 DESCRIPTION = """Train segmentation networks from coarse drawings: `coarse-train fit DATASET|CONFIG.toml [options]`, where
-DATASET takes the recipe of that name; then `evaluate CHECKPOINT`, `predict CHECKPOINT`; `simulate DATASET` draws, `pen DATASET`
+DATASET takes the recipe of that name; then `evaluate CHECKPOINT`, `predict CHECKPOINT`; `check DATASET` says what
+is in your files, `simulate DATASET` draws, `pen DATASET`
 measures outlines, `demo`
 shows it on digits, `experiment NAME` shows what helps when. `COMMAND --help` lists the options."""
 
@@ -54,6 +56,7 @@ def _simulate(config: SimulateConfig) -> None:
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "fit": (FitConfig, _fit),
+    "check": (CheckConfig, run_check),
     "evaluate": (EvaluateConfig, run_evaluate),
     "predict": (PredictConfig, run_predict),
     "simulate": (SimulateConfig, _simulate),

@@ -31,7 +31,7 @@ from .distributed import World
 FORMAT = 1  # of checkpoints
 # what may differ between a run and its continuation: nothing that changes a step
 _FREE = {"out", "resume", "save_every", "accumulate", "backend", "device", "threads", "fsdp", "compile"}
-_FREE |= {"data.root", "data.workers"}
+_FREE |= {"data.root", "data.workers", "data.check", "data.max_pixels"}
 _MOVABLE = {"data.positives", "data.negatives"}  # another folder is fine; one where there was none is other data
 _LINE_EVERY = 10.0  # seconds between two lines in a log file
 

@@ -14,18 +14,9 @@ from PIL import Image
 
 from coarse_train.config import DataConfig
 from coarse_train.data import IGNORE, Classes
-from coarse_train.data.files import (
-    Fault,
-    FileSource,
-    Item,
-    check,
-    find_files,
-    match,
-    open_files,
-    read_image,
-    read_labels,
-)
-from coarse_train.data.images import read_binary
+from coarse_train.data.files import FileSource, Item, check, match, open_files
+from coarse_train.data.images import read_binary, read_image, read_labels
+from coarse_train.data.walk import Fault, find_files
 
 from .data_trees import save, write_drawings
 

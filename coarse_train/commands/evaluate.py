@@ -47,6 +47,8 @@ class EvaluateConfig:
     """At most so many images (the first)."""
     skip_bad: bool = False
     """List and leave out images whose files are missing, damaged or inconsistent; without it the first is an error."""
+    max_pixels: int | None = None
+    """Images of more pixels are an error; without it those of more than the run allowed."""
     out: Path | None = None
     """JSON file with all scores and the confusion matrix."""
     export: Path | None = None
@@ -72,6 +74,7 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
             dataset=config.dataset,
             variant=config.variant,
             skip_bad=config.skip_bad,
+            max_pixels=config.max_pixels,
         )
         images = min(len(source), config.limit or len(source))
         _prepare_out(config, world)

@@ -28,19 +28,8 @@ from typing import TYPE_CHECKING
 
 from . import FolderNotFound
 from .classes import read_classes
-from .files import (
-    IMAGE_SUFFIXES,
-    Fault,
-    FileSource,
-    Item,
-    check_choice,
-    find_files,
-    first,
-    match,
-    open_files,
-    root_folder,
-    subfolders,
-)
+from .files import FileSource, Item, check_choice, first, match, open_files, root_folder, subfolders
+from .walk import Fault, find_pictures
 
 if TYPE_CHECKING:
     from ..config import DataConfig
@@ -55,8 +44,8 @@ def open_split(config: DataConfig, split: str) -> FileSource:
     classes = read_classes(root / "classes.toml")
     base = _split_folder(root, split)
     _check_names(base)
-    images = find_files(base / "images", *IMAGE_SUFFIXES)
     faults: list[Fault] = []
+    images = find_pictures(base / "images", faults)
     overridden = {"positives": config.positives, "negatives": config.negatives}
     maps = {kind: {} if overridden.get(kind) else _label_maps(base / kind, images, faults) for kind in _KINDS}
     if split == "train" and not any(overridden.values()):
@@ -100,6 +89,6 @@ def _check_names(base: Path) -> None:
 def _label_maps(folder: Path, images: dict[str, Path], faults: list[Fault]) -> dict[str, tuple[Path, ...]]:
     if not folder.is_dir():
         return {}
-    files = find_files(folder, *IMAGE_SUFFIXES)
+    files = find_pictures(folder, faults)
     what, layers = _KINDS[folder.name], folder.name == "negatives"
     return match(images, files, what, folder, faults, layers=layers, optional=True)
