@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -128,7 +128,8 @@ def _decoded(path: Path) -> tuple[Image.Image, str, str, bool]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected an image file, got {'a folder' if path.is_dir() else 'none'}")
     try:
-        with _open(path) as image:
+        # not by its path: from a mapped TIFF that is to be turned by 90 degrees Pillow 13 takes rows of the wrong length
+        with open(path, "rb") as file, _open(file) as image:
             kind = image.format or "unknown"
             if image.width * image.height > _limit.get():
                 raise _Refused(
@@ -139,8 +140,9 @@ def _decoded(path: Path) -> tuple[Image.Image, str, str, bool]:
             if pages > 1:
                 raise _Refused(f"{path}: expected a file with one picture, got {pages} pages or frames; split it")
             packing = _packing(image)
-            turned = _orientation(image) in range(2, 9)
-            image.load()  # Pillow turns TIFF, and only TIFF, and deletes the tag
+            tag = _orientation(image) if kind == "TIFF" else 1  # Pillow turns it when it is loaded, and deletes the tag
+            image.load()
+            turned = max(tag, _orientation(image)) in range(2, 9)
             return ImageOps.exif_transpose(image) if turned else image, kind, packing, turned
     except _Refused:
         raise
@@ -162,11 +164,11 @@ def _packing(image: Any) -> str:
     return f"{parts[0]} scaled" if scaled else str(parts[0])
 
 
-def _open(path: Path) -> Image.Image:
+def _open(file: BinaryIO) -> Image.Image:
     """Pillow's own limit is that of a whole process and cannot be raised for one file."""
     with _opening:
         given, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(path)
+            return Image.open(file)
         finally:
             Image.MAX_IMAGE_PIXELS = given
