@@ -164,7 +164,7 @@ def test_more_pixels_than_the_limit_are_refused_and_the_option_that_raises_it_is
     with pytest.raises(ValueError, match=r"0\.png: expected at most 383 pixels, got 24x16; --max-pixels 384 reads it"):
         open_files(items, CLASSES, DataConfig(max_pixels=383), "train").load(0)
     assert open_files(items, CLASSES, DataConfig(max_pixels=384), "train").load(0).image.shape == (16, 24, 3)
-    Image.new("1", (20_000, 9_001)).save(tmp_path / "large.png")
+    _png(tmp_path / "large.png", b"", 20_000, 9_001, bits=1, colour=0)
     with pytest.raises(ValueError, match=r"large\.png: expected at most 178956970 pixels, got 20000x9001"):
         read_labels(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # nor does Pillow's own limit hold what the option allows

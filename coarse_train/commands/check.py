@@ -101,7 +101,7 @@ def check_run(config: FitConfig, train: Source, world: World, *, report: bool = 
     if report:
         _check_sizes(config, parts[0], world)
         _check_learned(config, parts)
-    return count_channels(list(sources.values()), found), lines
+    return count_channels(train, found), lines
 
 
 def _check_learned(config: FitConfig, parts: Sequence[Part]) -> None:

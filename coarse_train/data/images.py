@@ -14,7 +14,7 @@ from threading import Lock
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit, beyond which a small file may be made to fill the memory
 _GREY = ("1", "L", "LA")
@@ -146,6 +146,8 @@ def _decoded(path: Path) -> tuple[Image.Image, str, str, bool]:
             return ImageOps.exif_transpose(image) if turned else image, kind, packing, turned
     except _Refused:
         raise
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: expected a complete image file, got one of no format that is known") from error
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error and more on damaged data
         raise ValueError(f"{path}: expected a complete image file, got one that cannot be read ({error})") from error
 

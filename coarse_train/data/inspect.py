@@ -78,13 +78,10 @@ def inspect(source: Source, world: World | None = None, *, made: bool = False) -
     return [found.get(index) for index in range(len(source))]
 
 
-def count_channels(sources: Sequence[Source], facts: Sequence[Sequence[Facts | str | None]]) -> int:
-    """1, or 3 where an image has colours; grey ones are repeated. Of sources without facts the first images are read."""
+def count_channels(train: Source, facts: Sequence[Sequence[Facts | str | None]]) -> int:
+    """1, or 3 where an image has colours; grey ones are repeated. Without facts of any split the first images are read."""
     channels = [fact.channels for found in facts for fact in found if isinstance(fact, Facts)]
-    for source, found in zip(sources, facts, strict=True):
-        if not any(found):
-            channels += [source.load(index).image.shape[2] for index in range(min(len(source), 8))]
-    return max(channels)
+    return max(channels or (train.load(index).image.shape[2] for index in range(min(len(train), 8))))
 
 
 def cache_file(source: Source) -> Path:

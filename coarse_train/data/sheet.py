@@ -38,7 +38,7 @@ def save_sheet(path: Path, source: Source) -> bool:
     """Whether there was anything to draw."""
     sheet = draw_sheet(source)
     if sheet is not None:
-        sheet.save(path)
+        sheet.save(path, compress_level=1)
     return sheet is not None
 
 
