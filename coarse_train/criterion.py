@@ -66,7 +66,7 @@ class Criterion:
         if kind not in self.class_weights:
             return (labels != IGNORE).sum(dtype=torch.float64)
         weights = self.class_weights[kind]
-        return (torch.bincount(labels.flatten(), minlength=256)[: len(weights)].cpu() * weights.double().cpu()).sum()
+        return (torch.bincount(labels.flatten(), minlength=256)[: len(weights)] * weights.double()).sum()
 
     def __call__(self, output: ModelOutput, batch: Sample, counts: Counts, *, scale: float = 1.0) -> StepLoss:
         """``counts``: of the whole step. ``scale`` multiplies the loss: the number of ranks where gradients are averaged."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from coarse_train.commands.predict import find_images
 from coarse_train.config import DataConfig
 from coarse_train.data import IGNORE, open_split
 from coarse_train.data.classes import Classes, palette, read_classes
@@ -102,6 +103,19 @@ def test_a_label_map_without_its_image_is_named(root: Path, kind: str) -> None:
     save(root / f"train/{kind}/day0/trian0.png", np.zeros((16, 24), np.uint8))
     with pytest.raises(ValueError, match=rf"train/{kind}: expected an image for every .*, got none for day0/trian0"):
         open_split(_config(root), "train")
+
+
+def test_a_picture_that_is_not_read_is_named_and_not_passed_over(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "train/images/day0/phone.HEIC").touch()
+    with pytest.raises(ValueError, match=r"train/images: expected pictures of a format .* got day0/phone\.HEIC$"):
+        open_split(_config(root), "train")
+    assert len(open_split(replace(_config(root), skip_bad=True), "train")) == 4
+    assert "skipped day0/phone.HEIC: expected pictures of a format" in capsys.readouterr().err
+    found = find_images(root / "train/images")
+    assert [name for name, _ in found] == ["day0/train0", "day0/train2", "day1/train1", "day1/train3"]
+    assert "note: left out: day0/phone.HEIC; expected pictures of a format" in capsys.readouterr().err
 
 
 def test_damaged_and_inconsistent_files_are_listed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,7 +100,8 @@ def hint(part: Part, kind: str) -> str | None:
     what, nothing, classes = f"{FOLDERS[kind]} of {part.split}", part.nothing(kind), part.source.classes
     total = part.pixels(kind).sum(0)
     most = int(total.argmax())
-    number, name = classes.encode(np.array([most], np.uint8), kind)[0], classes.names[most]
+    number = classes.encode(np.array([most], np.uint8), kind)[0] if total[most] else None
+    name = classes.names[most]
     absent = [classes.names[label] for label in np.flatnonzero(total == 0)]
     if len(absent) == len(classes) - 1 and number == 0 and set(nothing) == {IGNORE}:
         return (

@@ -12,12 +12,15 @@ test stay where they are. Each of positives, negatives and masks may be left out
 image has at least one of them, and no label map is without its image. Label maps are PNG (or another lossless format) with
 one number per pixel; 255 means that nothing is drawn. ``classes.toml`` says what the numbers mean:
 
-    ignore = [0]                      further numbers that mean "nothing", if there are
+    ignore = [0, [224, 224, 192]]     further numbers and colours that mean "nothing", if there are
+    ignore = {positives = [0]}        or those of one kind of label maps, or of several, alone
 
     [[class]]
     name = "road"
-    id = 7                            without it the position in the list, from 0
+    id = 7                            or [7, 8]: both mean it; without it the position in the list, from 0
     colour = [128, 64, 128]           without it one that colour-blind people can tell from the others
+
+Where all classes have a colour, label maps may be coloured (RGB), and of palettes the colours count instead of the numbers.
 """
 
 from __future__ import annotations
