@@ -104,7 +104,7 @@ def test_a_cache_that_cannot_be_written_is_told_and_no_error(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     os.utime(root / "train/masks/day1/train1.png", ns=(1, 1))
     _, lines = _checked(_config(root))
-    assert f"every file is read, remembered in {tmp_path}/cache/coarse_train;" in lines[-1]
+    assert f"every file has been read, remembered in {tmp_path}/cache/coarse_train;" in lines[-1]
     cache_file(open_split(DataConfig(root=root), "train")).write_text("{damaged")
     monkeypatch.setattr("coarse_train.data.inspect._ALONE", {})
     _checked(_config(root))

@@ -157,4 +157,4 @@ def _write(out: Path, parts: Sequence[Part], *, own: bool) -> list[str]:
     drawn = [name for part in whole if save_sheet(out / (name := f"check_{part.split}.png"), part.source)]
     place = cache_file(parts[0].source)
     where = f"remembered in {place.parent}" if place.exists() else f"not remembered, since {place} cannot be written"
-    return [*lines, f"every file is read, {where}; what is in them: {', '.join(['check.txt', *drawn])} in {out}"]
+    return [*lines, f"every file has been read, {where}; what is in them: {', '.join(['check.txt', *drawn])} in {out}"]
