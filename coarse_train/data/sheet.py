@@ -43,11 +43,14 @@ def save_sheet(path: Path, source: Source) -> bool:
 
 
 def _row(record: Record, kinds: list[str], classes: Classes) -> Image.Image:
-    image = np.broadcast_to(record.image, (*record.image.shape[:2], 3))
+    step = max(1, max(record.image.shape) // (2 * _CELL))  # large ones need not be painted pixel by pixel
+    image = record.image[::step, ::step]
+    image = np.broadcast_to(image, (*image.shape[:2], 3))
     pictures = {record.name: image}
     titles = {kind: folder for folder, kind in KINDS.items()}
     for kind in kinds:
         labels = getattr(record, kind)
+        labels = None if labels is None else labels[..., ::step, ::step]
         if labels is None or not (labels != IGNORE).any():
             pictures[f"{titles[kind]}: none"] = image
             continue
