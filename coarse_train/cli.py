@@ -16,6 +16,7 @@ from typing import Any
 
 import tyro
 
+from .commands.check import CheckConfig, run_check
 from .commands.evaluate import EvaluateConfig, run_evaluate
 from .commands.import_ import ImportConfig, run_import
 from .commands.pen import PenConfig, run_pen
@@ -39,8 +40,8 @@ _GOES_ON["fit"] = "; the same command goes on from the last checkpoint with --re
 
 DESCRIPTION = """Train segmentation networks from coarse drawings: `coarse-train fit DATASET|CONFIG.toml [options]`, where
 DATASET takes the recipe of that name; then `report RUN`, `evaluate CHECKPOINT`, `predict CHECKPOINT`. `import TOOL EXPORT`
-reads drawings of annotation tools, `simulate DATASET` draws, `pen DATASET` measures outlines, `demo` shows it on digits,
-`experiment NAME` shows what helps when. `COMMAND --help` lists the options."""
+reads drawings of annotation tools, `check DATASET` says what is in your files, `simulate DATASET` draws, `pen DATASET` measures
+outlines, `demo` shows it on digits, `experiment NAME` shows what helps when. `COMMAND --help` lists the options."""
 
 
 def _fit(config: FitConfig) -> None:
@@ -63,6 +64,7 @@ def _simulate(config: SimulateConfig) -> None:
 COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "import": (ImportConfig, run_import),
     "fit": (FitConfig, _fit),
+    "check": (CheckConfig, run_check),
     "evaluate": (EvaluateConfig, run_evaluate),
     "predict": (PredictConfig, run_predict),
     "simulate": (SimulateConfig, _simulate),

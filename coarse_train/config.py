@@ -28,6 +28,7 @@ else:
 
 Naming = Literal["uniform", "objects", "estimated", "learned"]
 Measured = Literal["auto"]
+Balanced = Literal["balanced"]
 Supervision = Literal["drawings", "masks", "mixed", "then-masks", "mixed-then-masks"]
 _LARGEST_SEED = 2**31 - 1  # `engine.step_seed` stays below 2 ** 64
 
@@ -62,6 +63,11 @@ class DataConfig:
     """At most so many training images (the first)."""
     skip_bad: bool = False
     """List and leave out images whose files are missing, damaged or inconsistent; without it the first is an error."""
+    check: Literal["error", "note", "off"] = "error"
+    """Every file is read once before the first step, and remembered. error: a class of your own table of which there is not one
+    pixel to learn from stops the run; note: it is told; off: nothing is read beforehand."""
+    max_pixels: int = 178_956_970
+    """Images and label maps of more pixels are an error: a small file may be made to fill the memory."""
     crop: tuple[int, int] | None = None
     """Height and width of training crops; without it whole images, which then must have one size."""
     scale: tuple[float, float] = (1.0, 1.0)
@@ -169,6 +175,9 @@ class FitConfig:
     leave parts of them out gains by it, together with a confusion matrix it is too much."""
     mask_weight: float = 1.0
     """Weight of the dense masks in the loss (supervision masks or mixed)."""
+    class_weight: tuple[float, ...] | Balanced | None = None
+    """Weight of each class in the loss of positive drawings and of masks, in the order of the table; or balanced: the inverse
+    of its share of what these label in the training images (in 200 of them, evenly spread): all classes weigh the same."""
 
     out: Path = Path("runs/fit")
     """Run folder: config.toml, metrics.jsonl, last.pt, best.pt, tensorboard, pictures."""
@@ -222,6 +231,11 @@ def check_config(config: FitConfig) -> None:
     """Raises ValueError naming the field, what came and what was expected."""
     at_least_one = ("steps", "batch_size", "accumulate", "save_every")
     optional = ("evaluate_every", "threads")
+    if config.data.max_pixels < 1:
+        raise ValueError(f"max_pixels: expected a number >= 1, got {config.data.max_pixels}")
+    weights = config.class_weight
+    if isinstance(weights, tuple) and not (all(math.isfinite(w) and w >= 0 for w in weights) and any(weights)):
+        raise ValueError(f"class_weight: expected numbers >= 0, not all of them 0, got {weights}")
     if config.data.workers < 0:
         raise ValueError(f"workers: expected a number >= 0, got {config.data.workers}")
     for name in (*at_least_one, *optional):
@@ -454,6 +468,14 @@ def _or_file(*words: str, number: bool = False) -> Any:
     return structure
 
 
+def _weights(value: Any, _: Any) -> Any:
+    if value is None or value == "balanced":
+        return value
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"expected a number for each class or 'balanced', got {value!r}")
+    return tuple(_number(one, float) for one in value)
+
+
 _CONVERTER = cattrs.Converter(forbid_extra_keys=True)
 _CONVERTER.register_structure_hook(float, _number)  # cattrs would turn "3" into 3.0 and "no" into True
 for _kind in (int, bool, str):
@@ -461,6 +483,7 @@ for _kind in (int, bool, str):
 _CONVERTER.register_structure_hook(Path, lambda value, _: Path(value))
 _CONVERTER.register_unstructure_hook(Path, str)
 _CONVERTER.register_structure_hook(Naming | Path, _or_file(*get_args(Naming)))
+_CONVERTER.register_structure_hook(tuple[float, ...] | Balanced | None, _weights)
 _CONVERTER.register_structure_hook(float | Measured | Path | None, _or_file(*get_args(Measured), number=True))
 
 __all__ = [

@@ -5,13 +5,15 @@
          + w_m / N_m  sum of -log p[y]                                    over pixels with a dense mask
 
 N counts the labelled pixels of the WHOLE optimizer step, over all its forward passes and all ranks, so that how a batch is
-cut changes nothing. A is the identity for a kind that is trusted. All kinds are one call of `annotation_objective`: they
-share p, which is formed once, at the resolution of the drawings from logits that may be coarser.
+cut changes nothing. A is the identity for a kind that is trusted. With `class_weight` a pixel of a positive drawing or a mask
+counts by its class, in the sum and in N. All kinds are one call of `annotation_objective`: they share p, which is formed once,
+at the resolution of the drawings from logits that may be coarser.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,15 +53,20 @@ class Criterion:
     """`__call__` gives this pass's share of the step's loss: over passes and ranks the shares sum to the loss above."""
 
     config: FitConfig
+    class_weights: Mapping[str, Tensor] = field(default_factory=dict)  # of `open_class_weights`
 
     def count(self, batch: Sample) -> Tensor:
-        """(3,) float64 labelled pixels of `Counts`; 0 for a kind of weight 0, which is thereby left out."""
-        maps = (batch.positive, batch.negative, batch.mask)
+        """(3,) float64 labelled pixels of `Counts`, by the weights of their classes; 0 for a kind of weight 0, which is thereby
+        left out."""
+        maps = {"positive": batch.positive, "negative": batch.negative, "mask": batch.mask}
         weights = (self.config.positive.weight, self.config.negative.weight, self.config.mask_weight)
-        counts = [
-            (labels != IGNORE).sum(dtype=torch.float64) * (w > 0) for labels, w in zip(maps, weights, strict=True)
-        ]
-        return torch.stack(counts)
+        return torch.stack([self._labelled(*one) * (w > 0) for one, w in zip(maps.items(), weights, strict=True)])
+
+    def _labelled(self, kind: str, labels: Tensor) -> Tensor:
+        if kind not in self.class_weights:
+            return (labels != IGNORE).sum(dtype=torch.float64)
+        weights = self.class_weights[kind]
+        return (torch.bincount(labels.flatten(), minlength=256)[: len(weights)] * weights.double()).sum()
 
     def __call__(self, output: ModelOutput, batch: Sample, counts: Counts, *, scale: float = 1.0) -> StepLoss:
         """``counts``: of the whole step. ``scale`` multiplies the loss: the number of ranks where gradients are averaged."""
@@ -67,7 +74,11 @@ class Criterion:
         transition = output.negative_transition()
         kinds = {
             "positive": Drawings(
-                batch.positive, output.positive_cm, weight=positive.weight, trace_weight=positive.trace_weight
+                batch.positive,
+                output.positive_cm,
+                weight=positive.weight,
+                trace_weight=positive.trace_weight,
+                class_weight=self.class_weights.get("positive"),
             ),
             "negative": Drawings(
                 batch.negative,
@@ -76,7 +87,7 @@ class Criterion:
                 weight=negative.weight,
                 trace_weight=negative.trace_weight,
             ),
-            "mask": Drawings(batch.mask, weight=self.config.mask_weight),
+            "mask": Drawings(batch.mask, weight=self.config.mask_weight, class_weight=self.class_weights.get("mask")),
         }
         # A kind without labels is given only where a parameter hangs on it: data parallelism waits for its gradient.
         awaited = {
@@ -131,6 +142,32 @@ def open_transition(config: FitConfig, source: Source) -> TransitionMatrix:
     if kind == "estimated":
         return TransitionMatrix.estimated(*_meeting_labels(config, source), classes, ignore_index=IGNORE)
     return TransitionMatrix.uniform(classes)
+
+
+def open_class_weights(config: FitConfig, source: Source, device: torch.device) -> dict[str, Tensor]:
+    """Kind -> (C,) float32 weight of each class in its loss, for positive drawings and masks; empty where all weigh the same.
+
+    Balanced: the labelled pixels of a kind, divided by the classes that it has and by those of the class, as in "The balanced
+    heuristic" of King and Zeng, "Logistic Regression in Rare Events Data", 2001. A class that was not seen weighs 1.
+    """
+    given, classes = config.class_weight, len(source.classes)
+    if given is None:
+        return {}
+    if given != "balanced":
+        if len(given) != classes:
+            raise ValueError(f"class_weight: expected one number for each of {classes} classes, got {len(given)}")
+        return dict.fromkeys(("positive", "mask"), torch.tensor(given, device=device))
+    dataset = SegmentationData(source, plain(config.data), seed=config.seed, training=True)
+    counts = {kind: np.zeros(classes) for kind in ("positive", "mask")}
+    for index in np.linspace(0, len(dataset) - 1, min(len(dataset), _TRANSITION_IMAGES)).astype(int):
+        sample = dataset[int(index)]
+        for kind, labels in (("positive", sample.positive), ("mask", sample.mask)):
+            counts[kind] += np.bincount(labels.flatten(), minlength=256)[:classes]
+    weights = {}
+    for kind, seen in counts.items():
+        share = seen * np.count_nonzero(seen) / max(seen.sum(), 1)
+        weights[kind] = torch.tensor(1 / np.where(seen > 0, share, 1), dtype=torch.float32, device=device)
+    return weights
 
 
 def _meeting_labels(config: FitConfig, source: Source) -> tuple[Tensor, Tensor]:

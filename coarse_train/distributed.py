@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,13 @@ class World:
         total = values.to(self.device, copy=True)
         dist.all_reduce(total)
         return total.to(values.device)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every process has, in the order of ranks."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def wait(self) -> None:
         """Until every process is here."""

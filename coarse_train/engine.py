@@ -24,9 +24,10 @@ from torch.utils.data import DataLoader
 
 from . import run
 from .advice import describe_risks
+from .commands.check import check_run
 from .config import FitConfig, anchored, check_config, from_dict, to_dict, to_toml
-from .criterion import Counts, Criterion, open_transition
-from .data import Sample, count_channels, describe_source, open_split
+from .criterion import Counts, Criterion, open_class_weights, open_transition
+from .data import Sample, describe_source, open_split
 from .data.sampler import StepSampler
 from .data.segmentation import SegmentationData, open_pen
 from .distributed import World, join_world
@@ -62,8 +63,8 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
     """Train, score, keep. ``splits``: instead of those that the config names.
 
     Raises:
-        ValueError, FileNotFoundError: what is wrong with the config or the data, before the first step; what is wrong in a
-            file, when a step reads it (``data.skip_bad`` reads all files first).
+        ValueError, FileNotFoundError: what is wrong with the config or the data, before the first step, for which all files
+            are read once (``data.check``).
         NonFiniteStep: after the batch has been saved in the run folder.
         Interrupted: a KeyboardInterrupt, after SIGTERM or Ctrl-C, when the step is done and kept.
         coarse_train.run.CheckpointError: a checkpoint cannot be written; the last good one is intact.
@@ -76,13 +77,14 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
             torch.set_num_threads(config.threads)
         stack.enter_context(run.open_run(config, world))
         source = open_split(config.data, "train") if splits is None else splits.train
+        channels, checked = check_run(config, source, world, report=splits is None)
         config, selection = choose(config, source, world, fit)
         _, validation, masks = open_splits(config, source) if splits is None else splits
         resumed, changes = run.read_resume(config)
         start = resumed["step"] if resumed else 0
 
         # ---- data
-        channels, classes = count_channels(source), len(source.classes)
+        classes = len(source.classes)
         pen, measured = open_pen(config, source)
         phases = plan_phases(config, source, masks)
         datasets = [
@@ -105,7 +107,7 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
         networks = Networks(model, config, world)
         optimizer = make_optimizer(networks, config.optim)
         scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
-        criterion = Criterion(config)
+        criterion = Criterion(config, open_class_weights(config, source, world.device))
         best_score = last_score = math.nan
         if resumed:
             networks.load(optimizer, resumed)
@@ -121,6 +123,7 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
         log.say(f"{config.out}: {start} of {config.steps} steps done")
         for line in (
             *changes,
+            *checked,
             *describe_selection(config, validation, selection),
             *(describe_risks(config, source) if world.is_main else ()),  # it reads drawings
             *describe_pen(pen, measured, source.classes.names),

@@ -157,11 +157,6 @@ def _at(logits: Tensor, size: tuple[int, ...]) -> Tensor:
 # ---- a trained network -------------------------------------------------------------------------------------------
 
 
-def classes_from_dict(content: dict[str, Any]) -> Classes:
-    colours = tuple((int(r), int(g), int(b)) for r, g, b in content["colours"])
-    return Classes(tuple(content["names"]), colours, tuple(content["ids"]), tuple(content["ignored"]))
-
-
 @dataclass(frozen=True)
 class LoadedModel:
     """A trained network and all that is needed to use it. With an exponential moving average ``model`` has that one."""
@@ -177,7 +172,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> LoadedModel:
     """Network, config and class table from a checkpoint alone, in evaluation mode on ``device``."""
     content = run.load(path)
     config = from_dict(content["config"])
-    classes = classes_from_dict(content["classes"])
+    classes = Classes(**content["classes"])
     transition, architecture = transition_of(content["model"]), content["architecture"]
     model = build_model(config, content["channels"], len(classes), transition, architecture=architecture)
     model.load_state_dict(content["ema"] if content["ema"] is not None else content["model"])
@@ -199,6 +194,7 @@ def open_trained_split(
     dataset: str | None = None,
     variant: str | None = None,
     skip_bad: bool = False,
+    max_pixels: int | None = None,
 ) -> Source:
     """Images and masks of the data set that a network was trained on, or of another one with the same classes.
 
@@ -212,6 +208,7 @@ def open_trained_split(
         root=root or trained.root,
         variant=trained.variant if variant is None else variant,
         skip_bad=skip_bad,
+        max_pixels=max_pixels or loaded.config.data.max_pixels,
     )
     source = open_split(data, split)
     if source.classes.names != loaded.classes.names:

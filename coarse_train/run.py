@@ -32,6 +32,7 @@ FORMAT = 1  # of checkpoints
 # what may differ between a run and its continuation: nothing that changes a step
 _FREE = {"out", "resume", "save_every", "accumulate", "backend", "device", "threads", "fsdp", "compile"}
 _FREE |= {"data.root", "data.workers", "save_minutes", "resume_changed", "pictures", "opacity"}
+_FREE |= {"data.check", "data.max_pixels"}
 # what `resume_changed` may change: nothing that decides which tensors a checkpoint holds, or what is learned from
 _CHANGEABLE = {"steps", "batch_size", "precision", "evaluate_every", "mask_weight"}
 _CHANGEABLE |= {f"optim.{name}" for name in ("lr", "cm_lr", "weight_decay", "momentum", "schedule", "warmup", "hold")}

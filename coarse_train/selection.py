@@ -20,7 +20,7 @@ import numpy as np
 from .config import DrawingsConfig, FitConfig, from_dict, to_dict
 from .criterion import open_transition
 from .data import FolderNotFound, Source, Subset, open_split
-from .data.segmentation import pairs_of
+from .data.segmentation import NO_DRAWINGS, pairs_of
 from .distributed import World
 from .pen import measure, to_json
 from .run import check_same_run, write_text
@@ -126,6 +126,8 @@ def choose(
     """
     present = kinds_of_drawings(config, train)
     if config.data.supervision == "drawings" and not present:
+        if not any(kind in train.kinds(index) for index in range(len(train)) for kind in ("positive", "negative")):
+            raise ValueError(NO_DRAWINGS)
         raise ValueError("weight: expected a number above 0 for a kind of drawings that there is, got none")
     path = config.out / "selection.json"
     if not config.resume and world.is_main:

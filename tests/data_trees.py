@@ -19,6 +19,7 @@ FOLDER_CLASSES = Classes(
     colours=((60, 160, 60), (120, 120, 120), (200, 40, 40)),
     ids=(0, 7, 20),
     ignored=(9,),
+    by_colour=True,
 )
 FOLDER_TOML = """
 ignore = [9]

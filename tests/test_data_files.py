@@ -14,18 +14,9 @@ from PIL import Image
 
 from coarse_train.config import DataConfig
 from coarse_train.data import IGNORE, Classes
-from coarse_train.data.files import (
-    Fault,
-    FileSource,
-    Item,
-    check,
-    find_files,
-    match,
-    open_files,
-    read_image,
-    read_labels,
-)
-from coarse_train.data.images import read_binary
+from coarse_train.data.files import FileSource, Item, check, match, open_files
+from coarse_train.data.images import load_image, load_labels, read_binary, read_image, read_labels
+from coarse_train.data.walk import Fault, find_files, find_pictures
 
 from .data_trees import save, write_drawings
 
@@ -95,16 +86,89 @@ def test_a_palette_is_colours_in_an_image_and_numbers_in_a_label_map(tmp_path: P
     np.testing.assert_array_equal(read_image(tmp_path / "palette.png"), colours[GREY % 3])
 
 
-def test_exif_orientation_does_not_turn_an_image_away_from_its_label_map(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["photo.jpg", "photo.png", "photo.webp", "photo.tif"])
+def test_an_image_is_turned_as_its_orientation_tag_says(tmp_path: Path, name: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the first row is the right side: what was stored is turned clockwise
+    upright = np.kron(np.array([[30, 200, 90], [120, 60, 240]], np.uint8), np.ones((8, 8), np.uint8))
+    tag = {"tiffinfo": {0x0112: 6}} if name.endswith("tif") else {"exif": exif}
+    Image.fromarray(np.rot90(upright)).save(tmp_path / name, quality=95, **tag)
+    picture = load_image(tmp_path / name)
+    assert picture.turned
+    assert np.abs(picture.pixels[..., 0].astype(int) - upright).max() < 8
+    Image.fromarray(upright).save(tmp_path / "plain.png")
+    assert not load_image(tmp_path / "plain.png").turned
+
+
+def test_a_drawing_of_the_image_as_it_is_stored_is_told_why_it_does_not_fit(tmp_path: Path) -> None:
+    """A tag in the label file itself is followed, too."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(RGB).save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), RGB)
-    Image.fromarray(RGB).save(tmp_path / "turned.tif", tiffinfo={0x0112: 3})  # Pillow turns it by itself
-    with pytest.raises(ValueError, match=r"turned\.tif: expected a TIFF that is stored upright"):
-        read_image(tmp_path / "turned.tif")
-    Image.fromarray(RGB).save(tmp_path / "upright.tif", tiffinfo={0x0112: 1})
-    np.testing.assert_array_equal(read_image(tmp_path / "upright.tif"), RGB)
+    labels = np.arange(16 * 24).reshape(16, 24) % 3
+    Image.fromarray(np.rot90(RGB)).save(tmp_path / "0.png", exif=exif)
+    stored = Image.fromarray(np.rot90(CLASSES.encode(labels.astype(np.uint8))))
+    stored.save(tmp_path / "tag.png", exif=exif)
+    stored.save(tmp_path / "none.png")
+    item = Item("0", tmp_path / "0.png", mask=tmp_path / "tag.png")
+    np.testing.assert_array_equal(FileSource([item], CLASSES).load(0).mask, labels)
+    with pytest.raises(
+        ValueError, match=r"none\.png: expected 24x16 pixels .*, got 16x24; the image has an orientation tag"
+    ):
+        FileSource([replace(item, mask=tmp_path / "none.png")], CLASSES).load(0)
+
+
+def test_a_label_file_whose_numbers_are_not_what_was_drawn_is_refused_whatever_it_is_called(tmp_path: Path) -> None:
+    grey, rgb = Image.fromarray(GREY), Image.fromarray(RGB)
+    rgb.save(tmp_path / "lossy.webp")
+    rgb.save(tmp_path / "lossless.webp", lossless=True)
+    rgb.save(tmp_path / "jpeg.tif", compression="jpeg")
+    grey.save(tmp_path / "deflate.tif", compression="tiff_adobe_deflate")
+    grey.save(tmp_path / "wavelets.jp2")
+    grey.save(tmp_path / "jpeg_inside.png", "JPEG")
+    grey.save(tmp_path / "inverted.tif", tiffinfo={262: 0})  # white is zero
+    (tmp_path / "scaled.pgm").write_bytes(b"P5 2 1 3\n\x01\x03")  # Pillow makes 85 and 255 of them
+    (tmp_path / "whole.pgm").write_bytes(b"P5 2 1 255\n\x01\x03")
+    for name, got in {
+        "lossy.webp": "lossless label map, such as PNG, got WEBP",
+        "jpeg.tif": "got TIFF with jpeg compression",
+        "wavelets.jp2": "got JPEG2000",
+        "jpeg_inside.png": "got JPEG, which alters values",
+        "inverted.tif": "stored as they are, got L;I in a TIFF",
+        "scaled.pgm": "stored as they are, got L scaled in a PPM",
+    }.items():
+        with pytest.raises(ValueError, match=rf"{name}: .*{got}"):
+            load_labels(tmp_path / name)
+    np.testing.assert_array_equal(load_labels(tmp_path / "lossless.webp").pixels, RGB)
+    np.testing.assert_array_equal(read_labels(tmp_path / "deflate.tif"), GREY)
+    np.testing.assert_array_equal(read_labels(tmp_path / "whole.pgm"), [[1, 3]])
+
+
+@pytest.mark.parametrize("name", ["stack.tif", "animated.png", "animated.gif"])
+def test_a_file_of_several_pages_is_refused_and_the_main_picture_of_a_camera_is_read(tmp_path: Path, name: str) -> None:
+    pages = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
+    pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+    for read in (read_image, read_labels, read_binary):
+        with pytest.raises(
+            ValueError, match=rf"{name}: expected a file with one picture, got 2 pages or frames; split it"
+        ):
+            read(tmp_path / name)
+    flat = [Image.new("RGB", (8, 8), (value, value, value)) for value in (40, 200)]
+    flat[0].save(tmp_path / "camera.jpg", "MPO", save_all=True, append_images=flat[1:])
+    np.testing.assert_array_equal(read_image(tmp_path / "camera.jpg"), np.full((8, 8, 3), 40))
+
+
+def test_more_pixels_than_the_limit_are_refused_and_the_option_that_raises_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = _items(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"0\.png: expected at most 383 pixels, got 24x16; --max-pixels 384 reads it"):
+        open_files(items, CLASSES, DataConfig(max_pixels=383), "train").load(0)
+    assert open_files(items, CLASSES, DataConfig(max_pixels=384), "train").load(0).image.shape == (16, 24, 3)
+    _png(tmp_path / "large.png", b"", 20_000, 9_001, bits=1, colour=0)
+    with pytest.raises(ValueError, match=r"large\.png: expected at most 178956970 pixels, got 20000x9001"):
+        read_labels(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # nor does Pillow's own limit hold what the option allows
+    assert read_image(tmp_path / "images/0.png").shape == (16, 24, 3)
 
 
 def test_16_bits_are_refused_also_where_pillow_would_drop_half_of_them(tmp_path: Path) -> None:
@@ -189,6 +253,34 @@ def test_find_files_names_by_relative_path_and_passes_over_hidden_ones(tmp_path:
         find_files(tmp_path, ".png", ".jpg")
     with pytest.raises(FileNotFoundError, match="elsewhere: expected a folder"):
         find_files(tmp_path / "elsewhere", ".png")
+
+
+def test_what_notebooks_archives_and_file_servers_leave_in_folders_is_no_data(tmp_path: Path) -> None:
+    for folder in ("", "day", ".ipynb_checkpoints", "day/.hidden", "__MACOSX", "day/@eaDir"):
+        (tmp_path / "all" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "all" / folder / f"{len(folder)}.png").touch()
+    assert list(find_files(tmp_path / "all", ".png")) == ["0", "day/3"]
+
+
+def test_nothing_is_found_twice_through_links(tmp_path: Path) -> None:
+    for folder in ("all/a", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.png").touch()
+    for link, folder in (("0_same", "all/a"), ("a/loop", "all"), ("linked", "elsewhere"), ("again", "elsewhere")):
+        (tmp_path / "all" / link).symlink_to(tmp_path / folder)
+    assert list(find_files(tmp_path / "all", ".png")) == ["a/x", "again/x"]
+
+
+def test_a_picture_of_a_format_that_is_not_read_is_named(tmp_path: Path) -> None:
+    for name in ("a.JPG", "b.jfif", "c.jp2", "d.heic", "e.psd", "a.tga", "notes.txt"):
+        (tmp_path / name).touch()
+    faults: list[Fault] = []
+    assert list(find_pictures(tmp_path, faults)) == ["a", "b", "c"]
+    assert [fault.names for fault in faults] == [["d.heic", "e.psd"]]  # a.tga is there as a.JPG
+    with pytest.raises(
+        ValueError, match=r"expected pictures of a format that is read \(\.png, .*\), got d\.heic, e\.psd$"
+    ):
+        FileSource.open([], CLASSES, faults=faults)
 
 
 def test_an_image_without_label_map_and_a_label_map_without_image_are_listed(tmp_path: Path) -> None:

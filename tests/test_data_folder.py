@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from coarse_train.commands.predict import find_images
 from coarse_train.config import DataConfig
 from coarse_train.data import IGNORE, open_split
-from coarse_train.data.classes import palette, read_classes
+from coarse_train.data.classes import Classes, palette, read_classes
+from coarse_train.data.files import read_map
 
 from .data_trees import FOLDER_CLASSES, FOLDER_TOML, coarse, not_these, save, scene, write_drawings, write_folder_tree
 
@@ -102,6 +105,19 @@ def test_a_label_map_without_its_image_is_named(root: Path, kind: str) -> None:
         open_split(_config(root), "train")
 
 
+def test_a_picture_that_is_not_read_is_named_and_not_passed_over(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "train/images/day0/phone.HEIC").touch()
+    with pytest.raises(ValueError, match=r"train/images: expected pictures of a format .* got day0/phone\.HEIC$"):
+        open_split(_config(root), "train")
+    assert len(open_split(replace(_config(root), skip_bad=True), "train")) == 4
+    assert "skipped day0/phone.HEIC: expected pictures of a format" in capsys.readouterr().err
+    found = find_images(root / "train/images")
+    assert [name for name, _ in found] == ["day0/train0", "day0/train2", "day1/train1", "day1/train3"]
+    assert "note: left out: day0/phone.HEIC; expected pictures of a format" in capsys.readouterr().err
+
+
 def test_damaged_and_inconsistent_files_are_listed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = root / "train/images/day0/train0.png"
     image.write_bytes(image.read_bytes()[:100])
@@ -161,8 +177,17 @@ def test_ids_and_colours_have_defaults(tmp_path: Path) -> None:
         ('class = [{name = "a"}]', "names: expected 2 to 254 classes, got 1"),
         ('class = [{name = "a"}, {id = 3}]', "class 1.name: expected a text, got None"),
         ('class = [{name = "a"}, {name = "a"}]', "names: expected each name once"),
-        ('class = [{name = "a"}, {name = "b", id = 256}]', "class 1.id: expected an integer from 0 to 254, got 256"),
-        ('class = [{name = "a"}, {name = "b", id = 255}]', "class 1.id: expected an integer from 0 to 254, got 255"),
+        ('class = [{name = "a"}, {name = "b", id = 256}]', "class 1.id: expected an integer from 0 to 255, .* got 256"),
+        ('ignore = [255]\nclass = [{name = "a"}, {name = "b", id = 255}]', "ids, ignored: expected different values"),
+        ('class = [{name = "a"}, {name = "b", id = [1, 0]}]', "ids, ignored: expected different values"),
+        (
+            'ignore = {drawings = [0]}\nclass = [{name = "a"}, {name = "b"}]',
+            "ignore.drawings: expected one of the keys",
+        ),
+        (
+            'ignore = {masks = [[0, 0]]}\nclass = [{name = "a"}, {name = "b"}]',
+            "ignore.masks: expected a list of integers",
+        ),
         ('class = [{name = "a"}, {name = "b", id = true}]', "class 1.id: expected an integer .* got True"),
         ('class = [{name = "a", id = 1}, {name = "b"}]', "ids, ignored: expected different values"),
         ('class = [{name = "a", colour = [0, 0]}, {name = "b"}]', "class 0.colour: expected three integers"),
@@ -182,6 +207,80 @@ def test_what_is_wrong_in_the_table_is_named(tmp_path: Path, text: str, message:
     with pytest.raises(ValueError, match=message) as error:
         read_classes(path)
     assert str(error.value).startswith(f"{path}: ")
+
+
+def _table(tmp_path: Path, text: str) -> Classes:
+    (tmp_path / "classes.toml").write_text(text)
+    return read_classes(tmp_path / "classes.toml")
+
+
+def test_0_may_be_nothing_in_drawings_and_a_class_in_masks(tmp_path: Path) -> None:
+    """Public scribbles: 0 unknown, 1 thing, 2 background; their masks: 0 background, 1 thing."""
+    classes = _table(
+        tmp_path,
+        'ignore = {positives = [0]}\nclass = [{name = "background", id = [0, 2]}, {name = "thing", id = 1}]',
+    )
+    values = np.array([[0, 1, 2, 255]], np.uint8)
+    np.testing.assert_array_equal(classes.decode(values, "x", "positive"), [[IGNORE, 1, 0, IGNORE]])
+    np.testing.assert_array_equal(classes.decode(values, "x", "mask"), [[0, 1, 0, IGNORE]])
+    labels = np.array([[0, 1, IGNORE]], np.uint8)
+    np.testing.assert_array_equal(classes.encode(labels, "positive"), [[2, 1, 255]])
+    np.testing.assert_array_equal(classes.encode(labels, "mask"), [[0, 1, 255]])
+
+
+def test_white_may_be_a_class(tmp_path: Path) -> None:
+    pair = 'class = [{name = "ground"}, {name = "crack", id = 255}]'
+    classes = _table(tmp_path, pair)
+    np.testing.assert_array_equal(classes.decode(np.array([[0, 255]], np.uint8), "x"), [[0, 1]])
+    np.testing.assert_array_equal(classes.encode(np.array([[0, 1]], np.uint8)), [[0, 255]])
+    with pytest.raises(ValueError, match="ignore: expected numbers in label files for nothing, got none"):
+        classes.encode(np.array([[0, IGNORE]], np.uint8))
+    classes = _table(tmp_path, "ignore = [7]\n" + pair)
+    np.testing.assert_array_equal(classes.encode(np.array([[IGNORE, 1]], np.uint8)), [[7, 255]])
+
+
+COLOURS = """
+ignore = [[224, 224, 192]]
+class = [{name = "ground", colour = [0, 0, 0]}, {name = "cat", id = 8, colour = [64, 0, 0]}]
+"""
+
+
+def test_coloured_masks_are_read_where_the_table_has_the_colours(tmp_path: Path) -> None:
+    classes = _table(tmp_path, COLOURS)
+    shown = np.array([[0, 0, 0], [64, 0, 0], [224, 224, 192]], np.uint8)
+    labels = np.arange(12).reshape(3, 4) % 3
+    expected = np.array([0, 1, IGNORE])[labels]
+    save(tmp_path / "rgb.png", shown[labels])
+    np.testing.assert_array_equal(read_map(tmp_path / "rgb.png", classes, "mask"), expected)
+    alpha = np.full((3, 4, 1), 255, np.uint8)
+    alpha[0] = 0  # whatever its colour, nobody drew there
+    save(tmp_path / "rgba.png", np.concatenate([shown[labels], alpha], axis=2))
+    np.testing.assert_array_equal(read_map(tmp_path / "rgba.png", classes, "mask")[0], [IGNORE] * 4)
+    np.testing.assert_array_equal(read_map(tmp_path / "rgba.png", classes, "mask")[1:], expected[1:])
+    wrong = shown[labels]
+    wrong[2, :3], wrong[1, 1] = (1, 2, 3), (64, 0, 1)
+    save(tmp_path / "wrong.png", wrong)
+    with pytest.raises(
+        ValueError, match=r"wrong\.png: expected the colours .* got \(1, 2, 3\) at 3 pixels, \(64, 0, 1\) at 1 pixels"
+    ):
+        read_map(tmp_path / "wrong.png", classes, "mask")
+    bare = _table(tmp_path, 'class = [{name = "ground"}, {name = "cat"}]')
+    with pytest.raises(
+        ValueError, match=r"rgb\.png: expected a label map of one channel .* got mode RGB; colours are read wh"
+    ):
+        read_map(tmp_path / "rgb.png", bare, "mask")
+
+
+def test_palettes_count_by_colour_where_the_table_has_them_and_by_number_elsewhere(tmp_path: Path) -> None:
+    classes = _table(tmp_path, COLOURS)
+    labels = Image.fromarray(np.array([[0, 1, 1]], np.uint8)).convert("P")
+    for name, shades in (("by_colour", [64, 0, 0, 0, 0, 0]), ("others", [1, 1, 1, 9, 0, 0])):
+        labels.putpalette(shades)
+        labels.putdata([0, 1, 1])
+        labels.save(tmp_path / f"{name}.png")
+    np.testing.assert_array_equal(read_map(tmp_path / "by_colour.png", classes, "mask"), [[1, 0, 0]])
+    with pytest.raises(ValueError, match=r"others\.png: expected labels among \[0, 8, 255\], got \[1\]"):
+        read_map(tmp_path / "others.png", classes, "mask")
 
 
 def test_the_palette_gives_different_colours_to_as_many_classes_as_there_can_be() -> None:

@@ -128,6 +128,19 @@ def test_layers_of_negative_drawings_are_summed_whatever_pads_them(drawn: int) -
         torch.testing.assert_close(a, b)
 
 
+def test_weights_of_classes_are_those_of_cross_entropy() -> None:
+    """Trusted kinds: the weighted mean of `F.cross_entropy`; negative drawings name what is not there and are not weighted."""
+    weights, batch, output = torch.tensor([0.5, 2.0, 0.0]), _batch(), _output(cm=False)
+    criterion = Criterion(CONFIG, dict.fromkeys(("positive", "mask"), weights))
+    counts = Counts(*criterion.count(batch).tolist())
+    found = criterion(output, batch, counts)
+    seg = interpolate(output.seg_logits.double(), batch.mask.shape[1:], mode="bilinear", align_corners=False)
+    for nll, labels in ((found.positive_nll, batch.positive), (found.mask_nll, batch.mask)):
+        wanted = cross_entropy(seg, labels.long(), weights.double(), ignore_index=IGNORE)
+        torch.testing.assert_close(nll.double(), wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.negative_nll, _loss(CONFIG, output, batch).negative_nll)
+
+
 def test_a_step_is_one_call_of_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[Drawings]] = []
 

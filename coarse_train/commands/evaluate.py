@@ -45,6 +45,8 @@ class EvaluateConfig:
     """At most so many images (the first that have a mask)."""
     skip_bad: bool = False
     """List and leave out images whose files are missing, damaged or inconsistent; without it the first is an error."""
+    max_pixels: int | None = None
+    """Images of more pixels are an error; without it those of more than the run allowed."""
     out: Path | None = None
     """JSON file with all scores and the confusion matrix."""
     export: Path | None = None
@@ -70,6 +72,7 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
             dataset=config.dataset,
             variant=config.variant,
             skip_bad=config.skip_bad,
+            max_pixels=config.max_pixels,
         )
         with_mask = [index for index in range(len(source)) if "mask" in source.kinds(index)]
         if not with_mask:

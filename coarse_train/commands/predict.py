@@ -5,6 +5,7 @@ coarse-train predict runs/street/best.pt --images photos --out predictions
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -15,8 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data import Classes, Record, Source
-from ..data.files import IMAGE_SUFFIXES, find_files
-from ..data.images import read_image
+from ..data.images import MAX_PIXELS, pixel_limit, read_image
+from ..data.walk import IMAGE_SUFFIXES, Fault, find_pictures, listed
 from ..distributed import join_world
 from ..inference import InferenceConfig, load_model, open_trained_split, predictions
 from ..pictures import draw_maps
@@ -47,6 +48,8 @@ class PredictConfig:
     """Without it cuda where there is one, else cpu."""
     workers: int = 0
     """Processes that read images; 0: the predicting process does."""
+    max_pixels: int | None = None
+    """Images of more pixels are an error; without it those of more than the run allowed."""
     overwrite: bool = False
     """Write into a folder that is not empty; other files in it stay."""
 
@@ -59,9 +62,10 @@ def run_predict(config: PredictConfig) -> Path:
         loaded = load_model(config.checkpoint, world.device)
         source: Source
         if config.images is None:
-            source = open_trained_split(loaded, config.split, root=config.root)
+            source = open_trained_split(loaded, config.split, root=config.root, max_pixels=config.max_pixels)
         else:
-            source = ImageFiles(find_images(config.images, but=config.out), loaded.classes)
+            limit = config.max_pixels or loaded.config.data.max_pixels
+            source = ImageFiles(find_images(config.images, but=config.out), loaded.classes, limit)
         claim_folder("out", config.out, world, overwrite=config.overwrite)
         own = range(world.rank, len(source), world.size)
         found = predictions(
@@ -87,23 +91,27 @@ def run_predict(config: PredictConfig) -> Path:
 
 
 class ImageFiles:
-    """A `Source` of images without label maps. ``files``: name and path of each."""
+    """A `Source` of images without label maps. ``found``: name and path of each."""
 
-    def __init__(self, files: list[tuple[str, Path]], classes: Classes):
-        self.files, self.classes = files, classes
+    def __init__(self, found: list[tuple[str, Path]], classes: Classes, max_pixels: int = MAX_PIXELS):
+        self.found, self.classes, self.max_pixels = found, classes, max_pixels
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.found)
 
     def name(self, index: int) -> str:
-        return self.files[index][0]
+        return self.found[index][0]
+
+    def files(self, index: int) -> list[Path]:
+        return [self.found[index][1]]
 
     def kinds(self, index: int) -> frozenset[str]:
         return frozenset()
 
     def load(self, index: int) -> Record:
-        name, path = self.files[index]
-        return Record(name, read_image(path))
+        name, path = self.found[index]
+        with pixel_limit(self.max_pixels):
+            return Record(name, read_image(path))
 
 
 def find_images(images: Path, *, but: Path | None = None) -> list[tuple[str, Path]]:
@@ -113,11 +121,14 @@ def find_images(images: Path, *, but: Path | None = None) -> list[tuple[str, Pat
         return [(images.stem, images)]
     if not images.is_dir():
         raise FileNotFoundError(f"images: expected an image or a folder of images, got {images}, which does not exist")
+    faults: list[Fault] = []
     outside = [
         (name, path)
-        for name, path in find_files(images, *IMAGE_SUFFIXES).items()
+        for name, path in find_pictures(images, faults).items()
         if but is None or but.resolve() not in path.resolve().parents
     ]
+    for fault in faults:
+        print(f"note: left out: {listed(fault.names)}; expected {fault.expected}", file=sys.stderr)
     if not outside:
         raise FileNotFoundError(f"images: expected images ({', '.join(IMAGE_SUFFIXES)}) in {images}, found none")
     return outside

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from ..config import DataConfig
 from ..data import IGNORE, Source, open_split
+from ..data.classes import KINDS
 from ..run import look_at_folder
 from ..simulate import Process, draw_coarse, generator_for, level, pair_counts, shares
 
@@ -156,7 +157,8 @@ def _draw_one(source: Source, process: Process, seed: int, folder: Path, split: 
         files[Path("negatives", split, f"{record.name}{f'.{k}' if k else ''}.png")] = layer
     for path, labels in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(source.classes.encode(labels)).save(folder / path, format="PNG")
+        encoded = source.classes.encode(labels, KINDS[path.parts[0]])
+        Image.fromarray(encoded).save(folder / path, format="PNG")
     labelled = [np.count_nonzero(drawing != IGNORE) for drawing in (positive, *negative)]
     return _Drawn(
         pair_counts(positive, mask, process.num_classes),

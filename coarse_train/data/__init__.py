@@ -11,19 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from .classes import IGNORE, Classes
+from .walk import FolderNotFound
 
 if TYPE_CHECKING:
     from ..config import DataConfig
-
-
-class FolderNotFound(FileNotFoundError):
-    """A folder of a data set is not there, such as that of a split which it does not have."""
 
 
 class Sample(NamedTuple):
@@ -74,6 +72,10 @@ class Source(Protocol):
         """Which of "positive", "negative", "mask" this image has, without reading it."""
         ...
 
+    def files(self, index: int) -> list[Path]:
+        """What the image and its label maps are read from; nothing where they are made."""
+        ...
+
     def load(self, index: int) -> Record:
         """Read image and label maps. Raises ValueError naming the file that is missing, damaged or inconsistent."""
         ...
@@ -93,6 +95,9 @@ class Subset:
 
     def kinds(self, index: int) -> frozenset[str]:
         return self.source.kinds(self.indices[index])
+
+    def files(self, index: int) -> list[Path]:
+        return self.source.files(self.indices[index])
 
     def load(self, index: int) -> Record:
         return self.source.load(self.indices[index])
@@ -122,11 +127,6 @@ def open_split(config: DataConfig, split: str) -> Source:
     return opener(config, split)
 
 
-def count_channels(source: Source) -> int:
-    """1, or 3 where one of the first images has colours; grey ones among them are repeated."""
-    return max(source.load(index).image.shape[2] for index in range(min(len(source), 8)))
-
-
 def describe_source(source: Source) -> str:
     """How many images there are, and with what."""
     found = [source.kinds(index) for index in range(len(source))]
@@ -143,7 +143,6 @@ __all__ = [
     "Sample",
     "Source",
     "Subset",
-    "count_channels",
     "describe_source",
     "open_split",
 ]

@@ -10,18 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .classes import read_classes_of
-from .files import (
-    IMAGE_SUFFIXES,
-    Fault,
-    FileSource,
-    Item,
-    check_choice,
-    find_files,
-    first,
-    match,
-    open_files,
-    root_folder,
-)
+from .files import FileSource, Item, check_choice, first, match, open_files, root_folder
+from .walk import Fault, find_files, find_pictures
 
 if TYPE_CHECKING:
     from ..config import DataConfig
@@ -33,8 +23,8 @@ def open_split(config: DataConfig, split: str) -> FileSource:
     """The images of ``split`` in the layout above. No variants."""
     check_choice(config, split)
     root = root_folder(config, "CamVid", split, f"{split}annot")
-    images = find_files(root / split, *IMAGE_SUFFIXES)
     faults: list[Fault] = []
+    images = find_pictures(root / split, faults)
     folder = root / f"{split}annot"
     masks = match(images, find_files(folder, ".png"), "label map", folder, faults)
     items = [Item(name, path, mask=first(masks, name)) for name, path in images.items()]

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .classes import Classes, read_classes_of
-from .files import Fault, FileSource, Item, check_choice, find_files, find_pngs, first, match, open_files, root_folder
+from .files import FileSource, Item, check_choice, first, match, open_files, root_folder
 from .images import read_labels
+from .walk import Fault, find_files, find_pngs
 
 if TYPE_CHECKING:
     from ..config import DataConfig

@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import IGNORE
 from ..storage import read_text
+from .walk import listed
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,18 +32,31 @@ OKABE_ITO = (
 )
 
 
+RGB = tuple[int, int, int]
+KINDS = {"positives": "positive", "negatives": "negative", "masks": "mask"}  # as folders and tables call them
+
+
 @dataclass(frozen=True)
 class Classes:
     """A class table. Inside the package class k is the index k (a "train id"); label files may have other values.
 
     ids: value of class k in label files; ``()`` means k itself.
-    ignored: further values of label files that mean "no class"; `IGNORE` always does.
+    ignored: further values of label files that mean "no class"; `IGNORE` does, unless it is the id of a class.
+    aliases: (value, class), further values of a class.
+    ignored_in: (kind, value), values that mean "no class" in label files of one kind alone, "positive", "negative" or "mask",
+        even where they are ids.
+    ignored_colours: likewise in coloured label files.
+    by_colour: ``colours`` are those of label files, too: coloured ones can be read, and palettes count by their colours.
     """
 
     names: tuple[str, ...]
-    colours: tuple[tuple[int, int, int], ...]
+    colours: tuple[RGB, ...]
     ids: tuple[int, ...] = ()
     ignored: tuple[int, ...] = ()
+    aliases: tuple[tuple[int, int], ...] = ()
+    ignored_in: tuple[tuple[str, int], ...] = ()
+    ignored_colours: tuple[RGB, ...] = ()
+    by_colour: bool = False
 
     def __post_init__(self) -> None:
         count = len(self.names)
@@ -53,9 +67,12 @@ class Classes:
         for field in ("colours", "ids"):
             if len(getattr(self, field)) not in ({count} if field == "colours" else {0, count}):
                 raise ValueError(f"{field}: expected one for each of {count} classes, got {len(getattr(self, field))}")
-        values = [*self.file_ids, *self.ignored]
-        if len(set(values)) != len(values) or not all(0 <= value <= IGNORE for value in values) or IGNORE in self.ids:
-            raise ValueError(f"ids, ignored: expected different values from 0 to {IGNORE - 1}, got {values}")
+        values = [*self.file_ids, *(value for value, _ in self.aliases), *self.ignored]
+        if len(set(values)) != len(values) or not all(0 <= value <= 255 for value in values):
+            raise ValueError(f"ids, ignored: expected different values from 0 to 255, got {values}")
+        shades = [*self.colours, *self.ignored_colours]
+        if self.by_colour and len(set(shades)) != len(shades):
+            raise ValueError(f"colours: expected different ones for classes and for what is ignored, got {shades}")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -65,26 +82,76 @@ class Classes:
         return self.ids or tuple(range(len(self.names)))
 
     @cached_property
-    def _from_file(self) -> np.ndarray:
-        table = np.full(256, -1, np.int16)
-        table[[*self.ignored, IGNORE]] = IGNORE
-        table[list(self.file_ids)] = np.arange(len(self))
-        return table
+    def _from_file(self) -> dict[str | None, np.ndarray]:
+        """(256,) classes of the values in label files of each kind, -1 for those that are in no table."""
+        common = np.full(256, -1, np.int16)
+        common[[IGNORE, *self.ignored]] = IGNORE
+        common[list(self.file_ids)] = np.arange(len(self))
+        for value, label in self.aliases:
+            common[value] = label
+        tables: dict[str | None, np.ndarray] = {kind: common.copy() for kind in (None, *KINDS.values())}
+        for kind, value in self.ignored_in:
+            tables[kind][value] = IGNORE
+        return tables
 
-    def decode(self, labels: np.ndarray, path: Path | str) -> np.ndarray:
+    def ignored_values(self, kind: str | None = None) -> frozenset[int]:
+        """The values that mean "no class" in label files of a kind."""
+        return frozenset(np.flatnonzero(self._from_file[kind] == IGNORE).tolist())
+
+    def decode(self, labels: np.ndarray, path: Path | str, kind: str | None = None) -> np.ndarray:
         """(H, W) uint8 as in a label file -> (H, W) uint8 classes. ``path`` is named where a value is in no table."""
-        decoded = self._from_file[labels]
+        table = self._from_file[kind]
+        decoded = table[labels]
         if (decoded < 0).any():
             unknown = np.unique(labels[decoded < 0]).tolist()
-            known = sorted({*self.file_ids, *self.ignored, IGNORE})
-            raise ValueError(f"{path}: expected labels among {known}, got {unknown}")
+            raise ValueError(f"{path}: expected labels among {np.flatnonzero(table >= 0).tolist()}, got {unknown}")
         return decoded.astype(np.uint8)
 
-    def encode(self, classes: np.ndarray) -> np.ndarray:
-        """(H, W) uint8 classes -> the values of the data set's label files; `IGNORE` stays."""
-        table = np.full(256, IGNORE, np.uint8)
-        table[: len(self)] = self.file_ids
-        return table[classes]
+    @cached_property
+    def _of_colours(self) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) colours as numbers, in ascending order, and their classes."""
+        numbers = _numbered(np.array([*self.colours, *self.ignored_colours]))
+        labels = np.concatenate([np.arange(len(self)), np.full(len(self.ignored_colours), IGNORE)])
+        order = np.argsort(numbers)
+        return numbers[order], labels[order].astype(np.uint8)
+
+    def decode_colours(self, pixels: np.ndarray, path: Path | str) -> np.ndarray:
+        """(H, W, 3 or 4) uint8 as in a coloured label file -> (H, W) uint8 classes; what is transparent says nothing.
+
+        Raises ValueError naming ``path`` and the colours that are in no table, with their numbers of pixels."""
+        numbers = _numbered(pixels)
+        known, labels = self._of_colours
+        place = np.searchsorted(known, numbers).clip(max=len(known) - 1)
+        decoded, unknown = labels[place], known[place] != numbers
+        if pixels.shape[-1] == 4:
+            decoded[pixels[..., 3] == 0] = IGNORE
+            unknown &= pixels[..., 3] > 0
+        if unknown.any():
+            found, counts = np.unique(numbers[unknown], return_counts=True)
+            most = [f"{_colour(found[k])} at {counts[k]} pixels" for k in np.argsort(-counts, kind="stable")]
+            raise ValueError(f"{path}: expected the colours of the class table, got {listed(most)}")
+        return decoded
+
+    def knows_colours(self, colours: np.ndarray) -> bool:
+        """Whether all (n, 3) colours are in the table."""
+        return bool(np.isin(_numbered(colours), self._of_colours[0]).all())
+
+    def encode(self, classes: np.ndarray, kind: str | None = None) -> np.ndarray:
+        """(H, W) uint8 classes -> the values of the data set's label files, of one kind where those differ; for `IGNORE` itself
+        or, where that is the id of a class, a value that is ignored. Raises ValueError where there is none for what occurs."""
+        decoded = self._from_file[kind]
+        table = np.full(256, -1, np.int16)
+        for value in (*(value for value, _ in reversed(self.aliases)), *self.file_ids):
+            if decoded[value] != IGNORE:
+                table[decoded[value]] = value
+        nothing = np.flatnonzero(decoded == IGNORE)
+        if len(nothing):
+            table[IGNORE] = IGNORE if IGNORE in nothing else nothing[0]
+        values = table[classes]
+        if (values < 0).any():
+            what = [self.names[k] if k < len(self) else "nothing" for k in np.unique(classes[values < 0])]
+            raise ValueError(f"ignore: expected numbers in label files for {', '.join(what)}, got none")
+        return values.astype(np.uint8)
 
     def paint(self, classes: np.ndarray) -> np.ndarray:
         """(H, W) uint8 classes -> (H, W, 3) uint8 colours; `IGNORE` is light grey."""
@@ -108,30 +175,55 @@ def read_classes(path: Path) -> Classes:
             raise ValueError(f"class: expected tables [[class]], got {entries!r}")
         colours = palette(len(entries))
         rows = [_row(entry, index, colours[index]) for index, entry in enumerate(entries)]
-        ignored = content.get("ignore", [])
-        if not isinstance(ignored, list) or not all(_is_byte(value, IGNORE) for value in ignored):
-            raise ValueError(f"ignore: expected a list of integers from 0 to {IGNORE}, got {ignored!r}")
         names, ids, shades = zip(*rows, strict=True) if rows else ((), (), ())
-        return Classes(names, shades, ids, tuple(ignored))
+        given = content.get("ignore", [])
+        ignored, ignored_colours = _ignored("ignore", [] if isinstance(given, dict) else given)
+        ignored_in: list[tuple[str, int]] = []
+        if isinstance(given, dict):
+            _known_keys(given, set(KINDS), "ignore.")
+            for folder, values in given.items():
+                numbers, more = _ignored(f"ignore.{folder}", values)
+                ignored_in += [(KINDS[folder], value) for value in numbers]
+                ignored_colours += [colour for colour in more if colour not in ignored_colours]
+        every = [*shades, *ignored_colours]
+        return Classes(
+            names,
+            shades,
+            tuple(values[0] for values in ids),
+            tuple(ignored),
+            tuple((value, label) for label, values in enumerate(ids) for value in values[1:]),
+            tuple(ignored_in),
+            tuple(ignored_colours),
+            by_colour=all("colour" in entry for entry in entries) and len(set(every)) == len(every),
+        )
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: expected the class table of your images, got no file") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _row(entry: dict[str, Any], index: int, colour: tuple[int, int, int]) -> tuple[str, int, tuple[int, int, int]]:
+def _ignored(key: str, values: Any) -> tuple[list[int], list[RGB]]:
+    """Numbers and colours in a list of ``ignore``."""
+    if not isinstance(values, list) or not all(_is_byte(value, 255) or _is_colour(value) for value in values):
+        raise ValueError(f"{key}: expected a list of integers from 0 to 255 and of colours [r, g, b], got {values!r}")
+    numbers = [value for value in values if isinstance(value, int)]
+    return numbers, [(value[0], value[1], value[2]) for value in values if isinstance(value, list)]
+
+
+def _row(entry: dict[str, Any], index: int, colour: RGB) -> tuple[str, list[int], RGB]:
     key = f"class {index}"
     _known_keys(entry, {"name", "id", "colour"}, f"{key}.")
     name = entry.get("name")
     if not isinstance(name, str) or not name:
         raise ValueError(f"{key}.name: expected a text, got {name!r}")
     number = entry.get("id", index)
-    if not _is_byte(number, IGNORE - 1):
-        raise ValueError(f"{key}.id: expected an integer from 0 to {IGNORE - 1}, got {number!r}")
+    numbers = number if isinstance(number, list) and number else [number]
+    if not all(_is_byte(value, 255) for value in numbers):
+        raise ValueError(f"{key}.id: expected an integer from 0 to 255, or a list of them, got {number!r}")
     given = entry.get("colour", list(colour))
-    if not isinstance(given, list) or len(given) != 3 or not all(_is_byte(value, 255) for value in given):
+    if not _is_colour(given):
         raise ValueError(f"{key}.colour: expected three integers from 0 to 255, got {given!r}")
-    return name, number, (given[0], given[1], given[2])
+    return name, numbers, (given[0], given[1], given[2])
 
 
 def _known_keys(table: dict[str, Any], known: set[str], prefix: str) -> None:
@@ -142,6 +234,20 @@ def _known_keys(table: dict[str, Any], known: set[str], prefix: str) -> None:
 
 def _is_byte(value: Any, largest: int) -> bool:
     return type(value) is int and 0 <= value <= largest
+
+
+def _is_colour(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(_is_byte(part, 255) for part in value)
+
+
+def _numbered(colours: np.ndarray) -> np.ndarray:
+    """(..., 3 or 4) -> (...) int32, a number for each colour."""
+    red, green, blue = (colours[..., channel].astype(np.int32) for channel in range(3))
+    return (red << 16) | (green << 8) | blue
+
+
+def _colour(number: int) -> str:
+    return f"({number >> 16}, {number >> 8 & 255}, {number & 255})"
 
 
 def palette(count: int) -> tuple[tuple[int, int, int], ...]:

@@ -6,74 +6,30 @@ What is missing, damaged or does not fit is an error that names the file, or wit
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-from unicodedata import normalize
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
-from . import FolderNotFound, Record, Source
+from . import Record, Source
 from .classes import IGNORE, Classes
-from .images import read_binary, read_image, read_labels
+from .images import MAX_PIXELS, Picture, load_image, load_labels, pixel_limit, read_binary
+from .inspect import inspect
+from .walk import Fault, FolderNotFound, find_pngs, listed, without
 
 if TYPE_CHECKING:
     from ..config import DataConfig
 
 SPLITS = ("train", "val", "test")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".webp")
 Reader = Callable[[Path], np.ndarray]  # a label file -> (H, W) uint8 classes
 
 
-def find_files(folder: Path, *suffixes: str) -> dict[str, Path]:
-    """The files below ``folder`` that end in one of ``suffixes`` (upper or lower case), by their relative path without
-    that suffix, in the order of the paths. Hidden files are passed over.
-
-    Raises FolderNotFound where there is no such folder, ValueError where two files have one name.
-    """
-    if not folder.is_dir():
-        raise FolderNotFound(f"{folder}: expected a folder, got none")
-    found: dict[str, Path] = {}
-    for parent, _, files in os.walk(folder, followlinks=True):
-        for file in files:
-            suffix = next((suffix for suffix in suffixes if file.lower().endswith(suffix.lower())), None)
-            if suffix is None or file.startswith("."):
-                continue
-            path = Path(parent, file)
-            # composed: the name that macOS takes apart is that of a file from elsewhere
-            name = normalize("NFC", path.relative_to(folder).as_posix()[: -len(suffix)])
-            if name in found:
-                raise ValueError(f"{path}: expected one file for {name!r}, got also {found[name]}")
-            found[name] = path
-    return dict(sorted(found.items()))
-
-
 Finder = Callable[[Path], dict[str, Path]]  # a folder -> its label files by the names of their images
-
-
-def find_pngs(folder: Path) -> dict[str, Path]:
-    return find_files(folder, ".png")
-
-
-class Fault(NamedTuple):
-    """Names for which a file is missing. expected: "a mask for every image"."""
-
-    expected: str
-    folder: Path
-    names: list[str]
-
-
-def without(faults: Iterable[Fault], names: Collection[str]) -> list[Fault]:
-    """The faults that are left when ``names`` do not matter."""
-    left = [fault._replace(names=[name for name in fault.names if name not in names]) for fault in faults]
-    return [fault for fault in left if fault.names]
 
 
 def match(
@@ -148,9 +104,11 @@ class FileSource:
         *,
         readers: Mapping[str, Reader] | None = None,
         skipped: Sequence[str] = (),
+        max_pixels: int = MAX_PIXELS,
     ):
         self.items = tuple(items)
         self.classes = classes
+        self.max_pixels = max_pixels
         self.readers = dict(readers or {})
         self.skipped = tuple(skipped)
         self._layers = max((len(item.negative) for item in self.items), default=0)
@@ -164,17 +122,19 @@ class FileSource:
         skip_bad: bool = False,
         readers: Mapping[str, Reader] | None = None,
         faults: Sequence[Fault] = (),
+        max_pixels: int = MAX_PIXELS,
     ) -> FileSource:
         """The items, checked: that all files exist, or with ``skip_bad`` that all can be read and fit, which reads
         every file once. ``faults`` are what `match` found; they count as bad, too.
         """
         duplicates = [name for name, count in Counter(item.name for item in items).items() if count > 1]
         if duplicates:
-            raise ValueError(f"expected each image once, got more than one {_listed(duplicates)}")
+            raise ValueError(f"expected each image once, got more than one {listed(duplicates)}")
         if not (skip_bad or faults):
             _require_files(items)
-        good, skipped = sift(cls(items, classes, readers=readers), faults, skip_bad=skip_bad)
-        return cls([items[index] for index in good], classes, readers=readers, skipped=skipped)
+        options: dict[str, Any] = {"readers": readers, "max_pixels": max_pixels}
+        good, skipped = sift(cls(items, classes, **options), faults, skip_bad=skip_bad)
+        return cls([items[index] for index in good], classes, skipped=skipped, **options)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -186,17 +146,30 @@ class FileSource:
         item = self.items[index]
         return frozenset(kind for kind in ("positive", "negative", "mask") if getattr(item, kind))
 
+    def files(self, index: int) -> list[Path]:
+        return self.items[index].files
+
     def load(self, index: int) -> Record:
         """As `Source.load`; where other images have negative drawings and this one has none, its layers are empty."""
-        item = self.items[index]
-        image = read_image(item.image)
+        return self.examine(index)[0]
+
+    def examine(self, index: int) -> tuple[Record, list[tuple[str, Picture]]]:
+        """The record, and what its files hold, each with "image" or its kind; not those with a reader of their own."""
+        with pixel_limit(self.max_pixels):
+            seen: list[tuple[str, Picture]] = []
+            return self._load(self.items[index], seen), seen
+
+    def _load(self, item: Item, seen: list[tuple[str, Picture]]) -> Record:
+        picture = load_image(item.image)
+        image = picture.pixels
+        seen.append(("image", picture))
         outside = None
         if item.field_of_view is not None:
             outside = read_binary(item.field_of_view) == 0
             check_size(outside, item.field_of_view, image, item.image)
 
         def read(kind: str, path: Path) -> np.ndarray:
-            labels = read_map(path, self.classes, self.readers.get(kind))
+            labels = read_map(path, self.classes, kind, self.readers.get(kind), seen)
             check_size(labels, path, image, item.image)
             if outside is not None:
                 labels[outside] = IGNORE
@@ -212,15 +185,40 @@ class FileSource:
         )
 
 
-def read_map(path: Path, classes: Classes, reader: Reader | None = None) -> np.ndarray:
-    """(H, W) uint8 classes of a label file."""
-    return classes.decode(read_labels(path), path) if reader is None else reader(path)
+def read_map(
+    path: Path,
+    classes: Classes,
+    kind: str,
+    reader: Reader | None = None,
+    seen: list[tuple[str, Picture]] | None = None,
+) -> np.ndarray:
+    """(H, W) uint8 classes of a label file of a kind, "positive", "negative" or "mask"; without a reader by its numbers, or
+    where the table has their colours, by these."""
+    if reader is not None:
+        return reader(path)
+    picture = load_labels(path)
+    pixels, palette = picture.pixels, picture.palette
+    if pixels.ndim > 2 and not classes.by_colour:
+        raise ValueError(
+            f"{path}: expected a label map of one channel of at most 8 bits, got mode RGB; colours are read where every class "
+            "of the table has its own"
+        )
+    if palette is not None and classes.by_colour:
+        used = np.flatnonzero(np.bincount(pixels.ravel()))
+        if used[-1] < len(palette) and classes.knows_colours(palette[used]):
+            pixels = palette[pixels]
+    if seen is not None:
+        seen.append((kind, picture._replace(pixels=pixels)))
+    return classes.decode_colours(pixels, path) if pixels.ndim > 2 else classes.decode(pixels, path, kind)
 
 
 def check_size(labels: np.ndarray, path: Path, image: np.ndarray, image_path: Path | str) -> None:
-    if labels.shape != image.shape[:2]:
-        sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in (image, labels)]
-        raise ValueError(f"{path}: expected {sizes[0]} pixels as {image_path} has, got {sizes[1]}")
+    if labels.shape == image.shape[:2]:
+        return
+    sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in (image, labels)]
+    turned = isinstance(image_path, Path) and labels.shape == image.shape[1::-1] and load_image(image_path).turned
+    why = "; the image has an orientation tag, by which it is turned, and the label map is not" if turned else ""
+    raise ValueError(f"{path}: expected {sizes[0]} pixels as {image_path} has, got {sizes[1]}{why}")
 
 
 def stack_layers(maps: Sequence[np.ndarray], count: int, image: np.ndarray) -> np.ndarray:
@@ -231,19 +229,23 @@ def stack_layers(maps: Sequence[np.ndarray], count: int, image: np.ndarray) -> n
     return layers
 
 
-def sift(source: Source, faults: Sequence[Fault], *, skip_bad: bool) -> tuple[list[int], list[str]]:
+def sift(source: Source, faults: Sequence[Fault], *, skip_bad: bool) -> tuple[list[int], tuple[str, ...]]:
     """The indices of the images that are good, and "NAME: reason", also printed, for what is not.
 
     Without ``skip_bad`` the first of ``faults`` is raised and nothing is read.
     """
     if not skip_bad:
         for fault in faults:
-            raise ValueError(f"{fault.folder}: expected {fault.expected}, got none for {_listed(fault.names)}")
-        return list(range(len(source))), []
-    bad = {name: f"expected {fault.expected} in {fault.folder}, got none" for fault in faults for name in fault.names}
+            raise ValueError(f"{fault.folder}: expected {fault.expected}, got {fault.got}{listed(fault.names)}")
+        return list(range(len(source))), ()
+    bad = {
+        name: f"expected {fault.expected} in {fault.folder}, got {fault.got.removesuffix(' for ') or 'another'}"
+        for fault in faults
+        for name in fault.names
+    }
     for index, reason in check(source).items():
         bad.setdefault(source.name(index), reason)
-    skipped = [f"{name}: {reason}" for name, reason in bad.items()]
+    skipped = tuple(f"{name}: {reason}" for name, reason in bad.items())
     for line in skipped:
         print(f"skipped {line}", file=sys.stderr)
     good = [index for index in range(len(source)) if source.name(index) not in bad]
@@ -253,18 +255,8 @@ def sift(source: Source, faults: Sequence[Fault], *, skip_bad: bool) -> tuple[li
 
 
 def check(source: Source) -> dict[int, str]:
-    """Load everything once: index -> what is wrong with it, for all that cannot be loaded."""
-
-    def reason(index: int) -> str | None:
-        try:
-            source.load(index)
-        except (ValueError, OSError) as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        reasons = tqdm(pool.map(reason, range(len(source))), "checking", len(source), leave=False, disable=None)
-        return {index: text for index, text in enumerate(reasons) if text is not None}
+    """Index -> what is wrong with it, for all that cannot be loaded."""
+    return {index: fact for index, fact in enumerate(inspect(source)) if isinstance(fact, str)}
 
 
 def open_files(
@@ -297,7 +289,14 @@ def open_files(
             items = [replace(item, negative=drawn.get(item.name, ())) for item in items]
     kept = training_limit(config, split, len(items))
     faults = without(faults, {item.name for item in items[kept:]})
-    return FileSource.open(items[:kept], classes, skip_bad=config.skip_bad, readers=readers, faults=faults)
+    return FileSource.open(
+        items[:kept],
+        classes,
+        skip_bad=config.skip_bad,
+        readers=readers,
+        faults=faults,
+        max_pixels=config.max_pixels,
+    )
 
 
 def find_drawings(
@@ -356,8 +355,8 @@ def root_folder(config: DataConfig, what: str, *expected: str) -> Path:
 
 
 def subfolders(folder: Path) -> str:
-    names = [f"{path.name}/" for path in sorted(folder.iterdir()) if path.is_dir()]
-    return _listed(names) if names else "no folders in it"
+    names = [f"{path.name}/" for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    return listed(names) if names else "no folders in it"
 
 
 def check_choice(config: DataConfig, split: str, *variants: str) -> None:
@@ -372,8 +371,3 @@ def _require_files(items: Sequence[Item]) -> None:
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"{missing[0]}: expected a file, got none ({len(missing)} of {len(paths)} are missing)")
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more

@@ -12,12 +12,15 @@ test stay where they are. Each of positives, negatives and masks may be left out
 image has at least one of them, and no label map is without its image. Label maps are PNG (or another lossless format) with
 one number per pixel; 255 means that nothing is drawn. ``classes.toml`` says what the numbers mean:
 
-    ignore = [0]                      further numbers that mean "nothing", if there are
+    ignore = [0, [224, 224, 192]]     further numbers and colours that mean "nothing", if there are
+    ignore = {positives = [0]}        or those of one kind of label maps, or of several, alone
 
     [[class]]
     name = "road"
-    id = 7                            without it the position in the list, from 0
+    id = 7                            or [7, 8]: both mean it; without it the position in the list, from 0
     colour = [128, 64, 128]           without it one that colour-blind people can tell from the others
+
+Where all classes have a colour, label maps may be coloured (RGB), and of palettes the colours count instead of the numbers.
 """
 
 from __future__ import annotations
@@ -28,19 +31,8 @@ from typing import TYPE_CHECKING
 
 from . import FolderNotFound
 from .classes import read_classes
-from .files import (
-    IMAGE_SUFFIXES,
-    Fault,
-    FileSource,
-    Item,
-    check_choice,
-    find_files,
-    first,
-    match,
-    open_files,
-    root_folder,
-    subfolders,
-)
+from .files import FileSource, Item, check_choice, first, match, open_files, root_folder, subfolders
+from .walk import Fault, find_pictures
 
 if TYPE_CHECKING:
     from ..config import DataConfig
@@ -55,8 +47,8 @@ def open_split(config: DataConfig, split: str) -> FileSource:
     classes = read_classes(root / "classes.toml")
     base = _split_folder(root, split)
     _check_names(base)
-    images = find_files(base / "images", *IMAGE_SUFFIXES)
     faults: list[Fault] = []
+    images = find_pictures(base / "images", faults)
     overridden = {"positives": config.positives, "negatives": config.negatives}
     maps = {kind: {} if overridden.get(kind) else _label_maps(base / kind, images, faults) for kind in _KINDS}
     if split == "train" and not any(overridden.values()):
@@ -100,6 +92,6 @@ def _check_names(base: Path) -> None:
 def _label_maps(folder: Path, images: dict[str, Path], faults: list[Fault]) -> dict[str, tuple[Path, ...]]:
     if not folder.is_dir():
         return {}
-    files = find_files(folder, *IMAGE_SUFFIXES)
+    files = find_pictures(folder, faults)
     what, layers = _KINDS[folder.name], folder.name == "negatives"
     return match(images, files, what, folder, faults, layers=layers, optional=True)

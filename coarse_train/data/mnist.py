@@ -26,7 +26,6 @@ from ..simulate import Mix, Process, Strokes, draw_coarse, others, swapped
 from . import Record
 from .classes import OKABE_ITO, Classes
 from .files import (
-    Fault,
     check_choice,
     check_size,
     find_drawings,
@@ -35,8 +34,8 @@ from .files import (
     sift,
     stack_layers,
     training_limit,
-    without,
 )
+from .walk import Fault, without
 
 if TYPE_CHECKING:
     from ..config import DataConfig
@@ -300,7 +299,7 @@ def open_split(config: DataConfig, split: str) -> MnistSource:
     source.indices = source.indices[:kept]
     if source.given:
         good, skipped = sift(source, without(faults, names[kept:]), skip_bad=config.skip_bad)
-        source.indices, source.skipped = [source.indices[index] for index in good], tuple(skipped)
+        source.indices, source.skipped = [source.indices[index] for index in good], skipped
     return source
 
 
@@ -334,6 +333,9 @@ class MnistSource:
         kinds, name = ("positive", "negative", "mask"), self.name(index)
         return frozenset(kind for kind in kinds if kind not in self.given or name in self.given[kind])
 
+    def files(self, index: int) -> list[Path]:
+        return [path for found in self.given.values() for path in found.get(self.name(index), ())]
+
     def load(self, index: int) -> Record:
         n, name = self.indices[index], self.name(index)
         image, mask = self.canvas[n][..., None].copy(), self.mask[n].copy()
@@ -342,11 +344,11 @@ class MnistSource:
         record = Record(name, image, positive, negative, mask)
         if "positive" in self.given:
             path = first(self.given["positive"], name)
-            record = replace(record, positive=self._read(path, image, name) if path else None)
+            record = replace(record, positive=self._read("positive", path, image, name) if path else None)
         if "negative" in self.given:
             files = self.given["negative"]
             layers = max((len(paths) for paths in files.values()), default=0)
-            maps = [self._read(path, image, name) for path in files.get(name, ())]
+            maps = [self._read("negative", path, image, name) for path in files.get(name, ())]
             record = replace(record, negative=stack_layers(maps, layers, image) if layers else None)
         return record
 
@@ -360,8 +362,8 @@ class MnistSource:
         positive, negative = self._drawn[n]
         return positive.copy(), negative.copy()
 
-    def _read(self, path: Path, image: np.ndarray, name: str) -> np.ndarray:
-        labels = read_map(path, self.classes)
+    def _read(self, kind: str, path: Path, image: np.ndarray, name: str) -> np.ndarray:
+        labels = read_map(path, self.classes, kind)
         check_size(labels, path, image, f"canvas {name}")
         return labels
 

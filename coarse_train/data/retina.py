@@ -40,8 +40,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .classes import IGNORE, Classes
-from .files import Fault, FileSource, Item, check_choice, find_files, first, match, open_files, root_folder
+from .files import FileSource, Item, check_choice, first, match, open_files, root_folder
 from .images import read_binary, read_image
+from .walk import Fault, find_files
 
 if TYPE_CHECKING:
     from ..config import DataConfig

@@ -24,6 +24,10 @@ from .transforms import Augment, transform, untouched
 # layers, scribble to full), reading an image of CamVid 0.002 s. So drawings are kept, compressed: 15 kB and 100 kB an image.
 # Beyond so many bytes in a process they are drawn again in every epoch: `coarse-train simulate` draws them into files once.
 _CACHE_BYTES = 300_000_000
+NO_DRAWINGS = (
+    "supervision drawings: expected positive or negative drawings, got none in the data set; give --positives or --negatives, "
+    "draw them once with `coarse-train simulate`, set --simulate LEVEL, or learn from dense masks with --supervision masks"
+)
 
 
 class SegmentationData(Dataset[Sample]):
@@ -124,11 +128,7 @@ class SegmentationData(Dataset[Sample]):
                         f"{self.source.name(index)}: expected a dense mask to simulate drawings from, got none"
                     )
         elif not self.dense and not any(present & {"positive", "negative"} for present in kinds.values()):
-            raise ValueError(
-                "supervision drawings: expected positive or negative drawings, got none in the data set; give "
-                "--positives or --negatives, draw them once with `coarse-train simulate`, set --simulate LEVEL, or learn "
-                "from dense masks with --supervision masks"
-            )
+            raise ValueError(NO_DRAWINGS)
 
     def _drawn(self, record: Record, index: int) -> Record:
         """The record with simulated drawings of the kinds that it lacks, and the pen undone."""

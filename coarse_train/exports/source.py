@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 
 from PIL import ExifTags, Image, ImageOps
 
-from ..data.files import IMAGE_SUFFIXES, find_files
+from ..data.walk import IMAGE_SUFFIXES, find_files
 from .geometry import Geometry, Size
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")

@@ -23,7 +23,7 @@ from xml.etree.ElementTree import Element
 import numpy as np
 from PIL import Image
 
-from ..data.files import find_files
+from ..data.walk import find_files
 from .geometry import Runs, Size, rectangle
 from .source import Entry, Export, Picture, Shape, Source, read_xml
 

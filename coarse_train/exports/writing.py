@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data.classes import IGNORE, Classes
-from ..data.files import IMAGE_SUFFIXES
+from ..data.walk import IMAGE_SUFFIXES
 from .source import Picture, Shape, image_file, look_at, upright
 
 _FORMATS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "BMP": ".bmp", "GIF": ".gif", "WEBP": ".webp", "TIFF": ".tif"}
