@@ -148,14 +148,13 @@ def _decoded(path: Path) -> tuple[Image.Image, str, str, bool]:
             return ImageOps.exif_transpose(image) if turned else image, kind, packing, turned
     except _Refused:
         raise
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: expected a complete image file, got one of no format that is known") from error
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error and more on damaged data
-        got = (
-            "a git-lfs pointer (`git lfs pull` fetches it)"
-            if is_lfs_pointer(path)
-            else f"one that cannot be read ({error})"
-        )
+        if is_lfs_pointer(path):
+            got = "a git-lfs pointer (`git lfs pull` fetches it)"
+        elif isinstance(error, UnidentifiedImageError):
+            got = "one of no format that is known"
+        else:
+            got = f"one that cannot be read ({error})"
         raise ValueError(f"{path}: expected a complete image file, got {got}") from error
 
 
