@@ -78,7 +78,7 @@ def test_iou_is_that_of_the_official_evaluator_digit_for_digit(
     assert set(ours["classes"]) == {name for name, score in theirs["labels"].items() if score in CLASSES.ids}
     for name, scores in ours["classes"].items():
         their_iou = 100.0 * theirs["classScores"][name]
-        (row,) = [line for line in printed if line.startswith(f"{name}  ")]
+        row = next(line for line in printed if line.startswith(f"{name}  "))  # of the table; confusions are below
         if math.isnan(their_iou):
             assert scores["iou"] is None
             assert row.split()[-2:] == ["-", "-"]
