@@ -18,8 +18,8 @@
 #   make test-gpu RUN=python3
 
 PYTHON ?= python3
-# Of `make test`: whole files to each of two processes, 23 minutes on two cores instead of 30. WORKERS= runs one test after another.
-WORKERS ?= -n 2 --dist loadfile
+# Of `make test`: whole files to each of two processes, in the order of tests/conftest.py. WORKERS= runs one test after another.
+WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin

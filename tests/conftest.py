@@ -32,6 +32,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "every: the same, and on the CPU the reference as well")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest first: begun last, it would leave the other process of `make test` with nothing to do."""
+    items.sort(key=lambda item: item.path.name != "test_triton_interpreter.py")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`fused` and `every` depend on the module that collects a test, not on the one that defines it: tests/gpu collects the
     operator's tests a second time, with its own DEVICE.
