@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from coarse_train.data.camvid import CLASSES as CAMVID
@@ -191,3 +192,11 @@ def write_chasedb1_tree(root: Path) -> Path:
             save(root / f"Image_{child:02d}{side}_1stHO.png", vessels > 0)
             save(root / f"Image_{child:02d}{side}_2ndHO.png", vessels == 1)
     return root
+
+
+def save_small_segformer(folder: Path, num_classes: int) -> None:
+    """Local weights, as `--network segformer --weights` takes them; skips the test where transformers is not there."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_sizes": [8, 8, 16, 16], "decoder_hidden_size": 8}
+    config = transformers.SegformerConfig(num_labels=num_classes, depths=[1] * 4, num_attention_heads=[1] * 4, **sizes)
+    transformers.SegformerForSemanticSegmentation(config).save_pretrained(folder)

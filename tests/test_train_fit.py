@@ -810,15 +810,7 @@ def test_bf16_computes_in_bf16(tmp_path: Path) -> None:
 
 
 def test_weights_of_a_backbone_are_not_needed_again(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    small = {
-        "depths": [1] * 4,
-        "num_attention_heads": [1] * 4,
-        "hidden_sizes": [8, 8, 16, 16],
-        "decoder_hidden_size": 8,
-    }
-    backbone = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(num_labels=7, **small))
-    backbone.save_pretrained(tmp_path / "weights")
+    data_trees.save_small_segformer(tmp_path / "weights", 7)
     config = _config(tmp_path / "run", model=ModelConfig(network="segformer", weights=tmp_path / "weights"), steps=2)
     fit(config)
     shutil.rmtree(tmp_path / "weights")

@@ -249,15 +249,7 @@ def test_what_git_lfs_left_in_place_of_a_file_is_named(tmp_path: Path) -> None:
 def test_damaged_weights_of_a_backbone_are_one_line(
     tmp_path: Path, damage: Callable[[bytes], bytes], got: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    transformers = pytest.importorskip("transformers")
-    small = {
-        "depths": [1] * 4,
-        "num_attention_heads": [1] * 4,
-        "hidden_sizes": [8, 8, 16, 16],
-        "decoder_hidden_size": 8,
-    }
-    backbone = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(num_labels=3, **small))
-    backbone.save_pretrained(tmp_path / "weights")
+    data_trees.save_small_segformer(tmp_path / "weights", 3)
     path = tmp_path / "weights" / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
     config = replace(_config(tmp_path), model=ModelConfig(network="segformer", weights=tmp_path / "weights"))

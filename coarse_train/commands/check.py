@@ -13,8 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from ..config import DataConfig, FitConfig
 from ..data import FolderNotFound, Source, open_split
 from ..data.findings import FOLDERS, Part, check_files, hint, notes, table
@@ -24,20 +22,13 @@ from ..data.sheet import save_sheet
 from ..data.walk import listed
 from ..distributed import World
 from ..run import look_at_folder, make_folder, write_text
+from .options import DrawnData
 
 
 @dataclass(frozen=True)
-class CheckConfig:
+class CheckConfig(DrawnData):
     """Read every file of a data set once, and say what is in them and what is wrong."""
 
-    dataset: tyro.conf.Positional[str] = "folder"
-    """folder (your own), cityscapes, camvid, chasedb1, drive, les_av or mnist."""
-    root: Path | None = None
-    """Folder of the data set in its official layout (mnist: without it, the sample in the package)."""
-    variant: str = ""
-    """Which labels, where a data set has several; its module lists them. Empty: the usual ones."""
-    positives: Path | None = None
-    """Folder of positive drawings, DIR/SPLIT/NAME.png; without it what the data set has."""
     negatives: Path | None = None
     """Folder of negative drawings, the same."""
     splits: tuple[str, ...] = ("train", "val", "test")

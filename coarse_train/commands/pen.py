@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -22,22 +21,15 @@ from ..data.classes import Classes
 from ..data.segmentation import pairs_of
 from ..pen import LARGEST, Pen, PenReport, measure, to_json, undo
 from ..run import look_at_folder, make_folder, write_text
+from .options import DrawnData
 
 _SHOWN = 3  # pairs in the picture
 
 
 @dataclass(frozen=True)
-class PenConfig:
+class PenConfig(DrawnData):
     """Measure how far outlines of positive drawings are off, where images have a drawing and a dense mask."""
 
-    dataset: tyro.conf.Positional[str] = "folder"
-    """folder (your own), cityscapes, camvid, chasedb1, drive, les_av or mnist."""
-    root: Path | None = None
-    """Folder of the data set in its official layout (mnist: without it, the sample in the package)."""
-    variant: str = ""
-    """Which labels, where a data set has several; its module lists them. Empty: the usual ones."""
-    positives: Path | None = None
-    """Folder of positive drawings, DIR/SPLIT/NAME.png; without it what the data set has."""
     simulate: str | None = None
     """Draw them from the masks at this level instead: scribble, spots, sketch, coarse or full."""
     split: str = "train"
