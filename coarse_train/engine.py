@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from . import run
 from .advice import describe_risks
-from .commands.check import check_run
+from .checking import check_run
 from .config import FitConfig, anchored, check_config, from_dict, to_dict, to_toml
 from .criterion import Counts, Criterion, open_class_weights, open_transition
 from .data import Sample, describe_source, open_split

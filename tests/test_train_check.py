@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from coarse_train.checking import check_run
 from coarse_train.cli import main
-from coarse_train.commands.check import check_run
 from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, replace
 from coarse_train.criterion import open_class_weights
 from coarse_train.data import open_split
