@@ -4,7 +4,7 @@ The second observer has drawn every training image; of the first there are no ma
 observer is a kind of drawings with a matrix of its own, or trusted. With all of both ("observers" of
 `coarse_train.data.retina`) the first is in the place of negative drawings, which of two classes are positive ones of the
 other; more observers, or more classes, take a list of `Drawings`, one for each, and `coarse_kernels.annotation_objective`.
-Nothing is tuned.
+Nothing is tuned: network, steps and rates are those of the recipe.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ QUESTION = (
     "Two observers disagree: how near to the first comes what is learned from the second, and what do a matrix, or a few "
     "masks by the first, add?"
 )
-STEPS = 400
 MASKS = 3
 _SHARE = 0.5  # of a batch, with a mask: two images of four
 _GLOBAL = DrawingsConfig(cm="global")
@@ -51,7 +50,7 @@ def parts(config: ExperimentConfig) -> list[Part]:
     data, model = replace(base.data, root=root, workers=0), base.model  # a table has a process for each core
     if config.quick:
         data, model = replace(data, crop=(64, 64)), replace(model, widths=(8, 16))
-    base = replace(base, data=data, model=model, steps=STEPS, evaluate_every=STEPS // 2)
+    base = replace(base, data=data, model=model, evaluate_every=base.steps // 2)
     return [Part("CHASE_DB1", rows_of(base))]
 
 
