@@ -8,6 +8,8 @@
 // kind adds log q[j] to joint[j] = log p[j].
 #pragma once
 
+#include <algorithm>
+
 #include "columns.h"
 #include "common.h"
 #include "gradient_rows.h"
@@ -18,6 +20,11 @@ namespace {
 // A gradient of so many bytes is out of the cache before somebody reads it. Planes of images whose sides are powers of
 // two share few sets of a cache, so that a line that it must read before it is written is often gone by then.
 constexpr int64_t kStreamedBytes = int64_t{4} << 20;
+
+// Where slabs are one vector wide, the logits of so many side by side are read together, as far as their bytes leave room
+// in the second-level cache: the other lines of what the processor fetches along with a line, and on sides that are powers
+// of two its neighbours in the set, are gone when the next slab asks for them.
+constexpr int64_t kMostAhead = 4, kAheadBytes = int64_t{96} << 10;
 
 template <class R>
 class ClassField {
@@ -37,8 +44,11 @@ class ClassField {
   void init(const Problem<R>& problem, const Plan<R>& plan, Arena& arena) {
     problem_ = &problem;
     plan_ = &plan.seg;
-    const int64_t c = problem.classes, n = plan.vectors;
-    s = arena.take<V>(c * n);
+    segments_ = plan.segments;
+    const int64_t c = problem.classes, n = plan.vectors, band = c * n * plan.most_segments;
+    if (plan.seg.on_pixels && plan.per_row == 1)
+      ahead_ = std::clamp<int64_t>(kAheadBytes / (band * static_cast<int64_t>(sizeof(V))), 1, kMostAhead);
+    s = blocks_ = arena.take<V>(ahead_ > 1 ? ahead_ * band : c * n);
     p = arena.take<V>(c * n);
     own = arena.take<V>(c * n);
     joint = problem.posterior != nullptr ? arena.take<V>(c * n) : nullptr;
@@ -65,6 +75,8 @@ class ClassField {
     if (gathers()) rows_.start(image, group, chunk, z, first);
   }
   void enter(const Band& band) {
+    band_ = band;
+    read_end_ = read_begin_ = -1;
     if (gathers()) rows_.need(plan_->y.i0[band.y0], plan_->y.next(band.y1 - 1));
   }
   void finish() {
@@ -76,6 +88,7 @@ class ClassField {
   void logits(const Slab& slab) {
     const int c = problem_->classes;
     if (plan_->on_pixels) {
+      if (ahead_ > 1) return find_block(slab);
       const int64_t pixels = problem_->pixels();
       for_each_vector(*problem_, slab, [&](const Place& place) {
         int64_t offset = slab.image * c * pixels + place.at;
@@ -223,6 +236,32 @@ class ClassField {
            (slab.z * problem_->height + slab.y0) * problem_->width + slab.x0;
   }
 
+  // s of a slab among those that were read together: of each segment of the band, of each strip.
+  void find_block(const Slab& slab) {
+    if (slab.x0 < read_begin_ || slab.x0 >= read_end_) read_ahead(slab);
+    const int64_t strip = (slab.x0 - read_begin_) / N;
+    s = blocks_ + ((slab.segment - band_.begin) * ahead_ + strip) * problem_->classes * slab.pitch;
+  }
+
+  void read_ahead(const Slab& slab) {
+    const int64_t c = problem_->classes, width = problem_->width, block = c * slab.pitch;
+    read_begin_ = slab.x0;
+    read_end_ = std::min(read_begin_ + ahead_ * N, width);
+    for (int32_t k = band_.begin; k < band_.end; ++k) {
+      const Segment& segment = segments_[k];
+      V* const blocks = blocks_ + (k - band_.begin) * ahead_ * block;
+      for (int64_t j = 0; j < c; ++j) {
+        const int64_t plane = (slab.image * c + j) * problem_->pixels();
+        for (int r = 0; r < segment.rows; ++r) {
+          const int64_t row = plane + (slab.z * problem_->height + segment.y0 + r) * width;
+          V* to = blocks + j * slab.pitch + r;
+          for (int64_t x = read_begin_; x < read_end_; x += N, to += block)
+            *to = load_lanes(row + x, std::min<int64_t>(width - x, N));
+        }
+      }
+    }
+  }
+
   V load_lanes(int64_t offset, int64_t lanes) const {
     if (problem_->seg.storage == own_storage_ && lanes == N)
       return load(static_cast<const R*>(problem_->seg.data) + offset);
@@ -335,6 +374,11 @@ class ClassField {
   const FieldPlan<R>* plan_ = nullptr;
   bool want_log_sum_ = false;
   bool streams_ = false;  // the gradient, past the caches
+  int64_t ahead_ = 1;     // strips that are read together
+  int64_t read_begin_ = -1, read_end_ = -1;  // pixels that they are
+  V* blocks_;
+  Band band_{};
+  const Segment* segments_ = nullptr;
   GradientRows<R> rows_;
   int64_t begin_ = -1, end_ = -1;  // pixels that columns_ are of
   Columns<R>* columns_;            // of each vector of a row

@@ -88,6 +88,7 @@ struct Plan {
   int64_t groups = 1;      // of images, each its own tasks
   int per_row = 1;         // vectors of a row that are worked on together
   int vectors = kMaxRows;  // at most, of a slab: rows * per_row
+  int most_segments = 1;   // of a band
 
   int64_t slices = 1;  // of the tasks: those of a slice run one after the other and share one gradient of T
 

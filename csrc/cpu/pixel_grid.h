@@ -172,12 +172,6 @@ class PixelGrid {
     return tile;
   }
 
-  // Logits that nobody labelled may be anything, NaN too: they count as 0.
-  void mask(R* run, const Tile& t) const {
-    for (int64_t k = 0; k < t.padded; k += N)
-      store(run + k, select(valid(k) != broadcast<V>(R(0)), load(run + k), broadcast<V>(R(0))));
-  }
-
   int64_t cm_offset(const Tile& t, int i, int j) const {
     return image_offset(t) + plane(t, static_cast<int64_t>(i) * classes() + j);
   }
@@ -186,30 +180,39 @@ class PixelGrid {
     return kind_->field.images == 1 ? 0 : t.image * kind_->field.image_stride;
   }
 
-  // The logits of column j, and their maximum over i.
+  // The logits of column j, and their maximum over i. Those that nobody labelled may be anything, NaN too: they count as 0.
   void stage_column(int j, const Tile& t) {
     R* const staged = staged_;
     V* const top = top_;
-    const bool direct = own_storage_ && t.n == t.padded, masked = !all_valid_;
+    const bool whole = t.n == t.padded, masked = !all_valid_;
     const V zero = broadcast<V>(R(0));
     for (int64_t k = 0; k < t.padded; k += N) top[k / N] = broadcast<V>(-std::numeric_limits<R>::infinity());
+    const auto stage = [&](R* run, const auto& logits) {
+      for (int64_t k = 0, n = t.padded; k < n; k += N) {
+        V x = logits(k);
+        if (masked) x = select(valid(k) != zero, x, zero);
+        store(run + k, x);
+        top[k / N] = max_v(x, top[k / N]);
+      }
+    };
     for (int i = 0; i < classes(); ++i) {
       R* const run = staged + i * tile_;
       const int64_t offset = cm_offset(t, i, j);
-      if (direct) {
+      if (whole && own_storage_) {
         const R* const logits = static_cast<const R*>(kind_->field.data) + offset;
-        for (int64_t k = 0, n = t.n; k < n; k += N) {
-          V x = load(logits + k);
-          if (masked) x = select(valid(k) != zero, x, zero);
-          store(run + k, x);
-          top[k / N] = max_v(x, top[k / N]);
-        }
+        stage(run, [&](int64_t k) { return load(logits + k); });
         continue;
+      }
+      if constexpr (sizeof(R) == 4) {
+        if (whole && kind_->field.storage == Storage::bf16) {
+          const uint16_t* const logits = static_cast<const uint16_t*>(kind_->field.data) + offset;
+          stage(run, [&](int64_t k) { return load_bfloat16(logits + k); });
+          continue;
+        }
       }
       load_run(kind_->field.data, kind_->field.storage, offset, t.n, run);
       for (int64_t k = t.n; k < t.padded; ++k) run[k] = R(0);
-      if (masked) mask(run, t);
-      for (int64_t k = 0; k < t.padded; k += N) top[k / N] = max_v(load(run + k), top[k / N]);
+      stage(run, [&](int64_t k) { return load(run + k); });
     }
   }
 
@@ -525,17 +528,14 @@ class PixelGrid {
       return;
     }
     if constexpr (sizeof(R) == 4) {
+      static_assert(kUnroll == 2);
+      float* const out = reinterpret_cast<float*>(static_cast<uint16_t*>(gradient_) + offset);
+      if (gradient_storage_ == Storage::bf16) return stream(out, pack_bfloat16(g[0], g[1]));
+      R run[kUnroll * N];
+      for (int u = 0; u < kUnroll; ++u) store(run + u * N, g[u]);
       alignas(64) uint16_t packed[kUnroll * N];
-      if (gradient_storage_ == Storage::bf16) {
-        for (int u = 0; u < kUnroll; ++u) store_bfloat16(packed + u * N, g[u]);
-      } else {
-        R run[kUnroll * N];
-        for (int u = 0; u < kUnroll; ++u) store(run + u * N, g[u]);
-        store_run(packed, Storage::f16, 0, kUnroll * N, run);
-      }
-      static_assert(sizeof(packed) == sizeof(V));
-      stream(reinterpret_cast<float*>(static_cast<uint16_t*>(gradient_) + offset),
-             load(reinterpret_cast<const float*>(packed)));
+      store_run(packed, Storage::f16, 0, kUnroll * N, run);
+      stream(out, load(reinterpret_cast<const float*>(packed)));
     }
   }
 

@@ -130,6 +130,7 @@ class Planned {
       const auto begin = static_cast<int32_t>(segments_.size());
       cut_segments(y0, y1);
       bands_.push_back({y0, y1, begin, static_cast<int32_t>(segments_.size())});
+      plan.most_segments = std::max(plan.most_segments, static_cast<int>(segments_.size()) - begin);
       y0 = y1;
     }
     if (!plan.seg.on_pixels) {

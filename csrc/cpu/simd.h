@@ -196,11 +196,31 @@ COARSE_HD VecF load_bfloat16(const uint16_t* p) {
   memcpy(&x, p, sizeof(x));
   return bit_cast<VecF>(__builtin_convertvector(x, VecU32) << 16);
 }
-COARSE_HD void store_bfloat16(uint16_t* p, VecF v) {  // as float_to_bfloat16
+// In the upper half of each lane, as float_to_bfloat16.
+COARSE_HD VecU32 round_to_bfloat16(VecF v) {
   const VecU32 u = bit_cast<VecU32>(v);
-  const VecU32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  const VecU16 x = __builtin_convertvector(v == v ? rounded : ((u >> 16) | 0x40), VecU16);
+  return v == v ? u + 0x7fff + ((u >> 16) & 1) : u | 0x400000;
+}
+COARSE_HD void store_bfloat16(uint16_t* p, VecF v) {
+  const VecU16 x = __builtin_convertvector(round_to_bfloat16(v) >> 16, VecU16);
   memcpy(p, &x, sizeof(x));
+}
+
+// The upper halves of the lanes of a, and then of b.
+typedef uint16_t VecHalves __attribute__((vector_size(COARSE_SIMD_BYTES)));
+template <uint16_t... kLane>
+COARSE_HD VecHalves upper_halves(VecHalves a, VecHalves b, std::integer_sequence<uint16_t, kLane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (2 * kLane + 1)...);
+#else
+  return __builtin_shuffle(a, b, VecHalves{static_cast<uint16_t>(2 * kLane + 1)...});
+#endif
+}
+// Two vectors in the bits of one.
+COARSE_HD VecF pack_bfloat16(VecF low, VecF high) {
+  constexpr auto lanes = std::make_integer_sequence<uint16_t, COARSE_SIMD_BYTES / 2>{};
+  return bit_cast<VecF>(upper_halves(bit_cast<VecHalves>(round_to_bfloat16(low)),
+                                     bit_cast<VecHalves>(round_to_bfloat16(high)), lanes));
 }
 
 // dst[0..n) = src[0..n), from or to a storage type.
