@@ -339,14 +339,14 @@ def choose_groups(options: argparse.Namespace) -> list[Group]:
                 raise ValueError(f"problem: expected at most {most} threads, got {problem}")
         return [(Entry(problem, words or ("eager",)),) for problem in problems]
     groups = sets.read(kind, f"{kind}-full") if options.full else sets.read(kind)
-    if options.quick:
-        groups = sets.with_bars(groups)
     if words:
         groups = [tuple(Entry(entry.problem, words, entry.bars) for entry in group) for group in groups]
     if kind == "cpu":
         usable = len(cores(1 << 20))
         groups = [tuple(e for e in group if e.problem.threads <= usable) for group in groups]
         groups = [group for group in groups if group]
+    if options.quick:  # after those for more threads are gone, whose bar a group may have been kept for
+        groups = sets.with_bars(groups)
     if options.full and not words:  # wherever something is compiled, everything that can be
         groups = [tuple(_all_compiled(entry) for entry in group) for group in groups]
     return groups

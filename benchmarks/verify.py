@@ -22,9 +22,13 @@ from .providers import Provider, Thunk, setting
 
 # Relative error of the loss, and in 2-norm of each gradient, on the same (rounded) inputs.
 # float32: plain PyTorch and the kernels are within 5e-7, and 2e-6 with a transition; a wrong term or a dropped pixel shows at
-#   1e-3. 16 bits: the mathematics is float32, but a stored gradient has 8 bits of bfloat16, 2**-9 at worst.
+#   1e-3. 16 bits: the mathematics is float32, but a stored gradient has 8 bits of bfloat16,
+#   2**-9 at worst, or 11 of float16.
 LOSS_BOUND = {"fp32": 2e-6, "bf16": 2e-5, "fp16": 2e-5, "fp64": 1e-12}
-GRADIENT_BOUND = {"fp32": 5e-6, "bf16": 8e-3, "fp16": 8e-3, "fp64": 1e-10}
+GRADIENT_BOUND = {"fp32": 5e-6, "bf16": 8e-3, "fp16": 1e-3, "fp64": 1e-10}
+# float16 trains with a scaled loss (torch.amp.GradScaler begins here): of a mean over an image most of the gradient is below
+# what float16 has digits for, whoever computes it.
+LOSS_SCALE = {"fp16": 65536.0}
 # Where a pixel is sure and a negative drawing agrees, its gradient p - r is a difference of two numbers near 1, and nobody has
 # more than five digits of what is left: twice the error of the reference in the same dtype is allowed, up to this one.
 MOST_USUAL = 1e-4
@@ -57,6 +61,7 @@ class Call:
     def __init__(self, problem: Problem, provider: Provider, inputs: Inputs):
         self.problem, self.provider, self.inputs = problem, provider, inputs
         self.name = f"{problem} | {provider.name}"
+        self.loss_scale = LOSS_SCALE.get(problem.dtype, 1.0)
         self._thunk: Thunk | None = None
         self._held: Tensor | None = None
 
@@ -72,14 +77,17 @@ class Call:
         mode = self.problem.mode
         if mode == "b":
             assert self._held is not None
-            self._held.backward()
+            self._backward(self._held)
         elif mode in ("fb", "f"):
             self._held = self._thunk()
             if mode == "fb":
-                self._held.backward()
+                self._backward(self._held)
         else:
             with torch.no_grad():
                 self._held = self._thunk()
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss if self.loss_scale == 1.0 else loss * self.loss_scale).backward()
 
     def after(self) -> None:
         self._held = None
@@ -251,7 +259,7 @@ def errors_in_sample(call: Call, sample: list[dict[str, Part]]) -> dict[str, flo
     for parts in sample:
         for name, part in parts.items():
             own = call.inputs.leaves[name].grad
-            error = math.nan if own is None else _distance(own[..., part.rows, :], part.gradient)
+            error = math.nan if own is None else _distance(own[..., part.rows, :], part.gradient, call.loss_scale)
             found[name] = error if math.isnan(error) else max(error, found.get(name, 0.0))
     call.after()
     return found
@@ -269,17 +277,17 @@ def errors(call: Call, truth: Truth) -> dict[str, float]:
         found = {"loss": float((result.double() - truth.loss).abs() / truth.loss.abs())}
         for name, true in truth.gradients.items():
             own = inputs.leaves[name].grad
-            found[name] = math.nan if own is None else _distance(own, true)
+            found[name] = math.nan if own is None else _distance(own, true, call.loss_scale)
     call.after()
     return found
 
 
-def _distance(own: Tensor, true: Tensor) -> float:
-    """In 2-norm, relative; an image at a time, since the difference in float64 takes as much as the truth."""
+def _distance(own: Tensor, true: Tensor, scale: float) -> float:
+    """Of own / scale, in 2-norm, relative; an image at a time, since the difference in float64 takes as much as the truth."""
     squares = torch.zeros(2, dtype=torch.float64, device=true.device)
     for a, b in zip(own, true, strict=True):
         for one, other in zip(a, b, strict=True):
-            squares += torch.stack(((one.double() - other).square().sum(), other.square().sum()))
+            squares += torch.stack(((one.double() / scale - other).square().sum(), other.square().sum()))
     return float((squares[0] / squares[1]).sqrt())
 
 

@@ -163,6 +163,17 @@ def test_everybody_is_right(line: str) -> None:
         assert complaint(problem, usual) is None
 
 
+def test_gradients_of_a_mean_over_an_image_are_measured_in_float16() -> None:
+    """Nobody had the digits without a scaled loss: all were called wrong, and nobody was timed."""
+    problem = parse("c2 128x256 fp16")
+    inputs = make_inputs(problem)
+    call = Call(problem, provider(problem, "cpu"), inputs)
+    truth = find_truth(problem, inputs)
+    assert complaint(problem, errors(call, truth)) is None
+    call.loss_scale = 1.0
+    assert "class logits is off" in str(complaint(problem, errors(call, truth)))
+
+
 def test_what_float32_cannot_tell_is_allowed_and_no_more() -> None:
     problem = parse("c3 9x9")
     assert complaint(problem, {"field": 3e-5}, {"field": 2e-5}) is None
