@@ -15,7 +15,6 @@ from ..checking import check_taught, write_findings
 from ..config import DataConfig
 from ..data import FolderNotFound, open_split
 from ..data.findings import Part, check_files
-from ..data.images import MAX_PIXELS
 from ..data.inspect import inspect
 from ..run import look_at_folder, make_folder
 from .options import DrawnData
@@ -29,8 +28,6 @@ class CheckConfig(DrawnData):
     """Folder of negative drawings, the same."""
     splits: tuple[str, ...] = ("train", "val", "test")
     """Some of train, val and test; those but train that the data set has not got are passed over."""
-    max_pixels: int = MAX_PIXELS
-    """Images of more pixels are an error."""
     out: Path = Path("runs/check")
     """Folder to write: check.txt and check_SPLIT.png."""
     overwrite: bool = False

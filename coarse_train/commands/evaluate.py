@@ -46,7 +46,7 @@ class EvaluateConfig:
     skip_bad: bool = False
     """List and leave out images whose files are missing, damaged or inconsistent; without it the first is an error."""
     max_pixels: int | None = None
-    """Images of more pixels are an error; without it those of more than the run allowed."""
+    """Images and label maps of more pixels are an error; without it those of more than the run allowed."""
     out: Path | None = None
     """JSON file with all scores and the confusion matrix."""
     export: Path | None = None
