@@ -483,6 +483,53 @@ def test_images_of_more_pixels_than_the_limit_are_named_with_the_option_that_rai
         imported("labelme", source, tmp_path / "again")
 
 
+def test_after_more_has_been_drawn_the_folder_is_replaced_or_stays_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_tool("labelme", tmp_path / "export")
+    save_photo(source / "a.png")
+    out = tmp_path / "out"
+    command = ["import", "labelme", str(source), "--out", str(out)]
+    assert main([*command, "--classes", "road", "car"]) == 0
+    assert main([*command, "--split", "val", "--add"]) == 0
+    write_labelme(source, [labelme_shape(box) for box in BOXES[1:]])
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for more in ([], ["--split", "val", "--add"]):
+        capsys.readouterr()
+        assert main([*command, *more]) == 1
+        assert "--overwrite" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "coarse_train.exports.writing._save", lambda *_: (_ for _ in ()).throw(OSError("the disk is full"))
+        )
+        assert main([*command, "--overwrite", "--background", "ground"]) == 1
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert main([*command, "--split", "val", "--add", "--overwrite"]) == 0
+    splits = {split: open_split(DataConfig(dataset="folder", root=out), split) for split in ("train", "val")}
+    for split, expected_road in (("train", True), ("val", False)):
+        positive = splits[split].load(0).positive
+        assert positive is not None
+        assert bool((positive == 0).any()) == expected_road
+    assert main([*command, "--overwrite", "--background", "ground"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["classes.toml", "train"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_only_what_import_has_written_is_replaced(tmp_path: Path) -> None:
+    source = write_tool("labelme", tmp_path / "out" / "photos")
+    save_photo(source / "a.png")
+    (tmp_path / "out" / "classes.toml").write_text('[[class]]\nname = "road"\n[[class]]\nname = "car"\n')
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"out: expected a folder that import has written to overwrite, got .*out"):
+        imported("labelme", source, tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "classes.toml").write_text("# made by coarse-train import\n")
+    with pytest.raises(
+        ValueError, match=r"out: expected a folder without the export to overwrite, got .* with .*photos"
+    ):
+        imported("labelme", source, tmp_path / "out", overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_links_lead_to_the_images_but_for_those_that_are_turned(tmp_path: Path) -> None:
     source = tmp_path / "export"
     save_photo(source / "a.png")

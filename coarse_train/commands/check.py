@@ -9,6 +9,7 @@ A file that has not changed since is not read again: what was found is remembere
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..checking import check_taught, write_findings
@@ -31,12 +32,18 @@ class CheckConfig(DrawnData):
     out: Path = Path("runs/check")
     """Folder to write: check.txt and check_SPLIT.png."""
     overwrite: bool = False
-    """Replace them."""
+    """Write into a folder with other files, too; they stay. Those of an earlier check are replaced in any case."""
+
+
+def _own(folder: Path) -> bool:
+    """Whether there is nothing but what a check has written."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return "check.txt" in names and all(name == "check.txt" or fnmatchcase(name, "check_*.png") for name in names)
 
 
 def run_check(config: CheckConfig) -> list[Part]:
     """Print, write. Raises ValueError where a file is bad, palettes contradict each other, or nothing teaches a class."""
-    look_at_folder("out", config.out, overwrite=config.overwrite)
+    look_at_folder("out", config.out, overwrite=config.overwrite or _own(config.out))
     data = DataConfig(
         dataset=config.dataset,
         root=config.root,

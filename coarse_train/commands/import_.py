@@ -29,6 +29,7 @@ from ..exports.source import Entry, Export, Picture, Source
 from ..exports.writing import Drawing, Written, paths_of, write_split
 from ..run import look_at_folder
 
+_HEAD = "# made by coarse-train import"  # of classes.toml
 # What reading damaged data may raise beside ValueError and OSError, whose texts say what is wrong
 _DAMAGE = (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
 
@@ -42,7 +43,7 @@ class ImportConfig:
     source: tyro.conf.Positional[Path]
     """The unpacked export: its folder, or its one file."""
     out: Path
-    """Folder to write, with classes.toml; it must not exist (but see `add`)."""
+    """Folder to write, with classes.toml; it must not exist (but see `add` and `overwrite`)."""
     images: Path | None = None
     """Folder of the images, where they are not in the export."""
     kind: Annotated[Literal["positives", "masks"], tyro.conf.arg(name="as")] = "positives"
@@ -71,6 +72,8 @@ class ImportConfig:
     """Symbolic links to the images instead of copies; images with an orientation tag are saved anew all the same."""
     add: bool = False
     """Add a split to an `out` that lacks it; classes are those of its classes.toml."""
+    overwrite: bool = False
+    """Replace what this command has written into `out`; with `add` the splits that are imported, and no others."""
     max_pixels: int = MAX_PIXELS
     """Images and label maps of more pixels are an error: a small file may be made to fill the memory."""
     skip_bad: bool = False
@@ -121,9 +124,11 @@ def run_import(config: ImportConfig) -> Path:
 
 def _check(config: ImportConfig) -> None:
     if not config.add:
-        look_at_folder("out", config.out, overwrite=False)
+        look_at_folder("out", config.out, overwrite=config.overwrite)
     elif not (config.out / "classes.toml").is_file():
         raise ValueError(f"add: expected an out with classes.toml, got {config.out} without")
+    if config.overwrite and config.out.is_dir() and any(config.out.iterdir()):
+        _check_replaceable(config)
     if not 0 <= config.val_share <= 0.9 or (config.val_share and config.split != "train"):
         raise ValueError(f"val_share: expected 0 to 0.9, with split train, got {config.val_share} with {config.split}")
     if not 1 <= config.line_width <= 1000:
@@ -138,6 +143,16 @@ def _check(config: ImportConfig) -> None:
         raise ValueError(f"masks: expected none with --as masks, which all are, got {config.masks}")
     if config.keep_empty and not (config.background and (config.kind == "masks" or config.masks)):
         raise ValueError("keep_empty: expected --as masks and a background, without which such images say nothing")
+
+
+def _check_replaceable(config: ImportConfig) -> None:
+    """What is deleted is only what this command has made, and never what it reads."""
+    table = config.out / "classes.toml"
+    if not (table.is_file() and _HEAD in table.read_text(encoding="utf-8", errors="replace")):
+        raise ValueError(f"out: expected a folder that import has written to overwrite, got {config.out}")
+    for path in (config.source, config.images):
+        if path is not None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(config.out)):
+            raise ValueError(f"out: expected a folder without the export to overwrite, got {config.out} with {path}")
 
 
 def _load(entries: Sequence[Entry], config: ImportConfig) -> _Loaded:
@@ -246,18 +261,26 @@ def _appearing(config: ImportConfig, parts: dict[str, list[Picture]]) -> Iterato
     """A folder beside ``out`` that is renamed at the end, or with ``add`` its splits; on an error it goes."""
     out = Path(os.path.abspath(config.out))
     taken = [split for split in parts if (out / split).exists()]
-    if config.add and (taken or ("train" in parts and (out / "images").is_dir())):
-        raise ValueError(f"add: expected {out} without {taken[0] if taken else 'images'}, got one that has it")
+    flat = "train" in parts and (out / "images").is_dir()
+    if config.add and (flat or (taken and not config.overwrite)):
+        more = "" if flat else "; --overwrite replaces it"
+        raise ValueError(f"add: expected {out} without {'images' if flat else taken[0]}, got one that has it{more}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary, out.name or "out")  # one that has the usual permissions
         folder.mkdir()
         yield folder
-        if not config.add:
-            os.rename(folder, out)
-        else:
-            for split in parts:
-                os.rename(folder / split, out / split)
+        moves = {folder / split: out / split for split in parts} if config.add else {folder: out}
+        for number, (new, place) in enumerate(moves.items()):
+            before = Path(temporary, f"before {number}")
+            if place.exists():
+                os.rename(place, before)
+            try:
+                os.rename(new, place)
+            except OSError:
+                if before.exists():
+                    os.rename(before, place)
+                raise
 
 
 def _write_classes(classes: Classes, path: Path) -> None:
@@ -266,7 +289,7 @@ def _write_classes(classes: Classes, path: Path) -> None:
         f"\n[[class]]\n{name}id = {number}\ncolour = {list(colour)}\n"
         for name, number, colour in zip(names, classes.file_ids, classes.colours, strict=True)
     ]
-    path.write_text("# 255 in a label map: nothing is drawn there\n" + "".join(tables), encoding="utf-8")
+    path.write_text(f"{_HEAD}; 255 in a label map: nothing is drawn there\n" + "".join(tables), encoding="utf-8")
 
 
 def _notes(pictures: Sequence[Picture], export: Export, source: Source, classes: Classes) -> Iterator[str]:
