@@ -597,6 +597,6 @@ def test_the_commands_of_the_page_are_understood() -> None:
     lines = [line for line in page.splitlines() if line.startswith("    coarse-train import ")]
     read = [tyro.cli(ImportConfig, args=shlex.split(line, comments=True)[2:]) for line in lines]
     assert {config.tool for config in read} == set(TOOLS)
-    options = set(re.findall(r"`(--[a-z-]+)", page)) - {"--positive", "--labelflags"}
+    options = set(re.findall(r"`(--[a-z-]+)", page)) - {"--positive", "--labelflags", "--steps"}
     known = {f"--{field.name.replace('_', '-')}" for field in fields(ImportConfig)} | {"--as"}
     assert options <= known
