@@ -133,9 +133,6 @@ def _decoded(path: Path) -> tuple[Image.Image, str, str, bool]:
         # not by its path: from a mapped TIFF that is to be turned by 90 degrees Pillow 13 takes rows of the wrong length
         with open(path, "rb") as file, open_image(file, path) as image:
             kind = image.format or "unknown"
-            pages = 1 if kind == "MPO" else getattr(image, "n_frames", 1)
-            if pages > 1:
-                raise Refused(f"{path}: expected a file with one picture, got {pages} pages or frames; split it")
             packing = _packing(image)
             tag = _orientation(image) if kind == "TIFF" else 1  # Pillow turns it when it is loaded, and deletes the tag
             image.load()
@@ -169,7 +166,7 @@ def _packing(image: Any) -> str:
 
 def open_image(file: Path | IO[bytes], name: Path | str) -> Image.Image:
     """As Pillow opens it, reading no pixel yet, but with `pixel_limit`: Pillow's own limit is that of a whole process, and
-    cannot be raised for one file. Raises `Refused`, naming it as ``name``."""
+    cannot be raised for one file. Raises `Refused`, naming it as ``name``, also where pages would be dropped."""
     with _opening:
         given, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -182,4 +179,8 @@ def open_image(file: Path | IO[bytes], name: Path | str) -> Image.Image:
         raise Refused(
             f"{name}: expected at most {_limit.get()} pixels, got {image.width}x{image.height}; --max-pixels {pixels} reads it"
         )
+    pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if pages > 1:
+        image.close()
+        raise Refused(f"{name}: expected a file with one picture, got {pages} pages or frames; split it")
     return image
