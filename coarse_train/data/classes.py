@@ -253,7 +253,7 @@ def _colour(number: int) -> str:
 def palette(count: int) -> tuple[RGB, ...]:
     """Colours that people with any colour vision can tell apart, Okabe and Ito's eight. Of more classes the next have these
     lighter and darker, since over the grey of an image brightness alone says nothing; then come steps of cividis."""
-    colours = OKABE_ITO[1:] + OKABE_ITO[:1]  # black last: on an overlay it looks like nothing
+    colours: tuple[RGB, ...] = OKABE_ITO[1:] + OKABE_ITO[:1]  # black last: on an overlay it looks like nothing
     if count <= len(colours):
         return colours[:count]
     lighter, darker = (tuple(_halfway(colour, to) for colour in OKABE_ITO[1:]) for to in (255, 0))
