@@ -25,6 +25,7 @@ from .commands.report import ReportConfig, run_report
 from .commands.simulate import SimulateConfig, run_simulate
 from .config import FitConfig, load_toml, recipe
 from .data import DATASETS
+from .data.images import MAX_PIXELS
 from .engine import NonFiniteStep, fit
 from .experiments.demo import DemoConfig, run_demo
 from .experiments.experiment import ExperimentConfig, run_experiment
@@ -57,6 +58,7 @@ def _simulate(config: SimulateConfig) -> None:
     out = run_simulate(config)
     given: dict[str, object] = {"root": config.root, "variant": config.variant, "limit": config.limit}
     given |= {kind: out / kind for kind in ("positives", "negatives") if (out / kind).is_dir()}
+    given |= {"max-pixels": config.max_pixels if config.max_pixels != MAX_PIXELS else None}
     options = [[f"--{name}", str(value)] for name, value in given.items() if value]
     print(shlex.join(["coarse-train", "fit", config.dataset, *itertools.chain.from_iterable(options)]))
 

@@ -6,7 +6,6 @@ FitConfig -> `fit(config)`        coarse-train fit camvid --root DIR --steps 500
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +15,7 @@ import cattrs
 import tomli_w
 import tyro
 
-import coarse_kernels
-
+from .data.images import MAX_PIXELS
 from .storage import read_text
 
 if sys.version_info >= (3, 11):
@@ -30,7 +28,6 @@ Naming = Literal["uniform", "objects", "estimated", "learned"]
 Measured = Literal["auto"]
 Balanced = Literal["balanced"]
 Supervision = Literal["drawings", "masks", "mixed", "then-masks", "mixed-then-masks"]
-_LARGEST_SEED = 2**31 - 1  # `engine.step_seed` stays below 2 ** 64
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class DataConfig:
     check: Literal["error", "note", "off"] = "error"
     """Every file is read once before the first step, and remembered. error: a class of your own table of which there is not one
     pixel to learn from stops the run; note: it is told; off: nothing is read beforehand."""
-    max_pixels: int = 178_956_970
+    max_pixels: int = MAX_PIXELS
     """Images and label maps of more pixels are an error: a small file may be made to fill the memory."""
     crop: tuple[int, int] | None = None
     """Height and width of training crops; without it whole images, which then must have one size."""
@@ -177,7 +174,8 @@ class FitConfig:
     """Weight of the dense masks in the loss (supervision masks or mixed)."""
     class_weight: tuple[float, ...] | Balanced | None = None
     """Weight of each class in the loss of positive drawings and of masks, in the order of the table; or balanced: the inverse
-    of its share of what these label in the training images (in 200 of them, evenly spread): all classes weigh the same."""
+    of its share of what these label in the training images (in 200 of them, evenly spread): all classes weigh the same.
+    Negative drawings have none, since what one names is not what is there; `negative.weight` is that of them all."""
 
     out: Path = Path("runs/fit")
     """Run folder: config.toml, metrics.jsonl, last.pt, best.pt, tensorboard, pictures."""
@@ -225,118 +223,6 @@ class FitConfig:
     select_steps: int | None = None
     """Steps of the short runs that choose, of which there are up to seven; without it a fifth of the run. 0: masks choose the
     checkpoint alone."""
-
-
-def check_config(config: FitConfig) -> None:
-    """Raises ValueError naming the field, what came and what was expected."""
-    at_least_one = ("steps", "batch_size", "accumulate", "save_every")
-    optional = ("evaluate_every", "threads")
-    if config.data.max_pixels < 1:
-        raise ValueError(f"max_pixels: expected a number >= 1, got {config.data.max_pixels}")
-    weights = config.class_weight
-    if isinstance(weights, tuple) and not (all(math.isfinite(w) and w >= 0 for w in weights) and any(weights)):
-        raise ValueError(f"class_weight: expected numbers >= 0, not all of them 0, got {weights}")
-    if config.data.workers < 0:
-        raise ValueError(f"workers: expected a number >= 0, got {config.data.workers}")
-    for name in (*at_least_one, *optional):
-        value = getattr(config, name)
-        if value is None and name in optional:
-            continue
-        if value < 1:
-            raise ValueError(f"{name}: expected a number >= 1, got {value}")
-    for owner, name, low, high in (
-        (config.optim, "warmup", 0.0, 1.0),
-        (config.optim, "hold", 0.0, 1.0),
-        (config.optim, "lr", 0.0, None),
-        (config.optim, "cm_lr", 0.0, None),
-        (config.optim, "weight_decay", 0.0, None),
-        (config.optim, "clip", 0.0, None),
-        (config, "seed", 0, _LARGEST_SEED),
-        (config.optim, "ema", 0.0, 1.0),
-        (config.optim, "finetune", 0.0, 1.0),
-        (config.optim, "finetune_lr", 0.0, None),
-        (config.data, "dense_share", 0.0, 1.0),
-        (config.optim, "momentum", 0.0, 1.0),
-        (config.data, "colour", 0.0, 1.0),
-        (config, "mask_weight", 0.0, None),
-        (config, "save_minutes", 0.0, None),
-        (config, "select_with", 0, None),
-        (config, "select_steps", 0, None),
-        (config, "pictures", 0, None),
-        (config, "opacity", 0.0, 1.0),
-    ):
-        value = getattr(owner, name)
-        if value is not None and not (math.isfinite(value) and low <= value and (high is None or value <= high)):
-            bound = f"from {low:g} to {high:g}" if high is not None else f">= {low:g}"
-            raise ValueError(f"{name}: expected a number {bound}, got {value}")
-    for side in ("positive", "negative"):
-        kind = getattr(config, side)
-        for name in ("weight", "trace_weight"):
-            value = getattr(kind, name)
-            if not (math.isfinite(value) and (value >= 0 or name == "trace_weight")):
-                raise ValueError(f"{side}.{name}: expected a number >= 0, got {value}")
-        if kind.weight == 0 and kind.cm != "none":
-            raise ValueError(f"{side}.cm: expected none where {side}.weight is 0, got {kind.cm!r}")
-        if kind.missing is not None and kind.cm != "none" and kind.structure != "full":
-            raise ValueError(f"{side}.missing: expected None with structure {kind.structure!r}, got {kind.missing}")
-        if kind.stride < 1:
-            raise ValueError(f"{side}.stride: expected a number >= 1, got {kind.stride}")
-        if isinstance(kind.pen, float) and not math.isfinite(kind.pen):
-            raise ValueError(f"{side}.pen: expected a number of pixels, auto or a file, got {kind.pen}")
-        if not kind.band >= 0 or (kind.band > 0 and kind.pen is None):
-            raise ValueError(f"{side}.band: expected a number >= 0, and 0 without {side}.pen, got {kind.band}")
-    if config.negative.pen is not None:
-        raise ValueError(
-            f"negative.pen: expected None, since negative drawings need not follow outlines, got {config.negative.pen}"
-        )
-    if config.negative.weight == 0 and config.transition == "learned":
-        raise ValueError("transition: expected none to be learned where negative.weight is 0, got 'learned'")
-    if config.select_steps is not None and not config.select_with:
-        raise ValueError(f"select_steps: expected --select-with, which it belongs to, got {config.select_steps} alone")
-    if config.select_steps == 1:
-        raise ValueError("select_steps: expected 0, for no choice, or at least 2, got 1")
-    if config.data.supervision.endswith("masks") and config.mask_weight == 0:
-        raise ValueError(f"mask_weight: expected a number above 0 with supervision {config.data.supervision}, got 0")
-    _check_masks(config)
-    available = coarse_kernels.available_backends()
-    if config.backend is not None and config.backend not in available:
-        raise ValueError(f"backend: expected one that can run here {available}, got {config.backend!r}")
-
-
-def _check_masks(config: FitConfig) -> None:
-    """Which masks are read, and for what."""
-    supervision, dense = config.data.supervision, config.data.dense_images
-    measured = config.positive.pen == "auto"
-    if measured and supervision == "masks":
-        raise ValueError("positive.pen: expected None with supervision masks, which reads no drawings, got 'auto'")
-    expected = None
-    if dense < 0:
-        expected = "a number >= 0"
-    elif config.data.dense_split == "val" and supervision != "then-masks":
-        raise ValueError(f"dense_split: expected train with supervision {supervision}, got 'val'")
-    elif dense == 0 and supervision not in ("drawings", "masks"):
-        expected = f"a number >= 1 with supervision {supervision}"
-    elif dense == 0 and measured:
-        expected = "a number >= 1 with positive.pen auto, which is measured on images with a mask and a drawing"
-    elif dense > 0 and supervision == "drawings" and not measured:
-        expected = "0 with supervision drawings, unless positive.pen is auto"
-    if expected is not None:
-        raise ValueError(f"dense_images: expected {expected}, got {dense}")
-    if config.data.dense_split == "val":
-        if config.select_with not in (0, dense):
-            raise ValueError(
-                f"select_with: expected 0 or as many as dense_images, {dense}, with dense_split val, which learns from those "
-                f"masks, got {config.select_with}"
-            )
-        if measured:
-            raise ValueError("positive.pen: expected None, a number or a file with dense_split val, got 'auto'")
-    share = config.data.dense_share
-    if share is not None and (not 0 < share < 1 or not supervision.startswith("mixed")):
-        raise ValueError(
-            f"dense_share: expected a number between 0 and 1 with supervision mixed, else None, got {share}"
-        )
-    if supervision.endswith("then-masks") and not 0 < config.optim.finetune < 1:
-        raise ValueError(f"finetune: expected a number between 0 and 1, got {config.optim.finetune}")
 
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -492,7 +378,6 @@ __all__ = [
     "FitConfig",
     "ModelConfig",
     "OptimConfig",
-    "check_config",
     "from_dict",
     "load_toml",
     "recipe",

@@ -25,23 +25,21 @@ from torch.utils.data import DataLoader
 from . import run
 from .advice import describe_risks
 from .checking import check_run
-from .config import FitConfig, anchored, check_config, from_dict, to_dict, to_toml
-from .criterion import Counts, Criterion, open_class_weights, open_transition
+from .config import FitConfig, anchored, from_dict, to_dict, to_toml
+from .criterion import open_class_weights, open_transition
 from .data import Sample, describe_source, open_split
 from .data.sampler import StepSampler
 from .data.segmentation import SegmentationData, open_pen
 from .distributed import World, join_world
 from .inference import score, transition_of
 from .interrupt import Interrupted, Watch, shield_worker
+from .learner import Learner, NonFiniteStep
 from .model import architecture_of, build_model
-from .parallel import Networks
 from .pen import describe_pen
 from .progress import show_progress
-from .schedule import Phase, make_optimizer, plan_phases, set_rates
+from .rules import check_config
+from .schedule import Phase, plan_phases
 from .selection import Splits, choose, describe_selection, open_splits
-
-_LEAST_SCALE = 2.0**-10  # of float16 losses: it begins at 65536, and such a gradient is no accident any more
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,6 @@ class FitResult:
     steps: int
     score: float
     loss: float
-
-
-class NonFiniteStep(FloatingPointError):
-    """The loss or the gradient of a step is not finite; the message names the file with the batch."""
 
 
 def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
@@ -104,14 +98,10 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
         transition = transition_of(resumed["model"]) if resumed else open_transition(config, source)
         architecture = resumed["architecture"] if resumed else None
         model = build_model(config, channels, classes, transition, architecture=architecture).to(world.device)
-        networks = Networks(model, config, world)
-        optimizer = make_optimizer(networks, config.optim)
-        scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
-        criterion = Criterion(config, open_class_weights(config, source, world.device))
+        learner = Learner(config, world, model, open_class_weights(config, source, world.device))
         best_score = last_score = math.nan
         if resumed:
-            networks.load(optimizer, resumed)
-            scaler.load_state_dict(resumed["scaler"])
+            learner.load(resumed)
             best_score, last_score = resumed["best_score"], resumed["last_score"]
         if world.is_main and (not resumed or changes != resumed["changes"]):
             written = to_toml(replace(config, resume=False, resume_changed=False))
@@ -130,6 +120,15 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
         ):
             log.say(line)
 
+        lasting = {  # of every checkpoint
+            "config": to_dict(config),
+            "classes": asdict(source.classes),
+            "channels": channels,
+            "data": facts,
+            "changes": changes,
+            "architecture": architecture_of(model.segmentation),
+        }
+
         # ---- steps
         loss, warned, left_out = math.nan, False, 0
         step, stop = start, None
@@ -137,43 +136,18 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
         watch = stack.enter_context(Watch(world, config.save_minutes))
         for step in range(start + 1, config.steps + 1):
             passes = list(itertools.islice(batches, config.accumulate))
-            torch.manual_seed(step_seed(config.seed, step, world.rank))
-            networks.call.train()
-            rate = set_rates(optimizer, config.optim, next(p for p in phases if step <= p.last), step)
-            # Counted before the first backward: the mean is over the whole step, all passes and all ranks.
-            counts = Counts(*world.sum(torch.stack([criterion.count(batch) for batch in passes]).sum(0)).tolist())
-            if not any(counts) and not warned:
+            taken = learner.step(step, next(p for p in phases if step <= p.last), passes)
+            loss = taken.values["loss"]
+            left_out += taken.left_out
+            if not taken.labelled and not warned:
                 log.say(f"note: not one pixel of step {step} has a label")
                 warned = True
-            parts = torch.zeros(4, device=world.device)
-            for number, batch in enumerate(passes, start=1):
-                batch = Sample(*(field.to(world.device, non_blocking=True) for field in batch))
-                with networks.synchronised(number == len(passes)):
-                    with torch.autocast(world.device.type, _DTYPES[config.precision], config.precision != "fp32"):
-                        output = networks.call(batch.image)
-                    part = criterion(output, batch, counts, scale=world.size)  # ranks average their gradients
-                    del output  # nor does the loss hold the logits: their gradients are formed
-                    scaler.scale(part.loss).backward()
-                parts += torch.stack([part.loss.detach() / world.size, *part[1:]])
-            loss, *nll = world.sum(parts).tolist()
-            scaler.unscale_(optimizer)
-            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf))
-            # float16 overflows now and then: its scaler leaves such a step out and halves the scale, until there is none left
-            overflows = scaler.is_enabled() and scaler.get_scale() > _LEAST_SCALE
-            if not math.isfinite(loss) or not (math.isfinite(norm) or overflows):
-                raise NonFiniteStep(_keep_bad_step(config, step, loss, norm, passes, networks, world))
-            left_out += not math.isfinite(norm)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            networks.update_average()
-            shares = {f"{name}_nll": x for name, x, n in zip(Counts._fields, nll, counts, strict=True) if n}
-            log.step(step, {"loss": loss, **shares, "lr": rate, "grad_norm": norm})
+            log.step(step, taken.values)
 
             # ---- score and keep
             improved = False
             if step % _evaluate_every(config) == 0 or step == config.steps:
-                kept, scored = networks.scored().eval(), None
+                kept, scored = learner.networks.scored().eval(), None
                 if validation is not None:
                     scored = validation, score(kept.segmentation, validation, world=world, channels=channels)
                     last_score = scored[1].meter.mean_iou()
@@ -185,19 +159,8 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
                     show_progress(log, config, step, kept, datasets[0], scored, world)
             stop, due = watch.look()
             if improved or due or stop or step % config.save_every == 0 or step == config.steps:
-                content = {
-                    "config": to_dict(config),
-                    "classes": asdict(source.classes),
-                    "channels": channels,
-                    "data": facts,
-                    "changes": changes,
-                    "architecture": architecture_of(model.segmentation),
-                    "step": step,
-                    "best_score": best_score,
-                    "last_score": last_score,
-                    "scaler": scaler.state_dict(),
-                    **networks.state(optimizer),
-                }
+                scores = {"best_score": best_score, "last_score": last_score}
+                content = {**lasting, "step": step, **scores, **learner.state()}
                 if world.is_main and improved:  # before last.pt, which says how good it is
                     run.save(config.out / "best.pt", content)
                 if world.is_main:
@@ -246,26 +209,8 @@ def _batches(loaders: list[DataLoader[Sample]]) -> Generator[Sample]:
         yield from SegmentationData.batches(loader)
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Of the random numbers of a step (dropout): no generator has to be kept in a checkpoint."""
-    return (seed * 1_000_003 + step) * 4_099 + rank
-
-
 def _evaluate_every(config: FitConfig) -> int:
     return config.evaluate_every or max(1, config.steps // 5)
 
 
-def _keep_bad_step(
-    config: FitConfig, step: int, loss: float, norm: float, passes: list[Sample], networks: Networks, world: World
-) -> str:
-    """Save what the step saw on this rank, and on the main one the parameters before it; returns the message."""
-    path = config.out / f"nonfinite_step{step}_rank{world.rank}.pt"
-    batch = [batch._asdict() for batch in passes]
-    content = {"step": step, "loss": loss, "grad_norm": norm, "batch": batch, "model": networks.parameters()}
-    what = f"the loss became {loss}" if not math.isfinite(loss) else f"the norm of the gradient became {norm}"
-    try:
-        run.save(path, content)
-        where = f"its batch is in {path}"
-    except run.CheckpointError as error:
-        where = str(error)
-    return f"{what} at step {step}; {where}. A lower --lr or --cm-lr, or --precision bf16 instead of fp16, may help"
+__all__ = ["FitResult", "NonFiniteStep", "fit"]

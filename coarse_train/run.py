@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .config import FitConfig, anchored, from_dict, to_dict
 from .data import Source
 from .distributed import World
-from .storage import CheckpointError, is_lfs_pointer, locked, write_text, write_whole
+from .storage import LFS_POINTER, CheckpointError, is_lfs_pointer, locked, write_text, write_whole
 
 FORMAT = 1  # of checkpoints
 # what may differ between a run and its continuation: nothing that changes a step
@@ -56,7 +56,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # unpickling fails in many ways
-        got = "a git-lfs pointer (`git lfs pull` fetches it)" if is_lfs_pointer(path) else "a damaged or foreign file"
+        got = LFS_POINTER if is_lfs_pointer(path) else "a damaged or foreign file"
         raise CheckpointError(f"{path}: expected a checkpoint, got {got}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__

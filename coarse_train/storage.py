@@ -19,7 +19,8 @@ from tqdm import tqdm
 # What file systems answer that have no locks, or no fsync of folders: some network and FUSE ones, Lustre without flock.
 _NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 _NO_LOCKS = _NOT_SUPPORTED | {errno.ENOLCK}
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # github.com/git-lfs/git-lfs, docs/spec.md
+LFS_POINTER = "a git-lfs pointer (`git lfs pull` fetches it)"  # in messages, where `is_lfs_pointer`
+_LFS_HEAD = b"version https://git-lfs.github.com/spec/"  # github.com/git-lfs/git-lfs, docs/spec.md
 
 
 class CheckpointError(RuntimeError):
@@ -92,10 +93,10 @@ def locked(path: Path) -> Iterator[bool]:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether git-lfs has left a few lines in place of the file; `git lfs pull` fetches it."""
+    """Whether git-lfs has left a few lines in place of the file."""
     try:
         with open(path, "rb") as file:
-            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+            return file.read(len(_LFS_HEAD)) == _LFS_HEAD
     except OSError:
         return False
 

@@ -291,3 +291,7 @@ def test_the_palette_gives_different_colours_to_as_many_classes_as_there_can_be(
         assert all(0 <= value <= 255 for colour in colours for value in colour)
     assert palette(3)[0] == (230, 159, 0)
     assert palette(8)[7] == (0, 0, 0)
+    many = np.array(palette(19), int)
+    apart = np.abs(many[:, None] - many[None]).max(2) + 255 * np.eye(19, dtype=int)
+    assert apart.min() > 30
+    assert np.ptp(many, axis=1).min() > 40  # none is a grey, which the image below them is

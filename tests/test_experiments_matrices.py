@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coarse_train.config import FitConfig, check_config
+from coarse_train.config import FitConfig
 from coarse_train.data import mnist
 from coarse_train.data.mnist import PROCESSES
 from coarse_train.experiments import experiment, sanity, structure, table, trace_weight
 from coarse_train.experiments.experiment import ExperimentConfig, Part, Result, run_experiment
 from coarse_train.experiments.table import Cell, Row, config_of
+from coarse_train.rules import check_config
 
 
 def _cell(row: str, miou: float, cm_error: float | None = None, *, seed: int = 0, **more: Any) -> Cell:

@@ -230,6 +230,14 @@ BAD = {
         labelme_with(imageHeight=11),
         "a.json: expected 16x12 pixels as .*a.png has, got 16x11; is it the image",
     ),
+    "pages": (
+        "labelme",
+        lambda folder: (
+            Image.fromarray(photo()).save(folder / "a.tif", save_all=True, append_images=[Image.fromarray(photo(1))]),
+            write_labelme(folder, SHAPES, imagePath="a.tif"),
+        ),
+        "a.tif: expected a file with one picture, got 2 pages or frames; split it",
+    ),
     "no image": (
         "labelme",
         labelme_with(imagePath="b.png"),

@@ -130,6 +130,10 @@ def test_the_table_has_pixels_and_images_of_each_kind_and_class(
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "check.txt", *(f"check_{split}.png" for split in ("train", "val", "test"))
     }  # fmt: skip
+    # after something has been mended the same command is typed again; a folder with anything else is asked about
+    assert main(["check", "folder", "--root", str(root), "--out", str(tmp_path / "out")]) == 0
+    (tmp_path / "out" / "notes.txt").touch()
+    assert main(["check", "folder", "--root", str(root), "--out", str(tmp_path / "out")]) == 1
 
 
 def test_drawings_lie_on_top_of_their_images_in_the_contact_sheet(tmp_path: Path) -> None:

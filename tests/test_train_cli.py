@@ -75,6 +75,18 @@ def test_simulate_says_what_to_do_with_the_drawings(tmp_path: Path, capsys: pyte
     ]
 
 
+@pytest.mark.parametrize("command", ["check", "simulate", "pen"])
+def test_the_option_that_a_message_names_is_one_of_the_command(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = data_trees.write_folder_tree(tmp_path / "data")
+    options = ["folder", "--root", str(root), "--out", str(tmp_path / "out"), "--max-pixels"]
+    assert main([command, *options, "383"]) == 1
+    assert "expected at most 383 pixels, got 24x16; --max-pixels 384 reads it" in capsys.readouterr().err
+    assert main([command, *options, "384", "--overwrite"]) == 0
+    assert command != "simulate" or "--max-pixels 384" in capsys.readouterr().out
+
+
 def test_drawings_by_hand_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = tmp_path / "mine" / "positives" / "hand.png"
     mine.parent.mkdir(parents=True)

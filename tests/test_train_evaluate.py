@@ -231,7 +231,7 @@ def test_what_is_confused_most_is_said_by_name(tmp_path: Path, capsys: pytest.Ca
     assert result["most_confused"] == [["wall", "ground", 25.0], ["sky", "tree", 100.0]]
     assert result["collapse"] is None
     assert capsys.readouterr().out.endswith(
-        "most confused, in percent of the class's pixels\n"
+        "most confused, the most pixels first, in percent of the class's pixels\n"
         "wall             25.00  predicted as ground\n"
         "sky             100.00  predicted as tree\n"
     )

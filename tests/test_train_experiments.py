@@ -13,13 +13,14 @@ import pytest
 from matplotlib.figure import Figure
 
 from coarse_train.cli import main
-from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, ModelConfig, check_config, recipe
+from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, ModelConfig, recipe
 from coarse_train.data import open_split
 from coarse_train.experiments import experiment, few_masks, noise_map, select
 from coarse_train.experiments.corrector import corrected
 from coarse_train.experiments.experiment import ExperimentConfig, Name, Part, Result, quick, run_parts
 from coarse_train.experiments.redrawn import redrawn, widened
 from coarse_train.experiments.table import Cell, config_of
+from coarse_train.rules import check_config
 
 from . import data_trees
 

@@ -16,12 +16,13 @@ from coarse_train import advice, selection
 from coarse_train import run as run_folder
 from coarse_train.advice import describe_risks
 from coarse_train.cli import main
-from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, ModelConfig, OptimConfig, check_config, load_toml
+from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, ModelConfig, OptimConfig, load_toml
 from coarse_train.data import IGNORE, Subset, open_split
 from coarse_train.data.sampler import StepSampler
 from coarse_train.data.segmentation import choose_dense
 from coarse_train.distributed import join_world
 from coarse_train.engine import fit
+from coarse_train.rules import check_config
 from coarse_train.schedule import plan_phases
 from coarse_train.selection import Splits, candidates, choose, open_splits
 

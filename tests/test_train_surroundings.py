@@ -20,6 +20,7 @@ import torch
 from coarse_train import __main__, cli, storage
 from coarse_train import run as run_folder
 from coarse_train.commands.evaluate import EvaluateConfig, run_evaluate
+from coarse_train.commands.import_ import ImportConfig, run_import
 from coarse_train.config import DataConfig, FitConfig, ModelConfig, load_toml
 from coarse_train.data.classes import read_classes
 from coarse_train.data.images import read_image
@@ -27,6 +28,7 @@ from coarse_train.distributed import join_world
 from coarse_train.engine import fit
 from coarse_train.storage import CheckpointError
 from tests import data_trees
+from tests.tool_exports import BOXES, labelme_shape, write_labelme
 
 ROOT = Path(__file__).resolve().parents[1]
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
@@ -239,6 +241,13 @@ def test_what_git_lfs_left_in_place_of_a_file_is_named(tmp_path: Path) -> None:
         run_folder.load(tmp_path / "last.pt")
     with pytest.raises(ValueError, match=r"image.png: expected a complete image file, got a git-lfs pointer"):
         read_image(tmp_path / "image.png")
+    for tool, name, what in (("labelme", "a.json", "JSON"), ("cvat", "annotations.xml", "XML")):
+        (tmp_path / name).write_bytes(LFS)
+        with pytest.raises(ValueError, match=rf"{name}: expected {what}, got a git-lfs pointer"):
+            run_import(ImportConfig(tool, tmp_path / name, tmp_path / "out"))
+    write_labelme(tmp_path, [labelme_shape(BOXES[0])], imagePath="image.png")
+    with pytest.raises(ValueError, match=r"image.png: expected an image, got a git-lfs pointer"):
+        run_import(ImportConfig("labelme", tmp_path / "a.json", tmp_path / "out"))
 
 
 @pytest.mark.parametrize(

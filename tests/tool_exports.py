@@ -15,6 +15,8 @@ from coarse_train.data.classes import IGNORE
 
 SIZE = (12, 16)  # height, width
 FORMS = ("polygon", "box", "mask")
+TOOLS = ("labelme", "coco", "cvat", "voc", "labelstudio")
+IMAGES = {"labelme": ".", "coco": "images", "cvat": "images", "voc": "JPEGImages", "labelstudio": "."}  # in an export
 
 
 class Box(NamedTuple):
@@ -145,15 +147,22 @@ def coco_annotation(box: Box, form: str = "polygon") -> dict[str, Any]:
 
 
 def write_coco(folder: Path, annotations: list[dict[str, Any]], **image: Any) -> Path:
+    """Of one image."""
+    images = [{"id": 7, "file_name": "a.png", "height": SIZE[0], "width": SIZE[1], **image}]
+    return write_coco_images(folder, images, annotations)
+
+
+def write_coco_images(
+    folder: Path, images: list[dict[str, Any]], annotations: list[dict[str, Any]], name: str = "instances_default"
+) -> Path:
     categories = [
         {"id": 3, "name": "road"},
         {"id": 4, "name": "bus"},
         {"id": 5, "name": "car"},
         {"id": 9, "name": "not car"},
     ]
-    images = [{"id": 7, "file_name": "a.png", "height": SIZE[0], "width": SIZE[1], **image}]
     annotations = [{"id": number, **annotation} for number, annotation in enumerate(annotations)]
-    path = folder / "annotations" / "instances_default.json"
+    path = folder / "annotations" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"images": images, "categories": categories, "annotations": annotations}))
     return path
@@ -175,17 +184,25 @@ def cvat_element(box: Box, form: str = "polygon", more: str = "") -> str:
     return f'<mask {head} rle="{rle}" {place}>{flag}</mask>'
 
 
+def cvat_image(elements: list[str], name: str = "a.png", size: tuple[int, int] = SIZE, subset: str = "") -> str:
+    more = f' subset="{subset}" task_id="2"' if subset else ""  # of a project
+    return f'<image id="0" name="{name}"{more} width="{size[1]}" height="{size[0]}">{"".join(elements)}</image>'
+
+
 def write_cvat(folder: Path, elements: list[str], name: str = "a.png", size: tuple[int, int] = SIZE) -> Path:
+    return write_cvat_images(folder, [cvat_image(elements, name, size)])
+
+
+def write_cvat_images(folder: Path, images: list[str]) -> Path:
     labels = "".join(
         f"<label><name>{label}</name><color>{colour}</color><attributes></attributes></label>"
         for label, colour in (("road", "#804080"), ("bus", "#000001"), ("car", "#00008e"), ("not car", "#111111"))
     )
-    image = f'<image id="0" name="{name}" width="{size[1]}" height="{size[0]}">{"".join(elements)}</image>'
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "annotations.xml"
     path.write_text(
         f'<?xml version="1.0" encoding="utf-8"?>\n<annotations><version>1.1</version><meta><task><name>t</name>'
-        f"<labels>{labels}</labels></task></meta>{image}</annotations>"
+        f"<labels>{labels}</labels></task></meta>{''.join(images)}</annotations>"
     )
     return path
 
@@ -245,15 +262,32 @@ def write_tool(
     tool: str, folder: Path, boxes: tuple[Box, ...] = BOXES, form: str = "polygon", image: str = "a.png"
 ) -> Path:
     """The export of one image without the image; ``folder`` is what `coarse-train import` gets."""
+    return write_drawn(tool, folder, {image: boxes}, form)
+
+
+def write_drawn(tool: str, folder: Path, drawn: dict[str, tuple[Box, ...]], form: str = "polygon") -> Path:
+    """The export of some images, file name -> drawings, without the images: their folder is that of `IMAGES`."""
     if tool == "labelme":
-        write_labelme(folder, [labelme_shape(box, form) for box in boxes], imagePath=image)
+        for image, boxes in drawn.items():
+            write_labelme(folder, [labelme_shape(box, form) for box in boxes], Path(image).stem, imagePath=image)
     elif tool == "coco":
-        write_coco(folder, [coco_annotation(box, form) for box in boxes], file_name=image)
+        numbered = list(enumerate(drawn.items()))
+        images = [
+            {"id": number, "file_name": image, "height": SIZE[0], "width": SIZE[1]} for number, (image, _) in numbered
+        ]
+        every = [coco_annotation(box, form) | {"image_id": number} for number, (_, boxes) in numbered for box in boxes]
+        write_coco_images(folder, images, every)
     elif tool == "cvat":
-        write_cvat(folder, [cvat_element(box, form) for box in boxes], image)
+        write_cvat_images(
+            folder, [cvat_image([cvat_element(box, form) for box in boxes], image) for image, boxes in drawn.items()]
+        )
     elif tool == "voc":
-        write_voc(folder, [voc_object(box) for box in boxes], image)
+        for image, boxes in drawn.items():
+            write_voc(folder, [voc_object(box) for box in boxes], image)
     else:
-        results = [one for number, box in enumerate(boxes) for one in labelstudio_results(box, number, form)]
-        write_labelstudio(folder, [labelstudio_task(results, f"/data/upload/3/0a1b2c3d-{image}")])
+        tasks = []
+        for image, boxes in drawn.items():
+            results = [one for number, box in enumerate(boxes) for one in labelstudio_results(box, number, form)]
+            tasks.append(labelstudio_task(results, f"/data/upload/3/0a1b2c3d-{image}"))
+        write_labelstudio(folder, tasks)
     return folder

@@ -9,13 +9,13 @@ A file that has not changed since is not read again: what was found is remembere
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..checking import check_taught, write_findings
 from ..config import DataConfig
 from ..data import FolderNotFound, open_split
 from ..data.findings import Part, check_files
-from ..data.images import MAX_PIXELS
 from ..data.inspect import inspect
 from ..run import look_at_folder, make_folder
 from .options import DrawnData
@@ -29,17 +29,21 @@ class CheckConfig(DrawnData):
     """Folder of negative drawings, the same."""
     splits: tuple[str, ...] = ("train", "val", "test")
     """Some of train, val and test; those but train that the data set has not got are passed over."""
-    max_pixels: int = MAX_PIXELS
-    """Images of more pixels are an error."""
     out: Path = Path("runs/check")
     """Folder to write: check.txt and check_SPLIT.png."""
     overwrite: bool = False
-    """Replace them."""
+    """Write into a folder with other files, too; they stay. Those of an earlier check are replaced in any case."""
+
+
+def _own(folder: Path) -> bool:
+    """Whether there is nothing but what a check has written."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return "check.txt" in names and all(name == "check.txt" or fnmatchcase(name, "check_*.png") for name in names)
 
 
 def run_check(config: CheckConfig) -> list[Part]:
     """Print, write. Raises ValueError where a file is bad, palettes contradict each other, or nothing teaches a class."""
-    look_at_folder("out", config.out, overwrite=config.overwrite)
+    look_at_folder("out", config.out, overwrite=config.overwrite or _own(config.out))
     data = DataConfig(
         dataset=config.dataset,
         root=config.root,

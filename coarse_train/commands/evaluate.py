@@ -46,7 +46,7 @@ class EvaluateConfig:
     skip_bad: bool = False
     """List and leave out images whose files are missing, damaged or inconsistent; without it the first is an error."""
     max_pixels: int | None = None
-    """Images of more pixels are an error; without it those of more than the run allowed."""
+    """Images and label maps of more pixels are an error; without it those of more than the run allowed."""
     out: Path | None = None
     """JSON file with all scores and the confusion matrix."""
     export: Path | None = None
@@ -170,7 +170,7 @@ def table(result: dict[str, Any]) -> str:
         *(f"{name:{wide}}  {_cell(iou)}  {_cell(dice)}" for name, iou, dice in rows),
         f"{'mean':{wide}}  {_cell(result['mean_iou'])}  {_cell(result['mean_dice'])}",
         f"{'pixel accuracy':{wide}}  {_cell(result['pixel_accuracy'])}",
-        *(["", "most confused, in percent of the class's pixels"] if result["most_confused"] else []),
+        *(["", "most confused, the most pixels first, in percent of the class's pixels"] if result["most_confused"] else []),
         *(f"{true:{wide}}  {share:6.2f}  predicted as {other}" for true, other, share in result["most_confused"]),
         *([f"note: {result['collapse']}"] if result["collapse"] else []),
     ]

@@ -10,10 +10,11 @@ import os
 import shlex
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -22,11 +23,13 @@ import tyro
 from tqdm import tqdm
 
 from ..data.classes import Classes, palette, read_classes
+from ..data.images import MAX_PIXELS, pixel_limit
 from ..exports import read_export
 from ..exports.source import Entry, Export, Picture, Source
 from ..exports.writing import Drawing, Written, paths_of, write_split
 from ..run import look_at_folder
 
+_HEAD = "# made by coarse-train import"  # of classes.toml
 # What reading damaged data may raise beside ValueError and OSError, whose texts say what is wrong
 _DAMAGE = (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
 
@@ -40,11 +43,13 @@ class ImportConfig:
     source: tyro.conf.Positional[Path]
     """The unpacked export: its folder, or its one file."""
     out: Path
-    """Folder to write, with classes.toml; it must not exist (but see `add`)."""
+    """Folder to write, with classes.toml; it must not exist (but see `add` and `overwrite`)."""
     images: Path | None = None
     """Folder of the images, where they are not in the export."""
     kind: Annotated[Literal["positives", "masks"], tyro.conf.arg(name="as")] = "positives"
     """What shapes are: coarse drawings that say nothing of the rest of an image, or masks. Negatives stay negatives."""
+    masks: tuple[str, ...] = ()
+    """Images whose shapes are masks where those of the others are positives: patterns of SPLIT/NAME, such as "val/*"."""
     background: str | None = None
     """A class, the first, for what no shape covers in masks. Without it nothing is known there."""
     classes: tuple[str, ...] = ()
@@ -59,14 +64,18 @@ class ImportConfig:
     """Pixels; of lines and points, which have no width in the tools."""
     orientation: Literal["shown", "stored"] = "shown"
     """Whether the tool showed images as their orientation tag says, as all five do, or as they are stored."""
-    split: Literal["train", "val", "test"] = "train"
-    """Where the images go."""
+    split: Literal["train", "val", "test", "export"] = "train"
+    """Where the images go. export: as it says, by the subsets of CVAT, the ImageSets of VOC, the names of COCO's files."""
     val_share: float = 0
     """Of the images for train, so many go into val: 0 to 0.9. Which ones depends on their names alone."""
     link: bool = False
     """Symbolic links to the images instead of copies; images with an orientation tag are saved anew all the same."""
     add: bool = False
     """Add a split to an `out` that lacks it; classes are those of its classes.toml."""
+    overwrite: bool = False
+    """Replace what this command has written into `out`; with `add` the splits that are imported, and no others."""
+    max_pixels: int = MAX_PIXELS
+    """Images and label maps of more pixels are an error: a small file may be made to fill the memory."""
     skip_bad: bool = False
     """Leave out images with something wrong, and list them."""
     keep_empty: bool = False
@@ -93,26 +102,33 @@ def run_import(config: ImportConfig) -> Path:
     except (ValueError, OSError, *_DAMAGE) as error:
         raise ValueError(_explained(error, str(config.source), config.tool)) from error
     pictures, left_out = _load(export.entries, config)
-    classes = _class_table(pictures, export, source, config)
-    drawing = Drawing(classes, config.kind, config.background, frozenset(config.ignore), config.link, stored)
     parts = _split(pictures, config)
-    written = {}
+    masks = _masks(parts, config)
+    classes = _class_table(pictures, export, source, config)
+    ignored = frozenset(config.ignore)
+    drawing = Drawing(classes, "positives", config.background, ignored, config.link, stored, config.max_pixels)
+    written = {split: Written() for split in parts}
     with _appearing(config, parts) as folder:
         if not config.add:
             _write_classes(classes, folder / "classes.toml")
         for split, chosen in parts.items():
-            written[split] = write_split(chosen, drawing, folder / split)
+            for kind, wanted in (("positives", False), ("masks", True)):
+                own = [one for one in chosen if ((split, one.name) in masks) is wanted]
+                written[split].add(write_split(own, replace(drawing, kind=kind), folder / split))
             if not written[split].images:
                 raise ValueError(f"{config.source}: expected shapes of a class inside the images of {split}, got none")
-    _report(config, classes, written, [*export.notes, *_notes(pictures, export, source, classes)], left_out)
+    notes = [*export.notes, *_notes(pictures, export, source, classes), *_other_splits(pictures, config)]
+    _report(config, classes, written, notes, left_out)
     return config.out
 
 
 def _check(config: ImportConfig) -> None:
     if not config.add:
-        look_at_folder("out", config.out, overwrite=False)
+        look_at_folder("out", config.out, overwrite=config.overwrite)
     elif not (config.out / "classes.toml").is_file():
         raise ValueError(f"add: expected an out with classes.toml, got {config.out} without")
+    if config.overwrite and config.out.is_dir() and any(config.out.iterdir()):
+        _check_replaceable(config)
     if not 0 <= config.val_share <= 0.9 or (config.val_share and config.split != "train"):
         raise ValueError(f"val_share: expected 0 to 0.9, with split train, got {config.val_share} with {config.split}")
     if not 1 <= config.line_width <= 1000:
@@ -123,8 +139,20 @@ def _check(config: ImportConfig) -> None:
         config.classes or config.background not in (None, *read_classes(config.out / "classes.toml").names)
     ):
         raise ValueError(f"add: expected the classes of {config.out}/classes.toml, got others; leave out --classes")
-    if config.keep_empty and not (config.background and config.kind == "masks"):
+    if config.masks and config.kind == "masks":
+        raise ValueError(f"masks: expected none with --as masks, which all are, got {config.masks}")
+    if config.keep_empty and not (config.background and (config.kind == "masks" or config.masks)):
         raise ValueError("keep_empty: expected --as masks and a background, without which such images say nothing")
+
+
+def _check_replaceable(config: ImportConfig) -> None:
+    """What is deleted is only what this command has made, and never what it reads."""
+    table = config.out / "classes.toml"
+    if not (table.is_file() and _HEAD in table.read_text(encoding="utf-8", errors="replace")):
+        raise ValueError(f"out: expected a folder that import has written to overwrite, got {config.out}")
+    for path in (config.source, config.images):
+        if path is not None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(config.out)):
+            raise ValueError(f"out: expected a folder without the export to overwrite, got {config.out} with {path}")
 
 
 def _load(entries: Sequence[Entry], config: ImportConfig) -> _Loaded:
@@ -133,22 +161,27 @@ def _load(entries: Sequence[Entry], config: ImportConfig) -> _Loaded:
     problems: list[str] = []
     for entry in tqdm(entries, "reading", leave=False, disable=None):
         try:
-            pictures.append(entry.read())
+            with pixel_limit(config.max_pixels):
+                pictures.append(entry.read())
         except (ValueError, OSError, *_DAMAGE) as error:
             problems.append(_explained(error, entry.file, config.tool))
     if problems and not config.skip_bad:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(f"{problems[0]}{more}; --skip-bad leaves such images out")
-    empty = [picture.name for picture in pictures if not picture.shapes and not config.keep_empty]
-    pictures = sorted((picture for picture in pictures if picture.name not in set(empty)), key=lambda one: one.name)
-    if not pictures:
+    drawn = [picture for picture in pictures if picture.shapes or config.keep_empty]
+    left = [f"{one.name}: nothing is drawn on it" for one in pictures if not (one.shapes or config.keep_empty)]
+    if not drawn:
         why = f"; {problems[0]}" if problems else ""
-        raise ValueError(f"{config.source}: expected images with drawings, got {len(empty)} without and no other{why}")
-    twice = [name for name, count in Counter(paths_of(pictures)).items() if count > 1]
-    if twice:
-        files = [picture.file for picture in pictures if picture.name == twice[0]]
-        raise ValueError(f"{files[0]}: expected one image called {twice[0]!r}, got another in {files[-1]}; rename one")
-    return _Loaded(pictures, [*problems, *(f"{name}: nothing is drawn on it" for name in empty)])
+        raise ValueError(f"{config.source}: expected images with drawings, got {len(left)} without and no other{why}")
+    if config.split == "export":
+        left += [f"{one.name}: in no subset called train, val or test" for one in drawn if not one.split]
+        drawn = [picture for picture in drawn if picture.split]
+    if not drawn:
+        raise ValueError(
+            f"split: expected subsets called train, val or test in {config.source} (of CVAT; ImageSets of VOC; files of COCO), "
+            "got none; say --split train"
+        )
+    return _Loaded(sorted(drawn, key=lambda one: one.name), [*problems, *left])
 
 
 def _explained(error: Exception, file: str, tool: str) -> str:
@@ -189,6 +222,9 @@ def _class_table(pictures: Sequence[Picture], export: Export, source: Source, co
 
 def _split(pictures: Sequence[Picture], config: ImportConfig) -> dict[str, list[Picture]]:
     """The pictures of each split, by name. Validation: those whose names have the smallest hashes, as if by lot."""
+    if config.split == "export":
+        splits = sorted({picture.split for picture in pictures})
+        return {split: [picture for picture in pictures if picture.split == split] for split in splits}
     count = round(config.val_share * len(pictures))
     if config.val_share and not 0 < count < len(pictures):
         raise ValueError(f"val_share: expected some of {len(pictures)} images in either split, got {count} in val")
@@ -198,23 +234,53 @@ def _split(pictures: Sequence[Picture], config: ImportConfig) -> dict[str, list[
     return parts | ({"val": [picture for picture in pictures if picture.name in chosen]} if chosen else {})
 
 
+def _masks(parts: Mapping[str, Sequence[Picture]], config: ImportConfig) -> set[tuple[str, str]]:
+    """Split and name of the images whose shapes are masks. Raises ValueError where two images have one name."""
+    for chosen in parts.values():
+        for name, count in Counter(paths_of(chosen)).items():
+            if count > 1:
+                files, splits = zip(*((one.file, one.split) for one in chosen if one.name == name), strict=True)
+                more = ", or --split export" if len({*splits} - {""}) > 1 else ""
+                raise ValueError(
+                    f"{files[0]}: expected one image called {name!r}, got another in {files[-1]}; rename one{more}"
+                )
+    every = [(split, picture.name) for split, chosen in parts.items() for picture in chosen]
+    if config.kind == "masks":
+        return set(every)
+    found = {pattern: {one for one in every if fnmatchcase("/".join(one), pattern)} for pattern in config.masks}
+    for pattern, names in found.items():
+        if not names:
+            raise ValueError(
+                f"masks: expected patterns of SPLIT/NAME, such as {'/'.join(every[0])!r}, got {pattern!r}, which is none"
+            )
+    return set().union(*found.values())
+
+
 @contextmanager
 def _appearing(config: ImportConfig, parts: dict[str, list[Picture]]) -> Iterator[Path]:
     """A folder beside ``out`` that is renamed at the end, or with ``add`` its splits; on an error it goes."""
     out = Path(os.path.abspath(config.out))
     taken = [split for split in parts if (out / split).exists()]
-    if config.add and (taken or ("train" in parts and (out / "images").is_dir())):
-        raise ValueError(f"add: expected {out} without {taken[0] if taken else 'images'}, got one that has it")
+    flat = "train" in parts and (out / "images").is_dir()
+    if config.add and (flat or (taken and not config.overwrite)):
+        more = "" if flat else "; --overwrite replaces it"
+        raise ValueError(f"add: expected {out} without {'images' if flat else taken[0]}, got one that has it{more}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary, out.name or "out")  # one that has the usual permissions
         folder.mkdir()
         yield folder
-        if not config.add:
-            os.rename(folder, out)
-        else:
-            for split in parts:
-                os.rename(folder / split, out / split)
+        moves = {folder / split: out / split for split in parts} if config.add else {folder: out}
+        for number, (new, place) in enumerate(moves.items()):
+            before = Path(temporary, f"before {number}")
+            if place.exists():
+                os.rename(place, before)
+            try:
+                os.rename(new, place)
+            except OSError:
+                if before.exists():
+                    os.rename(before, place)
+                raise
 
 
 def _write_classes(classes: Classes, path: Path) -> None:
@@ -223,7 +289,7 @@ def _write_classes(classes: Classes, path: Path) -> None:
         f"\n[[class]]\n{name}id = {number}\ncolour = {list(colour)}\n"
         for name, number, colour in zip(names, classes.file_ids, classes.colours, strict=True)
     ]
-    path.write_text("# 255 in a label map: nothing is drawn there\n" + "".join(tables), encoding="utf-8")
+    path.write_text(f"{_HEAD}; 255 in a label map: nothing is drawn there\n" + "".join(tables), encoding="utf-8")
 
 
 def _notes(pictures: Sequence[Picture], export: Export, source: Source, classes: Classes) -> Iterator[str]:
@@ -241,6 +307,13 @@ def _notes(pictures: Sequence[Picture], export: Export, source: Source, classes:
         yield f"no class, since nothing is drawn of it: {', '.join(sorted(listed))}"
     if unused:
         yield f"a class that nothing is drawn of: {', '.join(unused)}"
+
+
+def _other_splits(pictures: Sequence[Picture], config: ImportConfig) -> Iterator[str]:
+    counts = Counter(picture.split for picture in pictures if picture.split)
+    if config.split != "export" and counts.keys() - {config.split}:
+        parts = ", ".join(f"{split} {count}" for split, count in sorted(counts.items()))
+        yield f"the export has splits of its own ({parts}), and all went into {config.split}: --split export keeps them apart"
 
 
 def _report(
@@ -266,12 +339,13 @@ def _report(
         )
     for name, count in total.contradicted.items():
         notes.append(f"{name!r} is drawn and ruled out at the same pixels of {count} image(s)")
-    if config.kind == "positives":
+    kinds = {split: {kind for _, kind in one.counts} for split, one in written.items()}
+    if config.background is None and any("masks" in found for found in kinds.values()):
+        notes.append("where nothing is drawn nothing is known (255); --background NAME makes it a class in masks")
+    elif any("positives" in found for found in kinds.values()):
         notes.append("where nothing is drawn nothing is known (255)")
-        if written.keys() & {"val", "test"}:
-            notes.append("scores need masks: draw those images densely and import them with --as masks")
-    elif config.background is None:
-        notes.append("where nothing is drawn nothing is known (255); --background NAME makes it a class")
+    if any("masks" not in kinds[split] for split in kinds.keys() & {"val", "test"}):
+        notes.append("scores need masks: draw those images densely and import them with --as masks")
     print("\n" + "\n".join(f"note: {note}" for note in notes))
     for line in left_out[:20]:
         print(f"left out: {line}")

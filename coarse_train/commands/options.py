@@ -7,10 +7,12 @@ from pathlib import Path
 
 import tyro
 
+from ..data.images import MAX_PIXELS
+
 
 @dataclass(frozen=True)
-class DrawnData:
-    """A data set, perhaps with drawings of one's own."""
+class NamedData:
+    """A data set."""
 
     dataset: tyro.conf.Positional[str] = "folder"
     """folder (your own), cityscapes, camvid, chasedb1, drive, les_av or mnist."""
@@ -18,5 +20,13 @@ class DrawnData:
     """Folder of the data set in its official layout (mnist: without it, the sample in the package)."""
     variant: str = ""
     """Which labels, where a data set has several; its module lists them. Empty: the usual ones."""
+    max_pixels: int = MAX_PIXELS
+    """Images and label maps of more pixels are an error: a small file may be made to fill the memory."""
+
+
+@dataclass(frozen=True)
+class DrawnData(NamedData):
+    """A data set, perhaps with drawings of one's own."""
+
     positives: Path | None = None
     """Folder of positive drawings, DIR/SPLIT/NAME.png; without it what the data set has."""

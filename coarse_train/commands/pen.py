@@ -55,6 +55,7 @@ def run_pen(config: PenConfig) -> PenReport:
         variant=config.variant,
         positives=config.positives,
         simulate=config.simulate,
+        max_pixels=config.max_pixels,
     )
     source = open_split(data, config.split)
 

@@ -49,7 +49,7 @@ class PredictConfig:
     workers: int = 0
     """Processes that read images; 0: the predicting process does."""
     max_pixels: int | None = None
-    """Images of more pixels are an error; without it those of more than the run allowed."""
+    """Images and label maps of more pixels are an error; without it those of more than the run allowed."""
     overwrite: bool = False
     """Write into a folder that is not empty; other files in it stay."""
 

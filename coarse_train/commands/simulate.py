@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import tyro
 from PIL import Image
 from tqdm import tqdm
 
@@ -31,20 +30,15 @@ from ..data import IGNORE, Source, open_split
 from ..data.classes import KINDS
 from ..run import look_at_folder
 from ..simulate import Process, draw_coarse, generator_for, level, pair_counts, shares
+from .options import NamedData
 
 _PARTS = ("positives", "negatives", "noise.json")  # what a folder of drawings consists of; noise.json comes last
 
 
 @dataclass(frozen=True)
-class SimulateConfig:
+class SimulateConfig(NamedData):
     """Draw coarse positive and negative labels for the images of a data set, from its dense masks."""
 
-    dataset: tyro.conf.Positional[str] = "folder"
-    """folder (your own), cityscapes, camvid, chasedb1, drive, les_av or mnist."""
-    root: Path | None = None
-    """Folder of the data set in its official layout (mnist: without it, the sample in the package)."""
-    variant: str = ""
-    """Which labels, where a data set has several; its module lists them. Empty: the usual ones."""
     splits: tuple[str, ...] = ("train", "val")
     """Some of train, val and test."""
     limit: int | None = None
@@ -88,7 +82,7 @@ def run_simulate(config: SimulateConfig) -> Path:
         raise ValueError(f"limit: expected a number >= 1, got {config.limit}")
     if not config.splits or len(set(config.splits)) != len(config.splits):
         raise ValueError(f"splits: expected each split once, got {config.splits}")
-    data = DataConfig(dataset=config.dataset, root=config.root, variant=config.variant)
+    data = DataConfig(dataset=config.dataset, root=config.root, variant=config.variant, max_pixels=config.max_pixels)
     sources = {split: open_split(data, split) for split in config.splits}
     classes = sources[config.splits[0]].classes
     process = _process(config, len(classes))

@@ -250,12 +250,22 @@ def _colour(number: int) -> str:
     return f"({number >> 16}, {number >> 8 & 255}, {number & 255})"
 
 
-def palette(count: int) -> tuple[tuple[int, int, int], ...]:
-    """Colours that people with any colour vision can tell apart: Okabe and Ito's eight, then steps of cividis."""
-    colours = OKABE_ITO[1:] + OKABE_ITO[:1]  # black last: on an overlay it looks like nothing
+def palette(count: int) -> tuple[RGB, ...]:
+    """Colours that people with any colour vision can tell apart, Okabe and Ito's eight. Of more classes the next have these
+    lighter and darker, since over the grey of an image brightness alone says nothing; then come steps of cividis."""
+    colours: tuple[RGB, ...] = OKABE_ITO[1:] + OKABE_ITO[:1]  # black last: on an overlay it looks like nothing
+    if count <= len(colours):
+        return colours[:count]
+    lighter, darker = (tuple(_halfway(colour, to) for colour in OKABE_ITO[1:]) for to in (255, 0))
+    colours = OKABE_ITO[1:] + lighter + darker + OKABE_ITO[:1]
     if count <= len(colours):
         return colours[:count]
     from matplotlib import colormaps  # in here: its import takes longer than opening a data set
 
-    more = colormaps["cividis"]([index / (count - len(OKABE_ITO)) for index in range(count - len(OKABE_ITO))])
+    more = colormaps["cividis"]([index / (count - len(colours)) for index in range(count - len(colours))])
     return colours + tuple((int(r), int(g), int(b)) for r, g, b in (more[:, :3] * 255).round())
+
+
+def _halfway(colour: RGB, to: int) -> RGB:
+    red, green, blue = ((value + to) // 2 for value in colour)
+    return red, green, blue

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from ..storage import is_lfs_pointer
+from ..storage import LFS_POINTER, is_lfs_pointer
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit, beyond which a small file may be made to fill the memory
 _GREY = ("1", "L", "LA")
@@ -120,7 +120,7 @@ def _check_lossless(path: Path, image: Image.Image, kind: str) -> None:
         )
 
 
-class _Refused(ValueError):
+class Refused(ValueError):
     """Not damaged, but not to be read either."""
 
 
@@ -131,26 +131,18 @@ def _decoded(path: Path) -> tuple[Image.Image, str, str, bool]:
         raise FileNotFoundError(f"{path}: expected an image file, got {'a folder' if path.is_dir() else 'none'}")
     try:
         # not by its path: from a mapped TIFF that is to be turned by 90 degrees Pillow 13 takes rows of the wrong length
-        with open(path, "rb") as file, _open(file) as image:
+        with open(path, "rb") as file, open_image(file, path) as image:
             kind = image.format or "unknown"
-            if image.width * image.height > _limit.get():
-                raise _Refused(
-                    f"{path}: expected at most {_limit.get()} pixels, got {image.width}x{image.height}; "
-                    f"--max-pixels {image.width * image.height} reads it"
-                )
-            pages = 1 if kind == "MPO" else getattr(image, "n_frames", 1)
-            if pages > 1:
-                raise _Refused(f"{path}: expected a file with one picture, got {pages} pages or frames; split it")
             packing = _packing(image)
             tag = _orientation(image) if kind == "TIFF" else 1  # Pillow turns it when it is loaded, and deletes the tag
             image.load()
             turned = max(tag, _orientation(image)) in range(2, 9)
             return ImageOps.exif_transpose(image) if turned else image, kind, packing, turned
-    except _Refused:
+    except Refused:
         raise
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error and more on damaged data
         if is_lfs_pointer(path):
-            got = "a git-lfs pointer (`git lfs pull` fetches it)"
+            got = LFS_POINTER
         elif isinstance(error, UnidentifiedImageError):
             got = "one of no format that is known"
         else:
@@ -172,11 +164,23 @@ def _packing(image: Any) -> str:
     return f"{parts[0]} scaled" if scaled else str(parts[0])
 
 
-def _open(file: BinaryIO) -> Image.Image:
-    """Pillow's own limit is that of a whole process and cannot be raised for one file."""
+def open_image(file: Path | IO[bytes], name: Path | str) -> Image.Image:
+    """As Pillow opens it, reading no pixel yet, but with `pixel_limit`: Pillow's own limit is that of a whole process, and
+    cannot be raised for one file. Raises `Refused`, naming it as ``name``, also where pages would be dropped."""
     with _opening:
         given, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(file)
+            image = Image.open(file)
         finally:
             Image.MAX_IMAGE_PIXELS = given
+    pixels = image.width * image.height
+    if pixels > _limit.get():
+        image.close()
+        raise Refused(
+            f"{name}: expected at most {_limit.get()} pixels, got {image.width}x{image.height}; --max-pixels {pixels} reads it"
+        )
+    pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if pages > 1:
+        image.close()
+        raise Refused(f"{name}: expected a file with one picture, got {pages} pages or frames; split it")
+    return image

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import DataConfig, FitConfig, changed, check_config, from_dict, to_dict
+from ..config import DataConfig, FitConfig, changed, from_dict, to_dict
 from ..data import Source, open_split
 from ..data.segmentation import SegmentationData, open_pen, plain
 from ..distributed import join_world
@@ -44,6 +44,7 @@ from ..engine import fit
 from ..inference import load_model, score
 from ..metrics import ConfusionMeter
 from ..model import CoarseModel, confusion_sums
+from ..rules import check_config
 from ..run import make_folder, write_text
 from ..simulate import pair_counts, shares
 

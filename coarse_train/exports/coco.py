@@ -9,7 +9,7 @@ lengths go down the columns, and as text each is a number of 5 bits a character 
 from the third on the difference to the one before the last. An annotation without a segmentation is its box. "attributes"
 is what CVAT and datumaro add. Tested against pycocotools, which is not used on files of strangers: 2.0.11 ends with a
 segmentation fault at a polygon's corner far from the image, and returns memory that it never wrote where counts are too
-few.
+few. Splits are told by the name of the file (instances_val2017.json) or of its folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from .geometry import Geometry, Polygon, Runs, as_points, rectangle
-from .source import Entry, Export, Picture, Source, read_json, safe_name
+from .source import Entry, Export, Picture, Source, read_json, safe_name, split_called
 
 
 def read(source: Source) -> Export:
@@ -59,7 +59,8 @@ def _picture(
             raise ValueError(f"expected a category of {sorted(categories)}, got {annotation['category_id']!r}")
         parts = _parts(annotation, size)
         shapes.append(source.shape(categories[annotation["category_id"]], parts, annotation.get("attributes")))
-    return Picture(safe_name(name), found, size, tuple(shapes), f"{path}, image {name!r}")
+    split = split_called(path.stem.removeprefix("instances_")) or split_called(base.name)
+    return Picture(safe_name(name), found, size, tuple(shapes), f"{path}, image {name!r}", split)
 
 
 def _parts(annotation: dict[str, Any], size: tuple[int, int]) -> list[Geometry]:

@@ -1,7 +1,7 @@
 """CVAT: annotations.xml of the export "CVAT for images 1.1", images/ beside it.
 
     <annotations><meta>... <label><name>car</name><color>#fa3253</color></label> ...</meta>
-      <image id="0" name="a.jpg" width="6" height="4">
+      <image id="0" name="a.jpg" width="6" height="4" subset="Validation">
         <polygon label="car" z_order="0" points="1.00,0.50;...">  <attribute name="negative">true</attribute>  </polygon>
         <box xtl="" ytl="" xbr="" ybr="" rotation="">  <ellipse cx="" cy="" rx="" ry="" rotation="">  <polyline points="">
         <mask rle="3, 2, 1" left="" top="" width="" height="">
@@ -9,7 +9,7 @@
 Source: https://docs.cvat.ai/docs/other/xml_format and `dataset_manager/formats` of CVAT. Points are (x, y) from the corner
 of the image; boxes and ellipses turn clockwise, in degrees, about their centre; run lengths go along the rows of the mask's
 rectangle and start with what is outside. Shapes of a higher z_order lie on top, of the same one the later. Tags say nothing
-about places and are left out.
+about places and are left out. Subsets are those of a project; its images lie in images/SUBSET.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from xml.etree.ElementTree import Element
 import numpy as np
 
 from .geometry import Geometry, Polygon, Runs, Size, Stroke, as_points, ellipse, rectangle
-from .source import Entry, Export, Picture, Source, read_xml, safe_name
+from .source import Entry, Export, Picture, Source, read_xml, safe_name, split_called
 
 _TYPES = "polygon, box, ellipse, polyline, points and mask"
 
@@ -58,7 +58,7 @@ def _picture(source: Source, path: Path, image: Element, where: str) -> Picture:
     for element in drawn:
         flags = {attribute.attrib["name"]: attribute.text for attribute in element.iterfind("attribute")}
         shapes.append(source.shape(element.get("label"), [_geometry(source, element, size)], flags))
-    return Picture(safe_name(name), found, size, tuple(shapes), where)
+    return Picture(safe_name(name), found, size, tuple(shapes), where, split_called(image.get("subset", "")))
 
 
 def _geometry(source: Source, element: Element, size: Size) -> Geometry:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from ..data.images import open_image
 from .geometry import Geometry, Polygon, Runs, Stroke, as_points, ellipse, rectangle
 from .source import Entry, Export, Picture, Source, read_json
 
@@ -67,7 +67,7 @@ def _geometry(source: Source, shape: dict[str, Any]) -> Geometry:
 
 def _mask(encoded: str, points: np.ndarray) -> Runs:
     try:
-        with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
+        with open_image(io.BytesIO(base64.b64decode(encoded)), "its mask") as image:
             mask = np.asarray(image) > 0
     except Exception as error:  # as of any image
         raise ValueError(f"expected a mask as a base64 PNG, got one that cannot be read ({error})") from error

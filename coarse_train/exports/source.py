@@ -12,20 +12,25 @@ import base64
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
+from unicodedata import normalize
 from xml.etree import ElementTree
 
 from PIL import ExifTags, Image, ImageOps
 
+from ..data.images import Refused, open_image
 from ..data.walk import IMAGE_SUFFIXES, find_files
+from ..storage import LFS_POINTER, is_lfs_pointer
 from .geometry import Geometry, Size
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 _YES = {"true", "yes", "1"}
+_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 class Shape(NamedTuple):
@@ -43,6 +48,7 @@ class Picture:
     name: relative path without suffix, in the new folder; never one that leaves it.
     image: its file, or the .json of labelme that holds it.
     file: what says so, for messages.
+    split: where the export says that it belongs, "train", "val" or "test", if it does.
     """
 
     name: str
@@ -50,6 +56,7 @@ class Picture:
     size: Size
     shapes: tuple[Shape, ...]
     file: str
+    split: str = ""
 
 
 class Entry(NamedTuple):
@@ -102,7 +109,8 @@ class Source:
         return found
 
     def find_image(self, recorded: str, *folders: Path, any_suffix: bool = False) -> Path:
-        """The image that an export calls ``recorded``: in ``images``, ``folders`` or the export, with its path or without.
+        """The image that an export calls ``recorded``: in ``images``, ``folders`` or the export, with its path or without, its
+        accents in one character with their letters or, as macOS leaves them, in two.
 
         Never a file outside of the export and ``images``. any_suffix: ``recorded`` has none.
         """
@@ -110,8 +118,10 @@ class Source:
         given = [] if self.images is None else [self.images]
         allowed = [os.path.abspath(folder) for folder in (*given, self.folder)]
         suffixes = [*IMAGE_SUFFIXES, *(suffix.upper() for suffix in IMAGE_SUFFIXES)] if any_suffix else [""]
+        ways = [normalize(form, wanted) for form in ("NFC", "NFD")]
+        tails = dict.fromkeys(tail for way in (wanted, *ways) for tail in (way, PurePosixPath(way).name))
         for folder in (*given, *folders, self.folder, self.folder / "images"):
-            for tail in dict.fromkeys((wanted, PurePosixPath(wanted).name)):
+            for tail in tails:
                 for suffix in suffixes:
                     path = Path(os.path.abspath(folder / f"{tail}{suffix}"))
                     if any(path.is_relative_to(base) for base in allowed) and os.path.isfile(path):
@@ -149,6 +159,11 @@ class Source:
         return name, False
 
 
+def split_called(name: str) -> str:
+    """ "Validation", "train2017" -> "val", "train"; "" for any other name."""
+    return _SPLITS.get(re.sub(r"\d*$", "", name.strip().lower()), "")
+
+
 def safe_name(recorded: str) -> str:
     """ "images/day 1/a.jpg" -> "day 1/a". No part of it leads upwards, is hidden, or names a drive."""
     path = PurePosixPath(PureWindowsPath(recorded).as_posix())
@@ -164,7 +179,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())  # UTF-8, UTF-16 or UTF-32
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, got a file that is damaged or something else ({error})") from error
+        raise ValueError(f"{path}: expected JSON, got {_what_else(path, error)}") from error
 
 
 def read_xml(path: Path) -> ElementTree.Element:
@@ -172,7 +187,11 @@ def read_xml(path: Path) -> ElementTree.Element:
     try:
         return ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise ValueError(f"{path}: expected XML, got a file that is damaged or something else ({error})") from error
+        raise ValueError(f"{path}: expected XML, got {_what_else(path, error)}") from error
+
+
+def _what_else(path: Path, error: Exception) -> str:
+    return LFS_POINTER if is_lfs_pointer(path) else f"a file that is damaged or something else ({error})"
 
 
 def image_file(path: Path) -> Path | io.BytesIO:
@@ -185,12 +204,15 @@ def image_file(path: Path) -> Path | io.BytesIO:
 def look_at(path: Path, *, stored: bool) -> tuple[Size, str, bool]:
     """Size, format, and whether there is an orientation tag that turns it. Raises ValueError naming the file."""
     try:
-        with Image.open(image_file(path)) as image:
+        with open_image(image_file(path), path) as image:
             turned = 1 < image.getexif().get(ExifTags.Base.Orientation, 1) <= 8
             width, height = upright(image, stored=stored).size if turned else image.size
             return (height, width), image.format or "", turned
+    except Refused:
+        raise
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error and more on damaged data
-        raise ValueError(f"{path}: expected an image, got one that cannot be read ({error})") from error
+        got = LFS_POINTER if is_lfs_pointer(path) else f"one that cannot be read ({error})"
+        raise ValueError(f"{path}: expected an image, got {got}") from error
 
 
 def upright(image: Image.Image, *, stored: bool) -> Image.Image:

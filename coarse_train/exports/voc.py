@@ -11,7 +11,8 @@ https://docs.cvat.ai/docs/dataset_management/formats/format-smask and `voc_forma
 (xmin, ymin) to (xmax, ymax), measured from the corner of the image, as labelImg, CVAT and Roboflow write it; the kit itself
 counts pixels from 1. Label maps are palette or RGB PNGs, matched by colour with labelmap.txt, without one with the kit's 20
 classes. A label called background, and without one black, is "nothing drawn"; so is the kit's 224,224,192 (its border). An
-image with a label map has no use for its boxes. In .xml files without Annotations/ (labelImg) all count.
+image with a label map has no use for its boxes. In .xml files without Annotations/ (labelImg) all count. Splits are
+ImageSets/Segmentation/{train,val,test}.txt where there are label maps, else ImageSets/Main.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from pathlib import Path
 from xml.etree.ElementTree import Element
 
 import numpy as np
-from PIL import Image
 
+from ..data.images import open_image
 from ..data.walk import find_files
+from ..storage import read_text
 from .geometry import Runs, Size, rectangle
-from .source import Entry, Export, Picture, Shape, Source, read_xml
+from .source import Entry, Export, Picture, Shape, Source, read_xml, split_called
 
 _NAMES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
@@ -45,10 +47,12 @@ def read(source: Source) -> Export:
     else:
         boxes = {} if maps else source.files(".xml", "SegmentationClass/*.png, Annotations/*.xml or labelImg's .xml")
     table = _label_map(base / "labelmap.txt") if maps else {}
+    splits = _splits(base / "ImageSets", ("Segmentation", "Main") if maps else ("Main", "Segmentation"))
     entries = []
     for name in sorted({*maps, *boxes}):
-        file = maps.get(name) or boxes[name]
-        entries.append(Entry(str(file), partial(_picture, source, name, maps.get(name), boxes.get(name), table)))
+        map_file, box_file = maps.get(name), boxes.get(name)
+        read_one = partial(_picture, source, name, map_file, box_file, table, splits.get(name, ""))
+        entries.append(Entry(str(map_file or box_file), read_one))
     colours = {label: colour for colour, label in table.items() if label != _BACKGROUND}
     both = len(maps.keys() & boxes.keys())
     notes = (f"{both} images have boxes and a label map: the label map was read",) if both else ()
@@ -56,7 +60,7 @@ def read(source: Source) -> Export:
 
 
 def _picture(
-    source: Source, name: str, map_file: Path | None, box_file: Path | None, table: dict[Colour, str]
+    source: Source, name: str, map_file: Path | None, box_file: Path | None, table: dict[Colour, str], split: str
 ) -> Picture:
     folders = [source.folder / "JPEGImages", *([box_file.parent] if box_file else [])]
     tree = None if box_file is None else read_xml(box_file)
@@ -70,9 +74,10 @@ def _picture(
     sides = [tree.findtext(f"size/{side}") for side in ("height", "width")] if tree is not None else [None]
     size = source.size(image, None if not all(sides) else (int(sides[0] or 0), int(sides[-1] or 0)))
     if map_file is not None:
-        return Picture(name, image, size, tuple(_of_map(source, map_file, table, image, size)), str(map_file))
+        return Picture(name, image, size, tuple(_of_map(source, map_file, table, image, size)), str(map_file), split)
     assert tree is not None
-    return Picture(name, image, size, tuple(_box(source, item) for item in tree.iterfind("object")), str(box_file))
+    shapes = tuple(_box(source, item) for item in tree.iterfind("object"))
+    return Picture(name, image, size, shapes, str(box_file), split)
 
 
 def _box(source: Source, item: Element) -> Shape:
@@ -82,7 +87,7 @@ def _box(source: Source, item: Element) -> Shape:
 
 
 def _of_map(source: Source, path: Path, table: dict[Colour, str], image: Path, size: Size) -> list[Shape]:
-    with Image.open(path) as opened:
+    with open_image(path, path) as opened:
         if opened.size != size[::-1]:
             got = f"{opened.size[0]}x{opened.size[1]}"
             raise ValueError(f"{path}: expected {size[1]}x{size[0]} pixels as {image} has, got {got}")
@@ -108,9 +113,7 @@ def _label_map(path: Path) -> dict[Colour, str]:
     table: dict[Colour, str] = {}
     if not path.is_file():
         return {_kit_colour(index): name for index, name in enumerate([_BACKGROUND, *_NAMES])}
-    for line in path.read_text(encoding="utf-8-sig").splitlines():
-        if not line.strip() or line.startswith("#"):
-            continue
+    for line in _lines(path):
         try:
             label, colour, *_ = line.split(":")
             red, green, blue = (int(value) for value in colour.split(","))
@@ -122,6 +125,27 @@ def _label_map(path: Path) -> dict[Colour, str]:
     if _BACKGROUND not in table.values():
         table.setdefault((0, 0, 0), _BACKGROUND)
     return table
+
+
+def _splits(folder: Path, kinds: tuple[str, ...]) -> dict[str, str]:
+    """Name -> split: of train.txt, val.txt and test.txt in the first of the folders that is there, a name a line."""
+    found: dict[str, str] = {}
+    lists = next((sorted((folder / kind).glob("*.txt")) for kind in kinds if (folder / kind).is_dir()), [])
+    for path in lists:
+        split = split_called(path.stem)
+        for name in (line.strip('"') for line in _lines(path) if split):
+            if found.setdefault(name, split) != split:
+                raise ValueError(f"{path}: expected each image in one split, got {name} in {found[name]}, too")
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    """Without empty ones and comments."""
+    try:
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def _kit_colour(index: int) -> Colour:

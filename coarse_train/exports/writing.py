@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data.classes import IGNORE, Classes
+from ..data.images import MAX_PIXELS, open_image, pixel_limit
 from ..data.walk import IMAGE_SUFFIXES
 from .source import Picture, Shape, image_file, look_at, upright
 
@@ -37,6 +38,7 @@ class Drawing:
     left_out: frozenset[str] = frozenset()
     link: bool = False
     stored: bool = False
+    max_pixels: int = MAX_PIXELS
 
     @cached_property
     def index(self) -> dict[str, int]:
@@ -138,13 +140,14 @@ def _save(labels: np.ndarray, path: Path, classes: Classes) -> None:
 
 def _write_image(picture: Picture, drawing: Drawing, folder: Path) -> bool:
     """Byte for byte, or as a link; True: as an upright PNG, since a tag turned it or its format is not read in training."""
-    _, kind, turned = look_at(picture.image, stored=drawing.stored)
+    with pixel_limit(drawing.max_pixels):
+        _, kind, turned = look_at(picture.image, stored=drawing.stored)
     embedded = picture.image.suffix.lower() == ".json"
     suffix = _FORMATS.get(kind, "") if embedded else picture.image.suffix
     path = folder / f"{picture.name}{suffix}"
     path.parent.mkdir(parents=True, exist_ok=True)
     if turned or suffix.lower() not in IMAGE_SUFFIXES:
-        with Image.open(image_file(picture.image)) as image:
+        with pixel_limit(drawing.max_pixels), open_image(image_file(picture.image), picture.image) as image:
             result = upright(image, stored=drawing.stored)
         if result.mode in ("CMYK", "YCbCr", "HSV", "LAB"):  # which PNG has not
             result = result.convert("RGB")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..storage import is_lfs_pointer, one_line
+from ..storage import LFS_POINTER, is_lfs_pointer, one_line
 from .blocks import normalisation
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which published weights expect
@@ -104,7 +104,7 @@ def _from_folder(folder: Path, num_classes: int, norm: str) -> Any:
         )
     except Exception as error:  # its readers raise errors of their own on damaged files
         pointers = [path for path in sorted(folder.iterdir()) if is_lfs_pointer(path)]
-        got = f"{pointers[0].name}, a git-lfs pointer (`git lfs pull` fetches it)" if pointers else one_line(error)
+        got = f"{pointers[0].name}, {LFS_POINTER}" if pointers else one_line(error)
         raise ValueError(f"weights: expected the weights of a SegFormer in {folder}, got {got}") from error
     missing = set(report["missing_keys"])
     if absent := sorted(key for key in missing if key.startswith("segformer.")):
