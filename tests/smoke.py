@@ -70,10 +70,11 @@ def compare() -> dict[str, float]:
     labels = torch.randint(0, CLASSES, (2, 2, *SIZE), dtype=torch.uint8)
     labels[torch.rand(labels.shape) < 0.2] = 255
     seg, coarse_seg = torch.randn(2, CLASSES, *SIZE), torch.randn(2, CLASSES, 6, 10)
+    start = 4 * torch.eye(CLASSES).reshape(1, CLASSES, CLASSES, 1, 1)  # as training would, or each call warns
     fields = {
-        "pixels": torch.randn(2, CLASSES, CLASSES, *SIZE),
-        "strided": torch.randn(2, CLASSES, CLASSES, 6, 10),
-        "one": torch.randn(1, CLASSES, CLASSES, 1, 1),
+        "pixels": start + torch.randn(2, CLASSES, CLASSES, *SIZE),
+        "strided": start + torch.randn(2, CLASSES, CLASSES, 6, 10),
+        "one": start + torch.randn(1, CLASSES, CLASSES, 1, 1),
     }
     negative = ck.uniform_transition(CLASSES)
     differences: dict[str, float] = {}
