@@ -9,6 +9,8 @@
 #   make bench-gpu   the same on a GPU, about eight minutes; fails where there is no GPU
 #   make bench-step  a 1024x2048 training step by each formulation of the loss, and the largest image that fits; 15 minutes
 #   make lint        ruff, mypy, clang-format        make format: apply them
+#   make release-check  sdist and wheel as strangers get them, from a fresh clone, into dist/ (CONTRIBUTING.md); ten minutes
+#   make licences    of everything in .venv: dist/LICENCES.md, and a bill of materials, dist/sbom.json
 #
 # TORCH overrides the torch that a new .venv gets, PYTHON the interpreter it is made from.
 #
@@ -33,7 +35,7 @@ endif
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/*.h')
 CXX_DEPENDENCIES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu) setup.py pyproject.toml
 
-.PHONY: train test check-cuda test-gpu bench bench-full bench-gpu bench-step tune lint format clean
+.PHONY: train test check-cuda test-gpu bench bench-full bench-gpu bench-step tune lint format release-check licences clean
 
 train: $(READY)
 	$(RUN) -m coarse_train demo $(ARGS)
@@ -73,12 +75,18 @@ format: $(VENV)/lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+release-check: $(VENV)/release
+	$(BIN)/python -m tests.release_check --torch "$(TORCH)" $(ARGS)
+
+licences: $(VENV)/release
+	$(BIN)/python -c "import sys; from tests import release_check as check; check.licences(sys.executable, check.DIST)"
+
 # torch first and pinned: unpinned, or as a dependency of a build environment, it comes with gigabytes of CUDA. The build
 # uses this very torch, hence no isolation.
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=64" wheel pybind11 ninja
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77.0.3" "pybind11>=2.13" ninja
 	touch $@
 
 $(VENV)/installed: $(VENV)/torch $(CXX_DEPENDENCIES)
@@ -86,9 +94,10 @@ $(VENV)/installed: $(VENV)/torch $(CXX_DEPENDENCIES)
 	$(BIN)/python -m coarse_kernels.env_report
 	touch $@
 
-$(VENV)/lint: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet -e ".[lint]" --no-build-isolation
+# What is compiled stays as it is.
+$(VENV)/lint $(VENV)/release: $(VENV)/%: $(VENV)/installed
+	COARSE_KERNELS_BUILD=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[$*]"
 	touch $@
 
 clean:
-	rm -rf build $(VENV) coarse_kernels/*.so *.egg-info
+	rm -rf build dist $(VENV) coarse_kernels/*.so coarse_kernels/not_built.json *.egg-info

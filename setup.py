@@ -1,7 +1,8 @@
-"""Builds the compiled modules, if it can. Without a compiler, without torch, or with COARSE_KERNELS_BUILD=0 the install
-still succeeds: the reference backend needs none of it, and `python -m coarse_kernels.env_report` says what is missing.
+"""Builds the compiled modules against the torch of the environment that they go into. Without a working compiler the install
+still succeeds: the reference backend needs none of it, says why at its first use, and `python -m coarse_kernels.env_report`
+says it again. Without torch nothing is built, and that is an error.
 
-COARSE_KERNELS_BUILD   auto (default): build, and go on without where that fails; 1: fail loudly; 0: do not build
+COARSE_KERNELS_BUILD   auto (default): build, and go on without a compiler; 1: fail there too; 0: do not build
 COARSE_CUDA            the same for the CUDA kernels. auto: where torch has CUDA and nvcc is found (CUDA_HOME)
 TORCH_CUDA_ARCH_LIST   their architectures; default 8.0;9.0;10.0;12.0+PTX, as far as nvcc knows them
 MAX_JOBS               parallel compile jobs (ninja); default: one for each core and each 2 GB of memory
@@ -9,12 +10,17 @@ MAX_JOBS               parallel compile jobs (ninja); default: one for each core
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 
 def switch(name: str) -> str:
@@ -42,56 +48,133 @@ CXX_FLAGS = [
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]
 ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 # 2.11: the oldest torch whose stable ABI has what the operators call. STABLE_ONLY keeps every other header out.
+OLDEST_TORCH = (2, 11)
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+# One binary for every Python from 3.10 on; a free-threaded one has no limited API.
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 JOB_BYTES = 2 << 30
+REASONS: dict[str, str] = {}  # why a module is missing; goes into the package, where native.py reads it
 
 
 def extensions() -> tuple[list, dict]:
-    """(ext_modules, cmdclass), or nothing with the reason printed."""
+    """(ext_modules, cmdclass)."""
     if MODE == "0":
         return [], {}
-    try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError as error:
-        return skip(f"cannot import what the build needs ({error}); install with --no-build-isolation")
+    if lacking := torch_lacking():
+        return [Extension("coarse_kernels._C", [])], {"build_ext": refusal(lacking)}
+    if sys.platform == "win32":
+        leave_out("_C", "the kernels are written in the vector types of GCC and Clang, which MSVC does not have")
+        return [], {}
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     operators = CppExtension(
         "coarse_kernels._C",
         [f"csrc/cpu/{name}.cpp" for name in CPU_SOURCES],
         extra_compile_args=[*CXX_FLAGS, *STABLE_ABI],
-        py_limited_api=True,
+        py_limited_api=LIMITED_API,
     )
-    modules = [operators, *cuda_extensions()]
-    try:
-        import pybind11
-    except ImportError:  # the operators do without
-        skip("the NumPy view `_native` needs pybind11")
-    else:
-        tools = CppExtension(
-            "coarse_kernels._native",
-            ["csrc/native.cpp"],
-            include_dirs=[pybind11.get_include()],
-            extra_compile_args=CXX_FLAGS,
-            extra_link_args=["-pthread"],  # std::thread, before glibc 2.34
-        )
-        tools.libraries = []  # no torch in it
-        tools.library_dirs = []
-        modules.append(tools)
-    for extension in modules:
-        # setuptools then copes with one that was not built
-        extension.optional = (CUDA_MODE if extension.name.endswith("_cuda") else MODE) != "1"
+    modules = [operators, *cuda_extensions(), *tools()]
     limit_jobs()
+    # where `python -m pip` puts ninja, in an environment that nobody activated
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
 
     class Build(BuildExtension):
         def run(self) -> None:
+            package = Path("." if self.inplace else self.build_lib, "coarse_kernels")
+            if not self.inplace:
+                self.extensions = [one for one in self.extensions if not one.name.endswith("_native")]
+                REASONS["_native"] = "a tool for work on the kernels, for one Python: editable installs have it"
             try:
                 super().run()
             except Exception as error:  # whatever a compiler, or its absence, may raise
-                if "1" in (MODE, CUDA_MODE):
-                    raise
-                skip(f"{type(error).__name__}: {error}")
+                for one in self.extensions:
+                    self.failed(one, error)
+            note_reasons(package)
+
+        def build_extension(self, extension: Extension) -> None:
+            try:
+                super().build_extension(extension)
+            except Exception as error:
+                self.failed(extension, error)
+
+        def failed(self, extension: Extension, error: Exception) -> None:
+            """The others are built all the same."""
+            if (CUDA_MODE if extension.name.endswith("_cuda") else MODE) == "1":
+                raise error
+            extension.optional = True  # setuptools then copes with one that was not built
+            compiler = (getattr(self.compiler, "compiler_cxx", None) or ["c++"])[0]
+            reason = f"{type(error).__name__}: {error}; -v shows what the compiler said"
+            if shutil.which(compiler) is None:
+                reason = f"there is no C++ compiler: {compiler} was not found"
+            leave_out(extension.name.rpartition(".")[2], reason)
 
     return modules, {"build_ext": Build.with_options(no_python_abi_suffix=False)}
+
+
+def torch_lacking() -> str | None:
+    """What is wrong with the torch at hand, or None.
+
+    pip and others build in an environment of their own, which has no torch. That of the environment around it serves: the
+    modules are for the stable ABI of one version, whichever torch lends its headers.
+    """
+    if importlib.util.find_spec("torch") is None:
+        pythons = [Path(sys.executable)]
+        if active := os.environ.get("VIRTUAL_ENV"):
+            pythons += [Path(active, *place) for place in (("bin", "python"), ("Scripts", "python.exe"))]
+        for python in pythons:
+            sys.path += [place for place in paths_of(python) if place not in sys.path]
+    try:
+        import torch
+        import torch.utils.cpp_extension
+    except ImportError as error:
+        return f"the kernels are compiled against torch, which is not here ({error}): `pip install torch` first, then"
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        wanted = ".".join(map(str, OLDEST_TORCH))
+        return f"torch {torch.__version__} is older than {wanted}: `pip install 'torch>={wanted}'` first, then"
+    return None
+
+
+def paths_of(python: Path) -> list[str]:
+    """Where an interpreter finds packages; -E: without the variables by which pip hides them."""
+    code = "import sys; print(*sys.path, sep='\\n')"
+    try:
+        done = subprocess.run([python, "-E", "-c", code], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [line for line in done.stdout.splitlines() if line]
+
+
+def refusal(lacking: str) -> type[build_ext]:
+    """Only a build is refused: metadata and sdists need no torch."""
+
+    class Refuse(build_ext):
+        def run(self) -> None:
+            raise SystemExit(
+                f"coarse_kernels: {lacking} the same again with --no-build-isolation (`python -m build`: --no-isolation). "
+                "COARSE_KERNELS_BUILD=0 installs the reference backend alone."
+            )
+
+    return Refuse
+
+
+def tools() -> list:
+    """`_native`, which has no torch in it."""
+    try:
+        from pybind11 import get_include
+        from torch.utils.cpp_extension import CppExtension
+    except ImportError:  # the operators do without
+        leave_out("_native", "it needs pybind11")
+        return []
+    native = CppExtension(
+        "coarse_kernels._native",
+        ["csrc/native.cpp"],
+        include_dirs=[get_include()],
+        extra_compile_args=CXX_FLAGS,
+        extra_link_args=["-pthread"],  # std::thread, before glibc 2.34
+    )
+    native.libraries = []
+    native.library_dirs = []
+    return [native]
 
 
 def cuda_extensions() -> list:
@@ -130,6 +213,7 @@ def cuda_extensions() -> list:
 def no_cuda(reason: str) -> list:
     if CUDA_MODE == "1":
         raise SystemExit(f"coarse_kernels: COARSE_CUDA=1, but the CUDA kernels cannot be built: {reason}")
+    REASONS["_cuda"] = reason
     print(f"coarse_kernels: without CUDA kernels: {reason}", file=sys.stderr)
     return []
 
@@ -138,21 +222,35 @@ def limit_jobs() -> None:
     """As many compilers at a time as there is memory for."""
     if "MAX_JOBS" in os.environ:
         return
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    jobs = max(1, min(os.cpu_count() or 1, memory // JOB_BYTES))
+    jobs = os.cpu_count() or 1
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # a system that does not tell
+        pass
+    else:
+        jobs = max(1, min(jobs, memory // JOB_BYTES))
     os.environ["MAX_JOBS"] = str(jobs)
     print(f"coarse_kernels: {jobs} compile jobs at a time (set MAX_JOBS to change that)", file=sys.stderr)
 
 
-def skip(reason: str) -> tuple[list, dict]:
-    if MODE == "1":
-        raise SystemExit(f"coarse_kernels: COARSE_KERNELS_BUILD=1, but the extension cannot be built: {reason}")
-    print(f"coarse_kernels: installing without compiled code: {reason}", file=sys.stderr)
-    return [], {}
+def note_reasons(package: Path) -> None:
+    place = package / "not_built.json"
+    place.unlink(missing_ok=True)
+    if REASONS:
+        package.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(REASONS, indent=2) + "\n", encoding="utf-8")
+
+
+def leave_out(module: str, reason: str) -> None:
+    if MODE == "1" and module == "_C":
+        raise SystemExit(f"coarse_kernels: COARSE_KERNELS_BUILD=1, but {module} cannot be built: {reason}")
+    REASONS[module] = reason
+    print(f"coarse_kernels: installing without compiled code ({module}): {reason}", file=sys.stderr)
 
 
 ext_modules, cmdclass = extensions()
 setup(
     ext_modules=ext_modules,
     cmdclass=cmdclass,
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API and ext_modules else {},
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import math
-import resource
 import statistics
 import threading
 import time
@@ -162,13 +161,11 @@ class CpuMeter:
     warm_below = 0.05
 
     def timed(self, call: Call) -> Sample:
-        before = resource.getrusage(resource.RUSAGE_SELF)
+        faults, cpu = _faults(), time.process_time()
         start = time.perf_counter()
         call.run()
         seconds = time.perf_counter() - start
-        after = resource.getrusage(resource.RUSAGE_SELF)
-        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        return Sample(seconds, cpu, after.ru_minflt - before.ru_minflt, seconds)
+        return Sample(seconds, time.process_time() - cpu, _faults() - faults, seconds)
 
     def make_room(self) -> None:
         pass
@@ -187,6 +184,15 @@ class CpuMeter:
                 finally:
                     call.after()
         return math.nan
+
+
+def _faults() -> float:
+    """Pages of this process that were touched for the first time; NaN where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _status_kb(field: str) -> int:

@@ -263,7 +263,7 @@ class Suite:
         folder.mkdir(parents=True, exist_ok=True)
         write_csv(folder / "results.csv", self.rows)
         (folder / "machine.json").write_text(json.dumps(self.machine, indent=2) + "\n")
-        (folder / "report.md").write_text(self.text())
+        (folder / "report.md").write_text(self.text(), encoding="utf-8")
 
 
 _OF_TIME = ("time", "page faults")
@@ -287,7 +287,7 @@ def _quiet(times: Sequence[Row]) -> tuple[int, float]:
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="raise", lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: _shown(value) for key, value in row.items()} for row in rows)

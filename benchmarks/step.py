@@ -103,7 +103,8 @@ def step(line: str, name: str, device: str, steps: int) -> Measured:
     if torch.device(device).type == "cuda":
         peak = float(torch.cuda.max_memory_reserved())
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+        unit = 1.0 if sys.platform == "darwin" else 1024.0
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     times = sorted(seconds[1:] or seconds)
     what = f"{provider.name}: {ran}" if ran else provider.name
     return Measured(peak, times[len(times) // 2], times[0], times[-1], losses[0], what)
@@ -316,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text += [f"**More than computed:** {line}" for line in over]
     folder = options.out or ROOT / "benchmarks" / "results" / limits.hardware_name(options.device)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "step.md").write_text("\n".join(text) + "\n")
+    (folder / "step.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     print("\n".join(text))
     return 1 if over else 0
 

@@ -36,9 +36,11 @@ def report() -> str:
         f"CUDA (_cuda)         {_built(native.CUDA, native.cuda_reason())}",
         f"NumPy view (_native) {_built(native.TOOLS, native.TOOLS_ERROR)}",
     ]
+    if native.OPERATORS is not None:
+        lines.append(f"instruction set      {native.OPERATORS.isa} in use")
     if native.OPERATORS is not None and native.TOOLS is not None:
         cpu, build = native.TOOLS.cpu_info(), native.TOOLS.build_info()
-        lines.append(f"instruction set      {cpu['isa']} in use; this machine has {', '.join(cpu['supported'])}")
+        lines[-1] += f"; this machine has {', '.join(cpu['supported'])}"
         lines.append(f"built by             {build['compiler']} for {build['architecture']}")
     devices = ["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
     for device in devices:

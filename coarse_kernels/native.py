@@ -6,6 +6,9 @@ Nothing here raises on import: the reason why a module is missing is kept for `e
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import json
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -16,7 +19,18 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module(f"coarse_kernels.{name}"), None
     except ImportError as error:  # not built, or built against another Python or torch
-        return None, f"{type(error).__name__}: {error}"
+        return None, _reason(name, f"{type(error).__name__}: {error}")
+
+
+def _reason(name: str, error: str) -> str:
+    """Of a module that is not there what setup.py noted, of one that does not load the error."""
+    if importlib.util.find_spec(f"coarse_kernels.{name}") is not None:
+        return f"it was built, but does not load: {error}"
+    try:
+        noted = json.loads(Path(__file__).with_name("not_built.json").read_text(encoding="utf-8"))[name]
+        return f"it was not built: {noted}"
+    except (OSError, ValueError, LookupError):  # COARSE_KERNELS_BUILD=0, Windows, or a copy of the sources
+        return f"nothing was compiled: {error}"
 
 
 # torch is imported above: the operators link against its libraries.
@@ -30,8 +44,8 @@ def operators_reason() -> str | None:
     if OPERATORS is not None:
         return None
     return (
-        "the compiled extension is missing (no C++ compiler at install time, COARSE_KERNELS_BUILD=0, or a failed build; "
-        f"reinstall with `pip install --no-build-isolation -v -e .` to see why): {OPERATORS_ERROR}"
+        f"the compiled extension is missing: {OPERATORS_ERROR}. With a C++ compiler (GCC or Clang), "
+        "`COARSE_KERNELS_BUILD=1 pip install --no-build-isolation -v .` in the source folder builds it or stops where it cannot"
     )
 
 
@@ -42,8 +56,8 @@ def cuda_reason() -> str | None:
     if torch.version.cuda is None:
         return "torch is built without CUDA"
     return (
-        "the CUDA extension is missing (no nvcc at install time, COARSE_CUDA=0, or a failed build; reinstall with "
-        f"`COARSE_CUDA=1 pip install --no-build-isolation -v -e .` to see why): {CUDA_ERROR}"
+        f"the CUDA extension is missing: {CUDA_ERROR}. With nvcc, `COARSE_CUDA=1 pip install --no-build-isolation -v .` in "
+        "the source folder builds it or stops where it cannot"
     )
 
 

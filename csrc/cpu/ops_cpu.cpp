@@ -134,8 +134,8 @@ PyMethodDef kMethods[] = {{"pool_limit", &pool_limit, METH_VARARGS, nullptr},
 
 }  // namespace
 
-// Importing the module registers the operators. It has the pool of large outputs (pool.py) and, for `_native` to look
-// at, the chosen kernels.
+// Importing the module registers the operators. It has the pool of large outputs (pool.py) and the chosen kernels: their
+// instruction set by name, and for `_native` themselves.
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, kMethods, nullptr, nullptr, nullptr, nullptr};
@@ -144,5 +144,6 @@ PyMODINIT_FUNC PyInit__C() {
   void* kernels = const_cast<void*>(static_cast<const void*>(&coarse::kernels()));
   PyObject* capsule = PyCapsule_New(kernels, "coarse_kernels._C.kernels", nullptr);
   if (capsule == nullptr || PyModule_AddObject(module, "kernels", capsule) < 0) return nullptr;
+  if (PyModule_AddStringConstant(module, "isa", coarse::kernels().isa) < 0) return nullptr;
   return module;
 }
