@@ -1,5 +1,7 @@
-"""pytest plugin of the processes with TRITON_INTERPRET=1 (tests/test_triton_interpreter.py): what they leave out, and
-what keeps the interpreter from being wrong or slow.
+"""pytest plugin of the processes with TRITON_INTERPRET=1 (tests/kernels.py): what they leave out, and what keeps the
+interpreter from being wrong or slow. There "triton" is one of the backends of the CPU, the last before the reference, and the
+tests of every backend find it. What the interpreter cannot show: layouts, registers (tests/test_triton_compile.py), approximate exp
+and division.
 
 Triton's interpreter truncates float32 to bfloat16, where every device rounds to nearest even, and takes a hundred NumPy
 operations for it; it also lets NumPy warn of each exp(-inf - -inf) that the kernels select away. Neither is what is
