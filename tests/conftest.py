@@ -14,7 +14,7 @@ from tests import cuda_emulation
 if os.environ.get("COARSE_TEST_EMULATION") == "1":
     cuda_emulation.register()  # before tests ask which backends there are
 
-from tests import helpers  # noqa: E402
+from tests import helpers
 
 # The same examples in every run: a failure must be one that the next person can see too.
 hypothesis.settings.register_profile(
@@ -30,7 +30,9 @@ hypothesis.settings.load_profile("coarse")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: more than two seconds of a core; make test-slow")
-    config.addinivalue_line("markers", "kernels: of kernels that no CPU runs as they are, tests/kernels.py; make test-kernels")
+    config.addinivalue_line(
+        "markers", "kernels: of kernels that no CPU runs as they are, tests/kernels.py; make test-kernels"
+    )
     config.addinivalue_line("markers", "fused: once per fused backend of the collecting module's DEVICE, as `backend`")
     config.addinivalue_line("markers", "every: the same, and on the CPU the reference as well")
 
@@ -39,8 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test of each backend is one of the kernels where that backend is emulated or interpreted."""
     for item in items:
-        backend = item.callspec.params.get("backend") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
-        if backend in (cuda_emulation.NAME, "triton"):
+        case = getattr(item, "callspec", None)
+        if case is not None and case.params.get("backend") in (cuda_emulation.NAME, "triton"):
             item.add_marker("kernels")
 
 

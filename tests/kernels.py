@@ -1,12 +1,12 @@
-"""`make test-kernels`: the kernels that no CPU runs as they are. Those of CUDA in an emulator and through nvcc, those of Triton in
-its interpreter and through its compiler.
+"""`make test-kernels`: the kernels that no CPU runs as they are. Those of CUDA in an emulator and through nvcc, those of Triton
+in its interpreter and through its compiler.
 
     python -m tests.kernels [PART ...] [--again] [--list]
 
-A part is left out while all that it depends on is what it was when the part last passed here: its sources, its tests and what they
-import, and the versions of the tools. What passed is kept in build/, which git ignores. Not in a commit, where it would be a claim
-about somebody else's compiler, and a conflict in every merge of kernels; and not in the user's cache, where a fresh clone would find
-it: there, as in CI, everything runs.
+A part is left out while all that it depends on is what it was when the part last passed here: its sources, its tests and what
+they import, and the versions of the tools. What passed is kept in build/, which git ignores. Not in a commit, where it would be
+a claim about somebody else's compiler, and a conflict in every merge of kernels; and not in the user's cache, where a fresh
+clone would find it: there, as in CI, everything runs.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PASSED = ROOT / "build" / "kernels_passed.json"
 PYTHON = ("coarse_kernels/**/*.py", "pyproject.toml")
 CUDA = ("csrc/*.h", "csrc/cuda/*")
-# Every file with a test of each backend. The interpreter takes 20 ms for whatever another computes in microseconds: a selection,
-# of which tests/interpreter_plugin.py leaves out more.
+# Every file with a test of each backend. The interpreter takes 20 ms for whatever another computes in microseconds: a
+# selection, of which tests/interpreter_plugin.py leaves out more.
 OF_EACH_BACKEND = (
     "test_argument_forms", "test_compile", "test_modules", "test_objective_contract", "test_objective_differential",
     "test_operator_autograd", "test_operator_contract", "test_operator_differential", "test_operator_numerics",
@@ -47,8 +47,8 @@ LIMIT = 2400  # seconds a part may take; the longest takes about five minutes on
 
 @dataclass(frozen=True)
 class Part:
-    """``files``: of tests, of which those with the mark `kernels` run. ``least``: so many have to pass, since a selection must not
-    eat them all; ``skips``: whether some may be skipped, each with its reason. ``tools``: what else has a version."""
+    """``files``: of tests, of which those with the mark `kernels` run. ``least``: so many have to pass, since a selection must
+    not eat them all; ``skips``: whether some may be skipped, each with its reason. ``tools``: what else has a version."""
 
     says: str
     files: tuple[str, ...]
@@ -63,7 +63,9 @@ class Part:
     def paths(self) -> list[Path]:
         """Everything that it depends on and that is a file of this repository."""
         found = {path for pattern in self.sources for path in ROOT.glob(pattern) if path.is_file()}
-        return sorted(found | imported([ROOT / "tests" / f"{name}.py" for name in (*self.files, "conftest", "kernels")]))
+        return sorted(
+            found | imported([ROOT / "tests" / f"{name}.py" for name in (*self.files, "conftest", "kernels")])
+        )
 
     def digest(self) -> str:
         digest = hashlib.sha256(repr((self.options, sorted(self.environment.items()))).encode())
@@ -154,7 +156,7 @@ PARTS = {
         "the CUDA kernels on CPU tensors, with threads that are real",
         ("test_cuda_emulation", *OF_EACH_BACKEND),
         (*PYTHON, *CUDA),
-        1500,
+        1400,
         skips=True,
         environment={"COARSE_TEST_EMULATION": "1"},
         options=TWO_PROCESSES,
@@ -201,7 +203,9 @@ def run(part: Part) -> str | None:
         command = [sys.executable, "-m", "pytest", "-m", "kernels", "--durations=5", f"--junitxml={report}"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **part.environment}
         try:
-            done = subprocess.run([*command, *part.options, *files], env=environment, cwd=ROOT, timeout=LIMIT, check=False)
+            done = subprocess.run(
+                [*command, *part.options, *files], env=environment, cwd=ROOT, timeout=LIMIT, check=False
+            )
         except subprocess.TimeoutExpired:
             return f"did not end within {LIMIT} seconds"
         if done.returncode != 0:

@@ -21,7 +21,7 @@ def holding(*patterns: str) -> set[str]:
 
 
 def test_every_test_of_each_backend_meets_the_emulated_kernels() -> None:
-    asking = holding(r"= pytest\.mark\.(fused|every)", r"@pytest\.mark\.(fused|every)", r"\"backend\", ck\.available_backends\(\)")
+    asking = holding(r"pytest\.mark\.(fused|every)\b", r"\"backend\", ck\.available_backends\(\)")
     assert asking - {"test_tiers"} == set(OF_EACH_BACKEND)
 
 
@@ -39,7 +39,12 @@ def test_the_commands_share_all_tests_and_every_change_runs_all_commands() -> No
 
 def test_a_part_depends_on_its_sources_its_tests_and_what_they_import() -> None:
     paths = {str(path.relative_to(ROOT)) for path in PARTS["emulator"].paths()}
-    assert {"csrc/coarse_math.h", "csrc/cuda/strided.cu", "coarse_kernels/backends/autograd.py", "tests/helpers.py"} <= paths
+    assert {
+        "csrc/coarse_math.h",
+        "csrc/cuda/strided.cu",
+        "coarse_kernels/backends/autograd.py",
+        "tests/helpers.py",
+    } <= paths
     assert {"tests/cuda_emulation/build.py", "tests/cuda_emulation/emulated_cuda.h", "tests/conftest.py"} <= paths
     assert {"tests/test_operator_contract.py", "tests/test_objective_differential.py", "tests/kernels.py"} <= paths
     assert not any(name.startswith(("csrc/cpu", "coarse_train", "docs")) for name in paths)
@@ -52,7 +57,11 @@ def test_a_part_depends_on_its_sources_its_tests_and_what_they_import() -> None:
 @pytest.fixture
 def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Part:
     """One with one test and one source, in a repository of its own."""
-    for name, text in (("tests/test_it.py", "from tests import tools\n"), ("tests/tools.py", ""), ("kernel.cu", "// 1")):
+    for name, text in (
+        ("tests/test_it.py", "from tests import tools\n"),
+        ("tests/tools.py", ""),
+        ("kernel.cu", "// 1"),
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     for name in ("conftest", "kernels"):
@@ -73,7 +82,11 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
 
 
 def test_what_passed_runs_again_when_anything_changes(
-    part: Part, runs: list[str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    part: Part,
+    runs: list[str | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     runs += [None]
     assert kernels.main([]) == 0

@@ -40,7 +40,9 @@ def library() -> Path:
         if path.suffix in (".h", ".cu", ".cpp"):
             digest.update(path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"coarse_kernels_emulated_{digest.hexdigest()[:16]}"
-    flags += [f"-I{path}" for path in (HERE, *cpp_extension.include_paths())]  # not in the digest: clones share what is built
+    flags += [
+        f"-I{path}" for path in (HERE, *cpp_extension.include_paths())
+    ]  # not in the digest: clones share what is built
     target = folder / "emulated.so"
     if target.exists():
         return target
