@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -34,13 +35,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PASSED = ROOT / "build" / "kernels_passed.json"
 PYTHON = ("coarse_kernels/**/*.py", "pyproject.toml")
 CUDA = ("csrc/*.h", "csrc/cuda/*")
-# Every file with a test of each backend. The interpreter takes 20 ms for whatever another computes in microseconds: a
-# selection, of which tests/interpreter_plugin.py leaves out more.
-OF_EACH_BACKEND = (
-    "test_argument_forms", "test_compile", "test_modules", "test_objective_contract", "test_objective_differential",
-    "test_operator_autograd", "test_operator_contract", "test_operator_differential", "test_operator_numerics",
-    "test_operator_reference",
-)  # fmt: skip
+# A test of each backend, in the words of the tests.
+OF_EACH_BACKEND = re.compile(r"mark\.(fused|every)\b|\"backend\", (\w+\.)?available_backends\(\)|import .*\bFUSED\b")
+# The interpreter takes 20 ms for whatever another computes in microseconds: a selection, of which
+# tests/interpreter_plugin.py leaves out more.
 INTERPRETED = ("test_compile", "test_operator_contract", "test_operator_differential", "test_operator_numerics")
 LIMIT = 2400  # seconds a part may take; the longest takes about five minutes on two cores
 
@@ -107,6 +105,12 @@ def _imports(path: Path) -> Iterator[str]:
             yield module.split(".")[1]
 
 
+def of_each_backend() -> list[str]:
+    """Files; what else is in them has no mark."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [path.stem for path in files if path.stem != "test_tiers" and OF_EACH_BACKEND.search(path.read_text())]
+
+
 # --- the parts ----------------------------------------------------------------------------------------------------------
 
 
@@ -154,7 +158,7 @@ TWO_PROCESSES = ("-n", "2", "--dist", "worksteal")
 PARTS = {
     "emulator": Part(
         "the CUDA kernels on CPU tensors, with threads that are real",
-        ("test_cuda_emulation", *OF_EACH_BACKEND),
+        ("test_cuda_emulation", *of_each_backend()),
         (*PYTHON, *CUDA),
         1400,
         skips=True,
