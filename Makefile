@@ -2,7 +2,7 @@
 #
 #   make train       the demo: ways to train on coarse drawings of MNIST digits, under four minutes on two cores
 #   make test        the test suite, under three minutes on two cores: all but what the next two run
-#   make test-slow   the tests that take longer than two seconds each: training, processes, builds
+#   make test-slow   the tests that take longer than about three seconds each: training, processes
 #   make test-kernels   CUDA kernels in an emulator and through nvcc, Triton's in its interpreter and compiler; what has not changed
 #                    since it passed is left out, ARGS=--again runs it
 #   make bench       speed and memory of the operator on this CPU, under five minutes; make bench-full: every case, under an hour
@@ -42,7 +42,7 @@ train: $(READY)
 	$(RUN) -m coarse_train demo $(ARGS)
 
 test: $(READY)
-	$(RUN) -m pytest -m "not slow and not kernels" --durations=10 --durations-min=2 $(WORKERS) $(ARGS)
+	$(RUN) -m pytest -m "not slow and not kernels" --durations=10 --durations-min=3 $(WORKERS) $(ARGS)
 
 test-slow: $(READY)
 	$(RUN) -m pytest -m "slow and not kernels" --durations=10 $(WORKERS) $(ARGS)

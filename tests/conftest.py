@@ -29,7 +29,7 @@ hypothesis.settings.load_profile("coarse")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: more than two seconds of a core; make test-slow")
+    config.addinivalue_line("markers", "slow: more than about three seconds of a core; make test-slow")
     config.addinivalue_line(
         "markers", "kernels: of kernels that no CPU runs as they are, tests/kernels.py; make test-kernels"
     )

@@ -171,7 +171,7 @@ PARTS = {
         "the Triton kernels on CPU tensors",
         ("triton_interpreted", *INTERPRETED),
         (*PYTHON, "tests/interpreter_plugin.py"),
-        690,
+        950,
         environment={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         options=("-p", "tests.interpreter_plugin", *TWO_PROCESSES),
         tools=(TORCH, NUMPY, TRITON),

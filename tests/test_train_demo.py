@@ -56,6 +56,7 @@ def test_every_class_has_its_name_and_its_mean_over_the_seeds() -> None:
     assert by_class(cells) == "IoU by class  background   seven\nmethod              92.0       -"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["majority", "binary"])
 def test_demo_writes_results_and_figure(tmp_path: Path, task: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "demo"
@@ -102,6 +103,7 @@ def test_a_table_goes_on_where_it_was_and_shares_rows(tmp_path: Path) -> None:
     assert len(said) == 4
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_numbers_in_any_number_of_processes(tmp_path: Path) -> None:
     row = replace(rows_of("majority")["coarse_both"], steps=3)
     row = replace(row, data=replace(row.data, limit=16))
