@@ -21,8 +21,9 @@
 #   make test-gpu RUN=python3
 
 PYTHON ?= python3
-# Of `make test` and `make test-slow`: two processes. WORKERS= runs one test after another.
-WORKERS ?= -n 2 --dist loadfile
+# Of `make test` and `make test-slow`: whole files to each of two processes, by name, which ends with many short ones.
+# WORKERS= runs one test after another.
+WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
