@@ -1,10 +1,13 @@
 # `make train` and `make test` do everything on a fresh machine with Python >= 3.10 and a C++ compiler.
 #
 #   make train       the demo: ways to train on coarse drawings of MNIST digits, under four minutes on two cores
-#   make test        the test suite
+#   make test        the test suite, under three minutes on two cores: all but what the next two run
+#   make test-slow   the tests that take longer than about three seconds each: training, processes
+#   make test-kernels   CUDA kernels in an emulator and through nvcc, Triton's in its interpreter and compiler; what has not changed
+#                    since it passed is left out, ARGS=--again runs it
 #   make bench       speed and memory of the operator on this CPU, under five minutes; make bench-full: every case, under an hour
 #   make tune        how the one setting of the demo that is tuned was chosen
-#   make check-cuda  nvcc over every CUDA kernel: registers and spills; needs nvcc, no GPU (also part of make test)
+#   make check-cuda  nvcc over every CUDA kernel: registers and spills; needs nvcc, no GPU (also part of test-kernels)
 #   make test-gpu    the operator's tests on a GPU, and what only a GPU can get wrong (tests/gpu/README.md)
 #   make bench-gpu   the same on a GPU, about eight minutes; fails where there is no GPU
 #   make bench-step  a 1024x2048 training step by each formulation of the loss, and the largest image that fits; 15 minutes
@@ -20,7 +23,8 @@
 #   make test-gpu RUN=python3
 
 PYTHON ?= python3
-# Of `make test`: whole files to each of two processes, in the order of tests/conftest.py. WORKERS= runs one test after another.
+# Of `make test` and `make test-slow`: whole files to each of two processes, by name, which ends with many short ones.
+# WORKERS= runs one test after another.
 WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -35,13 +39,19 @@ endif
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/*.h')
 CXX_DEPENDENCIES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu) setup.py pyproject.toml
 
-.PHONY: train test check-cuda test-gpu bench bench-full bench-gpu bench-step tune lint format release-check licences clean
+.PHONY: train test test-slow test-kernels check-cuda test-gpu bench bench-full bench-gpu bench-step tune lint format release-check licences clean
 
 train: $(READY)
 	$(RUN) -m coarse_train demo $(ARGS)
 
 test: $(READY)
-	$(RUN) -m pytest $(WORKERS) $(ARGS)
+	$(RUN) -m pytest -m "not slow and not kernels" --durations=10 --durations-min=3 $(WORKERS) $(ARGS)
+
+test-slow: $(READY)
+	$(RUN) -m pytest -m "slow and not kernels" --durations=10 $(WORKERS) $(ARGS)
+
+test-kernels: $(READY)
+	$(RUN) -m tests.kernels $(ARGS)
 
 check-cuda: $(READY)
 	$(RUN) -m tests.check_cuda $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -10,9 +11,10 @@ import torch
 
 from tests import cuda_emulation
 
-cuda_emulation.register()  # before tests ask which backends there are
+if os.environ.get("COARSE_TEST_EMULATION") == "1":
+    cuda_emulation.register()  # before tests ask which backends there are
 
-from tests import helpers  # noqa: E402
+from tests import helpers
 
 # The same examples in every run: a failure must be one that the next person can see too.
 hypothesis.settings.register_profile(
@@ -27,14 +29,21 @@ hypothesis.settings.load_profile("coarse")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: more than about ten seconds on two cores")
+    config.addinivalue_line("markers", "slow: more than about three seconds of a core; make test-slow")
+    config.addinivalue_line(
+        "markers", "kernels: of kernels that no CPU runs as they are, tests/kernels.py; make test-kernels"
+    )
     config.addinivalue_line("markers", "fused: once per fused backend of the collecting module's DEVICE, as `backend`")
     config.addinivalue_line("markers", "every: the same, and on the CPU the reference as well")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest first: begun last, it would leave the other process of `make test` with nothing to do."""
-    items.sort(key=lambda item: item.path.name != "test_triton_interpreter.py")
+    """A test of each backend is one of the kernels where that backend is emulated or interpreted."""
+    for item in items:
+        case = getattr(item, "callspec", None)
+        if case is not None and case.params.get("backend") in (cuda_emulation.NAME, "triton"):
+            item.add_marker("kernels")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

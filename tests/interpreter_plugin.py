@@ -1,5 +1,7 @@
-"""pytest plugin of the processes with TRITON_INTERPRET=1 (tests/test_triton_interpreter.py): what they leave out, and
-what keeps the interpreter from being wrong or slow.
+"""pytest plugin of the processes with TRITON_INTERPRET=1 (tests/kernels.py): what they leave out, and what keeps the
+interpreter from being wrong or slow. There "triton" is one of the backends of the CPU, the last before the reference, and the
+tests of every backend find it. What the interpreter cannot show: layouts, registers (tests/test_triton_compile.py), approximate
+exp and division.
 
 Triton's interpreter truncates float32 to bfloat16, where every device rounds to nearest even, and takes a hundred NumPy
 operations for it; it also lets NumPy warn of each exp(-inf - -inf) that the kernels select away. Neither is what is
@@ -29,7 +31,6 @@ LEFT_OUT = {
     r"test_shapes\[triton-250_wide": "160 cells; sizes_that_are_no_multiples has the same strides of no whole number",
     r"test_dirty_memory": "a minute for what the poison fixture shows in every other test",
     r"test_logit_scale.*uniform": "a random transition is there, too",
-    r"test_ignored.*int32": "checks make int64 of it before any backend",
     r"(?=.*recompute)(?=.*(strided|one-point))(?!.*(only_the_gradients|per_pixel|test_dtypes))": "the schedules belong to "
     "FusedBackend; on a grid one is enough, but where one call differs from the other",
     r"(?=.*(retain_graph|autograd_grad|changing_grad|grad_output_of_a_scaled))(?=.*strided)": "autograd is FusedBackend's: "

@@ -228,6 +228,7 @@ def test_closed_form_survives_a_kept_graph() -> None:
     torch.testing.assert_close(cm_logits.grad, 2 * once)
 
 
+@pytest.mark.slow
 def test_a_compiled_objective_is_right() -> None:
     torch._dynamo.reset()
     problem = parse("c3 24x40 cm4 bf16 positive+negative")
@@ -638,6 +639,7 @@ def read(folder: Path) -> list[dict[str, str]]:
 QUICK = ["--seconds", "0.01", "--most", "3", "--commit", "abc123"]
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Real processes: a measurement a row, the line that reproduces it, the machine, the report, figures."""
     line = "c3 64x96 seg4 cm8 positive+trusted"

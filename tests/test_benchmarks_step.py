@@ -17,6 +17,7 @@ from coarse_kernels import Drawings, Objective, annotation_objective
 SMALL = ("c3 128x256 seg4 cm8 positive+trusted fresh", "c3 128x256 seg4 cm8 positive+negative fresh")
 
 
+@pytest.mark.slow
 def test_all_steps_compute_the_same_and_the_table_says_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -213,6 +213,7 @@ def test_annotation_nll(grid: tuple[int, int] | None, stream: str, reduction: st
     assert_compiled_as_eager(use, problem.seg, problem.cm, problem.labels, problem.transition, backend="aot_eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [None, (2, 3)], ids=["pixel", "strided"])
 def test_coarse_label_loss_with_the_default_compiler(grid: tuple[int, int] | None) -> None:
     positive, negative = make_problem(3, (4, 9), grid), make_problem(3, (4, 9), (1, 1), seed=1)

@@ -77,7 +77,7 @@ def test_without_nvcc_there_is_one_clear_line(
     assert "no nvcc found" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.skipif(check_cuda.find_nvcc() is None, reason="no nvcc on this machine")
 def test_every_kernel_compiles_and_no_fast_path_spills(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """About two minutes on two cores: every kernel, three architectures."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import re
-import shutil
 from typing import Any
 
 import pytest
@@ -18,8 +17,10 @@ from tests.cuda_emulation import build
 from tests.helpers import check, make_problem, run_python
 from tests.test_objective_differential import Kind, evaluate, make
 
-REASON = backends.explain("cpu").get(cuda_emulation.NAME, "left out by COARSE_TEST_EMULATION=0")
-pytestmark = pytest.mark.skipif(REASON is not None and shutil.which("c++") is None, reason=str(REASON))
+pytestmark = pytest.mark.kernels
+if cuda_emulation.NAME not in backends._REGISTRY:
+    pytest.skip("make test-kernels: it takes COARSE_TEST_EMULATION=1", allow_module_level=True)
+REASON = backends.explain("cpu")[cuda_emulation.NAME]
 
 
 def operators() -> object:

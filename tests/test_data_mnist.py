@@ -307,6 +307,7 @@ def test_where_objects_are_drawn_whole_pixels_have_the_matrix_of_names(variant: 
     assert np.mean([(negative[n, 0][mask[n] > 0] != IGNORE).mean() for n in range(len(mask))]) > 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "ratio"), [("majority_spots", 0.1), ("majority_scribbles", 0.05)])
 def test_a_few_discs_and_strokes_carry_the_names_of_majority_and_say_nothing_elsewhere(
     variant: str, ratio: float

@@ -70,6 +70,7 @@ def run_tiny(name: Name, data: Path | None, out: Path, monkeypatch: pytest.Monke
 # ---- negatives ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_negatives_run_on_all_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_camvid_tree(tmp_path / "data" / "camvid")
     write_cityscapes_tree(tmp_path / "data" / "cityscapes")

@@ -178,14 +178,12 @@ def test_half_gradient_of_a_field_is_rounded_once(
 
 @pytest.mark.parametrize("ignored", ["none", "some", "image", "all"])
 @pytest.mark.parametrize("ignore_index", [255, -100, 2, 0])
-@pytest.mark.parametrize("label_dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 @pytest.mark.fused
-def test_ignored(
-    backend: str, grid: tuple[int, int] | None, label_dtype: torch.dtype, ignore_index: int, ignored: str
-) -> None:
+def test_ignored(backend: str, grid: tuple[int, int] | None, ignore_index: int, ignored: str) -> None:
+    """In int64: checks make that of any other type but uint8, whose kernels the shapes above meet as often."""
     problem = make_problem(
-        4, (8, 18), grid, ignored=ignored, ignore_index=ignore_index, label_dtype=label_dtype, trace_weight=0.1
+        4, (8, 18), grid, ignored=ignored, ignore_index=ignore_index, label_dtype=torch.int64, trace_weight=0.1
     )
     check(problem, backend)
 

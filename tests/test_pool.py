@@ -113,6 +113,7 @@ def test_a_limit_that_is_no_size(value: object) -> None:
         ck.set_pool_limit(value)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_environment_sets_the_limit() -> None:
     code = "import coarse_kernels as ck; from coarse_kernels import pool; print(pool.pool_limit())"
     assert run_python(code, COARSE_KERNELS_POOL_MB="3").stdout.strip() == str(3 * MB)

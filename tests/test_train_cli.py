@@ -143,6 +143,7 @@ def test_a_mistake_is_one_line(
     assert message in printed
 
 
+@pytest.mark.slow
 def test_a_network_in_the_current_folder_is_found_by_the_command(tmp_path: Path) -> None:
     (tmp_path / "here.py").write_text(
         "import torch\n\n\ndef net(channels_in, num_classes):\n    return torch.nn.Conv2d(channels_in, num_classes, 1)\n"

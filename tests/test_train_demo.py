@@ -56,6 +56,7 @@ def test_every_class_has_its_name_and_its_mean_over_the_seeds() -> None:
     assert by_class(cells) == "IoU by class  background   seven\nmethod              92.0       -"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["majority", "binary"])
 def test_demo_writes_results_and_figure(tmp_path: Path, task: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "demo"
@@ -102,6 +103,7 @@ def test_a_table_goes_on_where_it_was_and_shares_rows(tmp_path: Path) -> None:
     assert len(said) == 4
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_numbers_in_any_number_of_processes(tmp_path: Path) -> None:
     row = replace(rows_of("majority")["coarse_both"], steps=3)
     row = replace(row, data=replace(row.data, limit=16))
@@ -113,6 +115,7 @@ def test_equal_seeds_give_equal_numbers_in_any_number_of_processes(tmp_path: Pat
     assert tables[0][0].miou != tables[0][1].miou
 
 
+@pytest.mark.slow
 def test_rows_that_are_equal_are_trained_once_whatever_runs_beside_them(tmp_path: Path) -> None:
     row = _as_run(rows_of("majority")["coarse_both"])
     said: list[str] = []
@@ -160,6 +163,7 @@ def test_other_drawings_under_the_same_name_are_another_run(monkeypatch: pytest.
     table._content.cache_clear()
 
 
+@pytest.mark.slow
 def test_an_error_in_one_row_trains_no_row_that_has_not_begun(tmp_path: Path) -> None:
     row = _as_run(rows_of("hasty")["ce_both"])
     said: list[str] = []
@@ -295,6 +299,7 @@ def test_the_printed_table_has_every_seed_their_mean_and_spread() -> None:
     assert Summary.of(cells, "a") == Summary(82.0, 4.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TUNED)
 def test_tuning_tries_every_setting_on_the_validation_canvases(tmp_path: Path, task: str) -> None:
     cells = run_demo(replace(TINY, steps=1, tune=True, task=task, out=tmp_path))
@@ -334,6 +339,7 @@ def test_an_out_folder_that_cannot_be_written_stops_before_training(
     assert "out: expected a folder that can be written" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_command_line_as_a_module() -> None:
     environment = {**os.environ, "PYTHONPATH": str(HERE)}
     done = subprocess.run(

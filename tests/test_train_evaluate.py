@@ -354,6 +354,7 @@ def _evaluate(rank: int, port: int, config: EvaluateConfig) -> None:
     (config.checkpoint.parent / f"result{rank}.json").write_text(json.dumps(result))
 
 
+@pytest.mark.slow
 def test_two_processes_count_each_of_five_images_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config, counts = _flawed(tmp_path)
     with socket.socket() as probe:

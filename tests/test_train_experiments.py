@@ -135,6 +135,7 @@ def test_a_tuned_row_is_the_best_of_its_settings_on_validation_masks(
     assert three.chosen == {}
 
 
+@pytest.mark.slow
 def test_a_report_has_the_question_the_tables_and_how_to_run_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

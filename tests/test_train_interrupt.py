@@ -26,8 +26,8 @@ from coarse_train.engine import fit
 from coarse_train.interrupt import Interrupted, Watch
 from coarse_train.schedule import schedule
 from tests import data_trees
-from tests.test_train_fit import ENVIRONMENT, _assert_same_bits, _rows, _state
-from tests.test_train_fit import _config as _of_digits
+from tests.runs import ENVIRONMENT, _assert_same_bits, _rows, _state
+from tests.runs import _config as _of_digits
 
 ALONE = World(0, 1, torch.device("cpu"))
 

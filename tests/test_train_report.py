@@ -20,7 +20,7 @@ from PIL import Image
 from coarse_train.cli import main, parse_fit
 from coarse_train.commands.report import ReportConfig, read_rows, run_report
 from tests import data_trees
-from tests.test_train_fit import stop_after
+from tests.runs import stop_after
 
 NAMES = ("<script>document.title = 'stolen'</script>", 'a & "b" {{ 1 + 1 }}', "$\\frac_x")
 OPTIONS = [

@@ -13,7 +13,10 @@ import pytest
 from coarse_kernels.backends import triton as backend
 from tests.helpers import run_python
 
-pytestmark = pytest.mark.skipif(backend._MISSING is not None, reason=str(backend._MISSING))
+pytestmark = [
+    pytest.mark.skipif(backend._MISSING is not None, reason=str(backend._MISSING)),
+    pytest.mark.kernels,
+]
 
 COMPILE = """
 import json, multiprocessing, os, re, subprocess, sys, tempfile, time

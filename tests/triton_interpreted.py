@@ -1,4 +1,4 @@
-"""What only the Triton backend has to show, on CPU tensors with TRITON_INTERPRET=1. Run by test_triton_interpreter.py."""
+"""What only the Triton backend has to show, on CPU tensors with TRITON_INTERPRET=1. Run by tests/kernels.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.helpers import (
     random_transition,
 )
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.kernels]
 
 BACKEND = "triton"
 ALL_OF_ONE = operator.SEG | operator.cm_bit(0) | operator.transition_bit(0)

@@ -24,7 +24,6 @@ def library() -> Path:
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         raise RuntimeError(f"no C++ compiler {compiler!r}")
-    includes = [str(HERE), *cpp_extension.include_paths()]
     flags = [
         "-std=c++20",
         "-O2",
@@ -36,12 +35,14 @@ def library() -> Path:
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
         "-DTORCH_STABLE_ONLY",
     ]
-    flags += [f"-I{path}" for path in includes]
     digest = hashlib.sha256(repr((flags, torch.__version__, sys.version)).encode())
-    for path in sorted([*CSRC.rglob("*"), *HERE.glob("*.h")]):
+    for path in sorted([*CSRC.glob("*"), *(CSRC / "cuda").glob("*"), *HERE.glob("*.h")]):
         if path.suffix in (".h", ".cu", ".cpp"):
             digest.update(path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"coarse_kernels_emulated_{digest.hexdigest()[:16]}"
+    flags += [
+        f"-I{path}" for path in (HERE, *cpp_extension.include_paths())
+    ]  # not in the digest: clones share what is built
     target = folder / "emulated.so"
     if target.exists():
         return target

@@ -1,70 +1,13 @@
-"""The Triton backend on CPU tensors: the tests of every backend, in processes where Triton interprets its kernels.
-
-TRITON_INTERPRET=1 is read when kernels are defined, so it takes processes of its own; there "triton" is one of the
-backends of the CPU, the last before the reference, and the parametrised tests find it. Two processes, for two cores.
-What the interpreter cannot show: layouts, registers (tests/test_triton_compile.py), approximate exp and division.
-"""
+"""When Triton is imported, when its backend is chosen, and what is said where it cannot be. Its kernels: tests/kernels.py."""
 
 from __future__ import annotations
-
-import os
-import re
-import subprocess
-import sys
-import time
 
 import pytest
 
 from coarse_kernels.backends import triton as backend
-from tests.helpers import ROOT, run_python
+from tests.helpers import run_python
 
-pytestmark = [
-    pytest.mark.skipif(backend._MISSING is not None, reason=str(backend._MISSING)),
-    pytest.mark.skipif(backend.INTERPRETED, reason="this is a process of that kind"),
-    pytest.mark.slow,
-]
-
-# Files, and how many tests of them have to have passed: deselection (tests/interpreter_plugin.py) must not eat them all.
-PARTS = {
-    "numbers": (["tests/test_operator_differential.py", "tests/test_operator_numerics.py"], 380),
-    "duties": (["tests/test_operator_contract.py", "tests/test_compile.py", "tests/triton_interpreted.py"], 310),
-}
-LIMIT = 1800  # seconds; they take three to four minutes on two cores
-
-
-@pytest.fixture(scope="module")
-def reports() -> dict[str, tuple[int, str]]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    started = {
-        name: subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-p", "tests.interpreter_plugin", "-k", "triton", "--durations=5", *files],
-            env=environment,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for name, (files, _) in PARTS.items()
-    }
-    deadline, found = time.monotonic() + LIMIT, {}
-    try:
-        for name, process in started.items():
-            output, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
-            found[name] = process.returncode, output
-    finally:
-        for process in started.values():
-            process.kill()
-    return found
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_the_tests_of_every_backend_pass(reports: dict[str, tuple[int, str]], part: str) -> None:
-    code, output = reports[part]
-    assert code == 0, output[-6000:]
-    counts = {kind: int(number) for number, kind in re.findall(r"(\d+) (passed|failed|skipped|errors?)", output)}
-    print(f"\n{part}: {output.splitlines()[-1]}")
-    assert counts.get("passed", 0) >= PARTS[part][1], counts
-    assert counts.keys() <= {"passed"}, counts
+pytestmark = pytest.mark.skipif(backend._MISSING is not None, reason=str(backend._MISSING))
 
 
 def test_importing_the_library_does_not_import_triton() -> None:

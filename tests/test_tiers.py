@@ -1,0 +1,158 @@
+"""Which command runs which test: none is forgotten, and what is left out has passed as it is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from tests import kernels
+from tests.helpers import ROOT
+from tests.kernels import PARTS, Part, imported, wrong
+
+
+def test_every_test_of_each_backend_meets_the_emulated_kernels() -> None:
+    files = PARTS["emulator"].files
+    assert {"test_operator_contract", "test_objective_differential", "test_modules", "test_compile"} <= set(files)
+    assert not {"test_one_matrix", "test_train_fit", "test_bad_input", "test_tiers"} & set(files)
+
+
+def test_every_test_of_kernels_is_in_a_part_of_its_command() -> None:
+    marked = {path.stem for path in (ROOT / "tests").glob("*.py") if "mark.kernels" in path.read_text()} - {
+        "test_tiers"
+    }
+    files = {name for part in PARTS.values() for name in part.files}
+    assert marked <= files
+    assert all((ROOT / "tests" / f"{name}.py").exists() for name in files)
+
+
+def test_the_commands_share_all_tests_and_every_change_runs_all_commands() -> None:
+    makefile, change = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "run").read_text().splitlines()
+    assert re.findall(r"pytest -m \"([^\"]*)\"", makefile) == ["not slow and not kernels", "slow and not kernels"]
+    assert {"make test", "make test-slow", "make test-kernels"} <= set(change)
+
+
+def test_a_part_depends_on_its_sources_its_tests_and_what_they_import() -> None:
+    paths = {str(path.relative_to(ROOT)) for path in PARTS["emulator"].paths()}
+    assert {
+        "csrc/coarse_math.h",
+        "csrc/cuda/strided.cu",
+        "coarse_kernels/backends/autograd.py",
+        "tests/helpers.py",
+    } <= paths
+    assert {"tests/cuda_emulation/build.py", "tests/cuda_emulation/emulated_cuda.h", "tests/conftest.py"} <= paths
+    assert {"tests/test_operator_contract.py", "tests/test_objective_differential.py", "tests/kernels.py"} <= paths
+    assert not any(name.startswith(("csrc/cpu", "coarse_train", "docs")) for name in paths)
+    assert ROOT / "tests" / "floats_formed.py" in imported([ROOT / "tests" / "triton_interpreted.py"])
+
+
+# --- leaving out what has passed ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Part:
+    """One with one test and one source, in a repository of its own."""
+    for name, text in (
+        ("tests/test_it.py", "from tests import tools\n"),
+        ("tests/tools.py", ""),
+        ("kernel.cu", "// 1"),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for name in ("conftest", "kernels"):
+        (tmp_path / "tests" / f"{name}.py").write_text("")
+    part = Part("a part", ("test_it",), ("*.cu",), least=1)
+    monkeypatch.setattr(kernels, "ROOT", tmp_path)
+    monkeypatch.setattr(kernels, "PASSED", tmp_path / "build" / "passed.json")
+    monkeypatch.setattr(kernels, "PARTS", {"it": part})
+    return part
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """What each run of a part, of which there is to be one for each, ends with."""
+    outcomes: list[str | None] = []
+    monkeypatch.setattr(kernels, "run", lambda part: outcomes.pop(0))
+    return outcomes
+
+
+def test_what_passed_runs_again_when_anything_changes(
+    part: Part,
+    runs: list[str | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runs += [None]
+    assert kernels.main([]) == 0
+    assert "passed in" in capsys.readouterr().out
+    assert kernels.main([]) == 0  # no run is left to ask for
+    assert "left out: nothing has changed" in capsys.readouterr().out
+    (tmp_path / "README.md").write_text("words")
+    assert kernels.main([]) == 0
+    for name in ("kernel.cu", "tests/test_it.py", "tests/tools.py", "tests/kernels.py"):
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "# 2")
+        runs += [None]
+        assert kernels.main([]) == 0
+        assert not runs
+    (tmp_path / "other.cu").write_text("")
+    monkeypatch.setitem(kernels.PARTS, "it", replace(part, tools=(lambda: "compiler 2",)))
+    runs += [None, None]
+    assert kernels.main([]) == 0
+    assert kernels.main(["it", "--again"]) == 0
+    assert not runs
+
+
+def test_what_failed_is_not_left_out(part: Part, runs: list[str | None], capsys: pytest.CaptureFixture[str]) -> None:
+    runs += [None, "3 failures", "3 failures", None]
+    assert kernels.main([]) == 0
+    assert kernels.main(["--again"]) == 1
+    assert "FAILED: 3 failures" in capsys.readouterr().out
+    assert kernels.main([]) == 1
+    assert kernels.main([]) == 0
+    assert kernels.main([]) == 0
+    assert not runs
+
+
+def test_a_record_that_cannot_be_read_is_none(part: Part, runs: list[str | None], tmp_path: Path) -> None:
+    (tmp_path / "build").mkdir()
+    for damage in ("", "[]", '{"it": 3}', "\0"):
+        (tmp_path / "build" / "passed.json").write_text(damage)
+        runs += [None]
+        assert kernels.main([]) == 0
+        assert not runs
+
+
+def test_a_machine_without_the_tool_leaves_its_part_out_and_never_remembers_it(
+    part: Part, runs: list[str | None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(kernels.PARTS, "it", replace(part, lacks=lambda: "no nvcc on this machine"))
+    assert kernels.main([]) == 0
+    assert "left out: no nvcc on this machine" in capsys.readouterr().out
+    assert kernels.passed() == {}
+
+
+def test_an_unknown_part_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        kernels.main(["emulater"])
+    assert "expected some of emulator, interpreter, triton, nvcc, got 'emulater'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("counts", "skips", "problem"),
+    [
+        ('tests="7" failures="0" errors="0" skipped="0"', False, None),
+        ('tests="7" failures="0" errors="0" skipped="2"', True, None),
+        ('tests="7" failures="0" errors="0" skipped="2"', False, "expected none to be skipped, got 2"),
+        ('tests="7" failures="0" errors="0" skipped="3"', True, "expected at least 5 tests that pass, got 4"),
+        ('tests="4" failures="0" errors="0" skipped="0"', False, "expected at least 5 tests that pass, got 4"),
+        ('tests="7" failures="1" errors="0" skipped="0"', False, "1 failures, 0 errors"),
+        ('tests="7" failures="0" errors="2" skipped="0"', False, "0 failures, 2 errors"),
+    ],
+)
+def test_a_selection_that_eats_the_tests_is_seen(counts: str, skips: bool, problem: str | None) -> None:
+    report = ElementTree.fromstring(f"<testsuites><testsuite {counts}/></testsuites>")
+    assert wrong(report.iter("testsuite"), Part("", (), (), least=5, skips=skips)) == problem
