@@ -29,7 +29,9 @@ def _has_own_operators(tensor: Tensor) -> bool:
 
 def is_distributed(tensor: Tensor) -> bool:
     """A `torch.distributed.tensor.DTensor`, whose module is imported only by those who have one."""
-    return type(tensor) not in (Tensor, torch.nn.Parameter) and any(k.__name__ == "DTensor" for k in type(tensor).__mro__)
+    return type(tensor) not in (Tensor, torch.nn.Parameter) and any(
+        k.__name__ == "DTensor" for k in type(tensor).__mro__
+    )
 
 
 def readable(tensor: Tensor) -> bool:

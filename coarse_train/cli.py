@@ -110,7 +110,9 @@ def short(argument: str) -> str:
 
 def _named_network(arguments: list[str]) -> str | None:
     """What the command line itself says after --network."""
-    words = [part for argument in arguments for part in argument.split("=", 1 if argument.startswith("--network=") else 0)]
+    words = [
+        part for argument in arguments for part in argument.split("=", 1 if argument.startswith("--network=") else 0)
+    ]
     return next((value for option, value in itertools.pairwise(words) if option == "--network"), None)
 
 

@@ -118,11 +118,13 @@ def open_run(config: FitConfig, world: World) -> Iterator[None]:
 
 
 def _look_for_links(folder: Path) -> None:
-    """Raises ValueError where what a run writes would go somewhere else: its folder may have come from somebody else. A file that
-    is written whole takes the place of a link."""
+    """Raises ValueError where what a run writes would go somewhere else: its folder may be somebody else's. A file that is
+    written whole takes the place of a link."""
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and path.suffix not in _WHOLE:
-            raise ValueError(f"out: expected no links in the folder of a run, got {path} to {path.readlink()}; remove it")
+            raise ValueError(
+                f"out: expected no links in the folder of a run, got {path} to {path.readlink()}; remove it"
+            )
 
 
 def _tidy(folder: Path) -> None:
@@ -131,7 +133,9 @@ def _tidy(folder: Path) -> None:
         try:
             load_toml(folder / "config.toml")
         except ValueError as error:
-            raise ValueError(f"out: expected a new folder or that of a run, got another config.toml ({error})") from error
+            raise ValueError(
+                f"out: expected a new folder or that of a run, got another config.toml ({error})"
+            ) from error
     for part in folder.glob(".*.part"):
         part.unlink()
 

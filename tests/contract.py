@@ -44,6 +44,12 @@ def gradient_floor(stored: torch.dtype, scale: float = 1.0) -> float:
     return GRADIENT_FLOOR[stored] + rounding * (max(1.0, scale / 10) - 1)
 
 
+def transition_floor(stored: torch.dtype, scale: float = 1.0) -> float:
+    """Of the gradient of a transition where one pixel may be most of it: a quotient of exponentials of logits, which reach 4 x
+    scale. ``stored``: the compute dtype."""
+    return gradient_floor(stored, 4 * scale)
+
+
 def loss_bound(plain: float, stored: torch.dtype, scale: float = 1.0) -> float:
     """``plain``: the error of the plain formulation."""
     return LOSS_FACTOR * plain + loss_floor(stored, scale)

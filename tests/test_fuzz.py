@@ -81,7 +81,9 @@ def test_the_closed_form_is_what_autograd_makes_of_the_reference() -> None:
             tensors, incoming = tensors_of(case)
             truth, found = solve(tensors, incoming), run(tensors, "reference", incoming)
             for name, value in found.losses.items():
-                np.testing.assert_allclose(value, truth.losses[name], rtol=1e-12, atol=1e-11, err_msg=f"{name} of {case}")
+                np.testing.assert_allclose(
+                    value, truth.losses[name], rtol=1e-12, atol=1e-11, err_msg=f"{name} of {case}"
+                )
             for name, value in found.gradients.items():
                 size = max(truth.sizes[name], float(np.abs(truth.gradients[name]).max()))
                 error = float(np.abs(value - truth.gradients[name]).max())
@@ -94,7 +96,7 @@ def test_a_line_is_the_whole_case() -> None:
     for case in itertools.islice(cases(3), 300):
         assert case.fits()
         assert parse(str(case)) == case
-    with pytest.raises(ValueError, match="case: expected words as in .*, got 'fp31'"):
+    with pytest.raises(ValueError, match=r"case: expected words as in .*, got 'fp31'"):
         parse("c3 fp31")
 
 

@@ -1,5 +1,5 @@
-"""The operator inside what people already have: a training loop of theirs, a compiled step, an exported graph, sharded parameters,
-checkpointing. What cannot be served says so.
+"""The operator inside what people already have: a training loop of theirs, a compiled step, an exported program, sharded
+parameters, checkpointing. What cannot be served says so.
 """
 
 from __future__ import annotations
@@ -260,7 +260,12 @@ def test_a_distributed_tensor_is_named_and_what_to_pass_instead(name: str, backe
     from torch.distributed.tensor import Shard, distribute_tensor
 
     problem = make_problem(3, (4, 5), (2, 3), stream="random")
-    given = {"seg_logits": problem.seg, "cm_logits": problem.cm, "labels": problem.labels, "transition": problem.transition}
+    given = {
+        "seg_logits": problem.seg,
+        "cm_logits": problem.cm,
+        "labels": problem.labels,
+        "transition": problem.transition,
+    }
     given[name] = distribute_tensor(given[name], init_device_mesh("cpu", (1,)), [Shard(0)])  # type: ignore[arg-type]
     wanted = rf"{name}: expected a plain tensor, got a DTensor; .*\.to_local\(\).*\.full_tensor\(\)"
     with pytest.raises(TypeError, match=wanted):

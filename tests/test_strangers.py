@@ -1,5 +1,5 @@
-"""Files that came from somebody else: checkpoints, configs, label files, exports, whole run folders. None of them makes code run,
-is written through to another place, or fills the memory.
+"""Files that came from somebody else: checkpoints, configs, label files, exports, whole run folders. None of them makes code
+run, is written through to another place, or fills the memory.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def test_weights_of_a_backbone_with_code_in_them_are_refused_before_it_runs(tmp_
     data_trees.save_small_segformer(tmp_path / "weights", 3)
     (tmp_path / "weights" / "model.safetensors").unlink()
     torch.save({"a": _Attack(mark)}, tmp_path / "weights" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="weights: expected the weights of a SegFormer in .*weights, got "):
+    with pytest.raises(ValueError, match=r"weights: expected the weights of a SegFormer in .*weights, got "):
         SegFormer(3, 3, weights=tmp_path / "weights")
     assert not mark.exists()
 
@@ -201,7 +201,9 @@ def test_names_of_classes_and_images_never_lead_out_of_the_folders_that_are_writ
     assert all(after[name] == content for name, content in before.items())
 
 
-@pytest.mark.parametrize("name", [".last.pt.part", ".config.toml.part", ".metrics.jsonl.part", "last.pt", "config.toml"])
+@pytest.mark.parametrize(
+    "name", [".last.pt.part", ".config.toml.part", ".metrics.jsonl.part", "last.pt", "config.toml"]
+)
 @pytest.mark.parametrize("there", [True, False])
 def test_nothing_is_written_through_a_link_in_a_run_folder(tmp_path: Path, name: str, there: bool) -> None:
     """Where a checkpoint was about to be written lay a link to a file of the user's, which got the checkpoint."""
@@ -229,7 +231,9 @@ def test_a_link_in_a_run_folder_that_would_be_written_to_is_refused(tmp_path: Pa
     if there:
         mine.mkdir() if name in ("tensorboard", "pictures") else mine.write_text("mine")
     (config.out / name).symlink_to(mine)
-    with pytest.raises(ValueError, match=rf"out: expected no links in the folder of a run, got .*{name} to .*mine; remove it"):
+    with pytest.raises(
+        ValueError, match=rf"out: expected no links in the folder of a run, got .*{name} to .*mine; remove it"
+    ):
         fit(config)
     if not there:
         assert not mine.exists()

@@ -92,7 +92,9 @@ def _from_architecture(architecture: str) -> Any:
     """Of a checkpoint, which may be somebody else's: what it says of sizes counts, not whose code is to be fetched for them."""
     content = json.loads(architecture)
     known = _library().SegformerConfig().to_dict().keys() - _CODE
-    return _with_norm(_untrained({key: content["config"][key] for key in content["config"] if key in known}), content["norm"])
+    return _with_norm(
+        _untrained({key: content["config"][key] for key in content["config"] if key in known}), content["norm"]
+    )
 
 
 def _from_folder(folder: Path, num_classes: int, norm: str) -> Any:

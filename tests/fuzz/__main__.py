@@ -103,7 +103,10 @@ def report(content: dict[str, Any]) -> str:
     """Markdown: what ran, and what was found."""
     parts = content["parts"]
     lines = [f"# {content['cases']:,} problems drawn at random", ""]
-    lines += ["`make fuzz ARGS='--seconds N --seed N'`, each case held to float64 by the constants of `tests/contract.py`.", ""]
+    lines += [
+        "`make fuzz ARGS='--seconds N --seed N'`, each case held to float64 by the constants of `tests/contract.py`.",
+        "",
+    ]
     lines += ["| who | cases | comparisons | beyond the floor | cases a second | wrong |", "|---|---|---|---|---|---|"]
     names = dict.fromkeys((part["backend"], part["isa"]) for part in parts)
     for backend, isa in names:
@@ -111,9 +114,14 @@ def report(content: dict[str, Any]) -> str:
         sums = {key: sum(part[key] for part in own) for key in ("cases", "comparisons", "asked_plain", "seconds")}
         wrong = sum(len(part["failures"]) + ("crash" in part) for part in own)
         rate = sums["cases"] / max(sums["seconds"], 1e-9)
-        cells = [f"{backend} {isa}".strip(), f"{sums['cases']:,}", f"{sums['comparisons']:,}", f"{sums['asked_plain']:,}"]
+        cells = [
+            f"{backend} {isa}".strip(),
+            f"{sums['cases']:,}",
+            f"{sums['comparisons']:,}",
+            f"{sums['asked_plain']:,}",
+        ]
         lines.append(f"| {' | '.join([*cells, f'{rate:.0f}', str(wrong)])} |")
-    lines += ["", "\"Beyond the floor\": cases of which plain PyTorch in the same dtype was asked how far off it is.", ""]
+    lines += ["", '"Beyond the floor": cases of which plain PyTorch in the same dtype was asked how far off it is.', ""]
     told = describe()
     for title in ("relation", "form", "stream", "dtype", "rank", "scale", "reduction", "kinds"):
         counts: dict[str, int] = {}
@@ -127,7 +135,9 @@ def report(content: dict[str, Any]) -> str:
         else:
             lines.append(f"- {title}: " + ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items())))
     found = [failure for part in parts for failure in part["failures"]]
-    crashes = [f"- {part['backend']} {part['isa']} seed {part['seed']}: {part['crash']}" for part in parts if "crash" in part]
+    crashes = [
+        f"- {part['backend']} {part['isa']} seed {part['seed']}: {part['crash']}" for part in parts if "crash" in part
+    ]
     lines += ["", "Nothing wrong was found." if not found and not crashes else "Wrong:", *crashes]
     lines += [f"- `{failure['line']}`: {failure['message']}" for failure in found]
     return "\n".join(lines) + "\n"

@@ -1,17 +1,17 @@
 """A case is one line of text, such as
 
-    c3 b2 7x5 seg3x2 fp32 mean scale3 drawn0.7 ignore255 uint8 one_pass seed12 split | positive*2 3x2 w0.5 classes pixels trace0.1 | random trusted
+    c3 b2 7x5 seg3x2 fp32 mean scale3 drawn0.7 ignore255 uint8 one_pass seed12 split | positive*2 3x2 w0.5 classes
 
     c3 b2 7x5 seg3x2    classes, images, pixels (1 to 3 axes), points of the class logits
     fp32                storage of the class logits (fp32, bf16, fp16, fp64), after "+" that of the fields, where it is another
     mean                reduction: mean, sum, none; mean3.5: with that normalizer
     scale3              standard deviation of all logits
-    drawn0.7            share of the labels that is there; ignore255: the number of those that are not; uint8: dtype of labels
+    drawn0.7            share of the labels that is there; ignore255: the number of those that are not; uint8: their dtype
     one_pass            schedule, or recompute
     holes               some logits are -inf, but no first class
     junk                logits of pixels without any label are NaN
     split               what is compared with float64: `relations.RELATIONS`
-    | ...               a kind of drawings: stream, *layers, points of its field or "trusted" (no field), "shared" by all images,
+    | ...               a kind of drawings: stream, *layers, points of its field or "trusted" (none), "shared" by all images,
                         w0.5 its weight, class weights, pixel weights, trace0.1 the weight of the trace
 
 Streams: positive (T = I), uniform, random (learned), fixed (random, not learned), partial (nothing is ever reported as 0).

@@ -118,8 +118,8 @@ def differences(
         off, size = _distance(got, want, finite_only=True)
         if off <= lenient * contract.loss_floor(compute, scale) * max(1.0, size):
             continue
-        # logits of this size are known to so much, however small the loss is that is made of their differences
-        if scale > 10 and off <= contract.loss_floor(compute) * lenient * scale * truth.sizes[name]:
+        # each label adds the logarithm of a number that is known to so much of 1, or of the logits' size, whatever is left
+        if off <= contract.loss_floor(compute) * lenient * (scale if scale > 10 else 1.0) * truth.sizes[name]:
             continue
         usual = _distance(plain().losses[name], want, finite_only=True)[0] / max(1.0, size) if plain else 0.0
         bound = contract.loss_bound(usual, compute, scale)
@@ -133,7 +133,7 @@ def differences(
         if (own == torch.float16 and largest > _LARGEST_FLOAT16) or (name[0] == "t" and largest > _LARGEST_TRANSITION):
             continue
         off, size = _distance(got, want)
-        floor = lenient * contract.gradient_floor(own, scale)
+        floor = lenient * (contract.transition_floor if name[0] == "t" else contract.gradient_floor)(own, scale)
         if name == "posterior":
             if case.junk:  # of pixels that nobody drew NaN is right
                 continue

@@ -112,7 +112,9 @@ def _solve(tensors: Tensors, incoming: float | Array) -> Truth:
         else:
             sums = [float(row.sum()) for row in maps]
             sums = [0.0 if scale == 0 else scale * one for one in sums]
-            losses |= {f"{name}{number}": np.array(one) for name, one in zip(("loss", "nll", "trace"), sums, strict=True)}
+            losses |= {
+                f"{name}{number}": np.array(one) for name, one in zip(("loss", "nll", "trace"), sums, strict=True)
+            }
             losses[f"count{number}"] = np.array(counts[-1])
             total += 0.0 if kind.weight == 0 else kind.weight * sums[0]
         norm = float(np.linalg.norm(factor))

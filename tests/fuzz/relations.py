@@ -288,7 +288,8 @@ def posterior(case: Case, tensors: Tensors, incoming: Incoming, truth: Truth, ba
 RELATIONS: dict[str, Relation] = {
     f.__name__: f
     for f in (
-        same, parts, permuted, split, shifted, identity, expanded, halved, layers, layout, schedules, threads, unasked, posterior
+        same, parts, permuted, split, shifted, identity, expanded, halved, layers, layout, schedules, threads, unasked,
+        posterior,
     )
 }  # fmt: skip
 

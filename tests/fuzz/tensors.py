@@ -189,7 +189,9 @@ def run(tensors: Tensors, backend: str, incoming: float | Array, *, by_parts: bo
         loss = out.loss
         if by_parts:
             # a weight of 0 counts for nothing, even where the loss is inf
-            terms = [kind.weight * part.loss for kind, part in zip(tensors.kinds, out.parts, strict=True) if kind.weight]
+            terms = [
+                kind.weight * part.loss for kind, part in zip(tensors.kinds, out.parts, strict=True) if kind.weight
+            ]
             terms = [term.sum(1) if tensors.reduction == "none" else term for term in terms]
             loss = sum(terms, 0.0 * out.loss if not terms else 0.0)  # type: ignore[arg-type]
         loss.backward(torch.as_tensor(incoming).to(loss).expand_as(loss))
