@@ -2,6 +2,10 @@
 #
 #   make train       the demo: ways to train on coarse drawings of MNIST digits, under four minutes on two cores
 #   make test        the test suite
+#   make fuzz        problems drawn at random, each held to float64: ARGS="--seconds 3600 --seed 0"
+#   make sanitize    native code under ASan and UBSan, its threads under TSan
+#   make test-large  more than 2^31 elements, a million images: minutes, and up to 14 GB
+#   make test-kill   a run killed at 50 moments, and full disks (needs the right to mount)
 #   make bench       speed and memory of the operator on this CPU, under five minutes; make bench-full: every case, under an hour
 #   make tune        how the one setting of the demo that is tuned was chosen
 #   make check-cuda  nvcc over every CUDA kernel: registers and spills; needs nvcc, no GPU (also part of make test)
@@ -30,16 +34,28 @@ else
 RUN = $(BIN)/python
 READY = $(VENV)/installed
 endif
-CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/*.h')
+CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp')
 CXX_DEPENDENCIES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu) setup.py pyproject.toml
 
-.PHONY: train test check-cuda test-gpu bench bench-full bench-gpu bench-step tune lint format clean
+.PHONY: train test fuzz sanitize test-large test-kill check-cuda test-gpu bench bench-full bench-gpu bench-step tune lint format clean
 
 train: $(READY)
 	$(RUN) -m coarse_train demo $(ARGS)
 
 test: $(READY)
 	$(RUN) -m pytest $(WORKERS) $(ARGS)
+
+fuzz: $(READY)
+	$(RUN) -m tests.fuzz $(ARGS)
+
+sanitize: $(READY)
+	$(RUN) -m tests.sanitize $(ARGS)
+
+test-large: $(READY)
+	$(RUN) -m pytest tests/large.py -rs $(ARGS)
+
+test-kill: $(READY)
+	$(RUN) -m pytest tests/kill.py -rs $(ARGS)
 
 check-cuda: $(READY)
 	$(RUN) -m tests.check_cuda $(ARGS)
