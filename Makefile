@@ -5,6 +5,10 @@
 #   make test-slow   the tests that take longer than about three seconds each: training, processes
 #   make test-kernels   CUDA kernels in an emulator and through nvcc, Triton's in its interpreter and compiler; what has not changed
 #                    since it passed is left out, ARGS=--again runs it
+#   make fuzz        problems drawn at random, each held to float64: ARGS="--seconds 3600 --seed 0"
+#   make sanitize    native code under ASan and UBSan, its threads under TSan
+#   make test-large  more than 2^31 elements, a million images: minutes, and up to 14 GB
+#   make test-kill   a run killed at 50 moments, and full disks (needs the right to mount)
 #   make bench       speed and memory of the operator on this CPU, under five minutes; make bench-full: every case, under an hour
 #   make tune        how the one setting of the demo that is tuned was chosen
 #   make check-cuda  nvcc over every CUDA kernel: registers and spills; needs nvcc, no GPU (also part of test-kernels)
@@ -36,10 +40,10 @@ else
 RUN = $(BIN)/python
 READY = $(VENV)/installed
 endif
-CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/*.h')
+CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp')
 CXX_DEPENDENCIES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu) setup.py pyproject.toml
 
-.PHONY: train test test-slow test-kernels check-cuda test-gpu bench bench-full bench-gpu bench-step tune lint format release-check licences clean
+.PHONY: train test test-slow test-kernels fuzz sanitize test-large test-kill check-cuda test-gpu bench bench-full bench-gpu bench-step tune lint format release-check licences clean
 
 train: $(READY)
 	$(RUN) -m coarse_train demo $(ARGS)
@@ -52,6 +56,18 @@ test-slow: $(READY)
 
 test-kernels: $(READY)
 	$(RUN) -m tests.kernels $(ARGS)
+
+fuzz: $(READY)
+	$(RUN) -m tests.fuzz $(ARGS)
+
+sanitize: $(READY)
+	$(RUN) -m tests.sanitize $(ARGS)
+
+test-large: $(READY)
+	$(RUN) -m pytest tests/large.py -rs $(ARGS)
+
+test-kill: $(READY)
+	$(RUN) -m pytest tests/kill.py -rs $(ARGS)
 
 check-cuda: $(READY)
 	$(RUN) -m tests.check_cuda $(ARGS)

@@ -240,6 +240,11 @@ def per_kind(name: str, value: Any) -> tuple[Any, Any]:
 def _check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if wrapped.is_distributed(value):
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor; pass the part of this process ({name}.to_local()) or all of it "
+            f"({name}.full_tensor())"
+        )
 
 
 def _check_float(name: str, value: Any) -> None:

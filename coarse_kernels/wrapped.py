@@ -27,6 +27,13 @@ def _has_own_operators(tensor: Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
+def is_distributed(tensor: Tensor) -> bool:
+    """A `torch.distributed.tensor.DTensor`, whose module is imported only by those who have one."""
+    return type(tensor) not in (Tensor, torch.nn.Parameter) and any(
+        k.__name__ == "DTensor" for k in type(tensor).__mro__
+    )
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether it has values that can be looked at now: it belongs to no trace and to no transform."""
     return not (

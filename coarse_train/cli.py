@@ -29,6 +29,7 @@ from .data.images import MAX_PIXELS
 from .engine import NonFiniteStep, fit
 from .experiments.demo import DemoConfig, run_demo
 from .experiments.experiment import ExperimentConfig, run_experiment
+from .model.networks import check_named
 from .run import CheckpointError
 
 # the user's to mend: one line on stderr and exit status 1; anything else is a bug of ours and shows its traceback
@@ -109,11 +110,21 @@ def short(argument: str) -> str:
     return re.sub(r"^--(data|model|optim|inference)\.", "--", argument)
 
 
+def _named_network(arguments: list[str]) -> str | None:
+    """What the command line itself says after --network."""
+    words = [
+        part for argument in arguments for part in argument.split("=", 1 if argument.startswith("--network=") else 0)
+    ]
+    return next((value for option, value in itertools.pairwise(words) if option == "--network"), None)
+
+
 def parse_fit(arguments: list[str]) -> FitConfig:
     """``DATASET|CONFIG.toml [options]``: the file or the recipe gives the defaults of the options."""
     target, rest = (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else ("", arguments)
     if target.endswith(".toml"):
         default = load_toml(Path(target))
+        if not {"-h", "--help"} & {*rest}:
+            check_named(Path(target), default.model.network, _named_network(rest))
         if (Path(target).parent / "last.pt").exists():  # the folder of a run, wherever it has been moved
             moved, pen = Path(target).parent, default.positive.pen
             if pen == default.out / "pen.json":  # which masks chose

@@ -25,6 +25,7 @@ from .data.images import with_channels
 from .distributed import World
 from .metrics import ConfusionMeter, mean_iou_of
 from .model import CoarseModel, build_model
+from .model.networks import check_named
 
 _TOGETHER = 1 << 17  # pixels in one call of a network: images of 48x48 one by one take twice as long
 
@@ -168,10 +169,14 @@ class LoadedModel:
     step: int
 
 
-def load_model(path: Path, device: torch.device | str = "cpu") -> LoadedModel:
-    """Network, config and class table from a checkpoint alone, in evaluation mode on ``device``."""
+def load_model(path: Path, device: torch.device | str = "cpu", *, network: str | None = None) -> LoadedModel:
+    """Network, config and class table from a checkpoint alone, in evaluation mode on ``device``.
+
+    network: of a network that is none of ours its import path, as in the run: a checkpoint alone makes no code run.
+    """
     content = run.load(path)
     config = from_dict(content["config"])
+    check_named(path, config.model.network, network)
     classes = Classes(**content["classes"])
     transition, architecture = transition_of(content["model"]), content["architecture"]
     model = build_model(config, content["channels"], len(classes), transition, architecture=architecture)

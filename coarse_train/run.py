@@ -23,7 +23,7 @@ import torch
 from PIL.Image import Image
 from tqdm import tqdm
 
-from .config import FitConfig, anchored, from_dict, to_dict
+from .config import FitConfig, anchored, from_dict, load_toml, to_dict
 from .data import Source
 from .distributed import World
 from .storage import LFS_POINTER, CheckpointError, is_lfs_pointer, locked, write_text, write_whole
@@ -38,6 +38,7 @@ _CHANGEABLE = {"steps", "batch_size", "precision", "evaluate_every", "mask_weigh
 _CHANGEABLE |= {f"optim.{name}" for name in ("lr", "cm_lr", "weight_decay", "momentum", "schedule", "warmup", "hold")}
 _CHANGEABLE |= {f"optim.{name}" for name in ("clip", "finetune", "finetune_lr")}
 _MOVABLE = {"data.positives", "data.negatives"}  # another folder is fine; one where there was none is other data
+_WHOLE = (".pt", ".toml", ".json", ".html", ".part")  # suffixes of files that appear whole
 _LINE_EVERY = 10.0  # seconds between two lines in a log file
 
 
@@ -102,16 +103,41 @@ def open_run(config: FitConfig, world: World) -> Iterator[None]:
     with ExitStack() as stack:
         if world.is_main:
             make_folder("out", config.out)
+            _look_for_links(config.out)
             try:
                 free = stack.enter_context(locked(config.out / ".lock"))
             except OSError as error:
                 raise ValueError(f"out: expected a folder that can be written, got {config.out} ({error})") from error
             if not free:
                 raise ValueError(f"out: expected a folder that no other run writes to, got {config.out}")
+            _tidy(config.out)
             if not config.resume:
                 (config.out / "best.pt").unlink(missing_ok=True)  # of a run that was given up
         world.wait()
         yield
+
+
+def _look_for_links(folder: Path) -> None:
+    """Raises ValueError where what a run writes would go somewhere else: its folder may be somebody else's. A file that is
+    written whole takes the place of a link."""
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and path.suffix not in _WHOLE:
+            raise ValueError(
+                f"out: expected no links in the folder of a run, got {path} to {path.readlink()}; remove it"
+            )
+
+
+def _tidy(folder: Path) -> None:
+    """What a killed process was writing goes. Raises ValueError where a file of another program is in the way."""
+    if (folder / "config.toml").is_file():
+        try:
+            load_toml(folder / "config.toml")
+        except ValueError as error:
+            raise ValueError(
+                f"out: expected a new folder or that of a run, got another config.toml ({error})"
+            ) from error
+    for part in folder.glob(".*.part"):
+        part.unlink()
 
 
 # ---- the same run ------------------------------------------------------------------------------------------------

@@ -29,12 +29,13 @@ class CheckpointError(RuntimeError):
 
 def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """``write(file)`` into a temporary file beside ``path``, synced to disk, then renamed: whatever happens meanwhile,
-    ``path`` is the old file or the new one."""
+    ``path`` is the old file or the new one. Nothing is written through a link, neither through ``path`` nor beside it."""
     temporary = path.with_name(f".{path.name}.part")
     kept = "the last good one is still there" if path.exists() else "there is none yet"
     try:
         try:
-            with open(temporary, "wb") as file:
+            temporary.unlink(missing_ok=True)  # of a process that was killed
+            with open(temporary, "xb") as file:
                 write(file)
                 file.flush()
                 _sync(file.fileno(), path.parent)

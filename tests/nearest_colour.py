@@ -21,6 +21,8 @@ CLASSES = Classes(
     ("ground", "wall", "tree", "sky"), ((20, 20, 20), (200, 30, 30), (30, 200, 30), (30, 30, 200)), (7, 9, 23, 2), (0,)
 )
 
+NETWORK = "tests.nearest_colour:nearest_colour"
+
 
 def nearest_colour(channels: int, num_classes: int) -> nn.Module:
     return nn.Conv2d(channels, num_classes, 1)
@@ -28,7 +30,7 @@ def nearest_colour(channels: int, num_classes: int) -> nn.Module:
 
 def write_checkpoint(path: Path, data: DataConfig, classes: Classes = CLASSES, *, channels: int = 3) -> Path:
     """-|x - c|^2 is a 1x1 convolution but for |x|^2, which is the same for all classes."""
-    config = FitConfig(data=data, model=ModelConfig(network="tests.nearest_colour:nearest_colour"))
+    config = FitConfig(data=data, model=ModelConfig(network=NETWORK))
     model = build_model(config, channels, len(classes), None)
     colours = torch.tensor(classes.colours)[:, :channels] / 255
     with torch.no_grad():

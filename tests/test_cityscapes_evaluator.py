@@ -20,7 +20,7 @@ from coarse_train.commands.evaluate import EvaluateConfig, run_evaluate
 from coarse_train.commands.predict import PredictConfig, run_predict
 from coarse_train.config import DataConfig
 from coarse_train.data.cityscapes import CLASSES
-from tests.nearest_colour import write_checkpoint
+from tests.nearest_colour import NETWORK, write_checkpoint
 
 official = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
 
@@ -54,9 +54,8 @@ def config(tmp_path: Path) -> EvaluateConfig:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(path)
     data = DataConfig(dataset="cityscapes", root=tmp_path / "cityscapes")
-    return EvaluateConfig(
-        write_checkpoint(tmp_path / "best.pt", data, CLASSES), device="cpu", export=tmp_path / "labels"
-    )
+    checkpoint = write_checkpoint(tmp_path / "best.pt", data, CLASSES)
+    return EvaluateConfig(checkpoint, network=NETWORK, device="cpu", export=tmp_path / "labels")
 
 
 def _official(root: Path, predictions: Path) -> dict[str, Any]:
@@ -105,7 +104,7 @@ def test_classes_that_do_not_occur_are_treated_as_the_official_evaluator_treats_
 def test_what_predict_writes_is_found_by_the_official_evaluator_and_scores_the_same(
     config: EvaluateConfig, tmp_path: Path
 ) -> None:
-    out = run_predict(PredictConfig(config.checkpoint, out=tmp_path / "predictions", device="cpu"))
+    out = run_predict(PredictConfig(config.checkpoint, network=NETWORK, out=tmp_path / "predictions", device="cpu"))
     ours = run_evaluate(replace(config, export=None))
     theirs = _official(tmp_path / "cityscapes", out / "labels")
     assert ours["mean_iou"] == 100.0 * theirs["averageScoreClasses"]

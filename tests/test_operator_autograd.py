@@ -50,6 +50,78 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+# --- first derivatives, by every door ---------------------------------------------------------------------------------
+
+
+def by_grad(function: Callable[..., Tensor], *at: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(function(*at), at)
+
+
+def by_backward(function: Callable[..., Tensor], *at: Tensor) -> tuple[Tensor | None, ...]:
+    function(*at).backward()
+    return tuple(t.grad for t in at)
+
+
+def by_backward_of_inputs(function: Callable[..., Tensor], *at: Tensor) -> tuple[Tensor | None, ...]:
+    """One after the other: none of them may get what was not asked for."""
+    loss = function(*at)
+    for number, tensor in enumerate(at):
+        loss.backward(inputs=[tensor], retain_graph=True)
+        assert all(other.grad is None for other in at[number + 1 :])
+    return tuple(t.grad for t in at)
+
+
+def by_vjp(function: Callable[..., Tensor], *at: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.functional.vjp(function, at)[1]
+
+
+def by_jacobian(function: Callable[..., Tensor], *at: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.functional.jacobian(function, at)
+
+
+def by_func_grad(function: Callable[..., Tensor], *at: Tensor) -> tuple[Tensor, ...]:
+    return torch.func.grad(function, argnums=(0, 1, 2))(*at)
+
+
+def by_func_vjp(function: Callable[..., Tensor], *at: Tensor) -> tuple[Tensor, ...]:
+    value, pull = torch.func.vjp(function, *at)
+    return pull(torch.ones_like(value))
+
+
+def by_jvp_along_each_axis(function: Callable[..., Tensor], *at: Tensor) -> tuple[Tensor, ...]:
+    """Forward mode knows it, too, a number at a time."""
+    return torch.func.jacfwd(function, argnums=(0, 1, 2))(*at)
+
+
+TRANSFORMS = (by_func_grad, by_func_vjp, by_jvp_along_each_axis)
+FIRST = (by_grad, by_backward, by_backward_of_inputs, by_vjp, by_jacobian, *TRANSFORMS)
+
+
+@pytest.mark.every
+@SCHEDULE
+@pytest.mark.parametrize("grid", [None, (2, 3), (1, 1)], ids=["pixel", "strided", "one-point"])
+@pytest.mark.parametrize("door", FIRST, ids=lambda door: door.__name__.removeprefix("by_"))
+def test_a_first_derivative_is_right_by_every_door_or_names_the_reference(
+    backend: str, schedule: str, grid: tuple[int, int] | None, door: Callable[..., Any]
+) -> None:
+    problem = make_problem(3, (4, 5), grid, stream="random", trace_weight=0.1, batch=1)
+    truth = oracle(problem)
+    leaves = [leaf(t) for t in (problem.seg, problem.cm, problem.transition)]
+
+    def loss(seg: Tensor, cm: Tensor, transition: Tensor) -> Tensor:
+        return ck.annotation_nll(seg, cm, problem.labels, transition, trace_weight=0.1, backend=backend).loss
+
+    with ck.use_schedule(schedule):
+        if door in TRANSFORMS and backend != "reference":
+            with pytest.raises(RuntimeError, match=f'backend {backend!r}.*backend="reference"'):
+                door(loss, *leaves)
+            return
+        found = door(loss, *leaves)
+    for name, gradient in zip(("seg", "cm", "transition"), found, strict=True):
+        assert gradient is not None
+        assert gradient_error(gradient, truth.gradients[name]) < 2e-6, name
+
+
 # --- second derivatives -----------------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ from coarse_train.run import CheckpointError
 from tests.floats_formed import FloatsFormed, assert_most_probable
 from tests.nearest_colour import (
     CLASSES,
+    NETWORK,
     nearest_colour,
     random_maps,
     write_checkpoint,
@@ -43,7 +44,7 @@ def _perfect(tmp_path: Path) -> EvaluateConfig:
     maps = random_maps(*SIZES)
     root = write_folder(tmp_path / "data", "val", {f"town/{i}": (m, m) for i, m in enumerate(maps)})
     checkpoint = write_checkpoint(tmp_path / "best.pt", DataConfig(root=root))
-    return EvaluateConfig(checkpoint, device="cpu")
+    return EvaluateConfig(checkpoint, network=NETWORK, device="cpu")
 
 
 def _flawed(tmp_path: Path) -> tuple[EvaluateConfig, np.ndarray]:
@@ -58,7 +59,8 @@ def _flawed(tmp_path: Path) -> tuple[EvaluateConfig, np.ndarray]:
     counts = np.zeros((4, 4), int)
     for predicted, mask in zip(seen, true, strict=True):
         np.add.at(counts, (mask[mask != IGNORE], predicted[mask != IGNORE]), 1)
-    return EvaluateConfig(write_checkpoint(tmp_path / "best.pt", DataConfig(root=root)), device="cpu"), counts
+    checkpoint = write_checkpoint(tmp_path / "best.pt", DataConfig(root=root))
+    return EvaluateConfig(checkpoint, network=NETWORK, device="cpu"), counts
 
 
 def test_a_network_that_is_always_right_scores_100(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,9 +102,8 @@ def test_a_class_that_does_not_occur_prints_a_dash_and_is_null(
 ) -> None:
     (classes,) = random_maps((8, 8), classes=3)
     root = write_folder(tmp_path / "data", "val", {"a": (classes, classes)})
-    config = EvaluateConfig(
-        write_checkpoint(tmp_path / "best.pt", DataConfig(root=root)), out=tmp_path / "new" / "s.json"
-    )
+    checkpoint = write_checkpoint(tmp_path / "best.pt", DataConfig(root=root))
+    config = EvaluateConfig(checkpoint, network=NETWORK, out=tmp_path / "new" / "s.json")
     result = run_evaluate(config)
     assert "sky                  -       -\n" in capsys.readouterr().out
     assert result["mean_iou"] == 100.0
@@ -227,7 +228,8 @@ def test_what_is_confused_most_is_said_by_name(tmp_path: Path, capsys: pytest.Ca
     seen = np.array([[0, 0, 0, 0, 1, 1, 1, 2]] * 4, np.uint8)
     mask = np.array([[0, 0, 0, 1, 1, 1, 1, 3]] * 4, np.uint8)
     root = write_folder(tmp_path / "data", "val", {"a": (seen, mask)})
-    result = run_evaluate(EvaluateConfig(write_checkpoint(tmp_path / "best.pt", DataConfig(root=root)), device="cpu"))
+    checkpoint = write_checkpoint(tmp_path / "best.pt", DataConfig(root=root))
+    result = run_evaluate(EvaluateConfig(checkpoint, network=NETWORK, device="cpu"))
     assert result["most_confused"] == [["wall", "ground", 25.0], ["sky", "tree", 100.0]]
     assert result["collapse"] is None
     assert capsys.readouterr().out.endswith(
@@ -242,7 +244,8 @@ def test_a_network_that_sees_one_class_everywhere_is_told_in_words(
 ) -> None:
     (mask,) = random_maps((20, 20))
     root = write_folder(tmp_path / "data", "val", {"a": (np.full_like(mask, 2), mask)})
-    run_evaluate(EvaluateConfig(write_checkpoint(tmp_path / "best.pt", DataConfig(root=root)), device="cpu"))
+    checkpoint = write_checkpoint(tmp_path / "best.pt", DataConfig(root=root))
+    run_evaluate(EvaluateConfig(checkpoint, network=NETWORK, device="cpu"))
     share = 100 * (mask == 2).mean()
     assert (
         f"note: the network has collapsed to one class: 'tree' at 100.0 % of the pixels, of which it is {share:.1f} %; of all "
@@ -253,8 +256,9 @@ def test_a_network_that_sees_one_class_everywhere_is_told_in_words(
 def test_masks_without_one_labelled_pixel_are_refused(tmp_path: Path) -> None:
     (seen,) = random_maps((4, 4))
     root = write_folder(tmp_path / "data", "val", {"a": (seen, np.full_like(seen, IGNORE))})
+    checkpoint = write_checkpoint(tmp_path / "best.pt", DataConfig(root=root))
     with pytest.raises(ValueError, match="evaluate needs dense masks; not one pixel of 1 images of val has a class"):
-        run_evaluate(EvaluateConfig(write_checkpoint(tmp_path / "best.pt", DataConfig(root=root))))
+        run_evaluate(EvaluateConfig(checkpoint, network=NETWORK))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -148,10 +148,11 @@ class _Stopped(torch.nn.Module):
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path: Path) -> None:
-    config = _config(tmp_path / "run", model=ModelConfig(network="tests.test_train_interrupt:_Stopped"), save_every=100)
+    network = "tests.test_train_interrupt:_Stopped"
+    config = _config(tmp_path / "run", model=ModelConfig(network=network), save_every=100)
     (tmp_path / "run.toml").write_text(to_toml(config))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *torchrun, "-m", "coarse_train", "fit", str(tmp_path / "run.toml")]
+    command = [sys.executable, *torchrun, "-m", "coarse_train", "fit", str(tmp_path / "run.toml"), "--network", network]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode != 0
     assert "exitcode  : 143" in done.stderr.replace("exitcode : ", "exitcode  : ")

@@ -17,7 +17,7 @@ from coarse_train.config import DataConfig
 from coarse_train.inference import InferenceConfig, load_model, to_input
 from coarse_train.pictures import draw_maps
 from tests.floats_formed import FloatsFormed, assert_most_probable
-from tests.nearest_colour import CLASSES, random_maps, write_checkpoint, write_folder, write_street_checkpoint
+from tests.nearest_colour import CLASSES, NETWORK, random_maps, write_checkpoint, write_folder, write_street_checkpoint
 
 NAMES = ("a.png", "deep/er/b.v2.bmp", "deep/c.TIF")  # lossless: JPEG would change colours
 
@@ -35,7 +35,7 @@ def config(tmp_path: Path) -> PredictConfig:
         Image.fromarray(CLASSES.paint(classes)).save(path)
     (tmp_path / "photos" / "notes.txt").write_text("not an image")
     checkpoint = write_checkpoint(tmp_path / "best.pt", DataConfig(root=tmp_path / "gone"))
-    return PredictConfig(checkpoint, images=tmp_path / "photos", out=tmp_path / "out", device="cpu")
+    return PredictConfig(checkpoint, network=NETWORK, images=tmp_path / "photos", out=tmp_path / "out", device="cpu")
 
 
 def test_a_folder_of_images_becomes_labels_and_pictures(

@@ -28,6 +28,8 @@ class EvaluateConfig:
 
     checkpoint: tyro.conf.Positional[Path]
     """best.pt or last.pt of a run: the network, its classes and its data set."""
+    network: str | None = None
+    """package.module:name, where the run's network is none of ours: it is code, which is run only if it is named here again."""
     split: str = "val"
     """train, val or test."""
     root: Path | None = None
@@ -64,7 +66,7 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.limit is not None and config.limit < 1:
         raise ValueError(f"limit: expected a number >= 1, got {config.limit}")
     with join_world(config.device) as world:
-        loaded = load_model(config.checkpoint, world.device)
+        loaded = load_model(config.checkpoint, world.device, network=config.network)
         source = open_trained_split(
             loaded,
             config.split,

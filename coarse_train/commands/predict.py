@@ -30,6 +30,8 @@ class PredictConfig:
 
     checkpoint: tyro.conf.Positional[Path]
     """best.pt or last.pt of a run: the network, its classes and its data set."""
+    network: str | None = None
+    """package.module:name, where the run's network is none of ours: it is code, which is run only if it is named here again."""
     images: Path | None = None
     """An image, or a folder that is searched for images recursively; without it the data set's `split`."""
     split: str = "val"
@@ -59,7 +61,7 @@ def run_predict(config: PredictConfig) -> Path:
     if not 0 <= config.opacity <= 1:
         raise ValueError(f"opacity: expected a number from 0 to 1, got {config.opacity}")
     with join_world(config.device) as world:
-        loaded = load_model(config.checkpoint, world.device)
+        loaded = load_model(config.checkpoint, world.device, network=config.network)
         source: Source
         if config.images is None:
             source = open_trained_split(loaded, config.split, root=config.root, max_pixels=config.max_pixels)

@@ -213,7 +213,7 @@ def _names_first(first: FitConfig, then: FitConfig, out: Path, seed: int) -> Fit
     run = replace(run, out=folder / "run")
 
     def believe(train: Path) -> None:
-        model = load_model(fit(run).checkpoint).model
+        model = load_model(fit(run).checkpoint, network=run.model.network).model
         source = open_split(first.data, "train")
         for index in range(len(source)):
             record = source.load(index)

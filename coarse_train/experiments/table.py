@@ -243,7 +243,7 @@ def _run(content: dict[str, object], split: str) -> Cell:
 
 
 def _cell(checkpoint: Path, config: FitConfig, split: str) -> Cell:
-    loaded = load_model(checkpoint)
+    loaded = load_model(checkpoint, network=config.model.network)
     source = open_split(config.data, split)
     with join_world("cpu") as world:
         meter, _ = score(loaded.model.segmentation, source, world=world, channels=loaded.channels)

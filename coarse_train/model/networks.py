@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,18 @@ from .street import StreetNet
 from .unet import UNet
 
 NETWORKS = ("unet", "street", "segformer")
+
+
+def check_named(where: Path, network: str, named: str | None) -> None:
+    """Raises ValueError where the config in the file ``where`` has a network that is code, and nobody has ``named`` it: a file
+    that came from somebody else must not say what is imported, the more so as modules may lie in the current folder."""
+    if network in NETWORKS or network == named:
+        return
+    got = "" if named is None else f", not {named!r}"
+    raise ValueError(
+        f"network: expected {where} to have one of {NETWORKS}, got {network!r}{got}, which is code that would be run; "
+        f"--network {network} does"
+    )
 
 
 def build_segmentation(

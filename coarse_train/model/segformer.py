@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ..storage import LFS_POINTER, is_lfs_pointer, one_line
 from .blocks import normalisation
 
+# what in a config of the library names implementations, or code to load
+_CODE = {"attn_implementation", "_attn_implementation", "auto_map", "quantization_config", "_name_or_path"}
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which published weights expect
 
 
@@ -87,8 +89,12 @@ def _untrained(config: dict[str, Any]) -> Any:
 
 
 def _from_architecture(architecture: str) -> Any:
+    """Of a checkpoint, which may be somebody else's: what it says of sizes counts, not whose code is to be fetched for them."""
     content = json.loads(architecture)
-    return _with_norm(_untrained(content["config"]), content["norm"])
+    known = _library().SegformerConfig().to_dict().keys() - _CODE
+    return _with_norm(
+        _untrained({key: content["config"][key] for key in content["config"] if key in known}), content["norm"]
+    )
 
 
 def _from_folder(folder: Path, num_classes: int, norm: str) -> Any:

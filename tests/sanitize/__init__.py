@@ -1,0 +1,1 @@
+"""The native code under ASan, UBSan and TSan (`python -m tests.sanitize`)."""

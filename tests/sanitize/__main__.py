@@ -1,0 +1,178 @@
+"""The native code under ASan + UBSan, and its threads under TSan.
+
+    python -m tests.sanitize            all steps; exit status 1 where one finds something
+    python -m tests.sanitize --steps driver-address tests
+
+driver-address   a program that calls the CPU operators without PyTorch (driver.cpp) under ASan and UBSan
+driver-thread    the same under TSan: parallel_for by threads that it knows, several callers, the pool emptied meanwhile
+tests            the operator's tests, with extensions built for ASan and UBSan in an interpreter that has ASan preloaded
+fuzz             problems drawn at random (tests/fuzz), the same way
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CPU = ROOT / "csrc" / "cpu"
+KERNELS = tuple(CPU / f"{name}.cpp" for name in ("dispatch", "kernels_baseline", "kernels_avx2", "kernels_avx512"))
+# As setup.py has them, but for what would hide a line.
+FLAGS = ("-std=c++20", "-O1", "-g1", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-omit-frame-pointer", "-w")
+# vptr wants the type information of classes of PyTorch's that are not there.
+ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined")
+THREAD = ("-fsanitize=thread",)
+# Every shape of the differential tests has a reason, and the others repeat them with other values.
+TESTS = ("objective_differential", "operator_differential", "one_matrix", "operator_contract", "native")
+SELECTED = "shapes or any_number_of_pixels or unwritten or begin_on_a_line or linear_taps or one_pixel"
+# Not leaks: the interpreter and PyTorch hold what they hold until the end.
+OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99:allocator_may_return_null=1",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "exitcode=66:halt_on_error=1",
+}
+
+
+def run(command: Sequence[str | Path], **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*map(str, command)], text=True, check=False, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "c++")
+
+
+def folder_of(*parts: object) -> Path:
+    """Of builds of these sources with these flags; kept, so that a second run compiles nothing."""
+    digest = hashlib.sha256(repr(parts).encode())
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.suffix in (".h", ".cpp"):
+            digest.update(path.read_bytes())
+    return Path(tempfile.gettempdir()) / f"coarse_kernels_sanitized_{digest.hexdigest()[:16]}"
+
+
+def compiled(sources: Sequence[Path], flags: Sequence[str], folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def one(source: Path) -> Path:
+        target = folder / f"{source.stem}.o"
+        if not target.exists():
+            part = target.with_suffix(".part")
+            done = run([compiler(), *flags, "-c", source, "-o", part], capture_output=True)
+            if done.returncode != 0:
+                raise SystemExit(f"{source.name}: {done.stderr[-3000:]}")
+            part.replace(target)
+        return target
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        return list(pool.map(one, sources))
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------------
+
+
+def driver(sanitizer: Sequence[str]) -> int:
+    flags = [*FLAGS, *sanitizer]
+    objects = compiled(KERNELS, flags, folder_of(flags))
+    own = [path.read_bytes() for path in sorted(HERE.rglob("*")) if path.suffix in (".h", ".cpp")]
+    folder = folder_of(flags, own)
+    program = folder / "driver"
+    if not program.exists():
+        objects += compiled([HERE / "driver.cpp"], [*flags, f"-I{HERE / 'shim'}"], folder)
+        linked = run([compiler(), *sanitizer, *objects, "-pthread", "-o", program], capture_output=True)
+        if linked.returncode != 0:
+            raise SystemExit(linked.stderr[-3000:])
+    status = 0
+    for isa in ("avx512", "avx2", "baseline"):
+        status = run([program], env={**os.environ, **OPTIONS, "COARSE_KERNELS_ISA": isa}).returncode or status
+    return status
+
+
+def tree() -> Path:
+    """A copy of the packages and their tests whose extensions are built for ASan and UBSan."""
+    import pybind11
+    import torch
+    from torch.utils import cpp_extension
+
+    stable = ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY")
+    includes = [f"-I{path}" for path in (*cpp_extension.include_paths(), pybind11.get_include(), _python_include())]
+    flags = [*FLAGS, *ADDRESS, *stable, *includes]
+    folder = folder_of(flags, torch.__version__, sys.version)
+    objects = compiled([CPU / "ops_cpu.cpp"], flags, folder / "objects")
+    objects += compiled(KERNELS, [*FLAGS, *ADDRESS], folder_of([*FLAGS, *ADDRESS]))  # the driver's
+    tools = compiled([ROOT / "csrc" / "native.cpp"], flags, folder / "objects")
+    copy = folder / "tree"
+    shutil.rmtree(copy, ignore_errors=True)
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("coarse_kernels", "coarse_train", "benchmarks", "tests", "csrc"):
+        shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    torch_flags = [f"-L{path}" for path in cpp_extension.library_paths()]
+    for name, parts, libraries in (
+        ("_C.abi3.so", objects, [*torch_flags, "-ltorch_cpu", "-ltorch"]),
+        ("_native.so", tools, ["-pthread"]),
+    ):
+        linked = run([compiler(), "-shared", *ADDRESS, *parts, *libraries, "-o", copy / "coarse_kernels" / name])
+        if linked.returncode != 0:
+            raise SystemExit(f"{name} cannot be linked")
+    return copy
+
+
+def _python_include() -> str:
+    import sysconfig
+
+    return sysconfig.get_paths()["include"]
+
+
+def in_tree(*command: str) -> int:
+    """A command of the interpreter with ASan preloaded, in the copy. libstdc++ beside it: ASan looks for what throws as it
+    starts."""
+    names = [run([compiler(), f"-print-file-name=lib{name}.so"], capture_output=True) for name in ("asan", "stdc++")]
+    copy = tree()
+    environment = {**os.environ, **OPTIONS, "PYTHONPATH": str(copy), "COARSE_TEST_EMULATION": "0"}
+    environment["LD_PRELOAD"] = ":".join(one.stdout.strip() for one in names)
+    return run([sys.executable, *command], cwd=copy, env=environment).returncode
+
+
+def tests() -> int:
+    files = [f"tests/test_{name}.py" for name in TESTS]
+    return in_tree("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", SELECTED, *files)
+
+
+def fuzz(seconds: float) -> int:
+    return in_tree("-m", "tests.fuzz", "--seconds", str(seconds), "--out", str(ROOT / "runs" / "fuzz_sanitized"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.sanitize", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", nargs="*", default=["driver-address", "driver-thread", "tests", "fuzz"])
+    parser.add_argument("--seconds", type=float, default=60.0, help="of the step `fuzz`")
+    given = parser.parse_args()
+    steps: dict[str, Callable[[], int]] = {
+        "driver-address": lambda: driver(ADDRESS),
+        "driver-thread": lambda: driver(THREAD),
+        "tests": tests,
+        "fuzz": lambda: fuzz(given.seconds),
+    }
+    lines, failed = [], False
+    for name in given.steps:
+        began = time.monotonic()
+        status = steps[name]()
+        failed |= status != 0
+        lines.append(f"{name}: {'clean' if status == 0 else f'status {status}'}, {time.monotonic() - began:.0f} s")
+        print(lines[-1], flush=True)
+    print("\n".join(["", *lines]))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

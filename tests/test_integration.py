@@ -1,0 +1,309 @@
+"""The operator inside what people already have: a training loop of theirs, a compiled step, an exported program, sharded
+parameters, checkpointing. What cannot be served says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+import coarse_kernels as ck
+from tests.helpers import SCHEDULES, generator, gradient_error, leaf, make_problem
+
+BACKENDS = [name for name in ("cpu", "reference") if name in ck.available_backends()]
+
+
+class Network(nn.Module):
+    """(B, 3, H, W) -> (B, C, H / 4, W / 4), as segmentation networks do."""
+
+    def __init__(self, classes: int = 4):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, classes, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.body(image)
+
+
+def data(count: int = 8, size: int = 16, classes: int = 4) -> TensorDataset:
+    gen = generator(0)
+    labels = torch.randint(0, classes, (count, size, size), generator=gen)
+    labels[torch.rand(labels.shape, generator=gen) < 0.3] = 255
+    return TensorDataset(torch.rand(count, 3, size, size, generator=gen), labels)
+
+
+def networks() -> tuple[nn.Module, nn.Module]:
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        made.append(Network())
+    return made[0], made[1]
+
+
+def largest_difference(one: nn.Module, other: nn.Module) -> float:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+
+# --- a loop of somebody's ------------------------------------------------------------------------------------------------
+
+
+def train_one_epoch(
+    model: nn.Module,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    loader: DataLoader[Any],
+    scheduler: Any,
+    scaler: torch.amp.GradScaler | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """As tutorials and reference scripts have it: it knows a criterion of output and target, and nothing of ours."""
+    model.train()
+    for image, target in loader:
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            output = model(image)
+            loss = criterion(output, target)
+        optimizer.zero_grad()
+        if scaler is not None:
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        scheduler.step()
+
+
+def upsampled_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    logits = F.interpolate(logits.float(), target.shape[1:], mode="bilinear", align_corners=False)
+    return F.cross_entropy(logits, target, ignore_index=255)
+
+
+class Criterion(nn.Module):
+    """Ours behind the two arguments that a loop gives."""
+
+    def __init__(self, backend: str):
+        super().__init__()
+        self.loss = ck.AnnotationNLL(backend=backend)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return self.loss(logits, None, target).loss
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("dtype", "scaled", "bound"),
+    [(None, False, 1e-5), (torch.bfloat16, False, 2e-3), (torch.float16, True, 2e-3)],
+    ids=["float32", "autocast", "autocast and GradScaler"],
+)
+def test_an_external_loop_trains_as_with_cross_entropy(
+    backend: str, schedule: str, dtype: torch.dtype | None, scaled: bool, bound: float
+) -> None:
+    trained = networks()
+    for model, criterion in zip(trained, (Criterion(backend), upsampled_cross_entropy), strict=True):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+        scaler = torch.amp.GradScaler("cpu") if scaled else None
+        with ck.use_schedule(schedule):
+            for _ in range(3):
+                loader = DataLoader(data(), batch_size=2)
+                train_one_epoch(model, criterion, optimizer, loader, scheduler, scaler, dtype)
+    assert largest_difference(*trained) < bound
+    assert largest_difference(trained[0], networks()[0]) > 1e-3
+
+
+# --- compiled and exported ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_that_is_compiled_as_a_whole_trains_as_one_that_is_not(backend: str) -> None:
+    """Forward, loss with a matrix, backward and optimizer in one function."""
+    trained = networks()
+    heads = [nn.Parameter(torch.zeros(1, 4, 4, 1, 1)), nn.Parameter(torch.zeros(1, 4, 4, 1, 1))]
+    for number, model in enumerate(trained):
+        matrix = heads[number]
+        with torch.no_grad():
+            matrix[0, range(4), range(4)] = 2.0
+        optimizer = torch.optim.SGD([*model.parameters(), matrix], lr=0.1)
+
+        def step(
+            image: Tensor, target: Tensor, model: Any = model, matrix: Any = matrix, optimizer: Any = optimizer
+        ) -> Tensor:
+            optimizer.zero_grad()
+            kinds = [ck.Drawings(target, matrix), ck.Drawings(target, weight=0.5)]
+            loss = ck.annotation_objective(model(image), kinds, backend=backend).loss
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        run = torch.compile(step, backend="aot_eager") if number else step
+        for image, target in DataLoader(data(), batch_size=2):
+            run(image, target)
+    assert largest_difference(*trained) < 1e-6
+    assert float((heads[0] - heads[1]).detach().abs().max()) < 1e-6
+    assert largest_difference(trained[0], networks()[0]) > 1e-3
+
+
+class _Exported(nn.Module):
+    """A network with its loss, its posterior and its label map."""
+
+    def __init__(self, backend: str):
+        super().__init__()
+        torch.manual_seed(0)
+        self.network, self.backend = Network(), backend
+
+    def forward(self, image: Tensor, matrices: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.network(image)
+        loss = ck.annotation_nll(logits, matrices, labels, trace_weight=0.1, backend=self.backend).loss
+        posterior = ck.annotation_posterior(logits, matrices, labels, backend=self.backend)
+        return loss, posterior, ck.label_map(logits, labels.shape[1:], backend=self.backend)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_exported_program_computes_what_the_module_does(backend: str, tmp_path: Path) -> None:
+    module = _Exported(backend).eval()
+    image, labels = data(2)[:]
+    arguments = (image, torch.randn(2, 4, 4, 2, 2, generator=generator(1)), labels)
+    with torch.no_grad():
+        program = torch.export.export(module, arguments)
+        torch.export.save(program, tmp_path / "program.pt2")
+        loaded = torch.export.load(tmp_path / "program.pt2").module()
+        for one, other in zip(loaded(*arguments), module(*arguments), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_exported_program_is_differentiated(backend: str) -> None:
+    problem = make_problem(3, (6, 9), (2, 3))
+
+    class Loss(nn.Module):
+        def forward(self, seg: Tensor, cm: Tensor) -> Tensor:
+            return ck.annotation_nll(seg, cm, problem.labels, backend=backend).loss
+
+    assert problem.cm is not None
+    exported = torch.export.export(Loss(), (problem.seg, problem.cm)).module()
+    found = []
+    for module in (exported, Loss()):
+        seg, cm = leaf(problem.seg), leaf(problem.cm)
+        assert seg is not None
+        assert cm is not None
+        found.append(torch.autograd.grad(module(seg, cm), (seg, cm)))
+    for one, other in zip(*found, strict=True):
+        assert gradient_error(one, other) < 1e-6
+
+
+# --- checkpointing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_around_network_and_loss_changes_no_gradient(
+    backend: str, schedule: str, reentrant: bool
+) -> None:
+    image, labels = data(2)[:]
+    image.requires_grad_()  # or the old form of checkpointing sees nothing to do
+    plain, kept = networks()
+
+    def objective(model: nn.Module, image: Tensor) -> Tensor:
+        kinds = [ck.Drawings(labels), ck.Drawings(labels, weight=0.5)]
+        return ck.annotation_objective(model(image), kinds, backend=backend).loss
+
+    with ck.use_schedule(schedule):
+        objective(plain, image).backward()
+        checkpoint(objective, kept, image, use_reentrant=reentrant).backward()
+    for one, other in zip(plain.parameters(), kept.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert torch.equal(one.grad, other.grad)
+
+
+# --- distributed ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("name", ["seg_logits", "cm_logits", "labels", "transition"])
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+def test_a_distributed_tensor_is_named_and_what_to_pass_instead(name: str, backend: str | None) -> None:
+    """It ended in "no sharding strategy registered", or in a fake result."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    problem = make_problem(3, (4, 5), (2, 3), stream="random")
+    given = {
+        "seg_logits": problem.seg,
+        "cm_logits": problem.cm,
+        "labels": problem.labels,
+        "transition": problem.transition,
+    }
+    given[name] = distribute_tensor(given[name], init_device_mesh("cpu", (1,)), [Shard(0)])  # type: ignore[arg-type]
+    wanted = rf"{name}: expected a plain tensor, got a DTensor; .*\.to_local\(\).*\.full_tensor\(\)"
+    with pytest.raises(TypeError, match=wanted):
+        ck.annotation_nll(**given, backend=backend)
+    if name == "seg_logits":
+        with pytest.raises(TypeError, match=wanted):
+            ck.label_map(given[name], (8, 10), backend=backend)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=wanted):
+            ck.annotation_posterior(**given, backend=backend)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sharded_parameters_of_network_and_matrices_get_the_gradients_of_whole_ones(backend: str) -> None:
+    """FSDP2 gathers them for the forward: what reaches the operator is a plain tensor."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.network = Network()
+            self.head = ck.ConfusionHead(4, channels=3, stride=4)
+
+        def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+            return self.network(image), self.head(image)
+
+    image, labels = data(2)[:]
+    gradients = []
+    for sharded in (False, True):
+        model: nn.Module = Both()
+        if sharded:
+            fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        logits, matrices = model(image)
+        kinds = [ck.Drawings(labels, matrices, trace_weight=0.01), ck.Drawings(labels, weight=0.5)]
+        ck.annotation_objective(logits, kinds, backend=backend).loss.backward()
+        found = [p.grad for p in model.parameters()]
+        gradients.append([g.full_tensor() if sharded else g for g in found])  # type: ignore[union-attr]
+    for whole, of_shards in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, of_shards, rtol=1e-6, atol=1e-8)

@@ -1,0 +1,120 @@
+"""Several processes, threads of Python's own, and the interpreters that there are."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import coarse_kernels as ck
+from coarse_kernels import native
+from tests.helpers import FUSED, leaf, make_problem, run_python
+
+BACKENDS = [*FUSED, "reference"]
+
+
+def _bits(seed: int, backend: str) -> list[torch.Tensor]:
+    problem = make_problem(3 + seed % 3, (20, 33), (None, (5, 6), (1, 1))[seed % 3], stream="random", seed=seed)
+    leaves = [leaf(problem.seg), leaf(problem.cm), leaf(problem.transition)]
+    seg, cm, transition = leaves
+    assert seg is not None
+    out = ck.annotation_nll(seg, cm, problem.labels, transition, trace_weight=0.1, backend=backend)
+    return [out.loss.detach(), out.nll, out.trace, *torch.autograd.grad(out.loss, [t for t in leaves if t is not None])]
+
+
+class _Losses(Dataset[list[torch.Tensor]]):
+    """Losses and gradients that are computed where the data is read."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> list[torch.Tensor]:
+        return _bits(index, BACKENDS[0])
+
+
+def _as_it_is(items: list[Any]) -> Any:
+    return items[0]
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_of_a_data_loader_compute_the_same_bits(start: str) -> None:
+    """After the parent has used the operator on two threads, whose pool a forked child does not have."""
+    if start == "fork" and not hasattr(os, "fork"):
+        pytest.skip("no fork")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    expected = [_bits(index, BACKENDS[0]) for index in range(6)]
+    torch.set_num_threads(threads)
+    loader = DataLoader(_Losses(), batch_size=1, num_workers=2, collate_fn=_as_it_is, multiprocessing_context=start)
+    for ours, theirs in zip(expected, loader, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_that_is_forked_between_forward_and_backward_has_its_own_graph() -> None:
+    code = """
+import os, torch, coarse_kernels as ck
+from tests.helpers import make_problem
+torch.set_num_threads(1)
+problem = make_problem(3, (9, 20), (3, 5))
+seg, cm = problem.seg.requires_grad_(), problem.cm.requires_grad_()
+loss = ck.annotation_nll(seg, cm, problem.labels).loss
+child = os.fork()
+found = torch.autograd.grad(loss, (seg, cm))
+again = torch.autograd.grad(ck.annotation_nll(seg, cm, problem.labels).loss, (seg, cm))
+same = all(torch.equal(a, b) for a, b in zip(found, again))
+if child == 0:
+    os._exit(0 if same else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), same)
+"""
+    done = run_python(code)
+    assert done.stdout.split() == ["0", "True"], done.stderr
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_of_python_compute_what_one_does(backend: str) -> None:
+    """Each with problems and settings of its own, at the same time."""
+    expected = [_bits(seed, backend) for seed in range(6)]
+    wrong: list[str] = []
+    ready = threading.Barrier(4)
+
+    def work(first: int) -> None:
+        try:
+            ready.wait()
+            for turn in range(12):
+                seed = (first + turn) % 6
+                for one, other in zip(expected[seed], _bits(seed, backend), strict=True):
+                    if not torch.equal(one, other):
+                        wrong.append(f"problem {seed} in thread {first}")
+        except Exception as error:
+            wrong.append(repr(error))
+
+    _together([lambda first=first: work(first) for first in range(4)])  # type: ignore[misc]
+    assert wrong == []
+
+
+def _together(work: list[Callable[[], None]]) -> None:
+    threads = [threading.Thread(target=one) for one in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_an_interpreter_without_its_lock_does_not_load_what_was_built_for_one_with_it() -> None:
+    """Free-threaded interpreters refuse the limited API: the reference serves there, and the reason is said."""
+    if native.OPERATORS is None:
+        pytest.skip("not built")
+    name = os.path.basename(str(native.OPERATORS.__file__))
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        pytest.fail(f"{name} was loaded without the lock")
+    assert name.endswith(".abi3.so")
+    assert ".abi3.so" in importlib.machinery.EXTENSION_SUFFIXES  # which those of free-threaded builds lack
