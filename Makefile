@@ -8,6 +8,7 @@
 #   make test-gpu    the operator's tests on a GPU, and what only a GPU can get wrong (tests/gpu/README.md)
 #   make bench-gpu   the same on a GPU, about eight minutes; fails where there is no GPU
 #   make bench-step  a 1024x2048 training step by each formulation of the loss, and the largest image that fits; 15 minutes
+#   make docs        the pages of docs/ as HTML in build/docs, search included; needs no network to be read
 #   make lint        ruff, mypy, clang-format        make format: apply them
 #
 # TORCH overrides the torch that a new .venv gets, PYTHON the interpreter it is made from.
@@ -33,7 +34,7 @@ endif
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/*.h')
 CXX_DEPENDENCIES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu) setup.py pyproject.toml
 
-.PHONY: train test check-cuda test-gpu bench bench-full bench-gpu bench-step tune lint format clean
+.PHONY: train test check-cuda test-gpu bench bench-full bench-gpu bench-step tune docs lint format clean
 
 train: $(READY)
 	$(RUN) -m coarse_train demo $(ARGS)
@@ -62,6 +63,10 @@ bench-step: $(READY)
 tune: $(READY)
 	$(RUN) -m coarse_train demo --tune $(ARGS)
 
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo build/docs/index.html
+
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -84,6 +89,10 @@ $(VENV)/torch:
 $(VENV)/installed: $(VENV)/torch $(CXX_DEPENDENCIES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,test]"
 	$(BIN)/python -m coarse_kernels.env_report
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -e ".[docs]" --no-build-isolation
 	touch $@
 
 $(VENV)/lint: $(VENV)/installed

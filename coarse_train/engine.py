@@ -46,8 +46,12 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class FitResult:
-    """checkpoint: the one to use, best.pt where masks chose it, else last.pt. score: its mean IoU in percent on the
-    validation masks; NaN without any. loss: of the last step."""
+    """What came of a run.
+
+    checkpoint: the one to use, best.pt where masks chose it, else last.pt.
+    score: its mean IoU in percent on the validation masks; NaN without any.
+    loss: of the last step.
+    """
 
     checkpoint: Path
     steps: int
