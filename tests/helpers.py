@@ -1,7 +1,6 @@
 """The oracle (reference backend in float64) and how close a backend has to come to it.
 
-Bound per dtype: ours may have 2x (loss) or 3x (gradients) the error of the plain PyTorch formulation in the same dtype,
-plus a floor. Errors are relative: of a loss to max(1, |truth|), of a gradient or a map in the 2-norm.
+Bounds are those of contract.py. Errors are relative: of a loss to max(1, |truth|), of a gradient or a map in the 2-norm.
 
 The same tests run on the CPU and, collected again by tests/gpu, on CUDA tensors. Problems are drawn on the CPU and put on
 `device()`, so that they are the same on both; oracle and plain formulation are evaluated on the CPU, so that the device
@@ -24,13 +23,10 @@ from torch import Tensor
 
 import coarse_kernels as ck
 from coarse_kernels.backends import _REGISTRY
+from tests.contract import GRADIENT_FACTOR, GRADIENT_FLOOR, LOSS_FACTOR, LOSS_FLOOR, compute_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEDULES = ("one_pass", "recompute")
-
-# Rounding of the maths (float) and of the stored gradient (bfloat16, float16).
-LOSS_FLOOR = {torch.float32: 5e-7, torch.bfloat16: 5e-7, torch.float16: 5e-7, torch.float64: 1e-14}
-GRADIENT_FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-13}
 
 
 # --- the device under test ----------------------------------------------------------------------------------------------
@@ -192,20 +188,20 @@ def check(
     truth = oracle(problem, grad_output)
     plain = evaluate(problem.on("cpu"), "reference", grad_output=grad_output)
     ours = evaluate(problem, backend, schedule, grad_output)
-    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = compute_dtype(dtype)
     for name in ("loss", "nll", "trace", "count"):
         got, want, usual = (getattr(result, name) for result in (ours, truth, plain))
         assert got.dtype == expected, f"{name}: {got.dtype}"
         assert not got.requires_grad
-        bound = 2 * loss_error(usual, want) + loss_floor
+        bound = LOSS_FACTOR * loss_error(usual, want) + loss_floor
         assert loss_error(got, want) <= bound, f"{name}: {loss_error(got, want):.2e} > {bound:.2e}: {got} for {want}"
     assert ours.gradients.keys() == truth.gradients.keys()
     for name, got in ours.gradients.items():
         leaf_dtype = getattr(problem, name).dtype
         assert got.dtype == leaf_dtype, f"gradient of {name}: {got.dtype}"
-        floor = 1e-6 if name == "transition" and dtype != torch.float64 else gradient_floor
+        floor = GRADIENT_FLOOR[expected] if name == "transition" else gradient_floor
         floor = max(floor, gradient_floor) if gradient_floor > GRADIENT_FLOOR[dtype] else floor
-        bound = 3 * gradient_error(plain.gradients[name], truth.gradients[name]) + floor
+        bound = GRADIENT_FACTOR * gradient_error(plain.gradients[name], truth.gradients[name]) + floor
         error = gradient_error(got, truth.gradients[name])
         assert error <= bound, f"gradient of {name}: {error:.2e} > {bound:.2e}"
     return ours

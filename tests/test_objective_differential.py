@@ -14,9 +14,8 @@ from torch import Tensor
 
 import coarse_kernels as ck
 from coarse_kernels import Drawings
+from tests.contract import FLOAT16_LOSS_SCALE, compute_dtype, gradient_bound, loss_bound
 from tests.helpers import (
-    GRADIENT_FLOOR,
-    LOSS_FLOOR,
     SCHEDULES,
     generator,
     gradient_error,
@@ -155,19 +154,19 @@ def evaluate(
 def hold(
     ours: Result, objective: Objective, schedule: str = "one_pass", grad_output: Tensor | float | None = None
 ) -> None:
-    """Bounds as in helpers.check: twice (gradients: three times) the error of the plain formulation, and a floor."""
+    """Bounds as in helpers.check, of contract.py."""
     stored = objective.seg.dtype
-    compute = torch.float64 if stored == torch.float64 else torch.float32
+    compute = compute_dtype(stored)
     truth = evaluate(objective, "reference", torch.float64, schedule, grad_output)
     plain = evaluate(objective, "reference", compute, schedule, grad_output)
     for name, got in ours.losses.items():
         want = truth.losses[name]
-        bound = 2 * loss_error(plain.losses[name], want) + LOSS_FLOOR[stored]
+        bound = loss_bound(loss_error(plain.losses[name], want), stored)
         assert loss_error(got, want) <= bound, f"{name}: {loss_error(got, want):.2e} > {bound:.2e}"
     assert ours.gradients.keys() == truth.gradients.keys()
     for name, got in ours.gradients.items():
-        floor = GRADIENT_FLOOR[compute if name.startswith("transition") else stored]
-        bound = 3 * gradient_error(plain.gradients[name], truth.gradients[name]) + floor
+        own = compute if name.startswith("transition") else stored
+        bound = gradient_bound(gradient_error(plain.gradients[name], truth.gradients[name]), own)
         error = gradient_error(got, truth.gradients[name])
         assert error <= bound, f"gradient of {name}: {error:.2e} > {bound:.2e}"
 
@@ -176,7 +175,7 @@ def check(
     objective: Objective, backend: str, schedule: str = "one_pass", grad_output: Tensor | float | None = None
 ) -> Result:
     """Of a backend, held to what `hold` asks."""
-    compute = torch.float64 if objective.seg.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(objective.seg.dtype)
     ours = evaluate(objective, backend, None, schedule, grad_output)
     assert all(got.dtype == compute for got in ours.losses.values()), {n: x.dtype for n, x in ours.losses.items()}
     hold(ours, objective, schedule, grad_output)
@@ -332,7 +331,7 @@ def test_weights(backend: str, stream: str, reduction: str, seg_grid: tuple[int,
 def test_dtypes(backend: str, kinds: tuple[Kind, ...], dtype: torch.dtype, seg_grid: tuple[int, int] | None) -> None:
     objective = make(5, (10, 21), kinds, seg_grid).to(dtype)
     # float16 gradients need loss scaling, as documented: without it they fall among its subnormals
-    check(objective, backend, grad_output=1024.0 if dtype == torch.float16 else None)
+    check(objective, backend, grad_output=FLOAT16_LOSS_SCALE if dtype == torch.float16 else None)
 
 
 @pytest.mark.parametrize("scale", [30.0, 1e3, 1e4])

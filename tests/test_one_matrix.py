@@ -14,6 +14,7 @@ import torch
 import coarse_kernels as ck
 from coarse_kernels import Drawings
 from tests import test_objective_differential as objectives
+from tests.contract import FLOAT16_LOSS_SCALE, LARGEST_SCALE_OF_A_LEARNED_TRANSITION, gradient_floor
 from tests.helpers import (
     SCHEDULES,
     Problem,
@@ -58,10 +59,11 @@ def test_classes_and_scales(classes: int, stream: str, scale: float, schedule: s
     the gradients there. T is learned while its gradient, of quotients A / q, stays in float32.
     """
     size = (7, 33) if classes < 100 else (3, 21)
+    learned = scale <= LARGEST_SCALE_OF_A_LEARNED_TRANSITION
     problem = make_problem(
-        classes, size, ONE, stream=stream, scale=scale, trace_weight=0.1, learn_transition=scale <= 30, seed=classes
+        classes, size, ONE, stream=stream, scale=scale, trace_weight=0.1, learn_transition=learned, seed=classes
     )
-    check(problem, "cpu", schedule, gradient_floor=max(1e-6, 1e-7 * scale))
+    check(problem, "cpu", schedule, gradient_floor=gradient_floor(torch.float32, scale))
 
 
 @pytest.mark.parametrize("pixels", [1, 2, 15, 16, 17, 31, 33, 4095, 4097, 9001])
@@ -100,7 +102,7 @@ def test_beside_other_kinds(
 def test_storage_and_ranks(size: tuple[int, ...], grid: tuple[int, ...], cm_batch: int, dtype: torch.dtype) -> None:
     kinds = (Kind("random", 2, grid=grid, cm_batch=cm_batch), Kind(grid=grid, cm_batch=cm_batch, pixel_weight=True))
     objective = objectives.make(5, size, kinds, batch=3).to(dtype)
-    objectives.check(objective, "cpu", grad_output=1024.0 if dtype == torch.float16 else None)
+    objectives.check(objective, "cpu", grad_output=FLOAT16_LOSS_SCALE if dtype == torch.float16 else None)
 
 
 @SCHEDULE
@@ -133,7 +135,7 @@ def test_posterior(classes: int, scale: float, stream: str) -> None:
     arguments = [(p.seg, p.cm, p.labels, p.transition) for p in (problem, wide)]
     ours = ck.annotation_posterior(*arguments[0], backend="cpu")
     truth = ck.annotation_posterior(*arguments[1], backend="reference")
-    assert gradient_error(ours, truth) < max(2e-6, 1e-7 * scale)
+    assert gradient_error(ours, truth) < max(2e-6, gradient_floor(torch.float32, scale))
 
 
 @SCHEDULE
@@ -159,7 +161,7 @@ def test_transitions_with_zeros(zero: str) -> None:
     for scale in (1.0, 20.0):
         problem = make_problem(5, (8, 19), ONE, stream="random", ignored="none", scale=scale, reduction="none")
         problem = dataclasses.replace(problem, transition=transition).with_options(trace_weight=0.1)
-        out = check(problem, "cpu", gradient_floor=max(1e-6, 1e-7 * scale))
+        out = check(problem, "cpu", gradient_floor=gradient_floor(torch.float32, scale))
         if zero == "columns":
             assert (out.loss[problem.labels == 1] == torch.inf).all()
         assert all(gradient.isfinite().all() for gradient in out.gradients.values())

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import coarse_kernels as ck
+from tests.contract import FLOAT16_LOSS_SCALE, GRADIENT_FLOOR
 from tests.helpers import SCHEDULES, check, evaluate, generator, gradient_error, make_problem, oracle
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -141,7 +142,7 @@ GRIDS = {"pixel": None, "strided": (3, 5)}
 def test_dtypes(backend: str, stream: str, dtype: torch.dtype, grid: tuple[int, int] | None, schedule: str) -> None:
     problem = make_problem(5, (10, 21), grid, stream=stream, trace_weight=0.1).to(dtype)
     # float16 gradients need loss scaling, as documented: without it they fall among its subnormals
-    check(problem, backend, schedule, 1024.0 if dtype == torch.float16 else None)
+    check(problem, backend, schedule, FLOAT16_LOSS_SCALE if dtype == torch.float16 else None)
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
@@ -155,7 +156,7 @@ def test_logits_of_two_dtypes(
     problem = dataclasses.replace(problem, seg=problem.seg.to(dtypes[0]), cm=problem.cm.to(dtypes[1]))
     truth, ours = oracle(problem), evaluate(problem, backend)
     for name, bound in (("seg", dtypes[0]), ("cm", dtypes[1])):
-        floor = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[bound]
+        floor = 2e-6 if bound == torch.float32 else GRADIENT_FLOOR[bound]
         assert ours.gradients[name].dtype == bound
         assert gradient_error(ours.gradients[name], truth.gradients[name]) < floor
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import coarse_kernels as ck
+from tests.contract import EXTREME_FLOOR, LARGEST_SCALE_OF_A_LEARNED_TRANSITION, gradient_floor, loss_floor
 from tests.helpers import (
     SCHEDULES,
     Problem,
@@ -37,28 +38,17 @@ GRID = pytest.mark.parametrize(
 @pytest.mark.parametrize("stream", ["positive", "uniform", "random"])
 @pytest.mark.parametrize("scale", [10.0, 30.0, 120.0])
 def test_logit_scale(backend: str, schedule: str, grid: tuple[int, int] | None, stream: str, scale: float) -> None:
-    """log(p + 1e-30) loses most of these gradients from scale 30 on, and p without log space is NaN.
-
-    Floors at scale 10 are the usual ones. Above, a float32 logit of size 4 x scale is only known to 3e-8 of that,
-    so that an exponential carries scale x 1e-7 of relative error whatever the formulation. The gradient of T holds
-    quotients A[i, j] / q[j], which at scale 120 leave float32: it is looked at up to 30.
-    """
-    problem = make_problem(
-        5, (16, 28), grid, stream=stream, scale=scale, trace_weight=0.1, learn_transition=scale <= 30
-    )
-    floor = 1e-6 if scale <= 10 else scale * 1e-7
-    check(problem, backend, schedule, gradient_floor=floor)
+    """log(p + 1e-30) loses most of these gradients from scale 30 on, and p without log space is NaN."""
+    learned = scale <= LARGEST_SCALE_OF_A_LEARNED_TRANSITION
+    problem = make_problem(5, (16, 28), grid, stream=stream, scale=scale, trace_weight=0.1, learn_transition=learned)
+    check(problem, backend, schedule, gradient_floor=gradient_floor(torch.float32, scale))
 
 
 @COMPILED
 @pytest.mark.parametrize("classes", [2, 3, 19])
 @pytest.mark.parametrize("stream", ["positive", "random"])
 def test_extreme_logits_on_the_pixel_grid(backend: str, stream: str, classes: int) -> None:
-    """+-1e4 somewhere, -inf elsewhere: finite and equal to the oracle wherever that is finite.
-
-    float32 numbers near 1e4 are 1e-3 apart: where two explanations of a label, each a sum of such logits, compete,
-    their ratio is known to a few times 1e-3 and no better.
-    """
+    """+-1e4 somewhere, -inf elsewhere: finite and equal to the oracle wherever that is finite."""
     problem = make_problem(classes, (6, 33), stream=stream, trace_weight=0.1, reduction="none", learn_transition=False)
     assert problem.cm is not None
     gen = generator(7)
@@ -69,7 +59,7 @@ def test_extreme_logits_on_the_pixel_grid(backend: str, stream: str, classes: in
         impossible = (draw > 0.9) & (draw < 0.95)
         impossible[:, 0] = False  # a column of -inf alone is not a distribution
         logits[impossible] = -torch.inf
-    out = check(problem, backend, gradient_floor=4e-3)
+    out = check(problem, backend, gradient_floor=EXTREME_FLOOR)
     assert not out.loss.isnan().any()
     for grad in out.gradients.values():
         assert grad.isfinite().all()
@@ -83,7 +73,8 @@ def test_steep_logits_on_a_grid(backend: str, grid: tuple[int, int] | None) -> N
     assert problem.cm is not None
     signs = put(torch.randint(-1, 2, problem.cm.shape, generator=generator(3)))
     problem = dataclasses.replace(problem, cm=problem.cm + 1e4 * signs)
-    out = check(problem, backend, loss_floor=1e-5, gradient_floor=1e-3)
+    floors = {"loss_floor": loss_floor(torch.float32, 1e4), "gradient_floor": gradient_floor(torch.float32, 1e4)}
+    out = check(problem, backend, **floors)
     assert out.loss.isfinite()
     assert all(grad.isfinite().all() for grad in out.gradients.values())
 
@@ -103,7 +94,7 @@ def test_confident_pixels(backend: str, schedule: str, grid: tuple[int, int] | N
     cm = (100.0 * torch.eye(4))[None, :, :, None, None].repeat(2, 1, 1, *(grid or (8, 24)))
     cm += torch.randn(cm.shape, generator=gen)
     problem = Problem(seg, cm, labels.to(torch.uint8), options={"trace_weight": 0.01}).on(device())
-    check(problem, backend, schedule, gradient_floor=1e-5)  # as at scale 100 above
+    check(problem, backend, schedule, gradient_floor=gradient_floor(torch.float32, 100.0))
 
 
 @COMPILED

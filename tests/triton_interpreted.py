@@ -15,10 +15,9 @@ import torch
 import coarse_kernels as ck
 from coarse_kernels.backends import operator, reference
 from coarse_kernels.backends.triton import launch, matrix, table, trusted
+from tests.contract import GRADIENT_FACTOR, GRADIENT_FLOOR, LOSS_FACTOR, LOSS_FLOOR
 from tests.floats_formed import FloatsFormed
 from tests.helpers import (
-    GRADIENT_FLOOR,
-    LOSS_FLOOR,
     SCHEDULES,
     check,
     evaluate,
@@ -319,11 +318,11 @@ def assert_as_good_as_reference(
     ours = objective(seg, stored, BACKEND, schedule, **options)
     for got, want, usual in zip(ours[0], truth[0], plain[0], strict=True):
         assert got.dtype == real
-        bound = 2 * loss_error(usual, want) + (floor or LOSS_FLOOR[dtype])
+        bound = LOSS_FACTOR * loss_error(usual, want) + (floor or LOSS_FLOOR[dtype])
         assert loss_error(got, want) <= bound, (got, want, usual)
     for got, want, usual in zip(ours[1], truth[1], plain[1], strict=True):
         assert got.dtype == usual.dtype
-        bound = 3 * gradient_error(usual, want) + (floor or GRADIENT_FLOOR[got.dtype])
+        bound = GRADIENT_FACTOR * gradient_error(usual, want) + (floor or GRADIENT_FLOOR[got.dtype])
         assert gradient_error(got, want) <= bound, (gradient_error(got, want), bound)
     return ours
 

@@ -1,0 +1,69 @@
+"""How close to float64 a result has to be: the numbers of the numerics contract, which all tests take from here.
+
+The measure is the plain PyTorch formulation in the same dtype. Of a loss (relative to max(1, |truth|)) at most `LOSS_FACTOR`
+times its error, of a gradient (in the 2-norm) `GRADIENT_FACTOR` times, plus a floor by the dtype that logits are stored in:
+
+    loss_floor(dtype, scale), gradient_floor(dtype, scale)
+
+``scale`` is that of the logits, a standard deviation. A float32 logit of size 4 x scale is only known to 3e-8 of that, so an
+exponential carries scale x 1e-7 of relative error whatever the formulation: above a scale of 10 floors grow with it.
+
+`python -m tests.contract` prints them as a table.
+"""
+
+from __future__ import annotations
+
+import torch
+
+LOSS_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
+
+# Rounding of the mathematics (float), and of the stored gradient (bfloat16, float16).
+LOSS_FLOOR = {torch.float32: 5e-7, torch.bfloat16: 5e-7, torch.float16: 5e-7, torch.float64: 1e-14}
+GRADIENT_FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-13}
+SCALES = (10.0, 30.0, 120.0, 1e3, 1e4)
+# Logits of +-1e4 beside ordinary ones, on the pixel grid: where two explanations of a label, each a sum of such logits,
+# compete, their ratio is known to a few times 1e-3, which is how far float32 numbers of that size are apart.
+EXTREME_FLOOR = 4e-3
+# The gradient of a transition holds quotients A[i, j] / q[j], which leave float32 beyond this scale: not looked at there.
+LARGEST_SCALE_OF_A_LEARNED_TRANSITION = 30.0
+# float16 gradients of a mean fall among its subnormals unless the loss is scaled, as documented.
+FLOAT16_LOSS_SCALE = 1024.0
+
+
+def compute_dtype(stored: torch.dtype) -> torch.dtype:
+    return torch.float64 if stored == torch.float64 else torch.float32
+
+
+def loss_floor(stored: torch.dtype, scale: float = 1.0) -> float:
+    return LOSS_FLOOR[stored] * max(1.0, scale / 500)
+
+
+def gradient_floor(stored: torch.dtype, scale: float = 1.0) -> float:
+    """Of logits and of a transition alike, the latter in the compute dtype."""
+    rounding = GRADIENT_FLOOR[compute_dtype(stored)]
+    return GRADIENT_FLOOR[stored] + rounding * (max(1.0, scale / 10) - 1)
+
+
+def loss_bound(plain: float, stored: torch.dtype, scale: float = 1.0) -> float:
+    """``plain``: the error of the plain formulation."""
+    return LOSS_FACTOR * plain + loss_floor(stored, scale)
+
+
+def gradient_bound(plain: float, stored: torch.dtype, scale: float = 1.0) -> float:
+    return GRADIENT_FACTOR * plain + gradient_floor(stored, scale)
+
+
+def table() -> str:
+    """Markdown: what is allowed beside the error of plain PyTorch."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    lines = [f"| logit scale | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for scale in SCALES:
+        cells = [f"{loss_floor(dtype, scale):.0e}, {gradient_floor(dtype, scale):.0e}" for dtype in dtypes]
+        lines.append(f"| {f'up to {scale:.0f}' if scale == SCALES[0] else f'{scale:.0f}'} | {' | '.join(cells)} |")
+    factors = f"loss, gradients; beside {LOSS_FACTOR:.0f}x and {GRADIENT_FACTOR:.0f}x the error of plain PyTorch"
+    return "\n".join([*lines, "", factors])
+
+
+if __name__ == "__main__":
+    print(table())

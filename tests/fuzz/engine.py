@@ -1,0 +1,224 @@
+"""Cases drawn and held to float64, as many as fit in a time; what fails is made small and printed as its line."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests import contract
+
+from .case import Case, Dice, draw, shrunk
+from .oracle import Truth, solve
+from .relations import RELATIONS, weighted
+from .tensors import STORAGE, Array, Found, poisoned, tensors_of
+
+_LARGEST_FLOAT16 = 6e4
+_LARGEST_TRANSITION = 1e30  # of a quotient that float32 holds
+
+
+class Wrong(AssertionError):
+    """A result is farther from float64 than the contract has it."""
+
+
+@dataclass
+class Failure:
+    line: str
+    found_as: str
+    message: str
+
+
+@dataclass
+class Tally:
+    """What was run. ``asked_plain``: comparisons beyond the floors, for which plain PyTorch was the measure."""
+
+    cases: int = 0
+    comparisons: int = 0
+    asked_plain: int = 0
+    seconds: float = 0.0
+    by: dict[str, Counter[str]] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+
+    def add(self, case: Case) -> None:
+        self.cases += 1
+        forms = {"trusted" if k.grid is None else _form(k.grid, case) for k in case.kinds}
+        for name, values in {
+            "relation": [case.relation],
+            "dtype": [case.dtype],
+            "rank": [str(len(case.size))],
+            "kinds": [str(len(case.kinds))],
+            "form": sorted(forms),
+            "stream": sorted({k.stream for k in case.kinds}),
+            "scale": [f"{case.scale:g}"],
+            "reduction": [case.reduction],
+        }.items():
+            self.by.setdefault(name, Counter()).update(values)
+
+    def as_dict(self) -> dict[str, Any]:
+        content = asdict(self)
+        content["by"] = {name: dict(sorted(counter.items())) for name, counter in self.by.items()}
+        return content
+
+
+def _form(grid: tuple[int, ...], case: Case) -> str:
+    return "pixels" if grid == case.size else "one matrix" if math.prod(grid) == 1 else "strided"
+
+
+# --- one case -----------------------------------------------------------------------------------------------------------
+
+
+def check(case: Case, backend: str, tally: Tally | None = None) -> None:
+    """Raises `Wrong`, or whatever the call raises.
+
+    The reference is the measure of all others. It is held to the closed form itself, in float64 alone, where the two have
+    nothing but their own roundings between them.
+    """
+    tally = tally or Tally()
+    measure = backend == "reference"
+    case = replace(case, dtype="fp64", cm_dtype="") if measure else case
+    tensors, incoming = tensors_of(case)
+    truth = solve(tensors, incoming)
+    relation = RELATIONS[case.relation]
+    found = relation(case, tensors, incoming, truth, backend)
+
+    plain: list[Found] = []
+
+    def usual() -> Found:
+        if not plain:
+            tally.asked_plain += 1
+            plain.append(relation(case, tensors, incoming, truth, "reference"))
+        return plain[0]
+
+    asked = None if measure else usual
+    for message in differences(case, found, truth, asked, tally):
+        raise Wrong(message)
+
+
+def differences(
+    case: Case, found: Found, truth: Truth, plain: Callable[[], Found] | None, tally: Tally
+) -> Iterator[str]:
+    """What is farther from the truth than it may be. ``plain`` is asked only where the floor does not do; without it floors are
+    all there is, a hundred times as high, since the truth is rounded as well."""
+    lenient = 1.0 if plain else 100.0
+    fields = {STORAGE[case.cm_dtype or case.dtype]} if any(k.grid is not None for k in case.kinds) else set()
+    stored = {"seg": STORAGE[case.dtype], "cm": STORAGE[case.cm_dtype or case.dtype]}
+    wide = torch.float64 in (STORAGE[case.dtype], *fields)
+    compute = torch.float64 if wide else torch.float32
+    scale = case.scale
+    for name, got in found.losses.items():
+        tally.comparisons += 1
+        want = truth.losses[name]
+        off, size = _distance(got, want, finite_only=True)
+        if off <= lenient * contract.loss_floor(compute, scale) * max(1.0, size):
+            continue
+        # logits of this size are known to so much, however small the loss is that is made of their differences
+        if scale > 10 and off <= contract.loss_floor(compute) * lenient * scale * truth.sizes[name]:
+            continue
+        usual = _distance(plain().losses[name], want, finite_only=True)[0] / max(1.0, size) if plain else 0.0
+        bound = contract.loss_bound(usual, compute, scale)
+        if not off / max(1.0, size) <= bound:
+            yield f"{name}: {off / max(1.0, size):.2e} > {bound:.2e}: {_short(got)} for {_short(want)}"
+    for name, got in found.gradients.items():
+        tally.comparisons += 1
+        want = truth.posterior if name == "posterior" else truth.gradients[name]
+        own = stored["seg" if name == "posterior" else name.rstrip("0123456789")] if name[0] != "t" else compute
+        largest = float(np.abs(want).max()) if want.size else 0.0
+        if (own == torch.float16 and largest > _LARGEST_FLOAT16) or (name[0] == "t" and largest > _LARGEST_TRANSITION):
+            continue
+        off, size = _distance(got, want)
+        floor = lenient * contract.gradient_floor(own, scale)
+        if name == "posterior":
+            if case.junk:  # of pixels that nobody drew NaN is right
+                continue
+            floor *= 2
+        # each pixel adds differences of probabilities, that are known to so much of 1, however small what is left
+        natural = math.sqrt(got.size) if name == "posterior" else truth.sizes[name]
+        if off <= floor * max(size, natural):
+            continue
+        usual = _distance(plain().gradients[name], want)[0] / size if plain and size > 0 else 0.0
+        bound = contract.gradient_bound(usual, own, scale)
+        if not (size > 0 and off / size <= bound):
+            error = off / size if size > 0 else math.inf
+            yield f"gradient of {name}: {error:.2e} > {bound:.2e}: {_short(got)} for {_short(want)}"
+
+
+def _distance(got: Array, want: Array, finite_only: bool = False) -> tuple[float, float]:
+    """2-norms of the difference and of what is wanted; infinite where one is NaN or infinite and the other is not."""
+    if got.shape != want.shape:
+        raise Wrong(f"shape {got.shape} for {want.shape}")
+    finite = np.isfinite(want)
+    if not finite.all():
+        if not finite_only or not np.array_equal(got[~finite], want[~finite], equal_nan=True):
+            return math.inf, 1.0
+        got, want = got[finite], want[finite]
+    with np.errstate(over="ignore", invalid="ignore"):
+        off, size = float(np.linalg.norm((got - want).ravel())), float(np.linalg.norm(want.ravel()))
+    return (math.inf if math.isnan(off) else off), size
+
+
+def _short(values: Array) -> str:
+    text = np.array2string(np.asarray(values).ravel()[:4], precision=6, separator=", ")
+    return text if values.size <= 4 else f"{text[:-1]}, ...]"
+
+
+# --- many ---------------------------------------------------------------------------------------------------------------
+
+
+def cases(seed: int) -> Iterator[Case]:
+    dice, names = Dice(seed), weighted()
+    while True:
+        yield draw(dice, names)
+
+
+def fuzz(
+    backend: str,
+    *,
+    seed: int,
+    seconds: float = math.inf,
+    count: int | None = None,
+    most_failures: int = 5,
+    shrink: bool = True,
+) -> Tally:
+    """Cases of ``seed`` until the time is over, so many are done, or so many have failed."""
+    tally, began = Tally(), time.monotonic()
+    with poisoned():
+        for case in itertools.islice(cases(seed), count):
+            try:
+                check(case, backend, tally)
+            except Exception as error:
+                tally.failures.append(_failure(case, backend, error, shrink=shrink))
+                if len(tally.failures) >= most_failures:
+                    break
+            tally.add(case)
+            tally.seconds = time.monotonic() - began
+            if tally.seconds > seconds:
+                break
+    return tally
+
+
+def _failure(case: Case, backend: str, error: Exception, *, shrink: bool) -> Failure:
+    kind = type(error)
+
+    def fails(other: Case) -> bool:
+        try:
+            check(other, backend)
+        except kind:
+            return True
+        except Exception:  # something else is wrong there
+            return False
+        return False
+
+    small = shrunk(case, fails) if shrink else case
+    try:
+        check(small, backend)
+        message = "not again"
+    except Exception as last:
+        message = f"{type(last).__name__}: {last}"
+    return Failure(str(small), str(case), message)
