@@ -1,4 +1,5 @@
-"""The tables of the README and of the pages that are made of committed results: `python -m benchmarks.tables` writes them anew.
+"""The tables of the README and of the pages that are made of committed results, or of the constants of the tests:
+`python -m benchmarks.tables` writes them anew.
 
 A table lies between two comments, ``<!-- table NAME -->`` and ``<!-- end -->``; what is around it is written by hand.
 tests/test_readme.py holds each to the results.
@@ -10,12 +11,14 @@ import math
 import re
 from pathlib import Path
 
+from tests import contract
+
 from .problem import parse
 from .report import Table, read_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = ROOT / "benchmarks" / "results" / "xeon-processor-avx512-2-cores"
-PAGES = ("README.md", "docs/memory.md", "docs/speed.md")
+PAGES = ("README.md", "docs/contract.md", "docs/memory.md", "docs/speed.md")
 _PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 _SPEED = (  # what it is, the problem as `python -m benchmarks` takes it
@@ -104,7 +107,12 @@ def step(results: Path = CPU) -> list[str]:
     return lines
 
 
-TABLES = {"speed": speed, "memory": memory, "step": step}
+def bounds() -> list[str]:
+    """What the tests allow beside the error of plain PyTorch."""
+    return contract.table().splitlines()
+
+
+TABLES = {"speed": speed, "memory": memory, "step": step, "bounds": bounds}
 
 
 def _digits(value: float) -> str:
