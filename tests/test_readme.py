@@ -124,6 +124,18 @@ def test_the_targets_of_make_exist() -> None:
     assert not [name for name in named if not re.search(rf"^{name}:", makefile, re.M)]
 
 
+def test_the_options_of_the_commands_exist() -> None:
+    fields = "\n".join(path.read_text() for path in (ROOT / "coarse_train").rglob("*.py"))
+    # of other programs, and of a field called kind
+    others = {"--as", "--help", "--labelflags", "--no-build-isolation", "--nproc-per-node"}
+    pages = [page for page in PAGES if page.parent.name in ("training", "coarse_train") or page.name == "own-data.md"]
+    named = {word for page in pages for word in re.findall(r"(?:^|[ `(])(--[a-z][\w.-]*)", page.read_text(), re.M)}
+    assert len(named) > 20
+    for option in sorted(named - others):
+        field = option[2:].rpartition(".")[2].replace("-", "_")
+        assert re.search(rf"^    {field}: ", fields, re.M), option
+
+
 def test_the_variables_of_the_pages_are_read_somewhere() -> None:
     sources = "".join(
         path.read_text()
