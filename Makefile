@@ -15,6 +15,7 @@
 #   make test-gpu    the operator's tests on a GPU, and what only a GPU can get wrong (tests/gpu/README.md)
 #   make bench-gpu   the same on a GPU, about eight minutes; fails where there is no GPU
 #   make bench-step  a 1024x2048 training step by each formulation of the loss, and the largest image that fits; 15 minutes
+#   make docs        the pages of docs/ as HTML in build/docs, search included; needs no network to be read
 #   make lint        ruff, mypy, clang-format        make format: apply them
 #   make release-check  sdist and wheel as strangers get them, from a fresh clone, into dist/ (CONTRIBUTING.md); ten minutes
 #   make licences    of everything in .venv: dist/LICENCES.md, and a bill of materials, dist/sbom.json
@@ -43,7 +44,8 @@ endif
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp')
 CXX_DEPENDENCIES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu) setup.py pyproject.toml
 
-.PHONY: train test test-slow test-kernels fuzz sanitize test-large test-kill check-cuda test-gpu bench bench-full bench-gpu bench-step tune lint format release-check licences clean
+.PHONY: train test test-slow test-kernels fuzz sanitize test-large test-kill check-cuda test-gpu bench bench-full bench-gpu bench-step tune \
+	docs lint format release-check licences clean
 
 train: $(READY)
 	$(RUN) -m coarse_train demo $(ARGS)
@@ -90,6 +92,10 @@ bench-step: $(READY)
 tune: $(READY)
 	$(RUN) -m coarse_train demo --tune $(ARGS)
 
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo build/docs/index.html
+
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -121,7 +127,7 @@ $(VENV)/installed: $(VENV)/torch $(CXX_DEPENDENCIES)
 	touch $@
 
 # What is compiled stays as it is.
-$(VENV)/lint $(VENV)/release: $(VENV)/%: $(VENV)/installed
+$(VENV)/lint $(VENV)/release $(VENV)/docs: $(VENV)/%: $(VENV)/installed
 	COARSE_KERNELS_BUILD=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[$*]"
 	touch $@
 

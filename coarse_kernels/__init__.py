@@ -1,4 +1,12 @@
-"""Fused losses for segmentation from coarse positive and negative drawings. Start at `annotation_objective`."""
+"""Fused losses for segmentation from coarse positive and negative drawings.
+
+    annotation_objective(seg_logits, [Drawings(labels, cm_logits), ...])    the objective of an image; start here
+    ConfusionHead, uniform_transition                                      what Drawings are given
+    annotation_posterior, label_map                                        what is believed afterwards
+    explain, available_backends                                            who computes, and why
+
+Equations: `help(coarse_kernels.functional)`. What was built: `python -m coarse_kernels.env_report`.
+"""
 
 from .backends import available_backends, use_backend
 from .confusion import ConfusionHead, confusion_logits

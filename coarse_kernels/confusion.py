@@ -28,6 +28,14 @@ def confusion_logits(num_classes: int, diagonal: float = DIAGONAL, missing: floa
     the background (class 0) is another matter than the objects: p(drawn as background | object) = ``missing``, the rest of
     an object's column equal, and the background is drawn as such in 97 of 100 cases: annotators leave parts of objects out
     far more often than they invent objects.
+
+    Args:
+        num_classes: C >= 2.
+        diagonal: p(drawn as j | true j).
+        missing: p(drawn as background | object), above 0 and below ``1 - diagonal``; needs 3 classes. None: no background.
+
+    Raises:
+        ValueError: naming the argument, what came and what was expected.
     """
     check_diagonal(num_classes, diagonal)
     if missing is None:
@@ -102,11 +110,13 @@ class ConfusionHead(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Back to the start."""
         self.bias.copy_(confusion_logits(self.num_classes, self.diagonal, self.missing).flatten())
         if self.weight is not None:
             nn.init.kaiming_uniform_(self.weight, a=5**0.5).mul_(_START_SCALE)  # as nn.Conv2d, scaled
 
     def forward(self, features: Tensor | None = None) -> Tensor:
+        """Matrix logits of these features, or of all places."""
         classes = self.num_classes
         if self.weight is None:
             if features is not None:

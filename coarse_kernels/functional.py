@@ -35,13 +35,16 @@ from .transition import uniform_transition
 
 
 class AnnotationLoss(NamedTuple):
-    """One kind of drawings. With ``reduction="none"`` every field is a map shaped like the labels, else a 0-d tensor.
+    """The loss of one kind of drawings.
 
-    loss: ``nll + trace_weight * trace``; the only field that carries gradient.
-    nll: weighted negative log-likelihood of the labels, reduced like the loss; detached.
-    trace: weighted ``tr(A)``, reduced like the loss; detached. 0 for a trusted source (``cm_logits=None``).
-    count: sum of the weights of the labelled pixels (their number where no weight is given); detached. Divide by its
-        global sum under data parallelism or gradient accumulation (`reduction="sum"`, or ``normalizer``).
+    Maps shaped like the labels with ``reduction="none"``, else 0-d tensors; float32, or float64 for float64 logits.
+
+    Attributes:
+        loss: ``nll + trace_weight * trace``; the only one that carries gradient.
+        nll: weighted negative log-likelihood of the labels, reduced like the loss; detached.
+        trace: weighted ``tr(A)``, reduced like the loss; detached. 0 for a trusted kind (``cm_logits=None``).
+        count: sum of the weights of the labelled pixels (their number where no weight is given); detached. Divide by its
+            global sum under data parallelism or gradient accumulation (``reduction="sum"``, or ``normalizer``).
     """
 
     loss: Tensor
@@ -51,9 +54,12 @@ class AnnotationLoss(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """loss: the sum of ``weight * part.loss`` over all kinds of drawings; a (B, *S) map, summed over layers too, with
-    ``reduction="none"``.
-    parts: one `AnnotationLoss` for each kind, without its ``weight``, in the order in which they were given.
+    """The loss of an image under all its drawings.
+
+    Attributes:
+        loss: the sum of ``weight * part.loss`` over all kinds of drawings; a (B, *S) map, summed over layers too, with
+            ``reduction="none"``.
+        parts: one `AnnotationLoss` for each kind, without its ``weight``, in the order in which they were given.
     """
 
     loss: Tensor
@@ -61,9 +67,12 @@ class Objective(NamedTuple):
 
 
 class CoarseLabelLoss(NamedTuple):
-    """The paper's objective; the part of absent drawings is None.
+    """The paper's objective.
 
-    loss: ``positive.loss + negative_weight * negative.loss``.
+    Attributes:
+        loss: ``positive.loss + negative_weight * negative.loss``; carries gradient.
+        positive: the `AnnotationLoss` of the positive drawings; None without any.
+        negative: that of the negative drawings, without ``negative_weight``; None without any.
     """
 
     loss: Tensor
@@ -80,6 +89,9 @@ def annotation_objective(
     backend: str | None = None,
 ) -> Objective:
     """The objective of an image under all its drawings, in one pass: p is formed once, and so is the class gradient.
+
+    At a pixel that is drawn as y, with ``p = softmax(seg_logits)``, ``A = softmax(cm_logits)`` over the observed class and
+    ``q[j] = sum_i T[i, y] A[i, j]``, a kind of drawings costs ``-log sum_j p[j] q[j] + trace_weight * tr(A)``.
 
     Args:
         seg_logits: (B, C, *s) logits of the true class, on a grid of their own: the pixels' or any coarser one.
@@ -120,9 +132,9 @@ def annotation_nll(
     normalizer: float | Tensor | None = None,
     backend: str | None = None,
 ) -> AnnotationLoss:
-    """Negative log-likelihood of one kind of drawings, with its confusion matrices (module docstring: equations).
+    """Negative log-likelihood of one kind of drawings, with its confusion matrices.
 
-    `annotation_objective` with one kind, without layers.
+    `annotation_objective` with one kind, without layers; the equation is there.
 
     Args:
         seg_logits: (B, C, *s) logits of the true class, on the pixel grid or any coarser one.
@@ -261,15 +273,25 @@ def annotation_posterior(
 ) -> Tensor:
     """p(true class | image, drawings): the soft label that the model believes under the drawings.
 
+    With the labels k of a pixel, of all kinds and layers together::
+
         r[j] = p[j] prod_k q_k[j] / sum_c p[c] prod_k q_k[c]
 
-    ``annotation_posterior(seg_logits, cm_logits, labels, transition)`` for one kind of drawings, arguments as in
-    `annotation_nll`; ``annotation_posterior(seg_logits, drawings)`` for any number of them and of layers, all labels k of a
-    pixel together; their weights do not matter.
+    Two forms: ``annotation_posterior(seg_logits, cm_logits, labels, transition)`` for one kind of drawings, and
+    ``annotation_posterior(seg_logits, drawings)`` for any number of them.
 
-    Returns (B, C, *S) on the pixel grid, in the dtype of ``seg_logits``, detached as by `torch.no_grad`: no backward goes
-    through it, forward-mode derivatives do. At a pixel without label, or with labels that no class can explain, the posterior
-    is p itself.
+    Args:
+        seg_logits: (B, C, *s) logits of the true class.
+        cm_logits: as in `annotation_nll`; or a sequence of `Drawings`, whose weights do not matter.
+        labels, transition: as in `annotation_nll`; None beside a sequence of drawings.
+        ignore_index, backend: as in `annotation_nll`.
+
+    Returns:
+        (B, C, *S) on the pixel grid, in the dtype of ``seg_logits``, detached as by `torch.no_grad`: no backward goes through
+        it, forward-mode derivatives do. At a pixel without label, or with labels that no class can explain, p itself.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `annotation_nll`.
     """
     if not isinstance(cm_logits, (Drawings, Sequence)) or isinstance(cm_logits, str):
         drawings: Sequence[Drawings] = [Drawings(labels, cm_logits, transition)]  # type: ignore[arg-type]
@@ -309,9 +331,18 @@ def label_map(seg_logits: Tensor, size: Sequence[int], *, backend: str | None = 
 def explain(
     seg_logits: Tensor, drawings: Sequence[Drawings], *, ignore_index: int = 255, backend: str | None = None
 ) -> str:
-    """Which backend and which kernels `annotation_objective` takes for these arguments, and why not others: some lines.
+    """Which backend and which kernels `annotation_objective` takes for these arguments, and why not others.
 
-    Nothing is computed. Arguments as there.
+    Nothing is computed.
+
+    Args:
+        seg_logits, drawings, ignore_index, backend: as in `annotation_objective`.
+
+    Returns:
+        Lines of text: the backend, the kernel of each kind of drawings, and for every other backend why it cannot serve them.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `annotation_nll`.
     """
     problem = checks.check_problem(seg_logits, drawings, ignore_index=ignore_index)
     chosen = backends.select(problem, backend)

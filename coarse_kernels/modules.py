@@ -24,6 +24,9 @@ from .transition import estimate_transition, uniform_transition
 class AnnotationObjective(nn.Module):
     """`annotation_objective` with its settings fixed; what belongs to a kind of drawings comes with its `Drawings`.
 
+    Args:
+        ignore_index, reduction, backend: as in `annotation_objective`.
+
     Shape: ``forward(seg_logits (B, C, *s), drawings)`` -> `Objective`.
     """
 
@@ -34,6 +37,7 @@ class AnnotationObjective(nn.Module):
         self.backend = backend
 
     def forward(self, seg_logits: Tensor, drawings: Sequence[Drawings]) -> Objective:
+        """`annotation_objective` of these."""
         return annotation_objective(
             seg_logits, drawings, ignore_index=self.ignore_index, reduction=self.reduction, backend=self.backend
         )
@@ -44,6 +48,9 @@ class AnnotationObjective(nn.Module):
 
 class AnnotationNLL(nn.Module):
     """`annotation_nll` with its settings fixed.
+
+    Args:
+        trace_weight, ignore_index, class_weight, reduction, backend: as in `annotation_nll`. ``class_weight`` becomes a buffer.
 
     Shape: ``forward(seg_logits (B, C, *s), cm_logits (B or 1, C, C, *G) | None, labels (B, *S), transition (C, C) | None,
     pixel_weight (B, *S) | None, normalizer)`` -> `AnnotationLoss`.
@@ -77,6 +84,7 @@ class AnnotationNLL(nn.Module):
         pixel_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> AnnotationLoss:
+        """`annotation_nll` of these."""
         return annotation_nll(
             seg_logits,
             cm_logits,
@@ -97,6 +105,11 @@ class AnnotationNLL(nn.Module):
 
 class CoarseLabelCriterion(nn.Module):
     """`coarse_label_loss` with its settings fixed, and its transition a `TransitionMatrix` (learned ones train with it).
+
+    Args:
+        transition: a `TransitionMatrix`; None is uniform.
+        trace_weight, negative_weight, ignore_index, class_weight, reduction, backend: as in `coarse_label_loss`.
+            ``class_weight`` becomes a buffer.
 
     Shape: ``forward(seg_logits, positive_cm | None, positive_labels | None, negative_cm=None, negative_labels=None)``
     -> `CoarseLabelLoss`; shapes as in `coarse_label_loss`.
@@ -140,6 +153,7 @@ class CoarseLabelCriterion(nn.Module):
         pixel_weight: Any = None,
         normalizer: Any = None,
     ) -> CoarseLabelLoss:
+        """`coarse_label_loss` of these."""
         transition = None if self.transition is None or negative_labels is None else self.transition()
         return coarse_label_loss(
             seg_logits,
@@ -168,8 +182,12 @@ class CoarseLabelCriterion(nn.Module):
 class TransitionMatrix(nn.Module):
     """Transition of the negative drawings, (C, C) with zero diagonal and rows that sum to 1; ``forward()`` returns it.
 
-    Build it by name: `TransitionMatrix.uniform`, `.fixed`, `.estimated`, `.learned`. Only the learned one has a
+    Build it by name: `TransitionMatrix.uniform`, ``.fixed``, ``.estimated``, ``.learned``. Only the learned one has a
     parameter: logits (C, C) of the off-diagonal softmax, ``M[i, y] = softmax over y != i``.
+
+    Args:
+        matrix: (C, C) with zero diagonal and rows that sum to 1; kept in float32 (float64 for float64).
+        learned: train it from there.
     """
 
     matrix: Tensor
@@ -187,10 +205,12 @@ class TransitionMatrix(nn.Module):
 
     @classmethod
     def uniform(cls, num_classes: int) -> TransitionMatrix:
+        """`uniform_transition`, not trained."""
         return cls(uniform_transition(num_classes))
 
     @classmethod
     def fixed(cls, matrix: Tensor) -> TransitionMatrix:
+        """``matrix`` as it is, not trained."""
         return cls(matrix)
 
     @classmethod
@@ -211,6 +231,7 @@ class TransitionMatrix(nn.Module):
         return cls(uniform if initial is None else initial, learned=True)
 
     def forward(self) -> Tensor:
+        """(C, C) [true, named]; differentiable where it is learned."""
         if not self.is_learned:
             return self.matrix
         diagonal = torch.eye(self.logits.shape[0], dtype=torch.bool, device=self.logits.device)

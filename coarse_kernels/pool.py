@@ -24,9 +24,15 @@ def pool_limit() -> int:
 
 
 def set_pool_limit(megabytes: float) -> None:
-    """At most ``megabytes`` (2^20 bytes) wait from now on; 0 switches the pool off. Without compiled kernels nothing happens.
+    """Of large CPU results (4 MB and more) that nobody holds any more at most so much waits for its next use, from now on.
 
-    Raises ValueError for what is no number >= 0.
+    Without compiled kernels nothing happens. The environment variable COARSE_KERNELS_POOL_MB does the same at the start.
+
+    Args:
+        megabytes: of 2^20 bytes; 0 switches the pool off. It is 256 at first.
+
+    Raises:
+        ValueError: for what is no number >= 0.
     """
     if isinstance(megabytes, bool) or not isinstance(megabytes, (int, float)) or not 0 <= megabytes < 1 << 40:
         raise ValueError(f"megabytes: expected a number >= 0, got {megabytes!r}")
@@ -35,12 +41,12 @@ def set_pool_limit(megabytes: float) -> None:
 
 
 def pool_bytes() -> int:
-    """Bytes that wait now."""
+    """Bytes of large CPU results that nobody holds any more and that wait for the next result of their size."""
     return 0 if native.OPERATORS is None else int(native.OPERATORS.pool_bytes())
 
 
 def empty_pool() -> None:
-    """Give all that waits back to the system: before something else needs the memory."""
+    """Give all that waits (`pool_bytes`) back to the system: before something else needs the memory."""
     if native.OPERATORS is not None:
         native.OPERATORS.empty_pool()
 

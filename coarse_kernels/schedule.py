@@ -10,7 +10,7 @@ recompute: in backward, from the logits. They are read twice, and nothing but th
 pixels is rounded to 0, and 65536 times it to inf, unless the factor of a GradScaler, known in backward, is in it before it is
 rounded.
 
-The default was chosen by measurement (README, "Schedules").
+The default was chosen by measurement (docs/memory.md).
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ _forced: str | None = None
 
 @contextlib.contextmanager
 def use_schedule(name: str | None) -> Iterator[None]:
-    """Take schedule ``name`` ("one_pass" or "recompute") in this block; None is the default. Process-wide while it lasts."""
+    """Take schedule ``name`` ("one_pass" or "recompute") in this block; None is the default. Process-wide while it lasts.
+
+    Raises:
+        ValueError: there is no such schedule.
+    """
     global _forced
     before, _forced = _forced, _checked(name)
     try:

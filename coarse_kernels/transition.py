@@ -15,7 +15,12 @@ from . import checks, wrapped
 def uniform_transition(
     num_classes: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """(C, C) with zero diagonal and ``1 / (C - 1)`` elsewhere: every class but the true one is as likely to be named."""
+    """(C, C) with zero diagonal and ``1 / (C - 1)`` elsewhere: every class but the true one is as likely to be named.
+
+    Args:
+        num_classes: C >= 2.
+        device, dtype: of the result; a float dtype.
+    """
     num_classes = checks.check_classes(num_classes)
     if dtype not in checks.FLOAT_DTYPES:
         raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
@@ -31,9 +36,9 @@ def estimate_transition(
     ignore_index: int = 255,
     smoothing: float = 1.0,
 ) -> Tensor:
-    """Transition of the negative drawings, from where positive and negative drawings meet.
+    """Transition of the negative drawings, from where positive and negative drawings meet::
 
-        M[i, y] = (n[i, y] + float(smoothing)) / sum_{y' != i} (n[i, y'] + float(smoothing)),   M[i, i] = 0
+        M[i, y] = (n[i, y] + smoothing) / sum over z != i of (n[i, z] + smoothing),   M[i, i] = 0
 
     with n[i, y] the number of pixels that are drawn as i in ``positive_labels`` and as "not y" in ``negative_labels``.
     The positive drawing stands in for the true class, so its own confusions leak into M; pixels where the two
@@ -46,6 +51,9 @@ def estimate_transition(
 
     Returns:
         (C, C) float32 on the device of the labels.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
     """
     for name, labels in (("positive_labels", positive_labels), ("negative_labels", negative_labels)):
         if not isinstance(labels, Tensor):

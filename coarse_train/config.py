@@ -1,7 +1,9 @@
 """What a run is made of: one frozen dataclass, which is the command line, the TOML file and the record of a run at once.
 
-FitConfig -> `fit(config)`        coarse-train fit camvid --root DIR --steps 500
-          -> config.toml          coarse-train fit runs/camvid/config.toml --seed 1 --out runs/again
+    FitConfig -> fit(config)          coarse-train fit camvid --root DIR --steps 500
+              -> config.toml          coarse-train fit runs/camvid/config.toml --seed 1 --out runs/again
+
+The docstring of a field is its help on the command line.
 """
 
 from __future__ import annotations

@@ -44,8 +44,12 @@ from .selection import Splits, choose, describe_selection, open_splits
 
 @dataclass(frozen=True)
 class FitResult:
-    """checkpoint: the one to use, best.pt where masks chose it, else last.pt. score: its mean IoU in percent on the
-    validation masks; NaN without any. loss: of the last step."""
+    """What came of a run.
+
+    checkpoint: the one to use, best.pt where masks chose it, else last.pt.
+    score: its mean IoU in percent on the validation masks; NaN without any.
+    loss: of the last step.
+    """
 
     checkpoint: Path
     steps: int

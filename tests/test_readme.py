@@ -1,7 +1,8 @@
-"""What the README shows has to run."""
+"""What the README and the pages of docs/ show has to run, and has to be there."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -11,17 +12,42 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+import coarse_kernels
+import coarse_train.data
+import coarse_train.model
+import coarse_train.simulate
+from benchmarks import tables
+
+ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "coarse_train/README.md", "examples/README.md")),
+    *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.name != "report.md"),
+]
+CODE = re.compile(r"^```python\n(.*?)^```", re.S | re.M)
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def run_code(page: Path) -> dict[str, object]:
+    """The names that all Python of a page leaves, run in its order."""
+    names: dict[str, object] = {"__name__": "page"}
+    exec("\n".join(CODE.findall(page.read_text())), names)
+    return names
+
+
+# ---- code --------------------------------------------------------------------------------------------------------------
 
 
 def test_the_usage_of_the_readme_runs() -> None:
-    code = re.search(r"```python\n(.*?)```", README, re.S)
-    assert code is not None
-    names: dict[str, object] = {}
-    exec(code.group(1), names)
-    head = names["head"]
+    names = run_code(ROOT / "README.md")
+    head, before, after = (names[name] for name in ("head", "before", "after"))
     assert isinstance(head, torch.nn.Module)
+    assert isinstance(before, torch.Tensor)
+    assert isinstance(after, torch.Tensor)
+    torch.testing.assert_close(after, before)  # "the same number"
     for tensor in (names["seg_logits"], *head.parameters()):
         assert isinstance(tensor, torch.Tensor)
         assert tensor.grad is not None
@@ -29,23 +55,124 @@ def test_the_usage_of_the_readme_runs() -> None:
 
 
 def test_the_python_of_the_training_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = re.search(r"```python\n(.*?)```", (ROOT / "coarse_train" / "README.md").read_text(), re.S)
-    assert code is not None
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    exec(code.group(1), names)
+    run_code(ROOT / "coarse_train" / "README.md")
     assert (tmp_path / "runs" / "first" / "last.pt").is_file()
 
 
-def test_the_variables_of_the_readme_are_read_somewhere() -> None:
+PAGES_WITH_CODE = [page for page in PAGES if "README" not in page.name and CODE.search(page.read_text())]
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_CODE, ids=name_of)
+def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_code(page)
+
+
+def test_pages_with_code_are_found() -> None:
+    assert {"docs/method.md", "docs/recipes.md", "docs/memory.md"} <= {name_of(page) for page in PAGES_WITH_CODE}
+
+
+# ---- what is named is there ----------------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_one_screen() -> None:
+    assert sum(any(letter.isalnum() for letter in word) for word in README.split()) <= 1000
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub and MyST name them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+    for target in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_what_a_page_includes_is_there(page: Path) -> None:
+    for path, options in re.findall(r"^```\{(?:literal)?include\} (\S+)\n((?::.*\n)*)", page.read_text(), re.M):
+        text = (page.parent / path).read_text()
+        for mark in re.findall(r"^:(?:start-at|end-at): \"?([^\"\n]+)", options, re.M):
+            assert mark in text, f"{path}: {mark}"
+
+
+def test_every_page_is_in_a_table_of_contents() -> None:
+    docs = ROOT / "docs"
+    listed = set()
+    for page in docs.rglob("*.md"):
+        for tree in re.findall(r"^```\{toctree\}\n(.*?)^```", page.read_text(), re.S | re.M):
+            lines = [line for line in tree.splitlines() if line and not line.startswith(":")]
+            paths = [re.sub(r".*<(.*)>", r"\1", line) for line in lines]  # "its title <path>"
+            listed |= {(page.parent / f"{path}.md").resolve() for path in paths}
+    assert {*docs.rglob("*.md")} - {docs / "index.md"} == listed
+
+
+def test_the_targets_of_make_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    named = {word for page in PAGES for word in re.findall(r"(?:`|^    )make ([a-z-]+)", page.read_text(), re.M)}
+    assert named
+    assert not [name for name in named if not re.search(rf"^{name}:", makefile, re.M)]
+
+
+def test_the_options_of_the_commands_exist() -> None:
+    fields = "\n".join(path.read_text() for path in (ROOT / "coarse_train").rglob("*.py"))
+    # of other programs, and of a field called kind
+    others = {"--as", "--help", "--labelflags", "--no-build-isolation", "--nproc-per-node"}
+    pages = [page for page in PAGES if page.parent.name in ("training", "coarse_train") or page.name == "own-data.md"]
+    named = {word for page in pages for word in re.findall(r"(?:^|[ `(])(--[a-z][\w.-]*)", page.read_text(), re.M)}
+    assert len(named) > 20
+    for option in sorted(named - others):
+        field = option[2:].rpartition(".")[2].replace("-", "_")
+        assert re.search(rf"^    {field}: ", fields, re.M), option
+
+
+def test_the_variables_of_the_pages_are_read_somewhere() -> None:
     sources = "".join(
         path.read_text()
         for pattern in ("coarse_kernels/**/*.py", "csrc/**/*.cpp", "csrc/**/*.h", "setup.py")
         for path in ROOT.glob(pattern)
     )
-    variables = set(re.findall(r"COARSE_KERNELS_[A-Z_]+", README))
-    assert variables
+    variables = {name for page in PAGES for name in re.findall(r"COARSE_(?:KERNELS_[A-Z_]+|CUDA)\b", page.read_text())}
+    assert len(variables) > 5
     assert not [name for name in variables if f'"{name}"' not in sources]
+
+
+def test_every_public_name_has_an_entry_and_a_docstring() -> None:
+    operator, training = ((ROOT / "docs" / "api" / f"{name}.md").read_text() for name in ("operator", "training"))
+    entries = set(re.findall(r"^\.\. auto(?:function|class):: (\w+)", operator, re.M))
+    assert entries == {*coarse_kernels.__all__} - {"__version__"}
+    modules = {"coarse_train.model": coarse_train.model, "coarse_train.simulate": coarse_train.simulate}
+    for name, module in (
+        ("coarse_kernels", coarse_kernels),
+        *modules.items(),
+        ("coarse_train.data", coarse_train.data),
+    ):
+        documented = [getattr(module, one) for one in module.__all__ if one != "__version__"]
+        for thing in documented:
+            if inspect.isclass(thing) or inspect.isfunction(thing):
+                assert thing.__doc__, thing
+                assert not thing.__doc__.startswith(f"{thing.__name__}("), f"{thing} has the docstring of dataclasses"
+        assert name == "coarse_kernels" or f".. automodule:: {name}\n" in training
+
+
+def test_the_tables_are_those_of_the_committed_results() -> None:
+    for page in tables.PAGES:
+        text = (ROOT / page).read_text()
+        assert "<!-- table " in text
+        assert tables.updated(text) == text, f"{page}: `python -m benchmarks.tables` writes them anew"
+
+
+# ---- env_report ------------------------------------------------------------------------------------------------------------
 
 
 def test_env_report_says_which_backend_the_cpu_gets_and_why() -> None:

@@ -71,7 +71,10 @@ _forced: str | None = None
 
 
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
-    """Names of the backends that can run on ``device``, in the order in which an automatic choice tries them."""
+    """Names of the backends that can run on ``device``, in the order in which an automatic choice tries them.
+
+    Whether they can serve certain arguments, `coarse_kernels.explain` says.
+    """
     return tuple(name for name, reason in explain(device).items() if reason is None)
 
 
@@ -86,6 +89,9 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Take backend ``name`` in this block wherever no ``backend=`` is given; None lets the library choose.
 
     Process-wide while it lasts, like `torch.set_default_dtype`; not meant for threads that disagree.
+
+    Raises:
+        ValueError: there is no such backend. One that cannot run raises RuntimeError with the reason where it is needed.
     """
     global _forced
     if name is not None:
