@@ -122,13 +122,13 @@ $(VENV)/torch:
 	touch $@
 
 $(VENV)/installed: $(VENV)/torch $(CXX_DEPENDENCIES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,test]"
+	PYTHONWARNINGS="ignore:Editable installation" $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,test]"
 	$(BIN)/python -m coarse_kernels.env_report
 	touch $@
 
 # What is compiled stays as it is.
 $(VENV)/lint $(VENV)/release $(VENV)/docs: $(VENV)/%: $(VENV)/installed
-	COARSE_KERNELS_BUILD=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[$*]"
+	COARSE_KERNELS_BUILD=0 PYTHONWARNINGS="ignore:Editable installation" $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[$*]"
 	touch $@
 
 clean:

@@ -172,7 +172,11 @@ def table(result: dict[str, Any]) -> str:
         *(f"{name:{wide}}  {_cell(iou)}  {_cell(dice)}" for name, iou, dice in rows),
         f"{'mean':{wide}}  {_cell(result['mean_iou'])}  {_cell(result['mean_dice'])}",
         f"{'pixel accuracy':{wide}}  {_cell(result['pixel_accuracy'])}",
-        *(["", "most confused, the most pixels first, in percent of the class's pixels"] if result["most_confused"] else []),
+        *(
+            ["", "most confused, the most pixels first, in percent of the class's pixels"]
+            if result["most_confused"]
+            else []
+        ),
         *(f"{true:{wide}}  {share:6.2f}  predicted as {other}" for true, other, share in result["most_confused"]),
         *([f"note: {result['collapse']}"] if result["collapse"] else []),
     ]

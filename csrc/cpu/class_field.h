@@ -21,9 +21,9 @@ namespace {
 // two share few sets of a cache, so that a line that it must read before it is written is often gone by then.
 constexpr int64_t kStreamedBytes = int64_t{4} << 20;
 
-// Where slabs are one vector wide, the logits of so many side by side are read together, as far as their bytes leave room
-// in the second-level cache: the other lines of what the processor fetches along with a line, and on sides that are powers
-// of two its neighbours in the set, are gone when the next slab asks for them.
+// Where slabs are one vector wide, the logits of so many side by side are read together, as far as their bytes leave
+// room in the second-level cache: the other lines of what the processor fetches along with a line, and on sides that
+// are powers of two its neighbours in the set, are gone when the next slab asks for them.
 constexpr int64_t kMostAhead = 4, kAheadBytes = int64_t{96} << 10;
 
 template <class R>
@@ -373,8 +373,8 @@ class ClassField {
   const Problem<R>* problem_ = nullptr;
   const FieldPlan<R>* plan_ = nullptr;
   bool want_log_sum_ = false;
-  bool streams_ = false;  // the gradient, past the caches
-  int64_t ahead_ = 1;     // strips that are read together
+  bool streams_ = false;                     // the gradient, past the caches
+  int64_t ahead_ = 1;                        // strips that are read together
   int64_t read_begin_ = -1, read_end_ = -1;  // pixels that they are
   V* blocks_;
   Band band_{};

@@ -134,8 +134,8 @@ PyMethodDef kMethods[] = {{"pool_limit", &pool_limit, METH_VARARGS, nullptr},
 
 }  // namespace
 
-// Importing the module registers the operators. It has the pool of large outputs (pool.py) and the chosen kernels: their
-// instruction set by name, and for `_native` themselves.
+// Importing the module registers the operators. It has the pool of large outputs (pool.py) and the chosen kernels:
+// their instruction set by name, and for `_native` themselves.
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, kMethods, nullptr, nullptr, nullptr, nullptr};

@@ -180,7 +180,8 @@ class PixelGrid {
     return kind_->field.images == 1 ? 0 : t.image * kind_->field.image_stride;
   }
 
-  // The logits of column j, and their maximum over i. Those that nobody labelled may be anything, NaN too: they count as 0.
+  // The logits of column j, and their maximum over i. Those that nobody labelled may be anything, NaN too: they count
+  // as 0.
   void stage_column(int j, const Tile& t) {
     R* const staged = staged_;
     V* const top = top_;

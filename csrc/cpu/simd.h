@@ -219,8 +219,8 @@ COARSE_HD VecHalves upper_halves(VecHalves a, VecHalves b, std::integer_sequence
 // Two vectors in the bits of one.
 COARSE_HD VecF pack_bfloat16(VecF low, VecF high) {
   constexpr auto lanes = std::make_integer_sequence<uint16_t, COARSE_SIMD_BYTES / 2>{};
-  return bit_cast<VecF>(upper_halves(bit_cast<VecHalves>(round_to_bfloat16(low)),
-                                     bit_cast<VecHalves>(round_to_bfloat16(high)), lanes));
+  return bit_cast<VecF>(
+      upper_halves(bit_cast<VecHalves>(round_to_bfloat16(low)), bit_cast<VecHalves>(round_to_bfloat16(high)), lanes));
 }
 
 // dst[0..n) = src[0..n), from or to a storage type.
