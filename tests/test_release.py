@@ -194,6 +194,16 @@ def test_windows_gets_the_reference_backend_and_is_told_so() -> None:
     assert "MSVC" in done.stderr
 
 
+def test_what_pip_shows_of_a_build_is_for_who_installs() -> None:
+    """pip replays warnings: torch's about a NumPy that is not there yet, setuptools' about being editable, help nobody."""
+    shows = (
+        "\nimport warnings; warnings.warn('Failed to initialize NumPy: no'); warnings.warn('Editable installation.')"
+    )
+    done = run_python(SHOWN.format(before="") + shows, COARSE_KERNELS_BUILD="auto")
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+
+
 # --- who is told ------------------------------------------------------------------------------------------------------
 
 
