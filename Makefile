@@ -37,7 +37,7 @@ endif
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/*.h')
 CXX_DEPENDENCIES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu) setup.py pyproject.toml
 
-.PHONY: train test test-slow test-kernels check-cuda test-gpu bench bench-full bench-gpu bench-step tune lint format clean
+.PHONY: train test check-cuda test-gpu bench bench-full bench-gpu bench-step tune lint format clean
 
 train: $(READY)
 	$(RUN) -m coarse_train demo $(ARGS)
@@ -45,6 +45,7 @@ train: $(READY)
 test: $(READY)
 	$(RUN) -m pytest -m "not slow and not kernels" --durations=10 --durations-min=3 $(WORKERS) $(ARGS)
 
+.PHONY: test-slow test-kernels
 test-slow: $(READY)
 	$(RUN) -m pytest -m "slow and not kernels" --durations=10 $(WORKERS) $(ARGS)
 
