@@ -1,10 +1,10 @@
 # `make train` and `make test` do everything on a fresh machine with Python >= 3.10 and a C++ compiler.
 #
 #   make train       the demo: ways to train on coarse drawings of MNIST digits, under four minutes on two cores
-#   make test        the test suite, under three minutes on two cores: all but what the next two run
-#   make test-slow   the tests that take longer than about three seconds each: training, processes
-#   make test-kernels   CUDA kernels in an emulator and through nvcc, Triton's in its interpreter and compiler; what has not changed
-#                    since it passed is left out, ARGS=--again runs it
+#   make test        the test suite
+#   make test-slow   the rest of it: tests that take longer than about three seconds each, with training or processes
+#   make test-kernels   and: CUDA kernels in an emulator and through nvcc, Triton's in its interpreter and compiler; what has not
+#                    changed since it passed is left out, ARGS=--again runs it
 #   make bench       speed and memory of the operator on this CPU, under five minutes; make bench-full: every case, under an hour
 #   make tune        how the one setting of the demo that is tuned was chosen
 #   make check-cuda  nvcc over every CUDA kernel: registers and spills; needs nvcc, no GPU (also part of test-kernels)
@@ -42,15 +42,15 @@ CXX_DEPENDENCIES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*
 train: $(READY)
 	$(RUN) -m coarse_train demo $(ARGS)
 
-test: $(READY)
-	$(RUN) -m pytest -m "not slow and not kernels" --durations=10 --durations-min=3 $(WORKERS) $(ARGS)
-
 .PHONY: test-slow test-kernels
 test-slow: $(READY)
 	$(RUN) -m pytest -m "slow and not kernels" --durations=10 $(WORKERS) $(ARGS)
 
 test-kernels: $(READY)
 	$(RUN) -m tests.kernels $(ARGS)
+
+test: $(READY)
+	$(RUN) -m pytest -m "not slow and not kernels" --durations=10 --durations-min=3 $(WORKERS) $(ARGS)
 
 check-cuda: $(READY)
 	$(RUN) -m tests.check_cuda $(ARGS)
