@@ -845,6 +845,7 @@ def test_quick_is_what_a_bar_names_and_full_compiles_everything() -> None:
 # ---- this checkout against another ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_against_itself(capsys: pytest.CaptureFixture[str]) -> None:
     """Real processes: a row with a ratio around 1, whatever else the machine does."""
     options = ["--provider", "reference", "--rounds", "5", "--budget", "0.5"]

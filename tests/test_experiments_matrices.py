@@ -58,6 +58,7 @@ def few_digits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     table._content.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_digits")
 @pytest.mark.parametrize(
     ("name", "kept", "titles"),

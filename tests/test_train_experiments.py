@@ -217,6 +217,7 @@ def _maps(records: Any) -> list[tuple[Any, Any]]:
     return [(record.positive, record.mask) for record in records]
 
 
+@pytest.mark.slow
 def test_a_corrector_learns_to_move_outlines_back(tmp_path: Path) -> None:
     base = replace(recipe("mnist"), positive=DrawingsConfig(), negative=DrawingsConfig(weight=0.0), threads=1)
     data = DataConfig(dataset="mnist", variant="thick", limit=60, supervision="mixed", dense_images=20)

@@ -72,6 +72,7 @@ def test_each_phase_has_a_warm_up_and_a_fall_of_its_own(tmp_path: Path) -> None:
         assert own[-1] < 0.2 * rate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [2, 4, 6])
 def test_a_run_goes_on_in_the_phase_it_was_in(tmp_path: Path, stopped: int, monkeypatch: pytest.MonkeyPatch) -> None:
     fit(_config(tmp_path / "whole"))
