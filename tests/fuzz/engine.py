@@ -119,7 +119,7 @@ def differences(
         if off <= lenient * contract.loss_floor(compute, scale) * max(1.0, size):
             continue
         # each label adds the logarithm of a number that is known to so much of 1, or of the logits' size, whatever is left
-        if off <= contract.loss_floor(compute) * lenient * (scale if scale > 10 else 1.0) * truth.sizes[name]:
+        if off <= contract.loss_floor(compute) * lenient * max(1.0, scale / 2) * truth.sizes[name]:
             continue
         usual = _distance(plain().losses[name], want, finite_only=True)[0] / max(1.0, size) if plain else 0.0
         bound = contract.loss_bound(usual, compute, scale)
