@@ -190,6 +190,7 @@ def chasedb1(tmp_path: Path) -> Path:
     return write_chasedb1_tree(tmp_path / "data" / "chasedb1").parent
 
 
+@pytest.mark.slow
 def test_annotators_run(chasedb1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (result,) = run_tiny("annotators", chasedb1, tmp_path / "out", monkeypatch)
     assert result.split == "test"

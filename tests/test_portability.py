@@ -49,6 +49,7 @@ def test_a_worker_is_shielded_where_there_is_no_alarm(monkeypatch: pytest.Monkey
             signal.signal(number, handler)
 
 
+@pytest.mark.slow
 def test_a_training_run_whose_workers_are_spawned(tmp_path: Path) -> None:
     """As on macOS and Windows; Python 3.14 forks from a server on Linux, which pickles the same."""
     arguments = [

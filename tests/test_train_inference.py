@@ -56,7 +56,7 @@ WHOLE = InferenceConfig()
     [
         InferenceConfig(window=(8, 16)),  # neither 23 nor 37 is a multiple: the last windows are moved back
         InferenceConfig(window=(8, 16), overlap=0.0),
-        InferenceConfig(window=(7, 5), overlap=0.75, flips=True),
+        pytest.param(InferenceConfig(window=(7, 5), overlap=0.75, flips=True), marks=pytest.mark.slow),
         InferenceConfig(window=(64, 16)),  # higher than the image, not as wide
         InferenceConfig(window=(64, 64), flips=True),
         InferenceConfig(flips=True),

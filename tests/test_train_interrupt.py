@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from coarse_train import cli, engine, interrupt
+from coarse_train import cli, interrupt, learner
 from coarse_train import run as run_folder
 from coarse_train.config import DataConfig, FitConfig, ModelConfig, OptimConfig, load_toml, to_toml
 from coarse_train.distributed import World
@@ -68,8 +68,8 @@ def _during(call: Callable[..., Any], at: int, *numbers: int) -> Callable[..., A
 @pytest.mark.parametrize(
     ("owner", "name", "at", "number", "step"),
     [
-        (engine.Criterion, "count", 1, signal.SIGTERM, 1),
-        (engine.Criterion, "__call__", 4, signal.SIGINT, 4),
+        (learner.Criterion, "count", 1, signal.SIGTERM, 1),
+        (learner.Criterion, "__call__", 4, signal.SIGINT, 4),
         (engine, "score", 1, signal.SIGTERM, 3),
         (run_folder, "save", 1, signal.SIGINT, 3),
     ],
@@ -121,8 +121,8 @@ def test_a_signal_to_all_processes_does_not_cost_the_step_its_workers(
             time.sleep(0.1)  # a worker that dies is noticed
         return real(*args, **options)
 
-    real = engine.Criterion.__call__
-    monkeypatch.setattr(engine.Criterion, "__call__", forward)
+    real = learner.Criterion.__call__
+    monkeypatch.setattr(learner.Criterion, "__call__", forward)
     with pytest.raises(Interrupted, match="stopped after step 1 of 6"):
         fit(config)
     assert len(reading) == 1
@@ -221,7 +221,7 @@ def test_the_command_says_how_to_go_on(
     (tmp_path / "run.toml").write_text(to_toml(_config(tmp_path / "run")))
     arguments = ["fit", str(tmp_path / "run.toml")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.Criterion, "__call__", _during(engine.Criterion.__call__, 2, signal.SIGTERM))
+        patch.setattr(learner.Criterion, "__call__", _during(learner.Criterion.__call__, 2, signal.SIGTERM))
         assert cli.main(arguments) == 143
     printed = capsys.readouterr().err.splitlines()[-1]
     expected = f"stopped after step 2 of 6, which is in {tmp_path / 'run' / 'last.pt'}"
