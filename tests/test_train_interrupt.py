@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from coarse_train import cli, interrupt, learner
+from coarse_train import cli, engine, interrupt, learner
 from coarse_train import run as run_folder
 from coarse_train.config import DataConfig, FitConfig, ModelConfig, OptimConfig, load_toml, to_toml
 from coarse_train.distributed import World
