@@ -2,12 +2,12 @@
 #
 #   make train       the demo: ways to train on coarse drawings of MNIST digits, under four minutes on two cores
 #   make test        the test suite
-#   make test-slow   the rest of it: tests that take longer than about three seconds each, with training or processes
-#   make test-kernels   and: CUDA kernels in an emulator and through nvcc, Triton's in its interpreter and compiler; what has not
-#                    changed since it passed is left out, ARGS=--again runs it
 #   make bench       speed and memory of the operator on this CPU, under five minutes; make bench-full: every case, under an hour
 #   make tune        how the one setting of the demo that is tuned was chosen
 #   make check-cuda  nvcc over every CUDA kernel: registers and spills; needs nvcc, no GPU (also part of test-kernels)
+#   make test-slow   the rest of make test: tests that take longer than about three seconds each, with training or processes
+#   make test-kernels   and: CUDA kernels in an emulator and through nvcc, Triton's in its interpreter and compiler; what has not
+#                    changed since it passed is left out, ARGS=--again runs it
 #   make test-gpu    the operator's tests on a GPU, and what only a GPU can get wrong (tests/gpu/README.md)
 #   make bench-gpu   the same on a GPU, about eight minutes; fails where there is no GPU
 #   make bench-step  a 1024x2048 training step by each formulation of the loss, and the largest image that fits; 15 minutes

@@ -48,7 +48,6 @@ def test_the_variables_of_the_readme_are_read_somewhere() -> None:
     assert not [name for name in variables if f'"{name}"' not in sources]
 
 
-@pytest.mark.slow
 def test_env_report_says_which_backend_the_cpu_gets_and_why() -> None:
     run = [sys.executable, "-m", "coarse_kernels.env_report"]
     done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT)
