@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from coarse_train.cli import main
 from coarse_train.config import DataConfig, FitConfig, from_dict
@@ -103,8 +104,17 @@ def test_a_table_goes_on_where_it_was_and_shares_rows(tmp_path: Path) -> None:
     assert len(said) == 4
 
 
+@pytest.fixture
+def other_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
-def test_equal_seeds_give_equal_numbers_in_any_number_of_processes(tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_numbers_in_any_number_of_processes(tmp_path: Path, other_threads: None) -> None:
+    """Whatever number of threads PyTorch has in this one."""
     row = replace(rows_of("majority")["coarse_both"], steps=3)
     row = replace(row, data=replace(row.data, limit=16))
     tables = [

@@ -26,7 +26,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -230,6 +230,7 @@ def _run(content: dict[str, object], split: str) -> Cell:
         with (
             open(config.out / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as log,
             redirect_stderr(log),
+            _threads(config.threads),
         ):
             checkpoint = fit(config).checkpoint
             cell = _cell(checkpoint, config, split)
@@ -240,6 +241,17 @@ def _run(content: dict[str, object], split: str) -> Cell:
         raise ValueError(
             f"{kept}: expected a cell of a table, got {error}; without the file it is scored again"
         ) from error
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Of the scores as of the steps: sums depend on it in their last digits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _cell(checkpoint: Path, config: FitConfig, split: str) -> Cell:
