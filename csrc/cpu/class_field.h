@@ -24,7 +24,7 @@ constexpr int64_t kStreamedBytes = int64_t{4} << 20;
 // Where slabs are one vector wide, the logits of so many side by side are read together, as far as their bytes leave
 // room in the second-level cache: the other lines of what the processor fetches along with a line, and on sides that
 // are powers of two its neighbours in the set, are gone when the next slab asks for them.
-constexpr int64_t kMostAhead = 4, kAheadBytes = int64_t{96} << 10;
+constexpr int64_t kMostAhead = 4;
 
 template <class R>
 class ClassField {
@@ -47,7 +47,8 @@ class ClassField {
     segments_ = plan.segments;
     const int64_t c = problem.classes, n = plan.vectors, band = c * n * plan.most_segments;
     if (plan.seg.on_pixels && plan.per_row == 1)
-      ahead_ = std::clamp<int64_t>(kAheadBytes / (band * static_cast<int64_t>(sizeof(V))), 1, kMostAhead);
+      ahead_ =
+          std::clamp<int64_t>(second_level_cache() * 3 / 32 / (band * static_cast<int64_t>(sizeof(V))), 1, kMostAhead);
     s = blocks_ = arena.take<V>(ahead_ > 1 ? ahead_ * band : c * n);
     p = arena.take<V>(c * n);
     own = arena.take<V>(c * n);

@@ -1,10 +1,26 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__unix__)
+#include <unistd.h>
+#endif
+
+#include <algorithm>
+
 #include "kernel_set.h"
 
 namespace coarse {
 namespace {
+
+constexpr int64_t kLeastCache = int64_t{256} << 10, kMostCache = int64_t{1} << 20;
+
+int64_t look_up_cache() {
+  long bytes = 0;  // some systems do not say
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+  return bytes <= 0 ? kMostCache : std::clamp<int64_t>(bytes, kLeastCache, kMostCache);
+}
 
 const Kernels& choose() {
 #if defined(__x86_64__)
@@ -22,6 +38,11 @@ const Kernels& choose() {
 }
 
 }  // namespace
+
+int64_t second_level_cache() {
+  static const int64_t bytes = look_up_cache();  // a virtual machine may take long to say it
+  return bytes;
+}
 
 const Kernels& kernels() {
   static const Kernels& chosen = choose();

@@ -154,6 +154,9 @@ struct Kernels {
 // float64 exists for checking gradients: one set, for any machine.
 extern const KernelSet<double> kKernelsDouble;
 
+// Bytes of a core's second-level cache, on which the size of tiles depends; at most 1 MB, for which they were chosen.
+int64_t second_level_cache();
+
 // The best set that this machine runs; COARSE_KERNELS_ISA (baseline, avx2, avx512) lowers it. Chosen once.
 const Kernels& kernels();
 

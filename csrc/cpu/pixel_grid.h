@@ -20,15 +20,15 @@
 namespace coarse {
 namespace {
 
-constexpr int64_t kTileBytes = 384 * 1024;  // of E: most of a 1 MB second-level cache is left to streams in flight
-constexpr int64_t kMaxTile = 256;           // pixels: a run of 1 KB in each of the C x C planes
+constexpr int64_t kMaxTile = 256;  // pixels: a run of 1 KB in each of the C x C planes
 
 constexpr int kUnroll = 2;  // vectors of a plane that are worked on together
 
 template <class R>
 inline int64_t tile_pixels(int classes) {
   constexpr int64_t kStep = kUnroll * kLanes<R>;
-  const int64_t fit = kTileBytes / (static_cast<int64_t>(classes) * classes * static_cast<int64_t>(sizeof(R)));
+  const int64_t bytes = second_level_cache() * 3 / 8;  // of E: most of the cache is left to streams in flight
+  const int64_t fit = bytes / (static_cast<int64_t>(classes) * classes * static_cast<int64_t>(sizeof(R)));
   const int64_t tile = fit < kMaxTile ? fit / kStep * kStep : kMaxTile;
   return tile < kStep ? kStep : tile;
 }
