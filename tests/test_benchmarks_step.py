@@ -50,6 +50,7 @@ def test_our_step_is_one_call_of_the_operator(line: str, monkeypatch: pytest.Mon
     assert calls == [((16, 24), [(8, 12), of_negatives])] * 2
 
 
+@pytest.mark.slow
 def test_a_step_in_a_process_of_its_own() -> None:
     found = step.measure("c3 32x64 seg4 cm8 positive+trusted fresh", "reference", "cpu", 1)
     assert 1e8 < found.peak < 4e9

@@ -332,6 +332,7 @@ def test_binary_negatives_cover_everything() -> None:
     assert 0.6 < (negative[:, 0] == 0)[mask == 1].mean() < 0.95
 
 
+@pytest.mark.slow
 def test_drawings_are_those_of_the_published_tables() -> None:
     """Checksums of drawings that published numbers come from; another one means that their tables are out of date."""
     found = {variant: zlib.crc32(np.concatenate(_drawn(variant, 50)[:2], None).tobytes()) for variant in PROCESSES}

@@ -294,6 +294,7 @@ def test_architectures_and_jobs_of_the_environment_are_kept(toolkit: Path) -> No
     assert done.stdout.splitlines()[1] == "9.0 3", done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cuda", "with_toolkit", "reason"),
     [

@@ -281,6 +281,7 @@ print("checked", turn)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_that_this_machine_runs(isa: str) -> None:
     if isa not in tools.cpu_info()["supported"]:

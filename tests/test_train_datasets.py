@@ -61,6 +61,7 @@ def test_a_data_set_goes_through_all_commands(dataset: str, tmp_path: Path, caps
     assert {*np.unique(np.asarray(Image.open(labels[0]))).tolist()} <= {*classes.file_ids}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"real data is not at {REAL}; COARSE_DATA names its folder")
 @pytest.mark.parametrize(("dataset", "folder"), [("camvid", "camvid"), ("chasedb1", "chasedb1"), ("mnist", "mnist")])
 def test_real_data_is_trained_on(dataset: str, folder: str, tmp_path: Path) -> None:

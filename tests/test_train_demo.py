@@ -278,6 +278,7 @@ def test_the_conclusion_says_so_also_where_it_is_not_ahead(miou: float, words: s
     assert conclude([cell("supervised", 0, 95.0)]) == []
 
 
+@pytest.mark.slow
 def test_tasks_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for task in ("majority", "binary"):

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,14 @@ def _config(out: Path, **changes: Any) -> FitConfig:
         data_trees.write_folder_tree(out.parent / "data") if not (out.parent / "data").exists() else out.parent / "data"
     )
     return replace(_of_digits(out), **{"data": DataConfig(root=root), **changes})
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """A shell that starts a job in the background has it ignore Ctrl-C; a run then does so, too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
