@@ -40,6 +40,7 @@ from .sets import Entry, Group
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+ISA = "COARSE_KERNELS_ISA"
 SILENCE = 400.0  # seconds without a word from a worker: a kernel that hangs must not use up the machine
 GROUP_SECONDS = {"quick": 3.0, "default": 2.5, "full": 20.0}  # of timed runs, for each problem of a group
 TRIES = 3  # of a group whose rows were disturbed by other work
@@ -63,7 +64,9 @@ def cores(threads: int) -> list[int]:
 
 
 def environment(buffers: str, threads: int) -> dict[str, str]:
-    """Of a worker on a CPU: nothing of the caller's about malloc, threads and kernels, and exactly one of our settings."""
+    """Of a worker on a CPU: nothing of the caller's about malloc, threads and kernels, and exactly one of our settings. The
+    instruction set alone is taken over: the results are named after it.
+    """
     chosen = {
         "fresh": {},
         "thp": {"THP_MEM_ALLOC_ENABLE": "1"},
@@ -72,6 +75,8 @@ def environment(buffers: str, threads: int) -> dict[str, str]:
     }[buffers]
     dropped = ("MALLOC_", "OMP_", "GOMP_", "KMP_", "MKL_", "COARSE_KERNELS_")
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
+    if ISA in os.environ:
+        inherited[ISA] = os.environ[ISA]
     for name in ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE"):
         inherited.pop(name, None)
     path = os.pathsep.join(filter(None, (str(ROOT), inherited.get("PYTHONPATH"))))

@@ -779,6 +779,14 @@ def test_a_silent_worker_is_ended() -> None:
     assert list(run.in_a_process({**task, **TASK, "deadline": 1e12}, silence=0.05)) == []
 
 
+def test_a_lowered_instruction_set_is_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of the highest one lay in the folder of the other."""
+    monkeypatch.setenv("COARSE_KERNELS_ISA", "baseline")
+    assert run.environment("fresh", 1)["COARSE_KERNELS_ISA"] == "baseline"
+    monkeypatch.delenv("COARSE_KERNELS_ISA")
+    assert "COARSE_KERNELS_ISA" not in run.environment("fresh", 1)
+
+
 def test_worker_environments_differ_only_in_malloc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "7")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")

@@ -54,6 +54,7 @@ def test_the_usage_of_the_readme_runs() -> None:
         assert bool(tensor.grad.isfinite().all())
 
 
+@pytest.mark.slow
 def test_the_python_of_the_training_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_code(ROOT / "coarse_train" / "README.md")
