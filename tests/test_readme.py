@@ -66,8 +66,14 @@ PAGES_WITH_CODE = [page for page in PAGES if "README" not in page.name and CODE.
 
 @pytest.mark.parametrize("page", PAGES_WITH_CODE, ids=name_of)
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To its end, and what it computes is finite."""
     monkeypatch.chdir(tmp_path)
-    run_code(page)
+    names = run_code(page)
+    assert any(getattr(value, "__module__", "").startswith("coarse_") for value in names.values())  # it is about us
+    computed = {name: value for name, value in names.items() if isinstance(value, torch.Tensor)}
+    wrong = [name for name, value in computed.items() if not value.isfinite().all()]
+    wrong += [n for n, v in computed.items() if v.is_leaf and v.grad is not None and not v.grad.isfinite().all()]
+    assert wrong == []
 
 
 def test_pages_with_code_are_found() -> None:
