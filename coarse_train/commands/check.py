@@ -13,7 +13,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..checking import check_taught, write_findings
-from ..config import DataConfig
 from ..data import FolderNotFound, open_split
 from ..data.findings import Part, check_files
 from ..data.inspect import inspect
@@ -44,14 +43,7 @@ def _own(folder: Path) -> bool:
 def run_check(config: CheckConfig) -> list[Part]:
     """Print, write. Raises ValueError where a file is bad, palettes contradict each other, or nothing teaches a class."""
     look_at_folder("out", config.out, overwrite=config.overwrite or _own(config.out))
-    data = DataConfig(
-        dataset=config.dataset,
-        root=config.root,
-        variant=config.variant,
-        positives=config.positives,
-        negatives=config.negatives,
-        max_pixels=config.max_pixels,
-    )
+    data = config.data_config(negatives=config.negatives)
     parts = []
     for split in config.splits:
         try:

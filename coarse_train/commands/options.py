@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tyro
 
+from ..config import DataConfig
 from ..data.images import MAX_PIXELS
 
 
@@ -30,3 +31,14 @@ class DrawnData(NamedData):
 
     positives: Path | None = None
     """Folder of positive drawings, DIR/SPLIT/NAME.png; without it what the data set has."""
+
+    def data_config(self, *, negatives: Path | None = None, simulate: str | None = None) -> DataConfig:
+        return DataConfig(
+            dataset=self.dataset,
+            root=self.root,
+            variant=self.variant,
+            positives=self.positives,
+            negatives=negatives,
+            simulate=simulate,
+            max_pixels=self.max_pixels,
+        )

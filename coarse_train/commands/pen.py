@@ -15,7 +15,6 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..config import DataConfig
 from ..data import open_split
 from ..data.classes import Classes
 from ..data.segmentation import pairs_of
@@ -49,14 +48,7 @@ def run_pen(config: PenConfig) -> PenReport:
     look_at_folder("out", config.out, overwrite=config.overwrite)
     if config.images is not None and config.images < 1:
         raise ValueError(f"images: expected a number >= 1, got {config.images}")
-    data = DataConfig(
-        dataset=config.dataset,
-        root=config.root,
-        variant=config.variant,
-        positives=config.positives,
-        simulate=config.simulate,
-        max_pixels=config.max_pixels,
-    )
+    data = config.data_config(simulate=config.simulate)
     source = open_split(data, config.split)
 
     def pairs(most: int | None) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
