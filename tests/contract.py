@@ -5,6 +5,9 @@ times its error, of a gradient (in the 2-norm) `GRADIENT_FACTOR` times, plus a f
 
     loss_floor(dtype, scale), gradient_floor(dtype, scale)
 
+Of a few numbers plain PyTorch may be lucky. Then the measure is the problem itself: how far the truth moves when every input
+moves by at most a unit roundoff of the compute dtype. No formulation in that dtype can be asked for more.
+
 ``scale`` is that of the logits, a standard deviation. A float32 logit of size 4 x scale is only known to 3e-8 of that, so an
 exponential carries scale x 1e-7 of relative error whatever the formulation: above a scale of 10 floors grow with it.
 
@@ -50,8 +53,13 @@ def transition_floor(stored: torch.dtype, scale: float = 1.0) -> float:
     return gradient_floor(stored, 4 * scale)
 
 
+def unit_roundoff(stored: torch.dtype) -> float:
+    """By how much of its size a number is off, at most, once it is rounded to the compute dtype."""
+    return torch.finfo(compute_dtype(stored)).eps / 2
+
+
 def loss_bound(plain: float, stored: torch.dtype, scale: float = 1.0) -> float:
-    """``plain``: the error of the plain formulation."""
+    """``plain``: the error of the plain formulation, or the move of the truth under a roundoff of the inputs."""
     return LOSS_FACTOR * plain + loss_floor(stored, scale)
 
 

@@ -131,17 +131,7 @@ def test_an_image_of_more_than_2_to_the_31_pixels() -> None:
     assert gradient_error(seg.grad.flatten(), wanted) < 1e-3
 
 
-ONE_FOR_ALL = pytest.param(
-    1,
-    id="one for all",
-    marks=pytest.mark.xfail(
-        strict=True,
-        reason="a field at the pixels that all images share is summed in float32: of a million of them to 1e-5",
-    ),
-)
-
-
-@pytest.mark.parametrize("cm_batch", [pytest.param(1_000_000, id="each its matrix"), ONE_FOR_ALL])
+@pytest.mark.parametrize("cm_batch", [pytest.param(1_000_000, id="each its matrix"), pytest.param(1, id="one for all")])
 def test_a_million_images_of_one_pixel(cm_batch: int) -> None:
     needs(6)
     check(make_problem(3, (1, 1), batch=1_000_000, cm_batch=cm_batch, stream="random", trace_weight=0.1), "cpu")

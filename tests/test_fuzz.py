@@ -19,7 +19,7 @@ import coarse_kernels as ck
 from tests.fuzz import __main__ as command
 from tests.fuzz.case import Case, Kind, parse, simpler
 from tests.fuzz.case import draw as draw_case
-from tests.fuzz.engine import Wrong, cases, check, fuzz
+from tests.fuzz.engine import Tally, Wrong, cases, check, fuzz
 from tests.fuzz.oracle import solve
 from tests.fuzz.relations import RELATIONS, weighted
 from tests.fuzz.tensors import poisoned, run, tensors_of
@@ -56,6 +56,31 @@ def test_the_first_of_a_long_run(backend: str) -> None:
     tally = fuzz(backend, seed=0, count=120)
     assert (tally.cases, tally.failures) == (120, [])
     assert tally.comparisons > 5 * tally.cases
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "c5 b1 24 seg24 fp32 mean scale30 seed1057024121 same | positive 1 | random*3 16",
+        "c6 b2 24 seg1 fp32 mean scale10 drawn0.7 ignore1 seed857458060 same | random 19 shared classes",
+        "c3 b2 35 seg30 fp32 mean scale10 drawn0.7 seed1656762571 same | random trusted",
+        "c2 b3 3x6 seg2x4 fp32 mean scale30 drawn0.3 seed2083666651 same | random*2 trusted",
+        "c9 b2 21 seg9 fp32 mean scale10 drawn0.7 ignore1 seed1515320567 same | random 9 shared",
+    ],
+)
+def test_where_a_pixel_lies_between_grid_points_is_known_to_one_rounding(line: str) -> None:
+    """Neighbouring logits are 30 apart here: as the fraction of a coordinate of 30 it made gradients wrong by 1e-5."""
+    with poisoned():
+        check(parse(line), BACKENDS[0])
+
+
+def test_of_a_few_numbers_plain_pytorch_may_be_lucky() -> None:
+    """Its gradient is 2e-7 off, where rounding the inputs otherwise moves it by 5e-6: quotients of two signs cancel."""
+    line = "c2 b2 8x8 seg1x1 fp32+bf16 none scale3 seed1525621181 same | random 7x3 w3 classes pixels | positive*3 8x8 pixels"
+    tally = Tally()
+    with poisoned():
+        check(parse(line), BACKENDS[0], tally)
+    assert tally.asked_condition == (BACKENDS[0] == "cpu")
 
 
 @pytest.mark.parametrize("relation", RELATIONS)

@@ -258,6 +258,31 @@ def test_tall_image_with_an_odd_stride(backend: str, grid: tuple[int, int]) -> N
     check(make_problem(2, (2001, 3), grid, batch=1, ignored="none", scale=5.0, reduction="none"), backend)
 
 
+@pytest.mark.skipif("cpu" not in ck.available_backends(), reason="no compiled backend")
+@pytest.mark.parametrize(
+    ("size", "seg", "grid"), [((3, 3001), (2, 1999), (2, 1501)), ((3001, 3), (1999, 2), (1501, 2))], ids=["x", "y"]
+)
+def test_on_a_cpu_gradients_far_from_the_origin_are_as_exact_as_near_it(
+    size: tuple[int, int], seg: tuple[int, int], grid: tuple[int, int]
+) -> None:
+    """The fraction of a float32 coordinate of 1,500 is known to 1e-4, and so were these gradients."""
+    problem = make_problem(3, size, grid, batch=1, ignored="none", scale=5.0, trace_weight=0.1, seg_grid=seg)
+    out, truth = evaluate(problem, "cpu"), oracle(problem)
+    for name, gradient in out.gradients.items():
+        assert gradient_error(gradient, truth.gradients[name]) < gradient_floor(torch.float32), name
+
+
+@pytest.mark.skipif("cpu" not in ck.available_backends(), reason="no compiled backend")
+@pytest.mark.parametrize(("size", "grid"), [((1, 1), None), ((2, 3), None), ((3, 3), (2, 2))])
+def test_on_a_cpu_a_field_that_many_images_share_is_as_exact_as_one_of_few(
+    size: tuple[int, int], grid: tuple[int, int] | None
+) -> None:
+    """One float32 sum over so many images loses a digit, over a million three."""
+    problem = make_problem(3, size, grid, batch=20_000, cm_batch=1, stream="random", trace_weight=0.1)
+    out, truth = evaluate(problem, "cpu"), oracle(problem)
+    assert gradient_error(out.gradients["cm"], truth.gradients["cm"]) < gradient_floor(torch.float32)
+
+
 FORMS = pytest.mark.parametrize("form", ["trusted", "pixel", "strided"])
 
 

@@ -19,6 +19,7 @@ constexpr int kRowsPerBand = 32;           // a cell higher than this is cut
 constexpr int64_t kMaxChunks = 32;         // of an image: seams that are added up, and threads that it keeps busy
 constexpr int64_t kRowsPerChunk = 16;      // at least
 constexpr int64_t kPixelsPerChunk = 4096;  // where nothing is interpolated
+constexpr int64_t kImagesPerSum = 256;     // summed in R, one after the other: a thousand times that is 1e-5 off
 constexpr int64_t kCopyBytes = int64_t{16} << 20;  // of a gradient that all images share: groups of them have their own
 constexpr int64_t kHeadBytes = int64_t{64} << 20;  // of seams, or a quarter of what the gradients themselves take
 constexpr int64_t kTransitionBytes = int64_t{32}
@@ -99,10 +100,12 @@ class Planned {
     points.resize(pixels);
     lambdas.resize(pixels);
     const bool interpolated = interpolates(grid, pixels);
+    // In double, and rounded once: the fraction of a float coordinate of 500 is known to 3e-5, and neighbouring logits
+    // may be 100 apart.
     for (int64_t k = 0; k < pixels; ++k) {
-      const Tap<R> tap = linear_tap<R>(k, grid, pixels);
+      const Tap<double> tap = linear_tap<double>(k, grid, pixels);
       points[k] = static_cast<int32_t>(tap.i0);
-      lambdas[k] = interpolated ? tap.lambda : R(0);
+      lambdas[k] = interpolated ? static_cast<R>(tap.lambda) : R(0);
     }
     return {grid, interpolated, points.data(), lambdas.data()};
   }
@@ -158,8 +161,8 @@ class Planned {
   }
 
   static int32_t even_rows(const Axis<R>& axis, int32_t y0, int32_t most) {
-    // lambda is the fraction of a coordinate: that is how exactly it can be known
-    const R tolerance = R(8) * std::numeric_limits<R>::epsilon() * static_cast<R>(axis.i0[y0] + 2);
+    // each lambda is rounded once, and the step is a difference of two
+    const R tolerance = R(2) * std::numeric_limits<R>::epsilon() * static_cast<R>(most);
     const R step = most > 1 ? axis.lambda[y0 + 1] - axis.lambda[y0] : R(0);
     int32_t rows = 1;
     while (rows < most &&
@@ -291,9 +294,9 @@ class Planned {
       if (field.gradient == nullptr || field.images != 1 || problem.batch <= 1) continue;
       const int64_t bytes =
           static_cast<int64_t>(problem.classes) * problem.classes * field.points() * static_cast<int64_t>(sizeof(R));
-      const int64_t copies =
-          plan.kinds[k].on_pixels ? 1 : std::clamp<int64_t>(kCopyBytes / std::max<int64_t>(bytes, 1), 1, 16);
-      groups = std::min(groups, copies);
+      const int64_t wanted =
+          std::max<int64_t>(plan.kinds[k].on_pixels ? 1 : 16, (problem.batch - 1) / kImagesPerSum + 1);
+      groups = std::min(groups, std::clamp<int64_t>(kCopyBytes / std::max<int64_t>(bytes, 1), 1, wanted));
     }
     return std::max<int64_t>(groups, 1);
   }

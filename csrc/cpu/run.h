@@ -155,7 +155,7 @@ class Run {
     bookings_.push_back(std::move(booking));
   }
 
-  // Seams in the order of the chunks, copies in that of the groups, then rounded to storage once.
+  // Seams in the order of the chunks, copies in that of the groups, in double, then rounded to storage once.
   void settle(const Booking& booking, const coarse::Plan<R>& plan) const {
     const coarse::FieldPlan<R>& field = *booking.field;
     const int64_t points = booking.tensor->points(), planes = booking.planes, n = planes * points;
@@ -178,8 +178,12 @@ class Run {
     torch::stable::parallel_for(0, booking.owners * planes, 8, settle_planes);
     if (!booking.converted) return;
     const int64_t images = one ? 1 : booking.owners;
-    for (int64_t copy = 1; one && copy < booking.owners; ++copy) {
-      for (int64_t k = 0; k < n; ++k) field.sum[k] += field.sum[copy * n + k];
+    if (one && booking.owners > 1) {
+      for (int64_t k = 0; k < n; ++k) {
+        double total = 0;
+        for (int64_t copy = 0; copy < booking.owners; ++copy) total += static_cast<double>(field.sum[copy * n + k]);
+        field.sum[k] = static_cast<R>(total);
+      }
     }
     write(field.sum, *booking.tensor, images * n);
   }

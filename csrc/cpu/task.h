@@ -35,8 +35,9 @@ class Kind {
   }
 
   // With the workspace in place.
-  void begin(int64_t task, int64_t slice) {
+  void begin(int64_t task, int64_t group, int64_t slice) {
     const int64_t c = problem_->classes;
+    R* const sum = sum_ == nullptr ? nullptr : sum_ + group * c * c * problem_->pixels();  // of a field at the pixels
     sums_ = {kind_->sums + 2 * task,
              kind_->transition_gradient == nullptr ? nullptr : kind_->transition_gradient + slice * c * c};
     for (int64_t l = 0; l < kind_->layers; ++l) {
@@ -47,8 +48,8 @@ class Kind {
     }
     if (form_ == Form::trusted) trusted_.begin();
     if (form_ == Form::one_matrix) matrix_.begin();
-    if (form_ == Form::two_classes) two_.begin(sum_);
-    if (form_ == Form::pixels) pixels_.begin(sum_);
+    if (form_ == Form::two_classes) two_.begin(sum);
+    if (form_ == Form::pixels) pixels_.begin(sum);
   }
 
   void start(int64_t image, int64_t group, int64_t chunk, int64_t z, bool first) {
@@ -143,7 +144,7 @@ class Task {
     const int64_t group = task / plan_.chunk_count, chunk = task % plan_.chunk_count;
     const Chunk& part = plan_.chunks[chunk];
     const int64_t b0 = problem_.batch * group / plan_.groups, b1 = problem_.batch * (group + 1) / plan_.groups;
-    for_each([&](Kind<R>& kind) { kind.begin(task, plan_.slice_of(task)); });
+    for_each([&](Kind<R>& kind) { kind.begin(task, group, plan_.slice_of(task)); });
     for (int64_t image = b0; image < b1; ++image) {
       for (int64_t z = part.z0; z < part.z1; ++z) {
         field_.start(image, group, chunk, z, image == b0);

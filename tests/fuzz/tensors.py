@@ -6,7 +6,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -139,6 +139,24 @@ def _transition(stream: str, classes: int, rng: np.random.Generator, dtype: torc
         np.fill_diagonal(matrix, 0)
         matrix /= matrix.sum(1, keepdims=True)
     return torch.from_numpy(matrix).to(dtype)
+
+
+def moved(tensors: Tensors, by: float, seed: int) -> Tensors:
+    """All logits and learned transitions in float64, each moved at random by at most so much of its size."""
+    rng = np.random.default_rng(seed)
+
+    def move(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return tensor.double() * torch.from_numpy(1 + by * rng.uniform(-1, 1, tuple(tensor.shape)))
+
+    kinds = [
+        replace(kind, cm=move(kind.cm), transition=move(kind.transition) if kind.learned else kind.transition)
+        for kind in tensors.kinds
+    ]
+    seg = move(tensors.seg)
+    assert seg is not None
+    return replace(tensors, seg=seg, kinds=kinds)
 
 
 # --- evaluated -------------------------------------------------------------------------------------------------------------
