@@ -356,3 +356,21 @@ def test_the_gradient_of_a_transition_is_finite_where_only_its_weight_makes_it_s
     ours, truth = evaluate(problem, backend), oracle(problem)
     assert truth.gradients["transition"].abs().max() < 1e38
     assert gradient_error(ours.gradients["transition"], truth.gradients["transition"]) < 2e-5
+
+
+@COMPILED
+@FORMS
+def test_nothing_comes_back_of_a_loss_that_counts_for_nothing(backend: str, form: str) -> None:
+    """A quotient beyond float32 is inf, and 0 times that NaN: so was a transition after (0 * loss).backward() and a step."""
+    labels = put(torch.ones(1, 4, 20, dtype=torch.uint8))
+    seg = put(torch.zeros(1, 2, 4, 20))
+    seg[:, 1] = 95.0
+    cm = None
+    if form != "trusted":
+        cm = put(torch.zeros(1, 2, 2, *((4, 20) if form == "pixel" else (2, 4))))
+        cm[:, range(2), range(2)] = 100.0
+    transition = put(torch.tensor([[0.0, 1.0], [1.0, 0.0]])).requires_grad_()
+    leaves = [leaf.requires_grad_() for leaf in (seg, cm) if leaf is not None]
+    out = ck.annotation_objective(seg, [ck.Drawings(labels, cm, transition)], backend=backend)
+    for gradient in torch.autograd.grad(0 * out.loss, [*leaves, transition]):
+        assert (gradient == 0).all()

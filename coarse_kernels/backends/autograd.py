@@ -193,6 +193,8 @@ def _handed_out(operators: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, ke
         factor = grad_loss.item()
         if factor == 1.0 and not kept:
             return saved
+        if factor == 0.0:  # of a transition it may be inf, which times 0 is NaN
+            return tuple(torch.zeros_like(grad) for grad in saved)
         # a Python number is multiplied with in float32 whatever the gradient is stored in
         return tuple(grad * factor for grad in saved)
     if hasattr(operators, "scale_"):
@@ -206,7 +208,7 @@ def _handed_out(operators: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, ke
 
 def _times(grad: Tensor, factor: Tensor) -> Tensor:
     dtype = compute_dtype(grad.dtype)
-    return (grad.to(dtype) * factor.to(dtype)).to(grad.dtype)
+    return (grad.to(dtype) * factor.to(dtype)).masked_fill(factor == 0, 0.0).to(grad.dtype)
 
 
 def _graph_is_kept() -> bool:

@@ -100,12 +100,10 @@ class Planned {
     points.resize(pixels);
     lambdas.resize(pixels);
     const bool interpolated = interpolates(grid, pixels);
-    // In double, and rounded once: the fraction of a float coordinate of 500 is known to 3e-5, and neighbouring logits
-    // may be 100 apart.
     for (int64_t k = 0; k < pixels; ++k) {
-      const Tap<double> tap = linear_tap<double>(k, grid, pixels);
+      const Tap<R> tap = exact_tap<R>(k, grid, pixels);
       points[k] = static_cast<int32_t>(tap.i0);
-      lambdas[k] = interpolated ? static_cast<R>(tap.lambda) : R(0);
+      lambdas[k] = interpolated ? tap.lambda : R(0);
     }
     return {grid, interpolated, points.data(), lambdas.data()};
   }

@@ -75,8 +75,10 @@ __global__ void __launch_bounds__(kSmallBlock)
 template <class R>
 __global__ void __launch_bounds__(kSmallBlock) scale_kernel(void* p, Storage storage, int64_t n, const R* factor) {
   const R f = *factor;
-  if (f == R(1)) return;  // as after loss.backward(): nothing is read or written
-  for (int64_t k = first_index(); k < n; k += index_step()) store_as(p, storage, k, f * load_as<R>(p, storage, k));
+  if (f == R(1)) return;           // as after loss.backward(): nothing is read or written
+  const bool nothing = f == R(0);  // of a transition the gradient may be inf, which times 0 is NaN
+  for (int64_t k = first_index(); k < n; k += index_step())
+    store_as(p, storage, k, nothing ? R(0) : f * load_as<R>(p, storage, k));
 }
 
 template <class R>

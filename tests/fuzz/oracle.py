@@ -194,17 +194,26 @@ def _log_softmax(x: Array) -> Array:
 # --- grids ---------------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
+_KEPT = 20_000  # entries: those of long signals are 70 MB each
+
+
 def _taps(points: int, pixels: int) -> Array:
     """(pixels, points) of `F.interpolate(align_corners=False)` along one axis."""
+    return _small_taps(points, pixels) if points * pixels <= _KEPT else _all_taps(points, pixels)
+
+
+def _all_taps(points: int, pixels: int) -> Array:
     matrix = np.zeros((pixels, points))
     for k in range(pixels):
-        at = max((k + 0.5) * points / pixels - 0.5, 0.0)
-        first = min(int(at), points - 1)
-        second, share = min(first + 1, points - 1), at - int(at)
+        # the position as a quotient of integers: of a coordinate of 2,000 a double keeps 12 digits behind the point
+        first, rest = divmod(max((2 * k + 1) * points - pixels, 0), 2 * pixels)
+        share = rest / (2 * pixels)
         matrix[k, first] += 1 - share
-        matrix[k, second] += share
+        matrix[k, min(first + 1, points - 1)] += share
     return matrix
+
+
+_small_taps = functools.lru_cache(4096)(_all_taps)
 
 
 def interpolate(x: Array, size: tuple[int, ...]) -> Array:

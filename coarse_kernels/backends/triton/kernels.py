@@ -343,7 +343,8 @@ def scale_kernel(values, factor, count, BLOCK: tl.constexpr):
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, count, tl.num_programs(0) * BLOCK):
             at = start + tl.arange(0, BLOCK)
             value = tl.load(values + at, mask=at < count)
-            tl.store(values + at, (value.to(by.dtype) * by).to(value.dtype), mask=at < count)
+            scaled = tl.where(by == 0, 0.0, value.to(by.dtype) * by)  # inf times 0 is NaN
+            tl.store(values + at, scaled.to(value.dtype), mask=at < count)
 
 
 # --- gradient of class logits on a grid of their own --------------------------------------------------------------------
