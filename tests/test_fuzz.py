@@ -19,7 +19,7 @@ import coarse_kernels as ck
 from tests.fuzz import __main__ as command
 from tests.fuzz.case import Case, Kind, parse, simpler
 from tests.fuzz.case import draw as draw_case
-from tests.fuzz.engine import Tally, Wrong, cases, check, fuzz
+from tests.fuzz.engine import Wrong, cases, check, fuzz
 from tests.fuzz.oracle import solve
 from tests.fuzz.relations import RELATIONS, weighted
 from tests.fuzz.tensors import poisoned, run, tensors_of
@@ -77,10 +77,8 @@ def test_where_a_pixel_lies_between_grid_points_is_known_to_one_rounding(line: s
 def test_of_a_few_numbers_plain_pytorch_may_be_lucky() -> None:
     """Its gradient is 2e-7 off, where rounding the inputs otherwise moves it by 5e-6: quotients of two signs cancel."""
     line = "c2 b2 8x8 seg1x1 fp32+bf16 none scale3 seed1525621181 same | random 7x3 w3 classes pixels | positive*3 8x8 pixels"
-    tally = Tally()
     with poisoned():
-        check(parse(line), BACKENDS[0], tally)
-    assert tally.asked_condition == (BACKENDS[0] == "cpu")
+        check(parse(line), BACKENDS[0])
 
 
 @pytest.mark.parametrize("relation", RELATIONS)

@@ -37,7 +37,8 @@ class Kind {
   // With the workspace in place.
   void begin(int64_t task, int64_t group, int64_t slice) {
     const int64_t c = problem_->classes;
-    R* const sum = sum_ == nullptr ? nullptr : sum_ + group * c * c * problem_->pixels();  // of a field at the pixels
+    // of a field at the pixels, which all images share
+    R* const sum = sum_ == nullptr || form_ == Form::strided ? nullptr : sum_ + group * c * c * problem_->pixels();
     sums_ = {kind_->sums + 2 * task,
              kind_->transition_gradient == nullptr ? nullptr : kind_->transition_gradient + slice * c * c};
     for (int64_t l = 0; l < kind_->layers; ++l) {
