@@ -67,7 +67,7 @@ FloatArray mapped(const FloatArray& x, F f) {
   return y;
 }
 
-py::tuple linear_taps(int64_t grid, int64_t pixels, bool wide) {
+py::tuple linear_taps(int64_t grid, int64_t pixels, bool wide, bool exact) {
   if (grid < 1 || pixels < grid) throw std::invalid_argument("grid: expected 1 <= grid <= pixels");
   py::array_t<int64_t> i0(pixels), i1(pixels);
   py::array_t<double> lambda(pixels);
@@ -77,7 +77,11 @@ py::tuple linear_taps(int64_t grid, int64_t pixels, bool wide) {
       i1.mutable_at(k) = tap.i1;
       lambda.mutable_at(k) = static_cast<double>(tap.lambda);
     };
-    wide ? fill(coarse::linear_tap<double>(k, grid, pixels)) : fill(coarse::linear_tap<float>(k, grid, pixels));
+    if (exact) {
+      wide ? fill(coarse::exact_tap<double>(k, grid, pixels)) : fill(coarse::exact_tap<float>(k, grid, pixels));
+    } else {
+      wide ? fill(coarse::linear_tap<double>(k, grid, pixels)) : fill(coarse::linear_tap<float>(k, grid, pixels));
+    }
   }
   return py::make_tuple(i0, i1, lambda);
 }
@@ -135,8 +139,11 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "log", [](const FloatArray& x) { return mapped(x, kernels().log_array); }, py::arg("x"),
       "The kernels' log, float32: at most LOG_ULP for normal x > 0; -inf at 0.");
-  m.def("linear_taps", &linear_taps, py::arg("grid"), py::arg("pixels"), py::arg("wide") = false,
-        "(i0, i1, lambda) of every pixel of an axis: value = (1 - lambda) x[i0] + lambda x[i1]. wide: in float64.");
+  m.def(
+      "linear_taps", &linear_taps, py::arg("grid"), py::arg("pixels"), py::arg("wide") = false,
+      py::arg("exact") = false,
+      "(i0, i1, lambda) of every pixel of an axis: value = (1 - lambda) x[i0] + lambda x[i1]. wide: in float64. exact: "
+      "lambda as a quotient of integers, as the CPU's kernels have it, instead of the fraction of a coordinate.");
   m.def("pixel_f32", &pixel<float>, py::arg("seg_logits"), py::arg("cm_logits"), py::arg("reported"),
         py::arg("trace_weight") = 0.0, "One pixel in log space, float32; reported = T[:, y].");
   m.def("pixel_f64", &pixel<double>, py::arg("seg_logits"), py::arg("cm_logits"), py::arg("reported"),

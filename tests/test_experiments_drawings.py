@@ -17,8 +17,9 @@ from coarse_train.data import IGNORE, open_split
 from coarse_train.data.mnist import AREAS
 from coarse_train.data.segmentation import SegmentationData
 from coarse_train.experiments import annotators, experiment, negatives
+from coarse_train.experiments.cell import Cell
 from coarse_train.experiments.experiment import ExperimentConfig, Name, Part, Result, run_experiment
-from coarse_train.experiments.table import Cell, Row, config_of
+from coarse_train.experiments.table import Row, config_of
 
 from .data_trees import write_camvid_tree, write_chasedb1_tree, write_cityscapes_tree
 

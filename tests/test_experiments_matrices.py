@@ -15,8 +15,9 @@ from coarse_train.config import FitConfig
 from coarse_train.data import mnist
 from coarse_train.data.mnist import PROCESSES
 from coarse_train.experiments import experiment, sanity, structure, table, trace_weight
+from coarse_train.experiments.cell import Cell
 from coarse_train.experiments.experiment import ExperimentConfig, Part, Result, run_experiment
-from coarse_train.experiments.table import Cell, Row, config_of
+from coarse_train.experiments.table import Row, config_of
 from coarse_train.rules import check_config
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,21 @@ def test_linear_taps_are_those_of_f_interpolate(grid: int, pixels: int, wide: bo
     ramp = torch.arange(grid, dtype=torch.float64)[None, None]
     exact = F.interpolate(ramp, size=pixels, mode="linear", align_corners=False)[0, 0].numpy()
     np.testing.assert_allclose(i0 + weight * (i1 - i0), exact, rtol=1e-12 if wide else 3e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(
+    ("grid", "pixels"), [(1, 1), (1, 7), (2, 3), (7, 8), (31, 31), (99, 100), (255, 2048), (5000, 9001), (29999, 30000)]
+)
+def test_exact_taps_are_fractions_rounded_once(grid: int, pixels: int, wide: bool) -> None:
+    """Wherever on the axis: the fraction of a float32 coordinate is 1e-3 off at the end of the last one."""
+    i0, i1, weight = tools.linear_taps(grid, pixels, wide, exact=True)
+    roundoff = float(np.finfo(np.float64 if wide else np.float32).eps)
+    for k in {*range(0, pixels, max(1, pixels // 500)), *range(max(0, pixels - 20), pixels)}:
+        position = max(Fraction(0), Fraction((2 * k + 1) * grid, 2 * pixels) - Fraction(1, 2))
+        assert i0[k] == position // 1
+        assert i1[k] == (i0[k] if grid == pixels else min(i0[k] + 1, grid - 1))
+        assert abs(Fraction(float(weight[k])) - position % 1) <= position % 1 * Fraction(roundoff)
 
 
 @pytest.mark.parametrize(("grid", "pixels"), [(0, 3), (4, 3), (-1, 3)])

@@ -24,9 +24,11 @@ import torch
 from coarse_train.cli import main
 from coarse_train.config import DataConfig, FitConfig, from_dict
 from coarse_train.data.mnist import PROCESSES
+from coarse_train.experiments import cell as cells_of
 from coarse_train.experiments import table
+from coarse_train.experiments.cell import Cell
 from coarse_train.experiments.demo import TUNED, DemoConfig, conclude, rows_of, run_demo, trials
-from coarse_train.experiments.table import Cell, Summary, by_class, digest, run_table, text
+from coarse_train.experiments.table import Summary, by_class, digest, run_table, text, write_scores
 
 from .data_trees import write_folder_tree
 
@@ -102,6 +104,22 @@ def test_a_table_goes_on_where_it_was_and_shares_rows(tmp_path: Path) -> None:
     (last,) = run_table({"one": row}, (0,), tmp_path, jobs=1, said=said.append)
     assert last.miou == first.miou
     assert len(said) == 4
+
+
+def test_scores_go_to_another_machine_in_one_file_and_are_not_trained_again(tmp_path: Path) -> None:
+    row = replace(rows_of("hasty")["ce_both"], steps=2)
+    row = replace(row, data=replace(row.data, limit=16))
+    here, there = tmp_path / "here", tmp_path / "there"
+    (first,) = run_table({"one": row}, (0,), here, jobs=1, said=lambda line: None)
+    write_scores(here)
+    there.mkdir()
+    (there / "cells.json").write_bytes((here / "cells.json").read_bytes())
+    (again,) = run_table({"one": row}, (0,), there, jobs=1, said=lambda line: None)
+    assert replace(again, folder="") == replace(first, folder="")
+    assert not list(there.glob("cells/*/last.pt"))
+    (there / "cells.json").write_text('{"' + Path(first.folder).name + '": {"val": {"miou": 3}}}')
+    with pytest.raises(ValueError, match=r"cells.json: expected the scores of an earlier table, got"):
+        run_table({"one": row}, (0,), there, jobs=1, said=lambda line: None)
 
 
 @pytest.fixture
@@ -242,9 +260,9 @@ def test_a_split_without_masks_is_refused_before_the_first_step(tmp_path: Path) 
 
 
 def test_seconds_of_a_run_that_was_interrupted_are_those_of_its_parts() -> None:
-    assert table._seconds([1.0, 2.0, 3.0]) == 3.0
-    assert table._seconds([1.0, 2.0, 0.5, 4.0]) == 6.0
-    assert table._seconds([]) == 0.0
+    assert cells_of._seconds([1.0, 2.0, 3.0]) == 3.0
+    assert cells_of._seconds([1.0, 2.0, 0.5, 4.0]) == 6.0
+    assert cells_of._seconds([]) == 0.0
 
 
 def test_rows_share_everything_but_what_they_are_about() -> None:

@@ -16,10 +16,11 @@ from coarse_train.cli import main
 from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, ModelConfig, recipe
 from coarse_train.data import open_split
 from coarse_train.experiments import experiment, few_masks, noise_map, select
+from coarse_train.experiments.cell import Cell
 from coarse_train.experiments.corrector import corrected
 from coarse_train.experiments.experiment import ExperimentConfig, Name, Part, Result, quick, run_parts
 from coarse_train.experiments.redrawn import redrawn, widened
-from coarse_train.experiments.table import Cell, config_of
+from coarse_train.experiments.table import config_of
 from coarse_train.rules import check_config
 
 from . import data_trees
@@ -93,11 +94,12 @@ def test_every_row_can_be_trained_and_rows_that_are_tuned_have_equal_trials(
                     check_config(row)
 
 
+@pytest.mark.parametrize("tables", ["all", "first", "last"])
 @pytest.mark.parametrize("name", get_args(Name))
-def test_each_experiment_draws_and_concludes_from_cells_alone(name: str, tmp_path: Path) -> None:
+def test_each_experiment_draws_and_concludes_from_cells_alone(name: str, tables: str, tmp_path: Path) -> None:
     module = _module(name)
     parts = module.parts(_config(name, tmp_path))
-    results = [_made_up(part) for part in parts]
+    results = [_made_up(part) for part in {"all": parts, "first": parts[:1], "last": parts[-1:]}[tables]]
     sentences = module.conclude(results)
     assert sentences
     assert all(sentence.endswith(".") for sentence in sentences)
@@ -133,6 +135,24 @@ def test_a_tuned_row_is_the_best_of_its_settings_on_validation_masks(
     assert config_of(two.rows["tuned"], 0).steps == 7
     assert [c.seed for c in two.cells] == [0]
     assert three.chosen == {}
+
+
+def test_a_table_alone_is_tuned_where_it_takes_its_settings_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+
+    def run_table(rows: Mapping[str, FitConfig], seeds: tuple[int, ...], out: Path, **options: Any) -> list[Cell]:
+        trained.extend(rows)
+        return [cell(row, seed, config_of(config, seed).optim.lr) for row, config in rows.items() for seed in seeds]
+
+    monkeypatch.setattr(experiment, "run_table", run_table)
+    rows = {"tuned": {"a": FitConfig()}}
+    parts = [Part("one", rows), Part("two", rows, tuned_as="one"), Part("three", rows), Part("four", rows)]
+    assert [result.title for result in run_parts(parts, (0,), tmp_path, tables=("four", "two"))] == ["two", "four"]
+    assert trained == ["one | tuned | a", "four | tuned | a", "two | tuned", "four | tuned"]
+    with pytest.raises(ValueError, match=r"tables: expected some of one; two; three; four, got five"):
+        run_parts(parts, (0,), tmp_path, tables=("one", "five"))
 
 
 @pytest.mark.slow

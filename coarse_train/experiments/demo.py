@@ -29,8 +29,9 @@ import torch
 
 from ..config import DrawingsConfig, FitConfig, recipe
 from ..data.mnist import PROCESSES
+from .cell import Cell
 from .report import save_figure
-from .table import Cell, Summary, by_class, run_table, text, write_results
+from .table import Summary, by_class, run_table, text, write_results
 
 TRUSTED = DrawingsConfig()
 # task -> the matrix: global where names are wrong whatever the image; at every pixel for binary masks, where all there is to

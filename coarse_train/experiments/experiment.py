@@ -29,7 +29,8 @@ from matplotlib.figure import Figure
 
 from ..config import FitConfig
 from ..run import write_text
-from .table import Cell, Row, Summary, config_of, run_table, text, write_results
+from .cell import Cell
+from .table import Row, Summary, config_of, run_table, text, write_results, write_scores
 
 Name = Literal["noise-map", "few-masks", "select", "negatives", "annotators", "sanity", "trace-weight", "structure"]
 EXPERIMENTS = {name: name.replace("-", "_") for name in get_args(Name)}  # name -> module
@@ -48,13 +49,16 @@ class ExperimentConfig:
     who disagree."""
     quick: bool = False
     """A few steps on a few images, one trial a row, some of the tables: to see that it runs. Its figures mean nothing."""
+    tables: tuple[str, ...] = ()
+    """Titles of the tables to train, as the report has them; without it all. What lies in OUT of the others stays there."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the networks, the order of the batches and the choice of masks."""
     data: Path | None = None
     """Folder of data sets: DATA/mnist, DATA/camvid, DATA/cityscapes, DATA/chasedb1. What needs one that is not there is left
     out and named; canvases of digits are made of the sample in the package."""
     out: Path | None = None
-    """Without it runs/NAME."""
+    """Without it runs/NAME. Runs whose scores are there, or in a cells.json that somebody has put there, are not trained
+    again."""
     jobs: int | None = None
     """Runs at a time; without it one for each core."""
     backend: str | None = None
@@ -132,7 +136,7 @@ class Experiment(Protocol):
 
 
 def run_experiment(config: ExperimentConfig) -> list[Result]:
-    """Train, print and write OUT/report.md, OUT/results.json and OUT/figure.png."""
+    """Train, print and write OUT/report.md, OUT/results.json, OUT/cells.json and OUT/figure.png."""
     experiment: Experiment = import_module(f".{EXPERIMENTS[config.name]}", __package__)
     if config.data is not None and not config.data.is_dir():
         raise ValueError(f"data: expected a folder, with mnist, camvid or chasedb1 in it, got {config.data}")
@@ -143,32 +147,42 @@ def run_experiment(config: ExperimentConfig) -> list[Result]:
         parts = [quick(part) for part in parts]
     if config.backend is not None:
         parts = [_changed(part, lambda row: replace(row, backend=config.backend)) for part in parts]
-    results = run_parts(parts, seeds, out, jobs=config.jobs)
+    results = run_parts(parts, seeds, out, jobs=config.jobs, tables=config.tables)
+    write_scores(out)
     verdicts = experiment.conclude(results)
     figure = Figure(layout="constrained")
     FigureCanvasAgg(figure)
     experiment.draw(results, figure)
     figure.savefig(out / "figure.png", dpi=110)
-    words = report(config, experiment.QUESTION, results, verdicts)
+    left_out = [part.title for part in parts if part.title not in {result.title for result in results}]
+    words = report(config, experiment.QUESTION, results, verdicts, left_out)
     write_text(out / "report.md", words)
-    _write(out / "results.json", config, results, verdicts)
+    _write(out / "results.json", config, results, verdicts, left_out)
     print(words)
     return results
 
 
-def run_parts(parts: Sequence[Part], seeds: Sequence[int], out: Path, *, jobs: int | None = None) -> list[Result]:
-    """All tables, tuned rows first: two tables in all, so that no core waits for a part to end."""
+def run_parts(
+    parts: Sequence[Part], seeds: Sequence[int], out: Path, *, jobs: int | None = None, tables: Sequence[str] = ()
+) -> list[Result]:
+    """All parts, or those of ``tables``, tuned rows first: two tables in all, so that no core waits for a part to end."""
+    titles = [part.title for part in parts]
+    if unknown := [title for title in tables if title not in titles]:
+        raise ValueError(f"tables: expected some of {'; '.join(titles)}, got {'; '.join(unknown)}")
+    asked = [part for part in parts if not tables or part.title in tables]
+    tuned_in = {part.tuned_as or part.title for part in asked}
     trials = {
         f"{part.title} | {row} | {setting}": (part, config)
         for part in parts
         for row, settings in part.rows.items()
-        if isinstance(settings, Mapping) and part.tuned_as is None
+        if isinstance(settings, Mapping) and part.title in tuned_in
         for setting, config in settings.items()
     }
     scores: dict[str, float] = {}
     if trials:
         configs = {name: config for name, (_, config) in trials.items()}
         scores = {cell.method: cell.miou for cell in run_table(configs, (_TUNING_SEED,), out, split="val", jobs=jobs)}
+    parts = asked
     chosen = {part.title: _choose(part, scores) for part in parts}
     rows = {
         part.title: {
@@ -187,8 +201,7 @@ def run_parts(parts: Sequence[Part], seeds: Sequence[int], out: Path, *, jobs: i
             found = [replace(c, method=c.method[len(prefix) :]) for c in cells if c.method.startswith(prefix)]
             tried = {row: len(each) for row, each in part.rows.items() if isinstance(each, Mapping)}
             results.append(Result(part.title, rows[part.title], found, split, chosen[part.title], tried, part.tuned_as))
-    order = [part.title for part in parts]
-    return sorted(results, key=lambda result: order.index(result.title))
+    return sorted(results, key=lambda result: titles.index(result.title))
 
 
 def _choose(part: Part, scores: Mapping[str, float]) -> dict[str, str]:
@@ -226,8 +239,14 @@ def quick(part: Part) -> Part:
     return replace(part, rows=rows)
 
 
-def report(config: ExperimentConfig, question: str, results: Sequence[Result], verdicts: Sequence[str]) -> str:
-    """Markdown: the question, what was found, the tables, how they are run again."""
+def report(
+    config: ExperimentConfig,
+    question: str,
+    results: Sequence[Result],
+    verdicts: Sequence[str],
+    left_out: Sequence[str] = (),
+) -> str:
+    """Markdown: the question, what was found, the tables, how they are run again. ``left_out``: tables not asked for."""
     seeds = " ".join(map(str, config.seeds))
     command = f"coarse-train experiment {config.name} --seeds {seeds}" + (" --data DIR" if config.data else "")
     lines = [f"# {config.name}", "", question, ""]
@@ -235,6 +254,12 @@ def report(config: ExperimentConfig, question: str, results: Sequence[Result], v
         lines += ["**A quick run: it shows that everything runs. Its figures mean nothing.**", ""]
         command += " --quick"
     lines += [*(f"- {verdict}" for verdict in verdicts), "", f"`{command}`", ""]
+    if left_out:
+        lines += [
+            f"{len(results)} of {len(results) + len(left_out)} tables of this command (`--tables`). Not run, or not asked for: "
+            f"{'; '.join(left_out)}.",
+            "",
+        ]
     for result in results:
         lines += [f"## {result.title}", "", "```", text(result.cells, result.split), "```", ""]
         if result.chosen:
@@ -247,10 +272,19 @@ def report(config: ExperimentConfig, question: str, results: Sequence[Result], v
     return "\n".join(lines) + "\n"
 
 
-def _write(path: Path, config: ExperimentConfig, results: Sequence[Result], verdicts: Sequence[str]) -> None:
+def _write(
+    path: Path, config: ExperimentConfig, results: Sequence[Result], verdicts: Sequence[str], left_out: Sequence[str]
+) -> None:
     cells = [replace(c, method=f"{r.title} | {c.method}") for r in results for c in r.cells]
     rows = {f"{r.title} | {row}": one for r in results for row, one in r.rows.items()}
     chosen = {r.title: dict(r.chosen) for r in results if r.chosen}
     write_results(
-        path, cells, rows, experiment=config.name, quick=config.quick, conclusion=list(verdicts), tuned=chosen
+        path,
+        cells,
+        rows,
+        experiment=config.name,
+        quick=config.quick,
+        conclusion=list(verdicts),
+        tuned=chosen,
+        left_out=list(left_out),
     )

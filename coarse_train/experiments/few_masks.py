@@ -267,6 +267,9 @@ def draw(results: Sequence[Result], figure: Figure) -> None:
     """Score over the number of masks, a panel for each noise of digits."""
     results = [result for result in results if result.title.split(",")[0] in _NOISE]
     kinds = list(dict.fromkeys(result.title.split(",")[0] for result in results))
+    if not kinds:
+        figure.text(0.5, 0.5, "no table of digits", ha="center")
+        return
     figure.set_size_inches(4.6 * len(kinds), 4.6)
     axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for axis, kind in zip(axes, kinds, strict=True):

@@ -15,7 +15,8 @@ from matplotlib.patches import Patch
 from ..data import IGNORE, Record, Source, open_split
 from ..inference import load_model
 from ..progress import posterior
-from .table import Cell, Summary
+from .cell import Cell
+from .table import Summary
 
 _BLANK = 0.93
 _SHOWN = 4

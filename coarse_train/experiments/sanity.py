@@ -22,10 +22,10 @@ from matplotlib.figure import Figure
 
 from ..config import FitConfig, recipe
 from ..data.mnist import PROCESSES
+from .cell import Cell
 from .experiment import ExperimentConfig, Part, Result
 from .noise_map import at_matrix_rate, canvases
 from .report import draw_matrix
-from .table import Cell
 
 QUESTION = "Where the noise of the drawings is known: is it what the learned confusion matrix says?"
 # noise process -> what is wrong, in a figure's words

@@ -11,7 +11,8 @@
         write_results(Path("runs/table/results.json"), cells, rows)
 
 Each config with its seed has a folder of its own, OUT/cells/HASH, named after its settings and its data. So a table that was
-interrupted goes on, and tables in one folder share the rows that they have in common.
+interrupted goes on, and tables in one folder share the rows that they have in common. Scores alone travel as OUT/cells.json:
+what it knows is not trained again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import multiprocessing
 import os
 import statistics
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr
@@ -32,26 +33,20 @@ from functools import cache
 from pathlib import Path
 from zlib import crc32
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from ..config import DataConfig, FitConfig, changed, from_dict, to_dict
-from ..data import Source, open_split
-from ..data.segmentation import SegmentationData, open_pen, plain
-from ..distributed import join_world
+from ..data import open_split
+from ..data.segmentation import SegmentationData, plain
 from ..engine import fit
-from ..inference import load_model, score
-from ..metrics import ConfusionMeter
-from ..model import CoarseModel, confusion_sums
 from ..rules import check_config
 from ..run import make_folder, write_text
-from ..simulate import pair_counts, shares
+from .cell import Cell, scored
 
+_SPLITS = ("val", "test")  # that a table may score
 _FORMAT = 2  # of a cell; another one is another folder
 # in no hash: where a run lies, what it may be interrupted by, what it draws
 _UNNAMED = ("out", "resume", "save_every", "pictures", "opacity")
-_MATRIX_IMAGES = 512  # of the training split, over which the believed matrix is averaged
 _HASHED_IMAGES = 16  # of the training split, whose content, drawings included, is part of the hash
 
 
@@ -61,34 +56,6 @@ Row = FitConfig | Callable[[int], FitConfig]
 
 def config_of(row: Row, seed: int) -> FitConfig:
     return replace(row if isinstance(row, FitConfig) else row(seed), seed=seed)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One row with one seed. Scores in percent.
-
-    method: the row. miou: mean IoU at the last step on the split that the table asks for, with its dense masks; of a row whose
-        masks choose the checkpoint (select_with), of that one.
-    miou_validation, miou_best: on the validation masks at the last step, and the best of all evaluations on them (which
-        chose nothing); None where there are none.
-    iou: of each class, as ``miou``; None for a class that occurs nowhere.
-    believed, observed: p(drawn | true) of the positive drawings, [drawn][true]: of a model that learned matrices, and
-        counted on the same training images. cm_error: mean absolute difference of their entries.
-    reads: what looked at dense masks.
-    """
-
-    method: str
-    seed: int
-    miou: float
-    miou_validation: float | None
-    miou_best: float | None
-    seconds: float
-    iou: dict[str, float | None]
-    cm_error: float | None
-    believed: list[list[float]] | None
-    observed: list[list[float]] | None
-    reads: str
-    folder: str
 
 
 def run_table(
@@ -127,6 +94,7 @@ def run_table(
     configs = {key: _in_cell(config, out) for key, config in seeded.items()}
     make_folder("out", out)
     runs = {config.out: config for config in configs.values()}  # rows that are equal are one run
+    _take_scores(out, runs)
     cells: dict[Path, Cell] = {}
     for folder, cell in _all_cells(list(runs.values()), split, jobs or _cores()):
         names = ", ".join(row for (row, _), config in configs.items() if config.out == folder)
@@ -136,6 +104,33 @@ def run_table(
         cells[folder] = cell
         said(f"{names}, seed {cell.seed}: mean IoU {cell.miou:.1f} after {cell.seconds:.0f} s")
     return [replace(cells[config.out], method=row, folder=str(config.out)) for (row, _), config in configs.items()]
+
+
+def write_scores(out: Path) -> None:
+    """OUT/cells.json: every score that OUT/cells has, a line for each run: {hash: {split: `Cell`}}."""
+    found: dict[str, dict[str, object]] = {}
+    for folder in sorted((out / "cells").iterdir()):
+        for split in _SPLITS:
+            if (kept := folder / f"{split}.json").exists():
+                found.setdefault(folder.name, {})[split] = json.loads(kept.read_text())
+    lines = (f"{json.dumps(name)}: {json.dumps(splits)}" for name, splits in found.items())
+    write_text(out / "cells.json", "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _take_scores(out: Path, runs: Iterable[Path]) -> None:
+    """Of these runs, what OUT/cells.json knows and OUT/cells does not."""
+    path = out / "cells.json"
+    if not path.exists():
+        return
+    try:
+        known = json.loads(path.read_text())
+        for folder, split in itertools.product(runs, _SPLITS):
+            cell, kept = known.get(folder.name, {}).get(split), folder / f"{split}.json"
+            if cell is not None and not kept.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                write_text(kept, json.dumps(asdict(Cell(**cell)), indent=2) + "\n")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected the scores of an earlier table, got {error}") from error
 
 
 def _cores() -> int:
@@ -233,7 +228,7 @@ def _run(content: dict[str, object], split: str) -> Cell:
             _threads(config.threads),
         ):
             checkpoint = fit(config).checkpoint
-            cell = _cell(checkpoint, config, split)
+            cell = scored(checkpoint, config, split)
         write_text(kept, json.dumps(asdict(cell), indent=2) + "\n")
     try:
         return Cell(**json.loads(kept.read_text()))
@@ -252,88 +247,6 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _cell(checkpoint: Path, config: FitConfig, split: str) -> Cell:
-    loaded = load_model(checkpoint, network=config.model.network)
-    source = open_split(config.data, split)
-    with join_world("cpu") as world:
-        meter, _ = score(loaded.model.segmentation, source, world=world, channels=loaded.channels)
-    steps = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
-    scores = [step["mean_iou"] for step in steps if step.get("mean_iou") is not None]
-    matrices = None
-    trained = loaded.config  # of a row whose masks chose, what they took
-    if loaded.model.positive is not None and trained.data.supervision != "masks":
-        matrices = _matrices(loaded.model, open_split(trained.data, "train"), trained, loaded.channels)
-    return Cell(
-        method="",
-        seed=config.seed,
-        miou=meter.mean_iou(),
-        miou_validation=scores[-1] if scores else None,
-        miou_best=max(scores, default=None),
-        seconds=_seconds([step["seconds"] for step in steps if "seconds" in step]),
-        iou=_by_class(meter, source),
-        cm_error=None if matrices is None else matrices.error(),
-        believed=None if matrices is None else matrices.believed.tolist(),
-        observed=None if matrices is None else matrices.observed.tolist(),
-        reads=_readers(config),
-        folder=str(config.out),
-    )
-
-
-def _readers(config: FitConfig) -> str:
-    """What looked at dense masks."""
-    found = ["scores"]
-    if config.data.supervision != "drawings":
-        found.append(f"training ({config.data.supervision})")
-    if config.select_with:
-        found.append(f"a choice (select_with {config.select_with})")
-    if config.positive.pen == "auto":
-        found.append(f"the pen ({config.data.dense_images} of training images)")
-    return "; ".join(found)
-
-
-def _seconds(times: Sequence[float]) -> float:
-    """Since the start of the run, which counts from 0 again where it was interrupted."""
-    ends = [one for one, after in itertools.pairwise(times) if after < one]
-    return sum(ends) + (times[-1] if times else 0.0)
-
-
-def _by_class(meter: ConfusionMeter, source: Source) -> dict[str, float | None]:
-    values = zip(source.classes.names, (100 * meter.iou()).tolist(), strict=True)
-    return {name: None if value != value else round(value, 2) for name, value in values}  # NaN: in no mask
-
-
-@dataclass(frozen=True)
-class _Matrices:
-    """(C, C) float64 [drawn, true], believed and counted over the same images."""
-
-    believed: Tensor
-    observed: Tensor
-
-    def error(self) -> float:
-        """Mean absolute difference of the entries, over the classes that were drawn on."""
-        counted = self.observed.sum(0) > 0
-        return float((self.believed - self.observed)[:, counted].abs().mean())
-
-
-@torch.no_grad()
-def _matrices(model: CoarseModel, source: Source, config: FitConfig, channels: int) -> _Matrices | None:
-    """Of the positive drawings of the first training images that have a mask; None where none has both."""
-    pen, _ = open_pen(config, source)
-    dataset = SegmentationData(source, plain(config.data), seed=config.seed, training=False, channels=channels, pen=pen)
-    classes = len(source.classes)
-    weighted, weight = torch.zeros(classes, classes), torch.zeros(classes)
-    counts = np.zeros((classes, classes), np.int64)
-    with_mask = [index for index in range(len(dataset)) if "mask" in source.kinds(index)]
-    for index in with_mask[:_MATRIX_IMAGES]:
-        sample = dataset[index]
-        sums = confusion_sums(model(sample.image[None]), "positive")
-        weighted, weight = weighted + sums[0], weight + sums[1]
-        counts += pair_counts(sample.positive.numpy(), sample.mask.numpy(), classes)
-    if not counts.any():
-        return None
-    return _Matrices((weighted / weight).double(), torch.from_numpy(shares(counts)))
 
 
 # --- what it says -------------------------------------------------------------------------------------------------------

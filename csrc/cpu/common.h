@@ -138,7 +138,7 @@ struct LabelRun {
 
 // Where a task adds what it has of one kind of drawings.
 struct Sums {
-  double* terms;       // nll, trace
+  Sum* terms;          // nll, trace
   double* transition;  // (C, C), the gradient of T; null: not wanted
 };
 
@@ -162,8 +162,8 @@ class Terms {
     }
   }
   void leave(const Sums& sums) {
-    sums.terms[0] += sum_lanes<R>(nll_);
-    sums.terms[1] += sum_lanes<R>(trace_);
+    sums.terms[0].add(sum_lanes<R>(nll_));
+    sums.terms[1].add(sum_lanes<R>(trace_));
     nll_ = trace_ = V{};
   }
 

@@ -41,9 +41,10 @@ struct Cpu {
       if (call.per_pixel) {
         for (int64_t n = 0; n < call.losses[k].numel(); ++n) loss[n] = nll[n] + call.kinds[k].trace_weight * trace[n];
       } else {
-        const double sum = totals[k].nll + call.trace_weight[k] * totals[k].trace;
-        *nll = static_cast<R>(scaled(scale[k], totals[k].nll));
-        *trace = static_cast<R>(scaled(scale[k], totals[k].trace));
+        const double nll_sum = totals[k].nll.total(), trace_sum = totals[k].trace.total();
+        const double sum = nll_sum + call.trace_weight[k] * trace_sum;
+        *nll = static_cast<R>(scaled(scale[k], nll_sum));
+        *trace = static_cast<R>(scaled(scale[k], trace_sum));
         *loss = static_cast<R>(scaled(scale[k], sum));
         total += scaled(scale[k] * call.weight[k], sum);
       }

@@ -267,11 +267,8 @@ class Planned {
       heads.first.push_back(first);
       heads.count.push_back(static_cast<int32_t>(count));
       field.head_slots = std::max(field.head_slots, count);
-      // up to where the next one begins: float32 may leave out a point of a very long line
       const int64_t left = chunk.x0 == 0 ? 0 : field.x.i0[chunk.x0];
-      const int64_t right = chunk.x1 == problem.width
-                                ? field.x.grid
-                                : std::max<int64_t>(field.x.next(chunk.x1 - 1) + 1, field.x.i0[chunk.x1]);
+      const int64_t right = chunk.x1 == problem.width ? field.x.grid : field.x.next(chunk.x1 - 1) + 1;
       heads.x_first.push_back(static_cast<int32_t>(left));
       heads.x_count.push_back(static_cast<int32_t>(right - left));
       field.span = std::max(field.span, right - left);

@@ -50,7 +50,7 @@ const coarse::KernelSet<R>& kernel_set() {
 
 // What the tasks leave of one kind of drawings.
 struct Totals {
-  double nll = 0, trace = 0;
+  coarse::Sum nll, trace;
   std::vector<double> transition_gradient;
 };
 
@@ -85,7 +85,8 @@ class Run {
     }
     planned.learn_transitions(std::count(want_transition_.begin(), want_transition_.end(), true), c);
     const int64_t tasks = plan.tasks();
-    std::vector<std::vector<double>> sums(count), transitions(count);
+    std::vector<std::vector<coarse::Sum>> sums(count);
+    std::vector<std::vector<double>> transitions(count);
     for (size_t k = 0; k < count; ++k) {
       sums[k].resize(2 * static_cast<size_t>(tasks));
       transitions[k].resize(want_transition_[k] ? static_cast<size_t>(plan.slices * entries) : 0);
@@ -101,8 +102,8 @@ class Run {
       STD_TORCH_CHECK(b == 0, "labels: expected in [0, C) or ignore_index, got one out of range");
     for (size_t k = 0; k < count; ++k) {
       for (int64_t t = 0; t < tasks; ++t) {
-        totals[k].nll += sums[k][2 * t];
-        totals[k].trace += sums[k][2 * t + 1];
+        totals[k].nll.add(sums[k][static_cast<size_t>(2 * t)]);
+        totals[k].trace.add(sums[k][static_cast<size_t>(2 * t + 1)]);
       }
       for (int64_t slice = 0; slice < plan.slices; ++slice) {
         for (size_t n = 0; n < totals[k].transition_gradient.size(); ++n)

@@ -24,8 +24,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 @dataclass
 class Truth:
     """sizes: of each gradient the 2-norm of the weights of the pixels that it is a sum over, each of which adds differences of
-    probabilities; of each loss the sum of these weights, each of which adds differences of logits. counts: labelled weight of
-    each kind."""
+    probabilities; of a transition's, whose pixels add quotients, what it would be if none of them cancelled another; of each
+    loss the sum of these weights, each of which adds differences of logits. counts: labelled weight of each kind."""
 
     losses: dict[str, Array]
     gradients: dict[str, Array]
@@ -80,7 +80,7 @@ def _solve(tensors: Tensors, incoming: float | Array) -> Truth:
         factor = kind.weight * scale * weight * (incoming if not per_pixel else incoming.reshape(batch, 1, pixels))
         maps = np.zeros((3, *weight.shape))  # loss, nll, trace
         grad_a = None if log_a is None else np.zeros((batch, classes, classes, pixels))
-        grad_t = np.zeros((classes, classes))
+        grad_t, shares = np.zeros((classes, classes)), np.zeros((classes, classes))
         for layer in range(weight.shape[1]):
             y = np.where(valid[number][:, layer], labels[number][:, layer], 0)
             nll, trace, log_q, parts = _pixels(log_p, p, log_a, transition, y)
@@ -103,7 +103,9 @@ def _solve(tensors: Tensors, incoming: float | Array) -> Truth:
                 explained = np.exp(over) if log_a is None else np.exp(log_a + over[:, None]).sum(2)
                 explained = np.where(known & (f[:, None] != 0), f[:, None] * explained, 0.0)
                 for label in range(classes):
-                    grad_t[:, label] -= np.where((y == label)[:, None], explained, 0.0).sum((0, 2))
+                    own = np.where((y == label)[:, None], explained, 0.0)
+                    grad_t[:, label] -= own.sum((0, 2))
+                    shares[:, label] += np.abs(own).sum((0, 2))
         if per_pixel:
             total = total + (kind.weight * maps[0].sum(1) if kind.weight else 0.0)
             own = [(name, maps[row].reshape(kind.labels.shape)) for row, name in enumerate(("loss", "nll", "trace"))]
@@ -132,7 +134,7 @@ def _solve(tensors: Tensors, incoming: float | Array) -> Truth:
             sizes[f"cm{number}"] = norm * max(1.0, kind.trace_weight)
         if kind.learned:
             gradients[f"transition{number}"] = grad_t
-            sizes[f"transition{number}"] = norm
+            sizes[f"transition{number}"] = float(np.linalg.norm(shares))
     losses["loss"] = np.asarray(total).reshape((batch, *size) if per_pixel else ())
     gradients["seg"] = _gathered(grad_p.reshape(batch, classes, *size), seg_own.shape[2:])
     top = joint.max(1, keepdims=True)
@@ -213,7 +215,7 @@ def _all_taps(points: int, pixels: int) -> Array:
     return matrix
 
 
-_small_taps = functools.lru_cache(4096)(_all_taps)
+_small_taps = functools.lru_cache(512)(_all_taps)  # 80 MB at most
 
 
 def interpolate(x: Array, size: tuple[int, ...]) -> Array:

@@ -1,0 +1,135 @@
+"""What one run of a table has come to: its scores, and the matrix that it believes beside the one that is counted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import FitConfig
+from ..data import Source, open_split
+from ..data.segmentation import SegmentationData, open_pen, plain
+from ..distributed import join_world
+from ..inference import load_model, score
+from ..metrics import ConfusionMeter
+from ..model import CoarseModel, confusion_sums
+from ..simulate import pair_counts, shares
+
+_MATRIX_IMAGES = 512  # of the training split, over which the believed matrix is averaged
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row with one seed. Scores in percent.
+
+    method: the row. miou: mean IoU at the last step on the split that the table asks for, with its dense masks; of a row whose
+        masks choose the checkpoint (select_with), of that one.
+    miou_validation, miou_best: on the validation masks at the last step, and the best of all evaluations on them (which
+        chose nothing); None where there are none.
+    iou: of each class, as ``miou``; None for a class that occurs nowhere.
+    believed, observed: p(drawn | true) of the positive drawings, [drawn][true]: of a model that learned matrices, and
+        counted on the same training images. cm_error: mean absolute difference of their entries.
+    reads: what looked at dense masks.
+    """
+
+    method: str
+    seed: int
+    miou: float
+    miou_validation: float | None
+    miou_best: float | None
+    seconds: float
+    iou: dict[str, float | None]
+    cm_error: float | None
+    believed: list[list[float]] | None
+    observed: list[list[float]] | None
+    reads: str
+    folder: str
+
+
+def scored(checkpoint: Path, config: FitConfig, split: str) -> Cell:
+    """What a run of ``config`` has come to, on the dense masks of a split."""
+    loaded = load_model(checkpoint, network=config.model.network)
+    source = open_split(config.data, split)
+    with join_world("cpu") as world:
+        meter, _ = score(loaded.model.segmentation, source, world=world, channels=loaded.channels)
+    steps = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+    scores = [step["mean_iou"] for step in steps if step.get("mean_iou") is not None]
+    matrices = None
+    trained = loaded.config  # of a row whose masks chose, what they took
+    if loaded.model.positive is not None and trained.data.supervision != "masks":
+        matrices = _matrices(loaded.model, open_split(trained.data, "train"), trained, loaded.channels)
+    return Cell(
+        method="",
+        seed=config.seed,
+        miou=meter.mean_iou(),
+        miou_validation=scores[-1] if scores else None,
+        miou_best=max(scores, default=None),
+        seconds=_seconds([step["seconds"] for step in steps if "seconds" in step]),
+        iou=_by_class(meter, source),
+        cm_error=None if matrices is None else matrices.error(),
+        believed=None if matrices is None else matrices.believed.tolist(),
+        observed=None if matrices is None else matrices.observed.tolist(),
+        reads=_readers(config),
+        folder=str(config.out),
+    )
+
+
+def _readers(config: FitConfig) -> str:
+    """What looked at dense masks."""
+    found = ["scores"]
+    if config.data.supervision != "drawings":
+        found.append(f"training ({config.data.supervision})")
+    if config.select_with:
+        found.append(f"a choice (select_with {config.select_with})")
+    if config.positive.pen == "auto":
+        found.append(f"the pen ({config.data.dense_images} of training images)")
+    return "; ".join(found)
+
+
+def _seconds(times: Sequence[float]) -> float:
+    """Since the start of the run, which counts from 0 again where it was interrupted."""
+    ends = [one for one, after in itertools.pairwise(times) if after < one]
+    return sum(ends) + (times[-1] if times else 0.0)
+
+
+def _by_class(meter: ConfusionMeter, source: Source) -> dict[str, float | None]:
+    values = zip(source.classes.names, (100 * meter.iou()).tolist(), strict=True)
+    return {name: None if value != value else round(value, 2) for name, value in values}  # NaN: in no mask
+
+
+@dataclass(frozen=True)
+class _Matrices:
+    """(C, C) float64 [drawn, true], believed and counted over the same images."""
+
+    believed: Tensor
+    observed: Tensor
+
+    def error(self) -> float:
+        """Mean absolute difference of the entries, over the classes that were drawn on."""
+        counted = self.observed.sum(0) > 0
+        return float((self.believed - self.observed)[:, counted].abs().mean())
+
+
+@torch.no_grad()
+def _matrices(model: CoarseModel, source: Source, config: FitConfig, channels: int) -> _Matrices | None:
+    """Of the positive drawings of the first training images that have a mask; None where none has both."""
+    pen, _ = open_pen(config, source)
+    dataset = SegmentationData(source, plain(config.data), seed=config.seed, training=False, channels=channels, pen=pen)
+    classes = len(source.classes)
+    weighted, weight = torch.zeros(classes, classes), torch.zeros(classes)
+    counts = np.zeros((classes, classes), np.int64)
+    with_mask = [index for index in range(len(dataset)) if "mask" in source.kinds(index)]
+    for index in with_mask[:_MATRIX_IMAGES]:
+        sample = dataset[index]
+        sums = confusion_sums(model(sample.image[None]), "positive")
+        weighted, weight = weighted + sums[0], weight + sums[1]
+        counts += pair_counts(sample.positive.numpy(), sample.mask.numpy(), classes)
+    if not counts.any():
+        return None
+    return _Matrices((weighted / weight).double(), torch.from_numpy(shares(counts)))
