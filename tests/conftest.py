@@ -35,6 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line("markers", "fused: once per fused backend of the collecting module's DEVICE, as `backend`")
     config.addinivalue_line("markers", "every: the same, and on the CPU the reference as well")
+    # Threads of two processes on two cores wait for each other. Tests that are about threads ask for their number.
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
 
 
 @pytest.hookimpl(tryfirst=True)

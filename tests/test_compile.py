@@ -241,6 +241,8 @@ def test_seg_logits_on_a_coarser_grid_and_a_trusted_source() -> None:
 def test_an_objective_of_several_kinds_in_layers(
     seg_grid: tuple[int, int] | None, reduction: str, backend: str
 ) -> None:
+    if backend == "reference" and (seg_grid is None) == (reduction == "none"):
+        pytest.skip("it is traced operator by operator, seconds each: two of the four will do")
     first = make_problem(3, (4, 9), (2, 3), seg_grid=seg_grid, stream="random")
     other = make_problem(3, (4, 9), (1, 1), seed=1)
     layers = torch.stack([first.labels, other.labels], 1)
