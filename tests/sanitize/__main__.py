@@ -34,7 +34,7 @@ ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-
 THREAD = ("-fsanitize=thread",)
 # Every shape of the differential tests has a reason, and the others repeat them with other values.
 TESTS = ("objective_differential", "operator_differential", "one_matrix", "operator_contract", "native")
-SELECTED = "shapes or any_number_of_pixels or unwritten or begin_on_a_line or linear_taps or one_pixel"
+SELECTED = "shapes or any_number_of_pixels or unwritten or begin_on_a_line or taps or one_pixel"
 # Not leaks: the interpreter and PyTorch hold what they hold until the end.
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99:allocator_may_return_null=1",
