@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from coarse_kernels import native
 from tests import kernels
 from tests.helpers import ROOT
 from tests.kernels import PARTS, Part, imported, wrong
+from tests.sanitize import __main__ as sanitizers
 
 
 def test_every_test_of_each_backend_meets_the_emulated_kernels() -> None:
@@ -33,6 +36,14 @@ def test_the_commands_share_all_tests_and_every_change_runs_all_commands() -> No
     makefile, change = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "run").read_text().splitlines()
     assert {"not slow and not kernels", "slow and not kernels"} == set(re.findall(r"pytest -m \"([^\"]*)\"", makefile))
     assert {"make test", "make test-slow", "make test-kernels"} <= set(change)
+
+
+@pytest.mark.skipif(native.TOOLS is None, reason="no compiler built anything here")
+def test_the_program_that_sanitizers_run_compiles() -> None:
+    """`make sanitize` takes too long for every change, and broke when the operators named a function that its shim lacked."""
+    command = [sanitizers.compiler(), *sanitizers.FLAGS, "-fsyntax-only", f"-I{sanitizers.HERE / 'shim'}"]
+    done = subprocess.run([*command, sanitizers.HERE / "driver.cpp"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_part_depends_on_its_sources_its_tests_and_what_they_import() -> None:

@@ -30,3 +30,4 @@ inline PyObject* PyLong_FromLongLong(long long) { return nullptr; }
 inline PyObject* PyModule_Create(PyModuleDef*) { return nullptr; }
 inline PyObject* PyCapsule_New(void*, const char*, void*) { return nullptr; }
 inline int PyModule_AddObject(PyObject*, const char*, PyObject*) { return 0; }
+inline int PyModule_AddStringConstant(PyObject*, const char*, const char*) { return 0; }
