@@ -26,18 +26,18 @@ struct Field {
   int64_t points() const { return grid[0] * grid[1] * grid[2]; }
 };
 
-// A sum of doubles beside what its roundings have left out (Neumaier 1974): as if it had been rounded once, however
-// many terms there are.
-struct Sum {
+// A sum of doubles beside what its roundings have left out (Neumaier 1974, ZAMM 54): off by a rounding of the sum and,
+// of n terms, n eps^2 of their sizes. Not of inf or NaN, which stay what they are.
+struct CompensatedSum {
   double rounded = 0, rest = 0;
 
   COARSE_HD void add(double x) {
     const double next = rounded + x;
     const double left = __builtin_fabs(rounded) < __builtin_fabs(x) ? (x - next) + rounded : (rounded - next) + x;
-    rest += __builtin_fabs(next) <= std::numeric_limits<double>::max() ? left : 0.0;  // of inf there is no rest
+    rest += __builtin_fabs(next) <= std::numeric_limits<double>::max() ? left : 0.0;
     rounded = next;
   }
-  COARSE_HD void add(const Sum& other) {
+  COARSE_HD void add(const CompensatedSum& other) {
     add(other.rounded);
     rest += other.rest;
   }
@@ -61,7 +61,7 @@ struct Drawings {
   R* nll_map = nullptr;    // (B, layers, D, H, W): w nll
   R* trace_map = nullptr;  // (B, layers, D, H, W): w tr A
   // One row per task, so that the sums do not depend on the number of threads.
-  Sum* sums = nullptr;                    // (tasks, 2): sum w nll, sum w tr A
+  CompensatedSum* sums = nullptr;         // (tasks, 2): sum w nll, sum w tr A
   double* transition_gradient = nullptr;  // (slices of the tasks, C, C), zeros on arrival; null: not wanted
 };
 

@@ -218,7 +218,7 @@ def test_the_winner_of_each_kind_of_drawing_is_named_with_its_lead() -> None:
     assert "trusted drawings 70.0 (+18.0); last is pixel, 50.0." in first
     assert "closest with global: off by 0.012" in first
     assert "+0.5 over image, NOT clearly more than seeds differ (1.0); trusted drawings 68.0 (-0.5)" in second
-    assert last == "global wins on every kind of drawing."
+    assert last == "global wins on each of regions, spots."
     one_seed = _structure("regions", {"image": 60.0, "global": 88.0, "none": 70.0}, spread=0.0)
     assert "NOT clearly more" in structure.conclude([one_seed])[0]
 

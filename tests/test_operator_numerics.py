@@ -360,16 +360,41 @@ def test_the_gradient_of_a_transition_is_finite_where_only_its_weight_makes_it_s
 
 
 @EVERY
+@pytest.mark.parametrize("weight", [None, 0.3])
 @pytest.mark.parametrize("points", [None, 1, 8_000, 20_011])
-def test_a_loss_of_many_equal_terms_in_float64(backend: str, points: int | None) -> None:
-    """Added one after the other they are rounded the same way each time: they were 4e-14 off."""
+def test_a_loss_of_many_equal_terms_in_float64(backend: str, points: int | None, weight: float | None) -> None:
+    """Added one after the other they are rounded the same way each time: they were 4e-14 off, and so was what a weighted mean
+    divides by, a class weight of 0.3 for each label: 3.6e-13."""
     pixels, logits = 20_011, torch.tensor([0.3, -0.4], dtype=torch.float64)
     seg = put(logits.reshape(1, 2, 1, 1).expand(1, 2, 1, pixels).contiguous())
     cm = None if points is None else put(torch.zeros(1, 2, 2, 1, points).double())
-    drawings = ck.Drawings(put(torch.ones(1, 1, pixels, dtype=torch.uint8)), cm, trace_weight=0.1)
+    labels = put(torch.ones(1, 1, pixels, dtype=torch.uint8))
+    by_class = None if weight is None else put(torch.full((2,), weight, dtype=torch.float64))
+    drawings = ck.Drawings(labels, cm, class_weight=by_class, trace_weight=0.1)
     term = -torch.log_softmax(logits, 0)[1].item() if points is None else math.log(2) + 0.1
-    out = ck.annotation_objective(seg, [drawings], reduction="sum", backend=backend)
-    assert abs(out.loss.item() / (pixels * term) - 1) < loss_floor(torch.float64)
+    count = pixels * (weight or 1.0)
+    for reduction, truth in (("sum", count * term), ("mean", term)):
+        out = ck.annotation_objective(seg, [drawings], reduction=reduction, backend=backend)
+        assert abs(out.loss.item() / truth - 1) < (1e-15 if backend == "cpu" else loss_floor(torch.float64))
+        assert abs(out.parts[0].count.item() / count - 1) < (1e-15 if backend == "cpu" else loss_floor(torch.float64))
+
+
+@COMPILED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("grid", [None, 1, 2, 5], ids=["trusted", "one-point", "strided", "pixel"])
+def test_a_loss_of_many_annotators(backend: str, grid: int | None, dtype: torch.dtype) -> None:
+    """All layers of a few pixels were one sum in the compute dtype: of 300 it was 3e-6 off in float32."""
+    layers, logits = 300, torch.tensor([0.3, -0.4], dtype=dtype)
+    seg = put(logits.reshape(1, 2, 1, 1).expand(1, 2, 1, 5).contiguous())
+    cm = None if grid is None else put(torch.tensor([[0.7, 0.1], [-0.2, 0.3]]).to(dtype)[None, :, :, None, None])
+    cm = cm if cm is None else cm.expand(1, 2, 2, 1, grid or 1).contiguous()
+    labels = put(torch.ones(1, layers, 1, 5, dtype=torch.uint8))
+    problem = [ck.Drawings(labels, cm, trace_weight=0.1)]
+    out = ck.annotation_objective(seg, problem, reduction="sum", backend=backend)
+    one = torch.softmax(logits.double(), 0)
+    a = torch.eye(2).double() if cm is None else torch.softmax(cm[0, :, :, 0, 0].double().cpu(), 0)
+    truth = 5 * layers * (-(a @ one)[1].log() + (0 if cm is None else 0.1 * a.trace()))
+    assert abs(out.loss.item() / truth.item() - 1) < loss_floor(dtype)
 
 
 @COMPILED

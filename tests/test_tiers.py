@@ -35,7 +35,7 @@ def test_every_test_of_kernels_is_in_a_part_of_its_command() -> None:
 def test_the_commands_share_all_tests_and_every_change_runs_all_commands() -> None:
     makefile, change = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "run").read_text().splitlines()
     assert {"not slow and not kernels", "slow and not kernels"} == set(re.findall(r"pytest -m \"([^\"]*)\"", makefile))
-    assert {"make test", "make test-slow", "make test-kernels"} <= set(change)
+    assert {"make test", "make test-slow", "make test-kernels", "make sanitize"} <= set(change)
 
 
 @pytest.mark.skipif(native.TOOLS is None, reason="no compiler built anything here")

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from coarse_train.config import DataConfig, FitConfig, from_dict
 from coarse_train.data.mnist import PROCESSES
 from coarse_train.experiments import cell as cells_of
 from coarse_train.experiments import table
-from coarse_train.experiments.cell import Cell
+from coarse_train.experiments.cell import Cell, read_scores, write_scores
 from coarse_train.experiments.demo import TUNED, DemoConfig, conclude, rows_of, run_demo, trials
-from coarse_train.experiments.table import Summary, by_class, digest, run_table, text, write_scores
+from coarse_train.experiments.table import Summary, by_class, digest, run_table, text
 
 from .data_trees import write_folder_tree
 
@@ -109,17 +109,37 @@ def test_a_table_goes_on_where_it_was_and_shares_rows(tmp_path: Path) -> None:
 def test_scores_go_to_another_machine_in_one_file_and_are_not_trained_again(tmp_path: Path) -> None:
     row = replace(rows_of("hasty")["ce_both"], steps=2)
     row = replace(row, data=replace(row.data, limit=16))
-    here, there = tmp_path / "here", tmp_path / "there"
-    (first,) = run_table({"one": row}, (0,), here, jobs=1, said=lambda line: None)
+    here, there, said = tmp_path / "here", tmp_path / "there", []
+    first = run_table({"one": row}, (0, 1), here, jobs=1, said=lambda line: None)
     write_scores(here)
+    scores = here / "cells.json"
     there.mkdir()
-    (there / "cells.json").write_bytes((here / "cells.json").read_bytes())
-    (again,) = run_table({"one": row}, (0,), there, jobs=1, said=lambda line: None)
-    assert replace(again, folder="") == replace(first, folder="")
-    assert not list(there.glob("cells/*/last.pt"))
-    (there / "cells.json").write_text('{"' + Path(first.folder).name + '": {"val": {"miou": 3}}}')
-    with pytest.raises(ValueError, match=r"cells.json: expected the scores of an earlier table, got"):
-        run_table({"one": row}, (0,), there, jobs=1, said=lambda line: None)
+    shutil.copy(scores, there)
+    known = read_scores(there / "cells.json")
+    again = run_table({"one": row}, (0,), there, jobs=1, known=known, said=said.append)
+    assert replace(again[0], folder="") == replace(first[0], folder="")
+    assert (said, (there / "cells").exists()) == ([], False)
+    longer = replace(row, steps=3)
+    run_table({"longer": longer}, (0,), there, jobs=1, known=known, said=said.append)
+    write_scores(there)
+    assert read_scores(there / "cells.json").keys() == {*known, digest(replace(longer, seed=0, threads=1))}
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "has no attribute"),
+        ('{"0123": []}', "expected a mapping"),
+        ('{"0123": {"val": {"miou": 3}}}', "method"),
+        ('{"0123": {"val": CELL}}', "a miou that is no number"),
+    ],
+)
+def test_scores_that_are_none_are_named(content: str, what: str, tmp_path: Path) -> None:
+    path = tmp_path / "cells.json"
+    path.write_text(content.replace("CELL", json.dumps(asdict(cell("row", 0, float("nan"))))))
+    with pytest.raises(ValueError, match=rf"cells.json: expected the scores of an earlier table, got .*({what})"):
+        read_scores(path)
 
 
 @pytest.fixture

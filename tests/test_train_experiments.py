@@ -88,6 +88,8 @@ def test_every_row_can_be_trained_and_rows_that_are_tuned_have_equal_trials(
         trials = {row: len(each) for row, each in part.rows.items() if isinstance(each, Mapping)}
         assert len(set(trials.values())) <= 1
         assert part.tuned_as is None or part.tuned_as in titles
+        assert part.tuned_as is None or parts[titles.index(part.tuned_as)].tuned_as is None
+        assert " | " not in part.title
         for each in part.rows.values():
             for row in each.values() if isinstance(each, Mapping) else (each,):
                 if isinstance(row, FitConfig):  # the others train something first

@@ -1,13 +1,19 @@
-"""What one run of a table has come to: its scores, and the matrix that it believes beside the one that is counted."""
+"""What one run of a table has come to: its scores, and the matrix that it believes beside the one that is counted.
+
+Cells of many runs travel in one file, cells.json: {hash of the run: {split: `Cell`}}.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import cattrs
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,6 +26,7 @@ from ..inference import load_model, score
 from ..metrics import ConfusionMeter
 from ..model import CoarseModel, confusion_sums
 from ..simulate import pair_counts, shares
+from ..storage import locked, write_text
 
 _MATRIX_IMAGES = 512  # of the training split, over which the believed matrix is averaged
 
@@ -50,6 +57,58 @@ class Cell:
     observed: list[list[float]] | None
     reads: str
     folder: str
+
+
+Scores = dict[str, dict[str, Cell]]  # hash of a run -> split -> cell
+_CONVERTER = cattrs.Converter(forbid_extra_keys=True)
+
+
+def read_cell(path: Path) -> Cell:
+    """Raises ValueError naming the file and what is wrong in it."""
+    cell: Cell = _structured(path, "a cell of a table", Cell)
+    return cell
+
+
+def read_scores(path: Path) -> Scores:
+    """Of a cells.json; none where there is no such file. Raises ValueError naming the file and what is wrong in it."""
+    if not path.exists():
+        return {}
+    scores: Scores = _structured(path, "the scores of an earlier table", Scores)
+    return scores
+
+
+def _structured(path: Path, what: str, kind: Any) -> Any:
+    try:
+        found = _CONVERTER.structure(json.loads(path.read_text()), kind)
+        cells = [found] if kind is Cell else [cell for splits in found.values() for cell in splits.values()]
+        if any(not math.isfinite(cell.miou) for cell in cells):
+            raise ValueError("a miou that is no number")
+    except cattrs.BaseValidationError as error:
+        raise ValueError(
+            f"{path}: expected {what}, got {'; '.join(cattrs.transform_error(error, path='it'))}"
+        ) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected {what}, got {error}") from error
+    return found
+
+
+def write_scores(out: Path) -> None:
+    """OUT/cells.json: what it has already, and every score in OUT/cells, a line for each run."""
+    with locked(out / ".cells.lock") as free:
+        if not free:  # by a process that finds the same scores
+            return
+        scores = read_scores(out / "cells.json")
+        for kept in sorted((out / "cells").glob("*/*.json")):
+            try:
+                scores.setdefault(kept.parent.name, {})[kept.stem] = read_cell(kept)
+            except ValueError:  # damaged: whoever asks for it is told
+                continue
+        lines = (
+            f"{json.dumps(name)}: {json.dumps({split: asdict(cell) for split, cell in splits.items()})}"
+            for name, splits in sorted(scores.items())
+            if splits
+        )
+        write_text(out / "cells.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def scored(checkpoint: Path, config: FitConfig, split: str) -> Cell:

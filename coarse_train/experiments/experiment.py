@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import math
 import platform
+import shlex
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Literal, Protocol, get_args
@@ -29,8 +31,8 @@ from matplotlib.figure import Figure
 
 from ..config import FitConfig
 from ..run import write_text
-from .cell import Cell
-from .table import Row, Summary, config_of, run_table, text, write_results, write_scores
+from .cell import Cell, Scores, read_scores, write_scores
+from .table import Row, Summary, config_of, run_table, text, write_results
 
 Name = Literal["noise-map", "few-masks", "select", "negatives", "annotators", "sanity", "trace-weight", "structure"]
 EXPERIMENTS = {name: name.replace("-", "_") for name in get_args(Name)}  # name -> module
@@ -50,15 +52,16 @@ class ExperimentConfig:
     quick: bool = False
     """A few steps on a few images, one trial a row, some of the tables: to see that it runs. Its figures mean nothing."""
     tables: tuple[str, ...] = ()
-    """Titles of the tables to train, as the report has them; without it all. What lies in OUT of the others stays there."""
+    """Titles of the tables to train, as the report has them; without it all. The report in OUT is then of these tables alone;
+    the runs of the others stay there."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the networks, the order of the batches and the choice of masks."""
     data: Path | None = None
     """Folder of data sets: DATA/mnist, DATA/camvid, DATA/cityscapes, DATA/chasedb1. What needs one that is not there is left
     out and named; canvases of digits are made of the sample in the package."""
     out: Path | None = None
-    """Without it runs/NAME. Runs whose scores are there, or in a cells.json that somebody has put there, are not trained
-    again."""
+    """Without it runs/NAME. Runs whose scores are there, in a cells.json from elsewhere too, are not trained again, where DATA
+    and OUT are named as they were there."""
     jobs: int | None = None
     """Runs at a time; without it one for each core."""
     backend: str | None = None
@@ -147,8 +150,12 @@ def run_experiment(config: ExperimentConfig) -> list[Result]:
         parts = [quick(part) for part in parts]
     if config.backend is not None:
         parts = [_changed(part, lambda row: replace(row, backend=config.backend)) for part in parts]
-    results = run_parts(parts, seeds, out, jobs=config.jobs, tables=config.tables)
-    write_scores(out)
+    known = read_scores(out / "cells.json")
+    try:
+        results = run_parts(parts, seeds, out, jobs=config.jobs, tables=config.tables, known=known)
+    finally:
+        if out.is_dir() and not config.quick:
+            write_scores(out)
     verdicts = experiment.conclude(results)
     figure = Figure(layout="constrained")
     FigureCanvasAgg(figure)
@@ -163,9 +170,17 @@ def run_experiment(config: ExperimentConfig) -> list[Result]:
 
 
 def run_parts(
-    parts: Sequence[Part], seeds: Sequence[int], out: Path, *, jobs: int | None = None, tables: Sequence[str] = ()
+    parts: Sequence[Part],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    jobs: int | None = None,
+    tables: Sequence[str] = (),
+    known: Scores | None = None,
 ) -> list[Result]:
-    """All parts, or those of ``tables``, tuned rows first: two tables in all, so that no core waits for a part to end."""
+    """All parts, or those of ``tables``, tuned rows first: two tables in all, so that no core waits for a part to end.
+    ``known``: as `run_table` has it."""
+    trained = partial(run_table, out=out, jobs=jobs, known=known)
     titles = [part.title for part in parts]
     if unknown := [title for title in tables if title not in titles]:
         raise ValueError(f"tables: expected some of {'; '.join(titles)}, got {'; '.join(unknown)}")
@@ -181,7 +196,7 @@ def run_parts(
     scores: dict[str, float] = {}
     if trials:
         configs = {name: config for name, (_, config) in trials.items()}
-        scores = {cell.method: cell.miou for cell in run_table(configs, (_TUNING_SEED,), out, split="val", jobs=jobs)}
+        scores = {cell.method: cell.miou for cell in trained(configs, (_TUNING_SEED,), split="val")}
     parts = asked
     chosen = {part.title: _choose(part, scores) for part in parts}
     rows = {
@@ -195,7 +210,7 @@ def run_parts(
     for split, count in dict.fromkeys((part.split, part.seeds) for part in parts):
         own = [part for part in parts if (part.split, part.seeds) == (split, count)]
         together = {f"{part.title} | {row}": config for part in own for row, config in rows[part.title].items()}
-        cells = run_table(together, seeds[:count], out, split=split, jobs=jobs)
+        cells = trained(together, seeds[:count], split=split)
         for part in own:
             prefix = f"{part.title} | "
             found = [replace(c, method=c.method[len(prefix) :]) for c in cells if c.method.startswith(prefix)]
@@ -249,6 +264,10 @@ def report(
     """Markdown: the question, what was found, the tables, how they are run again. ``left_out``: tables not asked for."""
     seeds = " ".join(map(str, config.seeds))
     command = f"coarse-train experiment {config.name} --seeds {seeds}" + (" --data DIR" if config.data else "")
+    if config.tables:
+        command += f" --tables {shlex.join(config.tables)}"
+    if config.backend is not None:
+        command += f" --backend {config.backend}"
     lines = [f"# {config.name}", "", question, ""]
     if config.quick:
         lines += ["**A quick run: it shows that everything runs. Its figures mean nothing.**", ""]
@@ -256,7 +275,7 @@ def report(
     lines += [*(f"- {verdict}" for verdict in verdicts), "", f"`{command}`", ""]
     if left_out:
         lines += [
-            f"{len(results)} of {len(results) + len(left_out)} tables of this command (`--tables`). Not run, or not asked for: "
+            f"{len(results)} of the {len(results) + len(left_out)} tables of this experiment. Not asked for: "
             f"{'; '.join(left_out)}.",
             "",
         ]

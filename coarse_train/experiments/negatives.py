@@ -135,7 +135,11 @@ def _rows(base: FitConfig, level: str) -> dict[str, FitConfig]:
 def conclude(results: Sequence[Result]) -> list[str]:
     sentences = [_added(result) for result in results]
     there = {_parsed(result.title)[0] for result in results}
-    sentences += [f"{name}: not here; it takes a --data with {name.lower()}." for name in STEPS if name not in there]
+    sentences += [
+        f"{name}: not here (no --data with {name.lower()}, or its tables were not asked for)."
+        for name in STEPS
+        if name not in there
+    ]
     for result in results:
         name, area = _parsed(result.title)
         both = {row: result.mean(row) for row in result.rows if row.endswith("_both")}

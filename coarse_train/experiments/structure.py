@@ -72,8 +72,10 @@ def conclude(results: Sequence[Result]) -> list[str]:
             f"last is {last}, {result.mean(last):.1f}. The matrix is closest with {closest}: off by "
             f"{result.mean(closest, 'cm_error'):.3f}."
         )
+    if len(results) == 1:
+        return sentences
     if len(set(winners)) == 1:
-        sentences.append(f"{winners[0]} wins on every kind of drawing.")
+        sentences.append(f"{winners[0]} wins on each of {', '.join(result.title for result in results)}.")
     else:
         pairs = ", ".join(f"{result.title} {winner}" for result, winner in zip(results, winners, strict=True))
         sentences.append(f"No structure wins on every kind of drawing: {pairs}.")

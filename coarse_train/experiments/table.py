@@ -11,8 +11,7 @@
         write_results(Path("runs/table/results.json"), cells, rows)
 
 Each config with its seed has a folder of its own, OUT/cells/HASH, named after its settings and its data. So a table that was
-interrupted goes on, and tables in one folder share the rows that they have in common. Scores alone travel as OUT/cells.json:
-what it knows is not trained again.
+interrupted goes on, and tables in one folder share the rows that they have in common.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import multiprocessing
 import os
 import statistics
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr
@@ -41,9 +40,8 @@ from ..data.segmentation import SegmentationData, plain
 from ..engine import fit
 from ..rules import check_config
 from ..run import make_folder, write_text
-from .cell import Cell, scored
+from .cell import Cell, Scores, read_cell, scored
 
-_SPLITS = ("val", "test")  # that a table may score
 _FORMAT = 2  # of a cell; another one is another folder
 # in no hash: where a run lies, what it may be interrupted by, what it draws
 _UNNAMED = ("out", "resume", "save_every", "pictures", "opacity")
@@ -65,12 +63,14 @@ def run_table(
     *,
     split: str = "test",
     jobs: int | None = None,
+    known: Scores | None = None,
     said: Callable[[str], None] = print,
 ) -> list[Cell]:
     """Train what is not there yet, ``jobs`` runs at a time, and return all cells in the order of rows and seeds.
 
     jobs: processes; without it one for each core (one in all on a GPU), and PyTorch in each has one thread: small networks
         gain little from more.
+    known: scores of runs that were trained elsewhere (`read_scores`), which are not trained again.
     split: what is scored, "val" where a data set has no "test".
     said: gets a line for each run.
 
@@ -94,9 +94,13 @@ def run_table(
     configs = {key: _in_cell(config, out) for key, config in seeded.items()}
     make_folder("out", out)
     runs = {config.out: config for config in configs.values()}  # rows that are equal are one run
-    _take_scores(out, runs)
     cells: dict[Path, Cell] = {}
-    for folder, cell in _all_cells(list(runs.values()), split, jobs or _cores()):
+    for folder in runs:
+        elsewhere = (known or {}).get(folder.name, {}).get(split)
+        if elsewhere is not None and not _kept(folder, split).exists():
+            cells[folder] = elsewhere
+    left = [config for folder, config in runs.items() if folder not in cells]
+    for folder, cell in _all_cells(left, split, jobs or _cores()):
         names = ", ".join(row for (row, _), config in configs.items() if config.out == folder)
         if isinstance(cell, BaseException):
             said(f"{names}, seed {runs[folder].seed}: failed")
@@ -104,33 +108,6 @@ def run_table(
         cells[folder] = cell
         said(f"{names}, seed {cell.seed}: mean IoU {cell.miou:.1f} after {cell.seconds:.0f} s")
     return [replace(cells[config.out], method=row, folder=str(config.out)) for (row, _), config in configs.items()]
-
-
-def write_scores(out: Path) -> None:
-    """OUT/cells.json: every score that OUT/cells has, a line for each run: {hash: {split: `Cell`}}."""
-    found: dict[str, dict[str, object]] = {}
-    for folder in sorted((out / "cells").iterdir()):
-        for split in _SPLITS:
-            if (kept := folder / f"{split}.json").exists():
-                found.setdefault(folder.name, {})[split] = json.loads(kept.read_text())
-    lines = (f"{json.dumps(name)}: {json.dumps(splits)}" for name, splits in found.items())
-    write_text(out / "cells.json", "{\n" + ",\n".join(lines) + "\n}\n")
-
-
-def _take_scores(out: Path, runs: Iterable[Path]) -> None:
-    """Of these runs, what OUT/cells.json knows and OUT/cells does not."""
-    path = out / "cells.json"
-    if not path.exists():
-        return
-    try:
-        known = json.loads(path.read_text())
-        for folder, split in itertools.product(runs, _SPLITS):
-            cell, kept = known.get(folder.name, {}).get(split), folder / f"{split}.json"
-            if cell is not None and not kept.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                write_text(kept, json.dumps(asdict(Cell(**cell)), indent=2) + "\n")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: expected the scores of an earlier table, got {error}") from error
 
 
 def _cores() -> int:
@@ -219,7 +196,7 @@ def _in_cell(config: FitConfig, out: Path) -> FitConfig:
 def _run(content: dict[str, object], split: str) -> Cell:
     """In a process of its own, so that what `fit` says goes to a file."""
     config = from_dict(content)
-    kept = config.out / f"{split}.json"
+    kept = _kept(config.out, split)
     if not kept.exists():
         config.out.mkdir(parents=True, exist_ok=True)
         with (
@@ -231,11 +208,13 @@ def _run(content: dict[str, object], split: str) -> Cell:
             cell = scored(checkpoint, config, split)
         write_text(kept, json.dumps(asdict(cell), indent=2) + "\n")
     try:
-        return Cell(**json.loads(kept.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{kept}: expected a cell of a table, got {error}; without the file it is scored again"
-        ) from error
+        return read_cell(kept)
+    except ValueError as error:
+        raise ValueError(f"{error}; without the file it is scored again") from error
+
+
+def _kept(folder: Path, split: str) -> Path:
+    return folder / f"{split}.json"
 
 
 @contextmanager

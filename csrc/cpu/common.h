@@ -138,11 +138,12 @@ struct LabelRun {
 
 // Where a task adds what it has of one kind of drawings.
 struct Sums {
-  Sum* terms;          // nll, trace
-  double* transition;  // (C, C), the gradient of T; null: not wanted
+  CompensatedSum* terms;  // nll, trace
+  double* transition;     // (C, C), the gradient of T; null: not wanted
 };
 
-// Loss terms of one kind of drawings: vector by vector into its maps, and, slab by slab, into the sums of the task.
+// Loss terms of one kind of drawings: vector by vector into its maps, and, slab by slab, into the sums of the task. A
+// slab of many layers has many vectors, and R holds the sum of few.
 template <class R>
 class Terms {
   using V = Vec<R>;
@@ -155,6 +156,7 @@ class Terms {
     trace = select(weight == zero, zero, weight * trace);
     nll_ += nll;
     trace_ += trace;
+    if (++held_ == kHeld) fold();
     if (kind.nll_map == nullptr) return;
     for (int64_t k = 0; k < lanes; ++k) {
       kind.nll_map[at + k] = nll[k];
@@ -162,13 +164,26 @@ class Terms {
     }
   }
   void leave(const Sums& sums) {
-    sums.terms[0].add(sum_lanes<R>(nll_));
-    sums.terms[1].add(sum_lanes<R>(trace_));
-    nll_ = trace_ = V{};
+    fold();
+    for (int k = 0; k < 2; ++k) {
+      sums.terms[k].add(folded_[k]);
+      folded_[k] = {};
+    }
   }
 
  private:
+  static constexpr int kHeld = 16;  // no slab of one layer has more
+
+  void fold() {
+    folded_[0].add(sum_lanes<R>(nll_));
+    folded_[1].add(sum_lanes<R>(trace_));
+    nll_ = trace_ = V{};
+    held_ = 0;
+  }
+
   V nll_{}, trace_{};
+  int held_ = 0;
+  CompensatedSum folded_[2];
 };
 
 // Zeros in the maps of a layer.

@@ -75,9 +75,9 @@ struct Cpu {
   template <class R>
   static void weigh(const Tensor& labels, const R* by_class, const R* by_pixel, int64_t classes, int64_t ignore_index,
                     Tensor& result) {
-    double sum = 0;
+    coarse::CompensatedSum sum;
     if (by_class == nullptr && by_pixel == nullptr) {
-      sum = scan(labels, ignore_index, classes).weight;
+      sum.add(scan(labels, ignore_index, classes).weight);
     } else {
       const bool byte = label_type_of(labels) == coarse::LabelType::u8;
       const void* data = labels.data_ptr();
@@ -86,10 +86,10 @@ struct Cpu {
         if (y == ignore_index || y < 0 || y >= classes) continue;  // annotation_objective complains of the others
         // in R, as the kernels weigh it
         const R weight = (by_class != nullptr ? by_class[y] : R(1)) * (by_pixel != nullptr ? by_pixel[k] : R(1));
-        sum += static_cast<double>(weight);
+        sum.add(static_cast<double>(weight));
       }
     }
-    *data_of<double>(result) = sum;
+    *data_of<double>(result) = sum.total();
   }
 };
 

@@ -50,7 +50,7 @@ const coarse::KernelSet<R>& kernel_set() {
 
 // What the tasks leave of one kind of drawings.
 struct Totals {
-  coarse::Sum nll, trace;
+  coarse::CompensatedSum nll, trace;
   std::vector<double> transition_gradient;
 };
 
@@ -85,7 +85,7 @@ class Run {
     }
     planned.learn_transitions(std::count(want_transition_.begin(), want_transition_.end(), true), c);
     const int64_t tasks = plan.tasks();
-    std::vector<std::vector<coarse::Sum>> sums(count);
+    std::vector<std::vector<coarse::CompensatedSum>> sums(count);
     std::vector<std::vector<double>> transitions(count);
     for (size_t k = 0; k < count; ++k) {
       sums[k].resize(2 * static_cast<size_t>(tasks));
