@@ -23,6 +23,8 @@ from .tensors import STORAGE, Array, Found, moved, poisoned, tensors_of
 _LARGEST_FLOAT16 = 6e4
 _LARGEST_TRANSITION = 1e30  # of a quotient that float32 holds
 _MOVES = 8  # random ones, of which the largest counts
+_FLUSHED = 2e-8  # of a pixel's weight: 2^-126, below which an exponential is 0, over 1e-30, below which evidence is a logarithm
+_OF_ENTRIES = 3.0  # floors that an entry of a transition may be off: one pixel may be all of it
 _WORST_CONDITION = 3e-3  # whatever it is: beyond, somebody has to look
 
 
@@ -163,6 +165,8 @@ def differences(
             floor *= 2
         # each pixel adds differences of probabilities, that are known to so much of 1, however small what is left
         natural = math.sqrt(got.size) if name == "posterior" else truth.sizes[name]
+        if name[0] == "t":
+            yield from _entries(name, got, want, truth.shares[name], floor, plain)
         if off <= floor * max(size, natural):
             continue
         usual = 0.0
@@ -179,6 +183,26 @@ def differences(
             bound = max(bound, contract.gradient_bound(min(condition(name), _WORST_CONDITION), own, scale))
         if not error <= bound or error == math.inf:
             yield f"gradient of {name}: {error:.2e} > {bound:.2e}: {_short(got)} for {_short(want)}"
+
+
+def _entries(
+    name: str, got: Array, want: Array, shares: tuple[Array, float], floor: float, plain: Callable[[], Found] | None
+) -> Iterator[str]:
+    """Of a transition whose entries are of many sizes a norm sees the largest: each is held to what its own pixels add."""
+    terms, weight = shares
+
+    def worst(gradient: Array) -> float:
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            off = np.maximum(np.abs(gradient - want) - _FLUSHED * weight, 0.0)
+            off = np.where(off > 0, off / terms, 0.0)
+        return float(off[np.isfinite(gradient)].max(initial=0.0))
+
+    if (error := worst(got)) <= (bound := _OF_ENTRIES * floor):
+        return
+    if plain:
+        bound += contract.GRADIENT_FACTOR * worst(plain().gradients[name])
+    if error > bound:
+        yield f"an entry of the gradient of {name}: {error:.2e} > {bound:.2e} of its terms: {_short(got)} for {_short(want)}"
 
 
 def _relative(off: float, size: float) -> float:

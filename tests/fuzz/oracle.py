@@ -25,11 +25,13 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Truth:
     """sizes: of each gradient the 2-norm of the weights of the pixels that it is a sum over, each of which adds differences of
     probabilities; of a transition's, whose pixels add quotients, what it would be if none of them cancelled another; of each
-    loss the sum of these weights, each of which adds differences of logits. counts: labelled weight of each kind."""
+    loss the sum of these weights, each of which adds differences of logits. shares: what `sizes` has of a transition, entry by
+    entry, and the sum of the pixels' weights. counts: labelled weight of each kind."""
 
     losses: dict[str, Array]
     gradients: dict[str, Array]
     sizes: dict[str, float]
+    shares: dict[str, tuple[Array, float]]
     counts: list[float]
     posterior: Array
 
@@ -60,6 +62,7 @@ def _solve(tensors: Tensors, incoming: float | Array) -> Truth:
     losses: dict[str, Array] = {}
     gradients: dict[str, Array] = {}
     sizes: dict[str, float] = {"seg": 0.0}
+    shares: dict[str, tuple[Array, float]] = {}
     counts = []
     for number, kind in enumerate(tensors.kinds):
         cm_own = None if kind.cm is None else numbers(kind.cm)
@@ -80,7 +83,7 @@ def _solve(tensors: Tensors, incoming: float | Array) -> Truth:
         factor = kind.weight * scale * weight * (incoming if not per_pixel else incoming.reshape(batch, 1, pixels))
         maps = np.zeros((3, *weight.shape))  # loss, nll, trace
         grad_a = None if log_a is None else np.zeros((batch, classes, classes, pixels))
-        grad_t, shares = np.zeros((classes, classes)), np.zeros((classes, classes))
+        grad_t, shares_t = np.zeros((classes, classes)), np.zeros((classes, classes))
         for layer in range(weight.shape[1]):
             y = np.where(valid[number][:, layer], labels[number][:, layer], 0)
             nll, trace, log_q, parts = _pixels(log_p, p, log_a, transition, y)
@@ -105,7 +108,7 @@ def _solve(tensors: Tensors, incoming: float | Array) -> Truth:
                 for label in range(classes):
                     own = np.where((y == label)[:, None], explained, 0.0)
                     grad_t[:, label] -= own.sum((0, 2))
-                    shares[:, label] += np.abs(own).sum((0, 2))
+                    shares_t[:, label] += np.abs(own).sum((0, 2))
         if per_pixel:
             total = total + (kind.weight * maps[0].sum(1) if kind.weight else 0.0)
             own = [(name, maps[row].reshape(kind.labels.shape)) for row, name in enumerate(("loss", "nll", "trace"))]
@@ -134,14 +137,15 @@ def _solve(tensors: Tensors, incoming: float | Array) -> Truth:
             sizes[f"cm{number}"] = norm * max(1.0, kind.trace_weight)
         if kind.learned:
             gradients[f"transition{number}"] = grad_t
-            sizes[f"transition{number}"] = float(np.linalg.norm(shares))
+            sizes[f"transition{number}"] = float(np.linalg.norm(shares_t))
+            shares[f"transition{number}"] = shares_t, float(np.abs(factor).sum())
     losses["loss"] = np.asarray(total).reshape((batch, *size) if per_pixel else ())
     gradients["seg"] = _gathered(grad_p.reshape(batch, classes, *size), seg_own.shape[2:])
     top = joint.max(1, keepdims=True)
     possible = top > -math.inf
     posterior = np.exp(joint - np.where(possible, top, 0.0))
     posterior = np.where(possible, posterior / posterior.sum(1, keepdims=True), p)
-    return Truth(losses, gradients, sizes, counts, posterior.reshape(batch, classes, *size))
+    return Truth(losses, gradients, sizes, shares, counts, posterior.reshape(batch, classes, *size))
 
 
 def _pixels(log_p: Array, p: Array, log_a: Array | None, transition: Array | None, y: Array) -> Any:
