@@ -3,7 +3,7 @@ lost that had been saved, and a run that goes on ends with the bits of one that 
 
 Processes are forked, so that a kill costs no start of an interpreter, and moments are spread over whole runs, the writing of
 the first checkpoint among them. COARSE_TEST_KILLS (50) and COARSE_TEST_SEED (0) say how many and which. Not collected by
-`make test`, which has four kills of a whole command (test_train_fit.py).
+`make test`, which has four kills of a whole command (test_train_resume.py).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from coarse_train.config import DataConfig, FitConfig, OptimConfig
 from coarse_train.engine import fit
 from coarse_train.storage import CheckpointError, write_whole
 from tests import data_trees
-from tests.test_train_fit import _assert_same_bits, _last_step, _rows, _state
-from tests.test_train_fit import _config as _of_digits
+from tests.runs import _assert_same_bits, _last_step, _rows, _state
+from tests.runs import _config as _of_digits
 
 KILLS = int(os.environ.get("COARSE_TEST_KILLS", "50"))
 SEED = int(os.environ.get("COARSE_TEST_SEED", "0"))

@@ -35,7 +35,7 @@ from coarse_train.inference import load_model
 from coarse_train.model.segformer import SegFormer
 from coarse_train.run import CheckpointError
 from tests import data_trees
-from tests.test_train_fit import ENVIRONMENT
+from tests.runs import ENVIRONMENT
 from tests.tool_exports import BOXES, labelme_shape, save_photo, write_labelme
 
 

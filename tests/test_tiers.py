@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -44,6 +47,20 @@ def test_the_program_that_sanitizers_run_compiles() -> None:
     command = [sanitizers.compiler(), *sanitizers.FLAGS, "-fsyntax-only", f"-I{sanitizers.HERE / 'shim'}"]
     done = subprocess.run([*command, sanitizers.HERE / "driver.cpp"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", ["kill", "large", "release_check", "check_cuda", "smoke", "make_mnist_sample"])
+def test_what_no_change_runs_finds_what_it_imports(name: str) -> None:
+    """`make test-kill` did not, once a file of tests was cut into several."""
+    importlib.import_module(f"tests.{name}")
+
+
+@pytest.mark.slow
+def test_what_runs_on_a_gpu_alone_is_collected() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "tests/gpu"]
+    environment = {**os.environ, "COARSE_TEST_DEVICE": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_a_part_depends_on_its_sources_its_tests_and_what_they_import() -> None:
