@@ -43,7 +43,7 @@ _NOISE = {
 _SHARE = 0.25  # of a batch, with a mask
 _WEIGHTS = (0.3, 1.0, 3.0, 10.0)
 _FINETUNED = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
-_OURS = ("mixed", "pen", "pen_nothing", "pen_finetune", "pen_mixed")
+_OURS = ("mixed", "pen", "pen_nothing", "pen_finetune", "pen_mixed", "all")
 _OTHERS = ("masks", "ce_mixed", "finetune", "corrector")
 # On photographs: what is too slow, or without a reason where all names are right, is left out.
 _ON_PHOTOGRAPHS = ("drawings", "masks", "ce_mixed", "finetune", "pen", "pen_finetune", "supervised")
@@ -67,6 +67,8 @@ def parts(config: ExperimentConfig) -> list[Part]:
                 del rows["pen_nothing"]
             if noise != "thick_names":
                 del rows["names_first"]
+            if noise in ("thick", "thin"):
+                del rows["all"]
             found.append(Part(title, rows, tuned_as=tuned_as, seeds=None if count in _MANY_SEEDS else 1))
     return found if config.quick else found + _vessels(config, out) + _streets(config, out)
 
@@ -159,12 +161,14 @@ def rows_of(
     pen_nothing    the same; what outlines were moved over says nothing, instead of what lies there
     pen_finetune   outlines moved back, then as finetune
     pen_mixed      outlines moved back, then the matrix and the masks
+    all            outlines moved back, then the matrix and the masks, then masks alone; tuned: learning rate of the last phase
     names_first    the other order: what the row mixed believes of its training images, outlines moved back
     supervised     cross-entropy on all masks
     """
     few = replace(base, data=replace(base.data, dense_images=count))
     mixed = replace(few, data=replace(few.data, supervision="mixed", dense_share=_SHARE))
     then = replace(few, data=replace(few.data, supervision="then-masks"))
+    both_then = replace(mixed, data=replace(mixed.data, supervision="mixed-then-masks"), mask_weight=_WEIGHTS[0])
     masks = by_masks(few)
 
     def drawn(config: FitConfig, **changes: object) -> FitConfig:
@@ -195,6 +199,7 @@ def rows_of(
         "pen_nothing": weighted(drawn(mixed, pen="auto", band=float(LARGEST))),
         "pen_finetune": tuned(drawn(then, pen="auto")),
         "pen_mixed": weighted(drawn(with_matrix, pen="auto")),
+        "all": tuned(drawn(replace(both_then, positive=matrix), pen="auto")),
         "names_first": {
             f"mask weight {weight:g}": partial(
                 _names_first, replace(with_matrix, mask_weight=weight), drawn(mixed, pen="auto"), out
