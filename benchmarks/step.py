@@ -5,7 +5,7 @@ images a second, peak memory of the process (on a GPU of its allocator), and fro
 24 and 80 GB.
 
     python -m benchmarks.step                              1024x2048 with 19 classes; about a quarter of an hour on two cores
-    python -m benchmarks.step "c19 512x1024 seg4 cm8 positive+trusted t2 fresh" --provider cpu published
+    python -m benchmarks.step "c19 512x1024 seg4 cm8 positive+trusted t2 fresh" --provider cpu published    only printed
 
 Every size is a process of its own. Memory grows with the pixels along a line: it is measured at an eighth, a quarter, a half
 and the whole of each side, and what does not fit into free memory is computed from the two largest sizes that do, and marked.
@@ -269,8 +269,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--provider", nargs="+", default=PROVIDERS, help="of the loss; the first is compared with")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=2, help="timed, after one that warms up")
+    parser.add_argument(
+        "--largest", action="store_true", help="of named problems too: the largest images, by the first one"
+    )
     parser.add_argument("--no-confirm", action="store_true", help="compute the largest images, and train none of them")
-    parser.add_argument("--out", type=Path, help="folder; without it benchmarks/results/HARDWARE")
+    parser.add_argument(
+        "--out", type=Path, help="folder; without it benchmarks/results/HARDWARE, and of named problems none"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.worker:
@@ -290,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for k, line in enumerate(lines):
         found, memory = compare(line, options.provider, options.device, options.steps)
         rows += found
-        if k == 0:
+        if k == 0 and (options.largest or not options.problem):
             largest = fitting(line, memory, options.device, confirm=not options.no_confirm)
     machine = limits.machine(options.device)
     facts = "; ".join(
@@ -315,9 +320,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
     over = exceeded(largest)
     text += [f"**More than computed:** {line}" for line in over]
-    folder = options.out or ROOT / "benchmarks" / "results" / limits.hardware_name(options.device)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "step.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    if options.out or not options.problem:  # a few rows do not take the place of all
+        folder = options.out or ROOT / "benchmarks" / "results" / limits.hardware_name(options.device)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "step.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     print("\n".join(text))
     return 1 if over else 0
 

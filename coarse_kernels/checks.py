@@ -54,7 +54,9 @@ def check_problem(
         got = (
             type(drawings).__name__ if isinstance(drawings, Drawings) or not isinstance(drawings, Sequence) else "none"
         )
-        raise TypeError(f"drawings: expected a sequence of at least one Drawings, got {got}")
+        raise TypeError(
+            f"drawings: expected a sequence of at least one Drawings, got {got}; one alone is [Drawings(...)]"
+        )
     for k, each in enumerate(drawings):
         if not isinstance(each, Drawings):
             raise TypeError(f"drawings[{k}]: expected Drawings, got {type(each).__name__}")
@@ -358,6 +360,7 @@ def _check_values(seg_logits: Tensor, drawings: Drawings, ignore_index: int, nam
         if not _may_read(labels):
             return
         _check_label_range(name("labels"), labels, seg_logits.shape[1], ignore_index)
+        _look_for_one_hot(name("labels"), labels, seg_logits)
         labelled: Tensor | None = None
         for part in ("class_weight", "pixel_weight"):
             weight = getattr(drawings, part)
@@ -371,6 +374,19 @@ def _check_values(seg_logits: Tensor, drawings: Drawings, ignore_index: int, nam
                 raise ValueError(
                     f"{name(part)}: expected finite numbers >= 0 where there is a label, got {bad[0].item()}"
                 )
+
+
+def _look_for_one_hot(name: str, labels: Tensor, seg_logits: Tensor) -> None:
+    """Warn where what are taken for C layers of labels is one label a pixel, one-hot: a loss comes out, and another one."""
+    classes = seg_logits.shape[1]
+    if labels.dim() != seg_logits.dim() or labels.shape[1] != classes or labels.numel() == 0:
+        return
+    first = labels[:1]  # an image tells
+    if first.max().item() == 1 and bool((first.sum(1) == 1).all()):
+        confusion.warn(
+            f"{name}: expected class numbers, got as many layers as there are classes ({classes}), of 0 and 1 that sum to 1 at "
+            "every pixel. If they are one-hot, labels.argmax(1) is what is meant."
+        )
 
 
 def _labelled(labels: Tensor, ignore_index: int) -> Tensor:

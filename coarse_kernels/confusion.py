@@ -8,6 +8,8 @@ anywhere, and training ends, without an error, in classes that have changed plac
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from typing import Any
 
@@ -95,6 +97,7 @@ class ConfusionHead(nn.Module):
         spatial_dims: int = 2,
     ):
         super().__init__()
+        check_diagonal(num_classes, diagonal)
         for name, number in (("channels", channels), ("stride", stride)):
             if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
                 raise ValueError(f"{name}: expected an integer >= 1, got {number!r}")
@@ -190,9 +193,17 @@ def _hear() -> None:
 def _say(name: str, share: float) -> None:
     if share > 0.5:
         return
-    warnings.warn(
+    warn(
         f"{name}: only {100 * share:.0f} % of the columns have their largest entry on the diagonal. Where training starts so, "
         "classes end up permuted, without an error. Start at coarse_kernels.confusion_logits(num_classes), as "
-        "coarse_kernels.ConfusionHead does.",
-        stacklevel=2,
+        "coarse_kernels.ConfusionHead does."
     )
+
+
+def warn(message: str) -> None:
+    """With the line of who called the library, whatever of it and of torch lies between."""
+    inside = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) + os.sep)
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -102,9 +102,9 @@ def annotation_objective(
         backend: "reference", "cpu", ...; None takes the best that can run (`available_backends`).
 
     Returns:
-        `Objective` in float32 (float64 for float64 logits), whatever the storage dtype of the logits. The losses of the parts
-        carry gradient, too; a backward through them, rather than through the total, computes gradients anew, for which they
-        hold the logits as long as they are kept.
+        `Objective` in float32 (float64 where any of the logits are), whatever the storage dtype of the logits. The losses of
+        the parts carry gradient, too; a backward through them, rather than through the total, computes gradients anew, for
+        which they hold the logits as long as they are kept.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `annotation_nll`.

@@ -82,7 +82,12 @@ def _meeting(config: FitConfig, source: Source) -> list[str]:
     elif counts[objects, objects].sum() < _CONTRADICTED * counts[objects].sum():
         notes.append(
             "positive and negative drawings never contradict each other, so nothing says that names are wrong, and no "
-            "confusion matrix mends outlines; `coarse-train pen` measures them, --positive.pen moves them back"
+            "confusion matrix mends outlines"
+            + (
+                "; `coarse-train pen` measures them, --positive.pen moves them back"
+                if config.positive.pen is None
+                else ""
+            )
         )
     named = counts.sum(0)
     silent = [

@@ -50,7 +50,8 @@ class World:
 def _device(name: str) -> torch.device:
     found = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if name not in ("cpu", *found) and not (name == "cuda" and found):
-        raise ValueError(f"device: expected one of {('cpu', *found)}, got {name!r}")
+        has = ", ".join(("cpu", *found)) + ("" if found else f" (torch {torch.__version__} sees no GPU)")
+        raise ValueError(f"device: expected one of {has}, got {name!r}")
     return torch.device(name)
 
 

@@ -112,6 +112,8 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
             run.write_text(config.out / "config.toml", "".join(f"# {line}\n" for line in changes) + written)
         log = stack.enter_context(run.RunLog(config, start, enabled=world.is_main))
         log.say(f"{describe_source(source)}, {classes} classes; {world.size} process(es) on {world.device.type}")
+        if config.data.dense_images and config.data.supervision != "drawings":
+            log.say(f"masks: learned from are those of {config.data.dense_images} images, chosen by the seed")
         if config.resume and not resumed:
             log.say(f"no last.pt in {config.out}: a new run")
         log.say(f"{config.out}: {start} of {config.steps} steps done")

@@ -22,7 +22,7 @@ def test_all_steps_compute_the_same_and_the_table_says_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step, "measure", step.step)  # in this process: a fraction of a second
-    assert step.main([*SMALL, "--steps", "1", "--no-confirm", "--out", str(tmp_path)]) == 0
+    assert step.main([*SMALL, "--steps", "1", "--largest", "--no-confirm", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "step.md").read_text()
     expected = [
         f"| `{parse(line.replace('128x256', size))}` | {name}"
@@ -33,6 +33,18 @@ def test_all_steps_compute_the_same_and_the_table_says_measured(
     rows = [line for line in text.splitlines() if line.endswith("| measured |")]
     assert [row[: len(start)] for row, start in zip(rows, expected, strict=True)] == expected
     assert "## The largest image" in text
+
+
+def test_a_named_problem_is_measured_and_takes_the_place_of_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(step, "measure", _fake)
+    monkeypatch.setattr(step, "ROOT", tmp_path)
+    assert step.main([SMALL[0]]) == 0
+    printed = capsys.readouterr().out
+    assert "128x256" in printed
+    assert "largest image" not in printed
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("line", SMALL)

@@ -58,6 +58,7 @@ def test_missing_makes_the_background_another_matter() -> None:
     [
         ({"num_classes": 1}, "num_classes: expected an integer >= 2, got 1"),
         ({"num_classes": True}, "num_classes: expected an integer >= 2"),
+        ({"num_classes": 5.0}, "num_classes: expected an integer >= 2, got 5.0"),
         ({"num_classes": 4, "diagonal": 0.2}, "diagonal: expected a number from 1/4"),
         ({"num_classes": 4, "diagonal": 1.0}, "diagonal: expected a number from 1/4"),
         ({"num_classes": 4, "channels": 0}, "channels: expected an integer >= 1, got 0"),
@@ -131,3 +132,25 @@ def test_a_start_without_a_diagonal_is_what_permutes_classes() -> None:
             optimizer.step()
         found[name] = (seg.detach().argmax(1) == labels).float().mean().item()
     assert found == {"head": 1.0, "swapped": 0.0}
+
+
+def test_a_warning_names_the_line_of_who_called_the_library() -> None:
+    """A module of the library and torch's own lie between; a uniform start is a start without a diagonal."""
+    criterion = ck.AnnotationObjective()
+    logits = torch.zeros(1, 3, 3, 4, 4, requires_grad=True)
+    with pytest.warns(UserWarning, match="33 % of the columns") as said:
+        criterion(torch.randn(1, 3, 4, 4), [ck.Drawings(torch.zeros(1, 4, 4, dtype=torch.uint8), logits)])
+    assert said[0].filename == __file__
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_one_hot_labels_are_no_layers(ignored: bool) -> None:
+    """The mistake that segmentation code makes most: it gave a loss, of C annotators."""
+    labels = torch.randint(0, 3, (2, 4, 4))
+    layers = torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).to(torch.uint8)
+    if ignored:
+        layers[:, :, 0] = 255  # as annotators leave a row out
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        ck.annotation_objective(torch.randn(2, 3, 4, 4), [ck.Drawings(layers)])
+    assert [str(one.message).split(":")[0] for one in said] == ([] if ignored else ["drawings[0].labels"])

@@ -154,7 +154,9 @@ def test_a_table_alone_is_tuned_where_it_takes_its_settings_from(
     parts = [Part("one", rows), Part("two", rows, tuned_as="one"), Part("three", rows), Part("four", rows)]
     assert [result.title for result in run_parts(parts, (0,), tmp_path, tables=("four", "two"))] == ["two", "four"]
     assert trained == ["one | tuned | a", "four | tuned | a", "two | tuned", "four | tuned"]
-    with pytest.raises(ValueError, match=r"tables: expected some of one; two; three; four, got five"):
+    with pytest.raises(
+        ValueError, match=r"tables: expected some of one; two; three; four \(a quick run has fewer\), got five"
+    ):
         run_parts(parts, (0,), tmp_path, tables=("one", "five"))
 
 
@@ -177,15 +179,41 @@ def test_a_report_has_the_question_the_tables_and_how_to_run_it_again(
     report = (out / "report.md").read_text()
     assert report in capsys.readouterr().out
     assert noise_map.QUESTION in report
-    assert "`coarse-train experiment noise-map --seeds 0 1 2 --quick`" in report
+    assert "`coarse-train experiment noise-map --seeds 0 --quick`" in report
     assert "Its figures mean nothing" in report
-    assert "Tuned here on validation masks, seed 0, 1 settings a row: ce_both_tuned: objects, weight 0.3." in report
+    assert "Tuned here on validation masks, seed 0, 1 setting a row: ce_both_tuned: objects, weight 0.3." in report
     results = json.loads((out / "results.json").read_text())
     assert [row["method"] for row in results["rows"]] == [
         f"majority | {row}" for row in ("ce_both_tuned", "method", "method_pen", "supervised")
     ]
     assert results["tuned"] == {"majority": {"ce_both_tuned": "objects, weight 0.3"}}
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_report_of_one_table_says_so_and_takes_no_other_experiments_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_table(rows: Mapping[str, FitConfig], seeds: tuple[int, ...], out: Path, **options: Any) -> list[Cell]:
+        out.mkdir(exist_ok=True)
+        matrix = np.eye(5).tolist()
+        more = {"cm_error": 0.1, "believed": matrix, "observed": matrix, "miou_validation": 1.0, "miou_best": 1.0}
+        more["folder"] = str(out)
+        return [cell(row, seed, 50.0, **more) for row in rows for seed in seeds]
+
+    monkeypatch.setattr(experiment, "run_table", run_table)
+    out = tmp_path / "one"
+    command = ["experiment", "structure", "--seeds", "3", "4", "--tables", "spots", "regions", "--out", str(out)]
+    assert main(command) == 0
+    report = (out / "report.md").read_text()
+    assert "`coarse-train experiment structure --seeds 3 4 --tables spots regions`" in report
+    assert "2 of the 3 tables of this experiment. Not asked for: scribbles." in report
+    assert "wins on each of regions, spots" in report
+    assert "trusted as well; tuned: how" in report  # what the rows are
+    assert json.loads((out / "results.json").read_text())["left_out"] == ["scribbles"]
+    assert main(["experiment", "sanity", "--out", str(out)]) == 1
+    assert "out: expected a folder without another experiment's results" in capsys.readouterr().err
+    assert main(["experiment", "structure", "--quick", "--seeds", "7", "8", "--out", str(tmp_path / "two")]) == 0
+    assert "--seeds 7 --quick" in (tmp_path / "two" / "report.md").read_text()
 
 
 def test_quick_is_small() -> None:
@@ -220,8 +248,8 @@ def test_few_masks_names_the_best_use_of_both_sides() -> None:
     scores = {"masks": 60.0, "finetune": 70.0, "corrector": 75.0, "mixed": 50.0, "pen": 80.0, "pen_nothing": 79.0}
     scores |= {"supervised": 90.0, "drawings": 40.0}
     one, nothing, dice = few_masks.conclude([result("thick, 6 masks", scores)])
-    assert "pen 80.0, the best without a matrix or a pen, corrector, 75.0 (+5.0)" in one
-    assert "as background, +1.0 over saying nothing" in nothing
+    assert "the best row with a matrix or a pen, pen, has 80.0, the best without, corrector, 75.0 (+5.0)" in one
+    assert "as background (pen), +1.0 over saying nothing" in nothing
     assert "pen 88.9, finetune 82.4" in dice  # 2 I / (1 + I)
 
 

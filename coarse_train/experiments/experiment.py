@@ -4,6 +4,7 @@ An experiment is a module beside this one with
 
     QUESTION                     one sentence
     parts(config) -> [Part]      its tables
+    rows_of                      makes the rows of one; its docstring says what they are, and stands in the report
     conclude(results) -> [str]   what holds and what does not, from the cells alone
     draw(results, figure)        the figure
 
@@ -13,6 +14,8 @@ number of trials, which the report prints. Whatever was interrupted goes on when
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
 import platform
 import shlex
@@ -22,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import tyro
@@ -131,6 +134,8 @@ class Experiment(Protocol):
 
     QUESTION: str
 
+    rows_of: Callable[..., Any]
+
     def parts(self, config: ExperimentConfig) -> list[Part]: ...
 
     def conclude(self, results: Sequence[Result]) -> list[str]: ...
@@ -144,7 +149,8 @@ def run_experiment(config: ExperimentConfig) -> list[Result]:
     if config.data is not None and not config.data.is_dir():
         raise ValueError(f"data: expected a folder, with mnist, camvid or chasedb1 in it, got {config.data}")
     out = config.out or Path("runs") / config.name
-    seeds = config.seeds[:1] if config.quick else config.seeds
+    _refuse_another(out, config.name)
+    config = replace(config, seeds=config.seeds[:1]) if config.quick else config
     parts = experiment.parts(config)
     if config.quick:
         parts = [quick(part) for part in parts]
@@ -152,7 +158,7 @@ def run_experiment(config: ExperimentConfig) -> list[Result]:
         parts = [_changed(part, lambda row: replace(row, backend=config.backend)) for part in parts]
     known = read_scores(out / "cells.json")
     try:
-        results = run_parts(parts, seeds, out, jobs=config.jobs, tables=config.tables, known=known)
+        results = run_parts(parts, config.seeds, out, jobs=config.jobs, tables=config.tables, known=known)
     finally:
         if out.is_dir() and not config.quick:
             write_scores(out)
@@ -162,11 +168,20 @@ def run_experiment(config: ExperimentConfig) -> list[Result]:
     experiment.draw(results, figure)
     figure.savefig(out / "figure.png", dpi=110)
     left_out = [part.title for part in parts if part.title not in {result.title for result in results}]
-    words = report(config, experiment.QUESTION, results, verdicts, left_out)
+    words = report(config, experiment.QUESTION, results, verdicts, left_out, experiment.rows_of.__doc__ or "")
     write_text(out / "report.md", words)
     _write(out / "results.json", config, results, verdicts, left_out)
     print(words)
     return results
+
+
+def _refuse_another(out: Path, name: str) -> None:
+    """A folder has one report."""
+    path = out / "results.json"
+    if path.exists() and (there := json.loads(path.read_text()).get("experiment")) != name:
+        raise ValueError(
+            f"out: expected a folder without another experiment's results, got {out} with those of {there}"
+        )
 
 
 def run_parts(
@@ -183,7 +198,9 @@ def run_parts(
     trained = partial(run_table, out=out, jobs=jobs, known=known)
     titles = [part.title for part in parts]
     if unknown := [title for title in tables if title not in titles]:
-        raise ValueError(f"tables: expected some of {'; '.join(titles)}, got {'; '.join(unknown)}")
+        raise ValueError(
+            f"tables: expected some of {'; '.join(titles)} (a quick run has fewer), got {'; '.join(unknown)}"
+        )
     asked = [part for part in parts if not tables or part.title in tables]
     tuned_in = {part.tuned_as or part.title for part in asked}
     trials = {
@@ -260,8 +277,10 @@ def report(
     results: Sequence[Result],
     verdicts: Sequence[str],
     left_out: Sequence[str] = (),
+    rows: str = "",
 ) -> str:
-    """Markdown: the question, what was found, the tables, how they are run again. ``left_out``: tables not asked for."""
+    """Markdown: the question, what was found, the tables, how they are run again. ``left_out``: tables not asked for.
+    ``rows``: what they are."""
     seeds = " ".join(map(str, config.seeds))
     command = f"coarse-train experiment {config.name} --seeds {seeds}" + (" --data DIR" if config.data else "")
     if config.tables:
@@ -269,6 +288,8 @@ def report(
     if config.backend is not None:
         command += f" --backend {config.backend}"
     lines = [f"# {config.name}", "", question, ""]
+    if rows:
+        lines += ["```", inspect.cleandoc(rows), "```", ""]
     if config.quick:
         lines += ["**A quick run: it shows that everything runs. Its figures mean nothing.**", ""]
         command += " --quick"
@@ -283,10 +304,10 @@ def report(
         lines += [f"## {result.title}", "", "```", text(result.cells, result.split), "```", ""]
         if result.chosen:
             tried = sorted(set(result.tried.values()))
-            each = " or ".join(map(str, tried))
+            each = " or ".join(map(str, tried)) + (" setting" if tried == [1] else " settings")
             settings = "; ".join(f"{row}: {setting}" for row, setting in result.chosen.items())
             where = f"in {result.tuned_as}" if result.tuned_as else "here"
-            lines += [f"Tuned {where} on validation masks, seed {_TUNING_SEED}, {each} settings a row: {settings}.", ""]
+            lines += [f"Tuned {where} on validation masks, seed {_TUNING_SEED}, {each} a row: {settings}.", ""]
     lines.append(f"torch {torch.__version__}, {platform.machine()}.")
     return "\n".join(lines) + "\n"
 

@@ -239,17 +239,20 @@ def conclude(results: Sequence[Result]) -> list[str]:
         means = {row: result.mean(row) for row in result.rows}
         ours, other = (max((row for row in rows if row in means), key=means.__getitem__) for rows in (_OURS, _OTHERS))
         sentences.append(
-            f"{result.title}: {ours} {means[ours]:.1f}, the best without a matrix or a pen, {other}, {means[other]:.1f} "
-            f"({means[ours] - means[other]:+.1f}); fine-tuning {means['finetune']:.1f}, masks alone {means['masks']:.1f}, "
-            f"all masks {means['supervised']:.1f}."
+            f"{result.title}: the best row with a matrix or a pen, {ours}, has {means[ours]:.1f}, the best without, {other}, "
+            f"{means[other]:.1f} ({means[ours] - means[other]:+.1f}); fine-tuning {means['finetune']:.1f}, masks alone "
+            f"{means['masks']:.1f}, all masks {means['supervised']:.1f}."
         )
         if "names_first" in means:
             lead = means["pen_mixed"] - means["names_first"]
-            sentences.append(f"{result.title}: outlines first and then names, {lead:+.1f} over the other order.")
+            sentences.append(
+                f"{result.title}: outlines first and then names (pen_mixed), {lead:+.1f} over the other order (names_first)."
+            )
         if "pen_nothing" in means:
             lead = means["pen"] - means["pen_nothing"]
             sentences.append(
-                f"{result.title}: what outlines were moved over as background, {lead:+.1f} over saying nothing."
+                f"{result.title}: what outlines were moved over as background (pen), {lead:+.1f} over saying nothing "
+                "(pen_nothing)."
             )
         if "vessel" in result.cells[0].iou:
             dice = {row: _dice(result, row) for row in ("pen", "finetune", "masks", "drawings", "supervised")}
@@ -292,4 +295,6 @@ def draw(results: Sequence[Result], figure: Figure) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("mean IoU, %")
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=7, frameon=False)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=min(7, 3 * len(kinds)), frameon=False
+    )

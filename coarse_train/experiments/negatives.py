@@ -43,14 +43,14 @@ _LOOKS = {  # row -> colour, marker and line
 def parts(config: ExperimentConfig) -> list[Part]:
     areas = (0.05, 1.0) if config.quick else AREAS
     whole = _digits(config, 1.0)
-    found = [Part(_title("MNIST", area), _tuned_rows(_digits(config, area), whole)) for area in areas]
+    found = [Part(_title("MNIST", area), rows_of(_digits(config, area), whole)) for area in areas]
     for name in ("CamVid", "Cityscapes"):
         if config.root(name.lower()) is None:
             continue
         # the area of gtCoarse is what it is; a quick run has one level
         levels = _LEVELS if name == "CamVid" and not config.quick else {_COARSE: _LEVELS[_COARSE]}
         for area, level in levels.items():
-            found.append(Part(_title(name, area), _rows(_streets(config, name), level), split="val"))
+            found.append(Part(_title(name, area), _street_rows(_streets(config, name), level), split="val"))
     return found
 
 
@@ -84,7 +84,7 @@ def _streets(config: ExperimentConfig, name: str) -> FitConfig:
     return replace(base, data=data, model=model, steps=STEPS[name], evaluate_every=STEPS[name] // 2)
 
 
-def _tuned_rows(base: FitConfig, whole: FitConfig) -> dict[str, Row | Mapping[str, Row]]:
+def rows_of(base: FitConfig, whole: FitConfig) -> dict[str, Row | Mapping[str, Row]]:
     """
     ce_positive, ce_negative   cross-entropy on one kind alone; tuned: learning rate
     ce_both                    on both; tuned: weight of the negatives (of two classes there is one transition)
@@ -115,7 +115,7 @@ def _tuned_rows(base: FitConfig, whole: FitConfig) -> dict[str, Row | Mapping[st
     }
 
 
-def _rows(base: FitConfig, level: str) -> dict[str, FitConfig]:
+def _street_rows(base: FitConfig, level: str) -> dict[str, FitConfig]:
     """
     ce_positive, ce_negative   cross-entropy on one kind alone
     ce_both                    on both

@@ -100,13 +100,15 @@ def run_table(
         if elsewhere is not None and not _kept(folder, split).exists():
             cells[folder] = elsewhere
     left = [config for folder, config in runs.items() if folder not in cells]
+    before = {config.out for config in left if _kept(config.out, split).exists()}
     for folder, cell in _all_cells(left, split, jobs or _cores()):
         names = ", ".join(row for (row, _), config in configs.items() if config.out == folder)
         if isinstance(cell, BaseException):
             said(f"{names}, seed {runs[folder].seed}: failed")
             raise cell
         cells[folder] = cell
-        said(f"{names}, seed {cell.seed}: mean IoU {cell.miou:.1f} after {cell.seconds:.0f} s")
+        when = "kept from before" if folder in before else f"after {cell.seconds:.0f} s"
+        said(f"{names}, seed {cell.seed}: mean IoU {cell.miou:.1f} {when}")
     return [replace(cells[config.out], method=row, folder=str(config.out)) for (row, _), config in configs.items()]
 
 

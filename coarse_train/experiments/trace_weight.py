@@ -99,10 +99,12 @@ def _overall(result: Result) -> str:
     }
     field, weight = max(gains, key=gains.__getitem__)
     gain, seeds = gains[field, weight], max(result.spread(_row(field, weight)), result.spread(_row(field, 0.0)))
+    several = len({cell.seed for cell in result.cells}) > 1
     helps = "helps" if gain > seeds > 0 else "does NOT help clearly"
+    scatter = f", where seeds differ by up to {seeds:.1f}" if several else ", of one seed"
     return (
         f"{result.title}: stable for every field: {words}. The term {helps}: at most {gain:+.1f} points over none "
-        f"({field}, {weight:g}, the best of {len(gains)}), where seeds differ by up to {seeds:.1f}."
+        f"({field}, {weight:g}, the best of {len(gains)}){scatter}."
     )
 
 
