@@ -339,7 +339,7 @@ def test_drawings_are_those_of_the_published_tables() -> None:
     assert found == PUBLISHED
 
 
-@pytest.mark.parametrize("area", AREAS)
+@pytest.mark.parametrize("area", [pytest.param(a, marks=pytest.mark.slow) if 0.01 < a < 1 else a for a in AREAS])
 def test_single_digits_are_annotated_on_a_part_of_the_area_with_the_same_errors(area: float) -> None:
     positive, negative, mask = _drawn(f"digits-{area:g}", 200)
     assert mask.shape[1:] == (28, 28)

@@ -63,7 +63,7 @@ def test_bad_arguments_of_tools(tool: str, name: str, value: int) -> None:
 
 
 @needs_tools
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", pytest.param("avx2", marks=pytest.mark.slow), "avx512"])
 def test_tools_on_every_instruction_set(isa: str) -> None:
     tools: Any = native.TOOLS
     if isa not in tools.cpu_info()["supported"]:

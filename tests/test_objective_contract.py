@@ -74,6 +74,8 @@ def test_drawings_in_patches(backend: str, grid: tuple[int, int], classes: int, 
     if backend != "cpu" and (classes == 19 or layers != 2):
         pytest.skip("what is special to patches is csrc/cpu/strided_grid.h's; elsewhere a selection will do")
     size, gen = (66, 88), generator(classes)
+    if classes == 19 and layers == 3:
+        pytest.skip("layers are 3 classes' matter")
     if classes == 19:  # as many rows, whose seams are what differs; fewer columns, for the reference's sake
         size, grid = ((22, 88), (22, 88)) if grid == size else ((66, 44), (grid[0], -(-grid[1] // 2)))
     seg = 2 * torch.randn(2, classes, size[0] // 4, size[1] // 4, generator=gen)

@@ -87,7 +87,7 @@ BESIDE = {
 @pytest.mark.parametrize("reduction", objectives.REDUCTIONS)
 @pytest.mark.parametrize("seg_grid", [None, (3, 5), ONE], ids=["pixels", "coarse", "one-point"])
 @pytest.mark.parametrize("kinds", BESIDE.values(), ids=BESIDE)
-@pytest.mark.parametrize("classes", [2, 5, 19])
+@pytest.mark.parametrize("classes", [2, 5, pytest.param(19, marks=pytest.mark.slow)])
 def test_beside_other_kinds(
     classes: int, kinds: tuple[Kind, ...], seg_grid: tuple[int, int] | None, reduction: str
 ) -> None:

@@ -74,7 +74,7 @@ def step(seg, cm, labels):
     return {**found, "seg": 4 * classes * pixels, "cm": 4 * classes**2 * height * width}
 
 
-@pytest.mark.parametrize("schedule", ["one_pass", "recompute"])
+@pytest.mark.parametrize("schedule", ["one_pass", pytest.param("recompute", marks=pytest.mark.slow)])
 def test_pixel_grid_costs_its_gradients(schedule: str) -> None:
     found = measure((320, 320), None, True, schedule)
     assert found["cm"] > 140 << 20
@@ -85,7 +85,7 @@ def test_no_grad_forward_costs_nothing() -> None:
     assert measure((320, 320), None, False)["peak"] <= SLACK
 
 
-@pytest.mark.parametrize("schedule", ["one_pass", "recompute"])
+@pytest.mark.parametrize("schedule", ["one_pass", pytest.param("recompute", marks=pytest.mark.slow)])
 def test_strided_grid_never_makes_the_field(schedule: str) -> None:
     """At full resolution the field would be 189 MB, twice that with its gradient."""
     found = measure((256, 512), (32, 64), True, schedule)
@@ -140,7 +140,10 @@ def step(seg, transition, labels):
 
 @pytest.mark.parametrize(
     ("size", "grid", "batch", "fields"),
-    [((1024, 256), (1, 256), 64, 64), ((32, 64, 128), (2, 64, 128), 16, 1)],
+    [
+        ((1024, 256), (1, 256), 64, 64),
+        pytest.param((32, 64, 128), (2, 64, 128), 16, 1, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_seams_between_tasks_do_not_grow_with_the_batch(

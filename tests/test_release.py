@@ -114,7 +114,7 @@ def setup_with(before: str, *command: str, **environment: str) -> subprocess.Com
     ("before", "mode", "reason"),
     [
         (HIDDEN, "auto", "torch, which is not here"),
-        (HIDDEN, "1", "torch, which is not here"),
+        pytest.param(HIDDEN, "1", "torch, which is not here", marks=pytest.mark.slow),
         (OLD, "auto", "torch 2.10.1+cpu is older"),
     ],
 )

@@ -80,7 +80,7 @@ class OneParameterTooMany(torch.nn.Module):
     [
         {"optim": OptimConfig(optimizer="sgd", momentum=0.0, lr=1e-2)},
         {"model": ModelConfig(network="tests.test_train_resume:OneParameterTooMany")},
-        {"precision": "fp16"},
+        pytest.param({"precision": "fp16"}, marks=pytest.mark.slow),
         {"optim": OptimConfig(lr=1e-2, clip=0.0)},
     ],
     ids=["plain-sgd", "unused-parameter", "fp16", "no-clipping"],

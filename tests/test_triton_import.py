@@ -35,7 +35,11 @@ def test_on_the_cpu_it_is_interpreted_and_never_chosen() -> None:
 
 @pytest.mark.parametrize(
     ("hidden", "expected"),
-    [("None", "triton is not installed"), ("old", "triton 3.5.1 is older than 3.6"), ("odd", "has no version")],
+    [
+        ("None", "triton is not installed"),
+        pytest.param("old", "triton 3.5.1 is older than 3.6", marks=pytest.mark.slow),
+        pytest.param("odd", "has no version", marks=pytest.mark.slow),
+    ],
 )
 def test_without_a_usable_triton_there_is_a_reason(hidden: str, expected: str, tmp_path: object) -> None:
     """The rest of the library works, and the operators still have shapes for torch.compile."""
