@@ -75,8 +75,14 @@ def table() -> str:
     for scale in SCALES:
         cells = [f"{loss_floor(dtype, scale):.0e}, {gradient_floor(dtype, scale):.0e}" for dtype in dtypes]
         lines.append(f"| {f'up to {scale:.0f}' if scale == SCALES[0] else f'{scale:.0f}'} | {' | '.join(cells)} |")
-    factors = f"loss, gradients; beside {LOSS_FACTOR:.0f}x and {GRADIENT_FACTOR:.0f}x the error of plain PyTorch"
-    return "\n".join([*lines, "", factors])
+    scale = LARGEST_SCALE_OF_A_LEARNED_TRANSITION
+    words = (
+        f"loss, gradients; beside {LOSS_FACTOR:.0f}x and {GRADIENT_FACTOR:.0f}x the error of plain PyTorch, or, where that is "
+        "lucky, the move of the exact result when every input is rounded once.",
+        f"Logits of +-1e4 or -inf beside ordinary ones, gradients at each pixel: {EXTREME_FLOOR:.0e}. The gradient of a "
+        f"learned transition is held up to a scale of {scale:.0f}; beyond it may be inf or NaN in float32.",
+    )
+    return "\n".join([*lines, "", *words])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 
 import coarse_kernels as ck
 from tests.fuzz import __main__ as command
+from tests.fuzz import oracle
 from tests.fuzz.case import Case, Kind, parse, simpler
 from tests.fuzz.case import draw as draw_case
 from tests.fuzz.engine import Wrong, cases, check, fuzz
@@ -49,6 +50,35 @@ def test_any_case(backend: str, data: st.DataObject) -> None:
     hypothesis.note(f'python -m tests.fuzz --backend {backend} "{case}"')
     with poisoned():
         check(case, backend)
+
+
+# Found by fuzzing and mended; what each was is in docs/reliability.md.
+FOUND = (
+    "c2 b2 2x2 seg2x2 fp32 mean scale30 drawn1 ignore255 uint8 one_pass seed1625417583 same | random*2 trusted",
+    "c2 b1 3x2 seg3x2 fp32 mean scale30 drawn1 ignore255 uint8 one_pass seed113480406 same | random*3 trusted",
+    "c2 b2 2x3x3 seg2x3x3 fp32 mean scale30 drawn1 ignore255 uint8 one_pass seed735493729 same | random trusted",
+    "c2 b1 4422 seg1 fp32+fp64 mean scale0.1 drawn1 ignore255 uint8 one_pass seed1479441170 same | random trusted "
+    "| uniform*2 1907 shared w0.5 trace0.1",
+    "c3 b3 9x9 seg2x1 fp32 none scale10 drawn0.7 ignore255 uint8 one_pass seed1925827645 same "
+    "| random 7x2 classes pixels | positive trusted",
+)
+
+
+@pytest.mark.parametrize("line", FOUND)
+def test_what_was_found_stays_mended(line: str) -> None:
+    if "cpu" not in BACKENDS:
+        pytest.skip("not built")
+    with poisoned():
+        check(parse(line), "cpu")
+
+
+def test_interpolation_weights_that_are_kept_stay_small() -> None:
+    """They were kept for every size that had come up, of long signals 70 MB each, until the fuzzer was killed at 23 GB."""
+    oracle._taps(2000, 4000)
+    assert oracle._small_taps.cache_info().maxsize * 8 * oracle._KEPT < 100e6
+    before = oracle._small_taps.cache_info().currsize
+    oracle._taps(2001, 4000)
+    assert oracle._small_taps.cache_info().currsize == before
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

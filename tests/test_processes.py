@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.machinery
 import os
 import sys
+import textwrap
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,3 +122,23 @@ def test_an_interpreter_without_its_lock_does_not_load_what_was_built_for_one_wi
         pytest.fail(f"{name} was loaded without the lock")
     assert name.endswith(".abi3.so")
     assert ".abi3.so" in importlib.machinery.EXTENSION_SUFFIXES  # which those of free-threaded builds lack
+
+
+@pytest.mark.slow
+def test_nothing_is_fetched_at_run_time(tmp_path: Path) -> None:
+    """The operator, a table of runs with their figure, and what it writes, in a process that cannot connect to anything."""
+    code = f"""
+        import socket
+        def refused(*arguments, **options):
+            raise AssertionError("a connection")
+        socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refused
+        import torch
+        import coarse_kernels as ck
+        ck.annotation_objective(torch.randn(1, 3, 4, 4), [ck.Drawings(torch.zeros(1, 4, 4, dtype=torch.uint8))])
+        from coarse_train.cli import main
+        assert main(["demo", "--steps", "2", "--limit", "24", "--jobs", "1", "--out", {str(tmp_path / "demo")!r}]) == 0
+        assert main(["evaluate", "mnist", "--help"]) == 0
+    """
+    done = run_python(textwrap.dedent(code), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "demo" / "figure.png").exists()

@@ -1,6 +1,7 @@
 """Problems drawn at random, each held to float64 and to another way of saying the same.
 
     python -m tests.fuzz --seconds 3600 --seed 0        every backend and instruction set in turn; writes runs/fuzz
+    python -m tests.fuzz --emulated --seconds 600       the CUDA kernels, emulated (tests/cuda_emulation), a dozen a second
     python -m tests.fuzz "c2 b1 3x3 seg1x1 fp32 ..."    one case, by the line that a failure prints
 
 Exit status 1 where anything is wrong. Same seed, same cases; how many of them there are is the machine's.
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from coarse_kernels import native
+from tests import cuda_emulation
 
 from .case import parse
 from .engine import Tally, check, fuzz
@@ -26,7 +28,7 @@ from .tensors import poisoned
 
 ROOT = Path(__file__).resolve().parents[2]
 # Parts of the time. The reference stands beside: its float64 is what the closed form of `oracle` is held to.
-_SHARES = {"avx512": 6, "avx2": 3, "baseline": 2, "reference": 1}
+_SHARES = {"avx512": 6, "avx2": 3, "baseline": 2, "reference": 1, cuda_emulation.NAME: 1}
 
 
 def workers() -> list[tuple[str, str]]:
@@ -43,9 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=1, help="times that all take turns, each with seeds of its own")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "fuzz", help="folder for fuzz.json and fuzz.md")
+    parser.add_argument(
+        "--emulated", action="store_true", help="the CUDA kernels, in an emulator, instead of all others"
+    )
     parser.add_argument("--backend", default="cpu", help="of one case")
     parser.add_argument("--worker", nargs=3, metavar=("BACKEND", "SEED", "SECONDS"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
+    if given.backend == cuda_emulation.NAME or (given.worker and given.worker[0] == cuda_emulation.NAME):
+        cuda_emulation.register()
     if given.line:
         with poisoned():
             check(parse(given.line), given.backend)
@@ -60,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _all(given: argparse.Namespace) -> int:
-    who = workers()
+    who = [(cuda_emulation.NAME, "")] if given.emulated else workers()
     whole = sum(_SHARES[isa or backend] for backend, isa in who) * given.rounds
     parts: list[dict[str, Any]] = []
     for turn in range(given.rounds):

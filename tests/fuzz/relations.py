@@ -228,12 +228,12 @@ def layout(case: Case, tensors: Tensors, incoming: Incoming, truth: Truth, backe
 
 
 def schedules(case: Case, tensors: Tensors, incoming: Incoming, truth: Truth, backend: str) -> Found:
-    """The other schedule; in float32 it gives the same bits (gradients: where nothing scales them), in float64 the last may
-    differ."""
+    """The other schedule; on the CPU it gives the same bits in float32 (gradients: where nothing scales them), in float64 the
+    last may differ."""
     found = run(tensors, backend, incoming)
     other = {"one_pass": "recompute", "recompute": "one_pass"}[case.schedule]
     again = run(replace(tensors, schedule=other), backend, incoming)
-    if "fp64" not in (case.dtype, case.cm_dtype):
+    if backend == "cpu" and "fp64" not in (case.dtype, case.cm_dtype):
         _assert_same(found, again, gradients=bool(np.all(np.asarray(incoming) == 1.0)))
     return again
 
