@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from ..config import DrawingsConfig, FitConfig, recipe
@@ -278,6 +279,8 @@ def draw(results: Sequence[Result], figure: Figure) -> None:
     if not kinds:
         figure.text(0.5, 0.5, "no table of digits", ha="center")
         return
+    rows = dict.fromkeys(row for result in results for row in result.rows)
+    colours = dict(zip(rows, colormaps["tab20"].colors, strict=False))  # type: ignore[attr-defined]
     figure.set_size_inches(4.6 * len(kinds), 4.6)
     axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for axis, kind in zip(axes, kinds, strict=True):
@@ -286,7 +289,15 @@ def draw(results: Sequence[Result], figure: Figure) -> None:
         counts = [_count(result) for result in own]
         for row in own[-1].rows:
             style = "-" if row in _OURS else ":" if row in ("drawings", "supervised") else "--"
-            axis.plot(counts, [result.mean(row) for result in own], style, marker="o", markersize=3, label=row)
+            axis.plot(
+                counts,
+                [result.mean(row) for result in own],
+                style,
+                marker="o",
+                markersize=3,
+                label=row,
+                color=colours[row],
+            )
         axis.set_xscale("log")
         axis.set_xticks(counts, [str(count) for count in counts])
         axis.minorticks_off()
