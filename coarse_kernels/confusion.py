@@ -84,6 +84,9 @@ class ConfusionHead(nn.Module):
     Shape: ``forward(features (B, channels, *g))`` -> (B, C, C, *ceil(g / stride)); ``forward()`` -> (1, C, C, *(1, ...)). To be
     handed over as ``cm_logits``. Keep the features' network apart from the one that segments: a shared one lets the matrices
     absorb the objects. The parameters want no weight decay that would pull the diagonal to 0.
+
+    Raises:
+        ValueError: naming the argument, what came and what was expected; in forward, features of other channels or rank.
     """
 
     def __init__(

@@ -188,6 +188,9 @@ class TransitionMatrix(nn.Module):
     Args:
         matrix: (C, C) with zero diagonal and rows that sum to 1; kept in float32 (float64 for float64).
         learned: train it from there.
+
+    Raises:
+        ValueError, TypeError: ``matrix`` is no such matrix; naming what came and what was expected.
     """
 
     matrix: Tensor

@@ -29,6 +29,9 @@ class Drawings:
         class_weight: (C,) weight of a pixel by its label; a constant.
         pixel_weight: shaped like ``labels``; a constant.
         normalizer: what this kind's "mean" divides by instead of the summed weight of its labelled pixels.
+
+    Floats are float32, bfloat16, float16 or float64. Nothing is checked here: what is wrong raises where the drawings are used,
+    a ValueError or TypeError that names ``drawings[k].labels`` and so on.
     """
 
     labels: Tensor

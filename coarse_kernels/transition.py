@@ -20,6 +20,9 @@ def uniform_transition(
     Args:
         num_classes: C >= 2.
         device, dtype: of the result; a float dtype.
+
+    Raises:
+        ValueError: C is no integer from 2 on. TypeError: dtype is no float.
     """
     num_classes = checks.check_classes(num_classes)
     if dtype not in checks.FLOAT_DTYPES:

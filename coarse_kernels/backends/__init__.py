@@ -73,7 +73,8 @@ _forced: str | None = None
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
     """Names of the backends that can run on ``device``, in the order in which an automatic choice tries them.
 
-    Whether they can serve certain arguments, `coarse_kernels.explain` says.
+    Whether they can serve certain arguments, `coarse_kernels.explain` says. RuntimeError of torch for a device that it does not
+    know.
     """
     return tuple(name for name, reason in explain(device).items() if reason is None)
 
