@@ -397,21 +397,27 @@ def test_a_loss_of_many_annotators(backend: str, grid: int | None, dtype: torch.
     assert abs(out.loss.item() / truth.item() - 1) < loss_floor(dtype)
 
 
-@COMPILED
-@FORMS
-def test_nothing_comes_back_of_a_loss_that_counts_for_nothing(backend: str, form: str) -> None:
-    """A quotient beyond float32 is inf, and 0 times that NaN: so was a transition after (0 * loss).backward() and a step."""
-    labels = put(torch.ones(1, 4, 20, dtype=torch.uint8))
+def _overflown(form: str) -> tuple[torch.Tensor, ck.Drawings]:
+    """Class logits, and drawings whose transition gets a gradient beyond float32: nearly impossible labels."""
     seg = put(torch.zeros(1, 2, 4, 20))
     seg[:, 1] = 95.0
     cm = None
     if form != "trusted":
         cm = put(torch.zeros(1, 2, 2, *((4, 20) if form == "pixel" else (2, 4))))
         cm[:, range(2), range(2)] = 100.0
+        cm.requires_grad_()
     transition = put(torch.tensor([[0.0, 1.0], [1.0, 0.0]])).requires_grad_()
-    leaves = [leaf.requires_grad_() for leaf in (seg, cm) if leaf is not None]
-    out = ck.annotation_objective(seg, [ck.Drawings(labels, cm, transition)], backend=backend)
-    for gradient in torch.autograd.grad(0 * out.loss, [*leaves, transition]):
+    return seg.requires_grad_(), ck.Drawings(put(torch.ones(1, 4, 20, dtype=torch.uint8)), cm, transition)
+
+
+@COMPILED
+@FORMS
+def test_nothing_comes_back_of_a_loss_that_counts_for_nothing(backend: str, form: str) -> None:
+    """A quotient beyond float32 is inf, and 0 times that NaN: so was a transition after (0 * loss).backward() and a step."""
+    seg, kind = _overflown(form)
+    wanted = [tensor for tensor in (seg, kind.transition, kind.cm_logits) if tensor is not None]
+    out = ck.annotation_objective(seg, [kind], backend=backend)
+    for gradient in torch.autograd.grad(0 * out.loss, wanted):
         assert (gradient == 0).all()
 
 
@@ -419,21 +425,11 @@ def test_nothing_comes_back_of_a_loss_that_counts_for_nothing(backend: str, form
 @FORMS
 def test_of_a_part_that_counts_for_nothing_nothing_is_left(backend: str, form: str) -> None:
     """As a warm-up does it: 0 times the one part, once the other, and a second backward through the same graph."""
-    labels = put(torch.ones(1, 4, 20, dtype=torch.uint8))
-    seg = put(torch.zeros(1, 2, 4, 20))
-    seg[:, 1] = 95.0
-    seg.requires_grad_()
-    cm = None
-    if form != "trusted":
-        cm = put(torch.zeros(1, 2, 2, *((4, 20) if form == "pixel" else (2, 4))))
-        cm[:, range(2), range(2)] = 100.0
-        cm.requires_grad_()
-    transition = put(torch.tensor([[0.0, 1.0], [1.0, 0.0]])).requires_grad_()
-    one, two = ck.annotation_objective(
-        seg, [ck.Drawings(labels, cm, transition), ck.Drawings(labels)], backend=backend
-    ).parts
-    (alone,) = torch.autograd.grad(ck.annotation_objective(seg, [ck.Drawings(labels)], backend=backend).loss, seg)
-    wanted = [tensor for tensor in (seg, transition, cm) if tensor is not None]
+    seg, kind = _overflown(form)
+    wanted = [tensor for tensor in (seg, kind.transition, kind.cm_logits) if tensor is not None]
+    trusted = ck.Drawings(kind.labels)
+    one, two = ck.annotation_objective(seg, [kind, trusted], backend=backend).parts
+    (alone,) = torch.autograd.grad(ck.annotation_objective(seg, [trusted], backend=backend).loss, seg)
     for retained in (True, False):
         got, *others = torch.autograd.grad(0 * one.loss + two.loss, wanted, retain_graph=retained)
         torch.testing.assert_close(got, alone, rtol=1e-6, atol=0)

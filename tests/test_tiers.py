@@ -52,7 +52,8 @@ def test_the_program_that_sanitizers_run_compiles() -> None:
 @pytest.mark.parametrize("name", ["kill", "large", "release_check", "check_cuda", "smoke", "make_mnist_sample"])
 def test_what_no_change_runs_finds_what_it_imports(name: str) -> None:
     """`make test-kill` did not, once a file of tests was cut into several."""
-    importlib.import_module(f"tests.{name}")
+    module = importlib.import_module(f"tests.{name}")
+    assert module.__file__ == str(ROOT / "tests" / f"{name}.py")
 
 
 @pytest.mark.slow

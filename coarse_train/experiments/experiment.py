@@ -178,10 +178,13 @@ def run_experiment(config: ExperimentConfig) -> list[Result]:
 def _refuse_another(out: Path, name: str) -> None:
     """A folder has one report."""
     path = out / "results.json"
-    if path.exists() and (there := json.loads(path.read_text()).get("experiment")) != name:
-        raise ValueError(
-            f"out: expected a folder without another experiment's results, got {out} with those of {there}"
-        )
+    try:
+        there = json.loads(path.read_text()).get("experiment") if path.exists() else name
+    except (ValueError, AttributeError):
+        there = None
+    if there != name:
+        of = "something else" if there is None else there
+        raise ValueError(f"out: expected a folder without another experiment's results, got {out} with those of {of}")
 
 
 def run_parts(
