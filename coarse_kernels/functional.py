@@ -144,7 +144,7 @@ def annotation_nll(
         labels: (B, *S) integer class of the drawing at each pixel. uint8 and int64 are read as they are.
         transition: (C, C), entry [i, y] the probability that class i is reported as label y: None for positive
             drawings (identity), a matrix with zero diagonal for negative ones (`uniform_transition`). Rows sum to 1.
-        trace_weight: weight of ``tr(A)`` in the loss. Above about 1/C the classes can flip.
+        trace_weight: weight of ``tr(A)`` in the loss. Above about 1/C, of fine fields from 0.01 on, classes can flip.
         ignore_index: label of pixels that nobody drew on; they count in no sum and get zero gradient.
         class_weight: (C,) weight of a pixel by its label, >= 0. A constant: not differentiated.
         pixel_weight: (B, *S) weight of a pixel, >= 0; anything where there is no label. A constant: not differentiated.
