@@ -232,3 +232,12 @@ def test_a_worker_that_crashes_is_a_failure(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(command, "_in_a_process", lambda *a: part | {"backend": "reference", "isa": ""})
     assert command.main(["--out", str(tmp_path)]) == 1
     assert "Wrong:" in (tmp_path / "fuzz.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_kernels_of_triton_are_fuzzed_in_its_interpreter() -> None:
+    pytest.importorskip("triton")
+    part = command._in_a_process("triton", "", 3, 10.0)
+    assert not part["failures"]
+    assert "crash" not in part
+    assert part["cases"] >= 5

@@ -2,6 +2,7 @@
 
     python -m tests.fuzz --seconds 3600 --seed 0        every backend and instruction set in turn; writes runs/fuzz
     python -m tests.fuzz --emulated --seconds 600       the CUDA kernels, emulated (tests/cuda_emulation), a dozen a second
+    python -m tests.fuzz --interpreted --seconds 600    Triton's, in its interpreter, one or two a second
     python -m tests.fuzz "c2 b1 3x3 seg1x1 fp32 ..."    one case, by the line that a failure prints
 
 Exit status 1 where anything is wrong. Same seed, same cases; how many of them there are is the machine's.
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from coarse_kernels import native
+from coarse_kernels.backends import triton
 from tests import cuda_emulation
 
 from .case import parse
@@ -28,7 +30,9 @@ from .tensors import poisoned
 
 ROOT = Path(__file__).resolve().parents[2]
 # Parts of the time. The reference stands beside: its float64 is what the closed form of `oracle` is held to.
-_SHARES = {"avx512": 6, "avx2": 3, "baseline": 2, "reference": 1, cuda_emulation.NAME: 1}
+_SHARES = {"avx512": 6, "avx2": 3, "baseline": 2, "reference": 1, cuda_emulation.NAME: 1, "triton": 1}
+_INTERPRETED = "triton"
+_CELLS = 100  # that are interpreted for one case: each takes 20 ms
 
 
 def workers() -> list[tuple[str, str]]:
@@ -45,14 +49,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=1, help="times that all take turns, each with seeds of its own")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "fuzz", help="folder for fuzz.json and fuzz.md")
-    parser.add_argument(
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument(
         "--emulated", action="store_true", help="the CUDA kernels, in an emulator, instead of all others"
     )
-    parser.add_argument("--backend", default="cpu", help="of one case")
+    alone.add_argument("--interpreted", action="store_true", help="Triton's, in its interpreter, instead of all others")
+    parser.add_argument("--backend", default="cpu", help="of one case; triton: with TRITON_INTERPRET=1 set")
     parser.add_argument("--worker", nargs=3, metavar=("BACKEND", "SEED", "SECONDS"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.backend == cuda_emulation.NAME or (given.worker and given.worker[0] == cuda_emulation.NAME):
         cuda_emulation.register()
+    if triton.INTERPRETED:
+        from tests import interpreter_plugin  # noqa: F401  (keeps it from being wrong or slow)
     if given.line:
         with poisoned():
             check(parse(given.line), given.backend)
@@ -60,14 +68,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if given.worker:
         backend, seed, seconds = given.worker
-        tally = fuzz(backend, seed=int(seed), seconds=float(seconds))
+        wanted = (lambda case: case.cells <= _CELLS) if backend == _INTERPRETED else None
+        tally = fuzz(backend, seed=int(seed), seconds=float(seconds), wanted=wanted)
         print(json.dumps(tally.as_dict()))
         return 0
     return _all(given)
 
 
 def _all(given: argparse.Namespace) -> int:
-    who = [(cuda_emulation.NAME, "")] if given.emulated else workers()
+    alone = cuda_emulation.NAME if given.emulated else _INTERPRETED if given.interpreted else ""
+    who = [(alone, "")] if alone else workers()
     whole = sum(_SHARES[isa or backend] for backend, isa in who) * given.rounds
     parts: list[dict[str, Any]] = []
     for turn in range(given.rounds):
@@ -89,6 +99,8 @@ def _in_a_process(backend: str, isa: str, seed: int, seconds: float) -> dict[str
     """One worker: the instruction set is chosen once in a process, and a crash is the worker's alone."""
     command = [sys.executable, "-m", "tests.fuzz", "--worker", backend, str(seed), str(seconds)]
     environment = {**os.environ, **({"COARSE_KERNELS_ISA": isa} if isa else {}), "OMP_WAIT_POLICY": "passive"}
+    if backend == _INTERPRETED:
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     told = {"backend": backend, "isa": isa, "seed": seed}
     if done.returncode != 0:

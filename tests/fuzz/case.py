@@ -108,6 +108,12 @@ class Case:
     def pixels(self) -> int:
         return math.prod(self.size)
 
+    @property
+    def cells(self) -> int:
+        """Points of all grids that are interpolated, in all images."""
+        grids = (self.seg, *(kind.grid for kind in self.kinds if kind.grid is not None))
+        return self.batch * sum(math.prod(g) for g in grids if g != self.size)
+
     def fits(self) -> bool:
         """Whether it is a problem that may be asked, and whose answer float32 can hold."""
         grids = [self.seg, *(kind.grid for kind in self.kinds if kind.grid is not None)]

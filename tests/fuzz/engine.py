@@ -245,11 +245,12 @@ def fuzz(
     count: int | None = None,
     most_failures: int = 5,
     shrink: bool = True,
+    wanted: Callable[[Case], bool] | None = None,
 ) -> Tally:
-    """Cases of ``seed`` until the time is over, so many are done, or so many have failed."""
+    """Cases of ``seed``, those that are wanted, until the time is over, so many are done, or so many have failed."""
     tally, began = Tally(), time.monotonic()
     with poisoned():
-        for case in itertools.islice(cases(seed), count):
+        for case in itertools.islice(filter(wanted, cases(seed)) if wanted else cases(seed), count):
             try:
                 check(case, backend, tally)
             except Exception as error:
