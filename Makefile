@@ -18,7 +18,7 @@
 #   make docs        the pages of docs/ as HTML in build/docs, search included; needs no network to be read
 #   make lint        ruff, mypy, clang-format        make format: apply them
 #   make release-check  sdist and wheel as strangers get them, from a fresh clone, into dist/ (CONTRIBUTING.md); ten minutes
-#   make licences    of everything in .venv: dist/LICENCES.md, and a bill of materials, dist/sbom.json
+#   make licences    docs/licences.md; and of everything in .venv dist/LICENCES.md, and a bill of materials, dist/sbom.json
 #
 # TORCH overrides the torch that a new .venv gets, PYTHON the interpreter it is made from.
 #
@@ -94,6 +94,7 @@ tune: $(READY)
 
 docs: $(VENV)/docs
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	$(BIN)/python -m tests.offline_pages build/docs
 	@echo build/docs/index.html
 
 lint: $(VENV)/lint
@@ -110,7 +111,8 @@ format: $(VENV)/lint
 release-check: $(VENV)/release
 	$(BIN)/python -m tests.release_check --torch "$(TORCH)" $(ARGS)
 
-licences: $(VENV)/release
+licences: $(VENV)/release $(VENV)/docs $(VENV)/lint
+	$(BIN)/python -m tests.licences
 	$(BIN)/python -c "import sys; from tests import release_check as check; check.licences(sys.executable, check.DIST)"
 
 # torch first and pinned: unpinned, or as a dependency of a build environment, it comes with gigabytes of CUDA. The build

@@ -12,10 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import coarse_kernels as ck
 from coarse_kernels import native
-from tests import smoke
+from tests import licences, offline_pages, smoke
 from tests.helpers import ROOT, run_python
 from tests.release_check import NOT_INSTALLED, ONLY_IN_GIT, PACKAGES
 
@@ -228,3 +230,54 @@ def test_a_module_that_is_there_and_does_not_load_says_so(tmp_path: Path, monkey
     assert module is None
     assert reason is not None
     assert reason.startswith("it was built, but does not load: ImportError: libc10.so")
+
+
+def test_the_licence_of_every_dependency_is_listed() -> None:
+    told = dict(re.findall(r"^\| ([\w-]+) \| .+ \| (.+) \|$", licences.PAGE.read_text(encoding="utf-8"), re.M))
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    assert extras.keys() == set(licences.EXTRAS) - {""}
+    lines = [*project["dependencies"], *(line for extra in extras.values() for line in extra)]
+    direct = {canonicalize_name(Requirement(line).name) for line in lines} - {licences.OWN}
+    assert direct - told.keys() <= {"tomli"}  # of Python 3.10
+    assert not [name for name in direct & told.keys() if "not said" in told[name]]
+    assert told["torch"].startswith("Apache-2.0 AND")
+
+
+def test_a_licence_is_found_wherever_metadata_has_it() -> None:
+    class Package:
+        def __init__(self, **json: object) -> None:
+            self.metadata = type("Metadata", (), {"json": json})
+
+    osi = "License :: OSI Approved"
+    for package, said in [
+        (Package(license_expression="MIT OR Apache-2.0", license="other"), "MIT OR Apache-2.0"),
+        (Package(classifier=["Topic :: Software", osi, f"{osi} :: ISC License (ISCL)"]), "ISC"),
+        (Package(classifier=[f"{osi} :: BSD License"], license="BSD-3-Clause"), "BSD-3-Clause"),
+        (Package(license="https://example.org/terms"), "[its own](https://example.org/terms)"),
+        (Package(license="Permission is hereby granted\nto all"), "not said in its metadata"),
+    ]:
+        assert licences.licence(package) == said  # type: ignore[arg-type]
+
+
+def test_a_page_that_loads_something_from_a_server_is_found(tmp_path: Path) -> None:
+    (tmp_path / "static").mkdir()
+    good = '<link rel="canonical" href="https://a.org/"><script src="static/x.js"></script><a href="https://a.org">there</a>'
+    (tmp_path / "good.html").write_text(good)
+    (tmp_path / "static" / "good.css").write_text("a { background: url(data:image/png;base64,AA); b: url(x.png) }")
+    assert offline_pages.main(str(tmp_path)) == 0
+    bad = [
+        '<script src="https://cdn.org/mathjax.js"></script>',
+        '<img src="//img.org/badge.svg">',
+        '<link rel="stylesheet" href="https://fonts.org/css">',
+        "<style>@import 'https://fonts.org/a.css';</style>",
+        '<div style="background: url(https://img.org/b.png)"></div>',
+    ]
+    for number, line in enumerate(bad):
+        (tmp_path / f"bad{number}.html").write_text(f"<p>\n{line}")
+    (tmp_path / "static" / "bad.css").write_text('@font-face { src: url("https://fonts.org/c.woff") }')
+    assert len(list(offline_pages.loaded(tmp_path))) == len(bad) + 1
+    assert offline_pages.main(str(tmp_path)) == 1
+    with pytest.raises(SystemExit, match="no page"):
+        offline_pages.main(str(tmp_path / "static"))

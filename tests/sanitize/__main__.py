@@ -7,6 +7,8 @@ driver-address   a program that calls the CPU operators without PyTorch (driver.
 driver-thread    the same under TSan: parallel_for by threads that it knows, several callers, the pool emptied meanwhile
 tests            the operator's tests, with extensions built for ASan and UBSan in an interpreter that has ASan preloaded
 fuzz             problems drawn at random (tests/fuzz), the same way
+tests-thread     the operator's tests with TSan; parallel loops run on threads that it knows (known_threads_of_torch.h)
+fuzz-thread      problems drawn at random, the same way
 """
 
 from __future__ import annotations
@@ -97,18 +99,20 @@ def driver(sanitizer: Sequence[str]) -> int:
     return status
 
 
-def tree() -> Path:
-    """A copy of the packages and their tests whose extensions are built for ASan and UBSan."""
+def tree(sanitizer: Sequence[str]) -> Path:
+    """A copy of the packages and their tests whose extensions are built for ``sanitizer``."""
     import pybind11
     import torch
     from torch.utils import cpp_extension
 
     stable = ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY")
     includes = [f"-I{path}" for path in (*cpp_extension.include_paths(), pybind11.get_include(), _python_include())]
-    flags = [*FLAGS, *ADDRESS, *stable, *includes]
-    folder = folder_of(flags, torch.__version__, sys.version)
-    objects = compiled([CPU / "ops_cpu.cpp"], flags, folder / "objects")
-    objects += compiled(KERNELS, [*FLAGS, *ADDRESS], folder_of([*FLAGS, *ADDRESS]))  # the driver's
+    flags = [*FLAGS, *sanitizer, *stable, *includes]
+    threads = HERE / "known_threads_of_torch.h"
+    own = ["-include", threads] if sanitizer == THREAD else []
+    folder = folder_of(flags, torch.__version__, sys.version, *(path.read_bytes() for path in own[1:]))
+    objects = compiled([CPU / "ops_cpu.cpp"], [*flags, *map(str, own)], folder / "objects")
+    objects += compiled(KERNELS, [*FLAGS, *sanitizer], folder_of([*FLAGS, *sanitizer]))  # the driver's
     tools = compiled([ROOT / "csrc" / "native.cpp"], flags, folder / "objects")
     copy = folder / "tree"
     shutil.rmtree(copy, ignore_errors=True)
@@ -121,7 +125,7 @@ def tree() -> Path:
         ("_C.abi3.so", objects, [*torch_flags, "-ltorch_cpu", "-ltorch"]),
         ("_native.so", tools, ["-pthread"]),
     ):
-        linked = run([compiler(), "-shared", *ADDRESS, *parts, *libraries, "-o", copy / "coarse_kernels" / name])
+        linked = run([compiler(), "-shared", *sanitizer, *parts, *libraries, "-o", copy / "coarse_kernels" / name])
         if linked.returncode != 0:
             raise SystemExit(f"{name} cannot be linked")
     return copy
@@ -133,38 +137,48 @@ def _python_include() -> str:
     return sysconfig.get_paths()["include"]
 
 
-def in_tree(*command: str) -> int:
-    """A command of the interpreter with ASan preloaded, in the copy. libstdc++ beside it: ASan looks for what throws as it
-    starts."""
-    names = [run([compiler(), f"-print-file-name=lib{name}.so"], capture_output=True) for name in ("asan", "stdc++")]
-    copy = tree()
+def in_tree(sanitizer: Sequence[str], *command: str) -> int:
+    """A command of the interpreter with the sanitizer preloaded, in the copy. Beside ASan libstdc++, in which it looks for what
+    throws as it starts; TSan wants memory to lie where it expects it, not at random."""
+    preloaded = ("tsan",) if sanitizer == THREAD else ("asan", "stdc++")
+    names = [run([compiler(), f"-print-file-name=lib{name}.so"], capture_output=True) for name in preloaded]
+    copy = tree(sanitizer)
     environment = {**os.environ, **OPTIONS, "PYTHONPATH": str(copy), "COARSE_TEST_EMULATION": "0"}
     environment["LD_PRELOAD"] = ":".join(one.stdout.strip() for one in names)
-    return run([sys.executable, *command], cwd=copy, env=environment).returncode
+    if sanitizer == THREAD:
+        environment["OMP_NUM_THREADS"] = "1"  # OpenMP's are not known
+    fixed = ["setarch", "-R"] if sanitizer == THREAD else []
+    return run([*fixed, sys.executable, *command], cwd=copy, env=environment).returncode
 
 
-def tests() -> int:
-    files = [f"tests/test_{name}.py" for name in TESTS]
-    return in_tree("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", SELECTED, *files)
+def tests(sanitizer: Sequence[str]) -> int:
+    more, selected = (("pool", "processes"), f"{SELECTED} or threads") if sanitizer == THREAD else ((), SELECTED)
+    files = [f"tests/test_{name}.py" for name in (*TESTS, *more)]
+    # what a sanitizer writes as it ends the process is not to be captured
+    options = ("-x", "-q", "--capture=sys", "-p", "no:cacheprovider", "-k", selected)
+    return in_tree(sanitizer, "-m", "pytest", *options, *files)
 
 
-def fuzz(seconds: float) -> int:
-    return in_tree("-m", "tests.fuzz", "--seconds", str(seconds), "--out", str(ROOT / "runs" / "fuzz_sanitized"))
+def fuzz(sanitizer: Sequence[str], seconds: float) -> int:
+    out = ROOT / "runs" / "fuzz_sanitized"
+    return in_tree(sanitizer, "-m", "tests.fuzz", "--seconds", str(seconds), "--out", str(out))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sanitize", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", nargs="*", default=["driver-address", "driver-thread", "tests", "fuzz"])
-    parser.add_argument("--seconds", type=float, default=60.0, help="of the step `fuzz`")
+    parser.add_argument("--steps", nargs="*", help="some of them")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each step `fuzz`")
     given = parser.parse_args()
     steps: dict[str, Callable[[], int]] = {
         "driver-address": lambda: driver(ADDRESS),
         "driver-thread": lambda: driver(THREAD),
-        "tests": tests,
-        "fuzz": lambda: fuzz(given.seconds),
+        "tests": lambda: tests(ADDRESS),
+        "fuzz": lambda: fuzz(ADDRESS, given.seconds),
+        "tests-thread": lambda: tests(THREAD),
+        "fuzz-thread": lambda: fuzz(THREAD, given.seconds),
     }
     lines, failed = [], False
-    for name in given.steps:
+    for name in given.steps or steps:
         began = time.monotonic()
         status = steps[name]()
         failed |= status != 0

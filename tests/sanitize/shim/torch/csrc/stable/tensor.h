@@ -12,9 +12,10 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
-#include <thread>
 #include <utility>
 #include <vector>
+
+#include "known_threads.h"
 
 namespace torch::headeronly {
 enum class ScalarType { Byte, Long, Half, Float, Double, BFloat16 };
@@ -105,16 +106,7 @@ inline int& thread_count() {
 
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
-  const int64_t n = end - begin, most = (n + std::max<int64_t>(grain, 1) - 1) / std::max<int64_t>(grain, 1);
-  const int64_t threads = std::min<int64_t>(thread_count(), most);
-  if (n <= 0) return;
-  if (threads <= 1) return f(begin, end);
-  const int64_t each = (n + threads - 1) / threads;
-  std::vector<std::thread> workers;
-  for (int64_t first = begin + each; first < end; first += each)
-    workers.emplace_back([&f, first, last = std::min(first + each, end)] { f(first, last); });
-  f(begin, begin + each);
-  for (std::thread& worker : workers) worker.join();
+  known_threads::split(begin, end, grain, thread_count(), f);
 }
 
 template <class... Parts>
