@@ -6,6 +6,7 @@ the other backends exist to avoid.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -16,6 +17,9 @@ from torch import Tensor
 from ..problem import Drawings, Problem, compute_dtype
 
 Terms = tuple[Tensor, Tensor, Tensor]  # loss, nll, trace
+
+logger = logging.getLogger("coarse_kernels")
+_warned = False
 
 _MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -31,7 +35,26 @@ def interpolate(field: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
         return field
     if all(points == 1 for points in field.shape[2:]):
         return field.expand(*field.shape[:2], *size)  # F.interpolate would make NaN of -inf, as 0 * -inf
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        _warn_of_lost_gradients()
     return F.interpolate(field, size=tuple(size), mode=_MODES[len(size)], align_corners=False)
+
+
+def _warn_of_lost_gradients() -> bool:
+    """Once. Inductor before torch 2.14 may fuse what reads the gradient of an interpolation ahead of what adds it up."""
+    global _warned
+    if not _warned and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14):
+        _warned = True
+        logger.warning(
+            "backend 'reference' interpolates in a compiled function: if the compiler is Inductor of torch %s, a network ahead "
+            "of it may get zeros for gradients (pytorch/pytorch#185509, mended in 2.14); with the other backends it does not",
+            torch.__version__,
+        )
+    return True
+
+
+# torch.compile calls it while it traces, instead of tracing it.
+_warn_of_lost_gradients._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def label_weights(problem: Problem, drawings: Drawings) -> Tensor:
