@@ -3,7 +3,8 @@
     FitConfig -> fit(config)          coarse-train fit camvid --root DIR --steps 500
               -> config.toml          coarse-train fit runs/camvid/config.toml --seed 1 --out runs/again
 
-The docstring of a field is its help on the command line.
+The docstring of a field is its help on the command line. A config is not checked as it is made: `fit` raises ValueError naming
+the field, what came and what was expected.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ class DataConfig:
     dense_split: Literal["train", "val"] = "train"
     """supervision=then-masks: val learns from masks of that split instead, which are then not scored. `select_with` sets it."""
     dense_share: float | None = None
-    """supervision=mixed: part of each batch that are images with a mask; without it as they come."""
+    """supervision=mixed: part of each batch, above 0 and below 1, that are images with a mask; without it as they come."""
     limit: int | None = None
-    """At most so many training images (the first)."""
+    """At most so many training images (the first), 1 or more."""
     skip_bad: bool = False
     """List and leave out images whose files are missing, damaged or inconsistent; without it the first is an error."""
     check: Literal["error", "note", "off"] = "error"
@@ -68,13 +69,13 @@ class DataConfig:
     max_pixels: int = MAX_PIXELS
     """Images and label maps of more pixels are an error: a small file may be made to fill the memory."""
     crop: tuple[int, int] | None = None
-    """Height and width of training crops; without it whole images, which then must have one size."""
+    """Height and width of training crops, in pixels; without it whole images, which then must have one size."""
     scale: tuple[float, float] = (1.0, 1.0)
-    """Range of the random zoom before cropping."""
+    """Range of the random zoom before cropping: two factors above 0, the smaller first; uniform in their logarithm."""
     flip: bool = False
     """Mirror left and right, half the time."""
     colour: float = 0.0
-    """Strength of random brightness, contrast and saturation: factors in 1 +- this."""
+    """Strength of random brightness, contrast and saturation, from 0 to 1: factors in 1 +- this."""
     workers: int = 0
     """Processes that read and transform images; 0: the training process does."""
 
@@ -109,17 +110,18 @@ class DrawingsConfig:
     """full: C x C free logits; floor: the diagonal is at least `floor`; lowrank: a matrix for all plus a rank-`rank`
     change per place; tied: one diagonal and one off-diagonal value for all classes."""
     diagonal: float = 0.7
-    """p(drawn as j | true j) to start from."""
+    """p(drawn as j | true j) to start from, from 1/C to below 1."""
     missing: float | None = None
-    """structure=full, where class 0 is the background: p(drawn as background | object) to start from."""
+    """structure=full, where class 0 is the background: p(drawn as background | object) to start from, above 0 and below
+    1 - `diagonal`; needs 3 classes."""
     floor: float = 0.2
-    """structure=floor: the least p(drawn as j | true j)."""
+    """structure=floor: the least p(drawn as j | true j), above 0 and below `diagonal`."""
     rank: int = 2
-    """structure=lowrank."""
+    """structure=lowrank: rank of the change, from 1 to C."""
     trace_weight: float = 0.0
     """Weight of tr(A). Above about 1/C classes flip; start at 0."""
     weight: float = 1.0
-    """Weight of these drawings in the loss."""
+    """Weight of these drawings in the loss, >= 0; 0 leaves them out."""
     pen: float | Measured | Path | None = None
     """Positive drawings: by how many pixels outlines reach too far (below 0: not far enough), which is undone as they are read,
     for every class but one called background. auto: measured for each class on the images whose masks may be read
@@ -173,7 +175,7 @@ class FitConfig:
     [true, named]. Where class 0 is never named, objects and estimated pull towards objects: cross-entropy on drawings that
     leave parts of them out gains by it, together with a confusion matrix it is too much."""
     mask_weight: float = 1.0
-    """Weight of the dense masks in the loss (supervision masks or mixed)."""
+    """Weight of the dense masks in the loss, >= 0 (any supervision but drawings)."""
     class_weight: tuple[float, ...] | Balanced | None = None
     """Weight of each class in the loss of positive drawings and of masks, in the order of the table; or balanced: the inverse
     of its share of what these label in the training images (in 200 of them, evenly spread): all classes weigh the same.
@@ -187,11 +189,11 @@ class FitConfig:
     """With resume: also where steps, batch size, precision, learning rates or their schedule are not as in the run. The rest of
     the run has the new ones; config.toml and checkpoints record what was changed, and after which step."""
     seed: int = 0
-    """Of networks, batches, transforms, simulated drawings and chosen masks."""
+    """Of networks, batches, transforms, simulated drawings and chosen masks; from 0 to 2^31 - 1."""
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 8
-    """Images per optimizer step, over all ranks and accumulation steps."""
+    """Images per optimizer step, over all ranks and accumulation steps, of whose product it is a multiple."""
     accumulate: int = 1
     """Forward and backward passes per optimizer step and rank."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -223,22 +225,27 @@ class FitConfig:
     both, or fine-tuning on these masks; then the checkpoint; and nothing else. 0: masks choose nothing, the last step
     counts."""
     select_steps: int | None = None
-    """Steps of the short runs that choose, of which there are up to seven; without it a fifth of the run. 0: masks choose the
-    checkpoint alone."""
+    """Steps of each of the short runs that choose, up to seven of them; at least 2, without it a fifth of the run. 0: masks
+    choose the checkpoint alone."""
 
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
 def recipe(dataset: str) -> FitConfig:
-    """What `coarse-train fit DATASET` begins with."""
+    """What `coarse-train fit DATASET` begins with: the config of one of `coarse_train.data.DATASETS`.
+
+    Raises FileNotFoundError where there is no such data set.
+    """
     return load_toml(RECIPES / f"{dataset}.toml")
 
 
 def load_toml(path: Path) -> FitConfig:
     """The config in a TOML file, as `to_toml` writes it; what is left out has its default.
 
-    Raises ValueError naming the file and the key where one is unknown or has the wrong type.
+    Raises:
+        ValueError: naming the file, and the key where one is unknown or has the wrong type; also where it is no TOML in UTF-8.
+        FileNotFoundError: there is no such file.
     """
     try:
         return from_dict(tomllib.loads(read_text(path)))
@@ -249,12 +256,12 @@ def load_toml(path: Path) -> FitConfig:
 
 
 def to_toml(config: FitConfig) -> str:
-    """What `load_toml` reads back as ``config``."""
+    """The text of a file that `load_toml` reads back as ``config``; fields that are None are left out."""
     return tomli_w.dumps(_without_none(to_dict(config)))
 
 
 def to_dict(config: FitConfig) -> dict[str, Any]:
-    """Plain values only: what a checkpoint keeps."""
+    """Dictionaries of plain values, paths as text: what a checkpoint keeps, and `from_dict` reads back."""
     return _CONVERTER.unstructure(config)
 
 

@@ -32,7 +32,7 @@ _TRANSITION_IMAGES = 200  # enough for C x C counts: 35 million pixels of CamVid
 
 
 class Counts(NamedTuple):
-    """Labelled pixels of each kind of drawings."""
+    """Labelled pixels of each kind of drawings, N of the equations above; with class weights the sum of their weights."""
 
     positive: float
     negative: float
@@ -40,7 +40,12 @@ class Counts(NamedTuple):
 
 
 class StepLoss(NamedTuple):
-    """``loss`` carries gradient; the negative log-likelihoods are detached: each kind's share of its mean."""
+    """This pass's share of a step's loss; 0-d tensors, float32 (float64 for float64 logits).
+
+    loss: times ``scale``; carries gradient.
+    positive_nll, negative_nll, mask_nll: the share of each kind's mean negative log-likelihood, without the kind's weight and
+        without its trace; detached. 0 for a kind that counts no pixel.
+    """
 
     loss: Tensor
     positive_nll: Tensor
@@ -50,14 +55,19 @@ class StepLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class Criterion:
-    """`__call__` gives this pass's share of the step's loss: over passes and ranks the shares sum to the loss above."""
+    """``criterion(output, batch, counts)`` gives this pass's share of the step's loss: over passes and ranks the shares sum to
+    the loss above.
+
+    config: weights of the kinds, of their traces and masks, and the backend.
+    class_weights: "positive" and "mask" -> (C,) float32 weight of each class, of `open_class_weights`; without one all weigh 1.
+    """
 
     config: FitConfig
     class_weights: Mapping[str, Tensor] = field(default_factory=dict)  # of `open_class_weights`
 
     def count(self, batch: Sample) -> Tensor:
-        """(3,) float64 labelled pixels of `Counts`, by the weights of their classes; 0 for a kind of weight 0, which is thereby
-        left out."""
+        """(3,) float64 labelled pixels of `Counts` in one batch, by the weights of their classes; 0 for a kind of weight 0,
+        which is thereby left out. To be summed over the passes and ranks of a step."""
         maps = {"positive": batch.positive, "negative": batch.negative, "mask": batch.mask}
         weights = (self.config.positive.weight, self.config.negative.weight, self.config.mask_weight)
         return torch.stack([self._labelled(*one) * (w > 0) for one, w in zip(maps.items(), weights, strict=True)])
@@ -69,7 +79,17 @@ class Criterion:
         return (torch.bincount(labels.flatten(), minlength=256)[: len(weights)] * weights.double()).sum()
 
     def __call__(self, output: ModelOutput, batch: Sample, counts: Counts, *, scale: float = 1.0) -> StepLoss:
-        """``counts``: of the whole step. ``scale`` multiplies the loss: the number of ranks where gradients are averaged."""
+        """This pass's share of the loss of a step.
+
+        Args:
+            output: of the model, for the images of ``batch``.
+            batch: positive (B, H, W), negative (B, K, H, W) and mask (B, H, W) uint8; `IGNORE` (255) counts nowhere.
+            counts: of the whole step.
+            scale: multiplies the loss: the number of ranks where gradients are averaged.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as `coarse_kernels.annotation_nll`.
+        """
         positive, negative = self.config.positive, self.config.negative
         transition = output.negative_transition()
         kinds = {
@@ -112,7 +132,11 @@ class Criterion:
 
 
 def open_transition(config: FitConfig, source: Source) -> TransitionMatrix:
-    """(C, C) [true, named], as the config says."""
+    """(C, C) [true, named], as ``config.transition`` says.
+
+    Raises ValueError for a file that has no such matrix, for "objects" with 2 classes, and for "estimated" where no pixel has
+    both kinds of drawings.
+    """
     classes = len(source.classes)
     kind = config.transition
     if isinstance(kind, Path):
@@ -149,6 +173,8 @@ def open_class_weights(config: FitConfig, source: Source, device: torch.device) 
 
     Balanced: the labelled pixels of a kind, divided by the classes that it has and by those of the class, as in "The balanced
     heuristic" of King and Zeng, "Logistic Regression in Rare Events Data", 2001. A class that was not seen weighs 1.
+
+    Raises ValueError where ``config.class_weight`` has not one number for each class.
     """
     given, classes = config.class_weight, len(source.classes)
     if given is None:

@@ -47,8 +47,9 @@ class FitResult:
     """What came of a run.
 
     checkpoint: the one to use, best.pt where masks chose it, else last.pt.
+    steps: optimizer steps that are done, all that the config asks for.
     score: its mean IoU in percent on the validation masks; NaN without any.
-    loss: of the last step.
+    loss: of the last step (`coarse_train.criterion`); NaN where a resumed run had no step left.
     """
 
     checkpoint: Path
@@ -58,14 +59,23 @@ class FitResult:
 
 
 def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
-    """Train, score, keep. ``splits``: instead of those that the config names.
+    """Train, score, keep: checkpoints, the record of every step and pictures go into the run folder ``config.out``.
+
+    Args:
+        config: all settings, such as `recipe` and `load_toml` give.
+        splits: training images, and masks that are scored, instead of those that the config names.
+
+    Returns:
+        `FitResult`, the same in every process.
 
     Raises:
         ValueError, FileNotFoundError: what is wrong with the config or the data, before the first step, for which all files
-            are read once (``data.check``).
-        NonFiniteStep: after the batch has been saved in the run folder.
+            are read once; where ``data.check`` is off, when a file is read. With ``select_with`` also masks without a labelled
+            pixel, at the first evaluation.
+        NonFiniteStep: the loss or its gradient is not finite, after the batch has been saved in the run folder.
         Interrupted: a KeyboardInterrupt, after SIGTERM or Ctrl-C, when the step is done and kept.
-        coarse_train.run.CheckpointError: a checkpoint cannot be written; the last good one is intact.
+        coarse_train.run.CheckpointError: a checkpoint cannot be written, and the last good one is intact; or the one to go on
+            from cannot be read.
     """
     config = anchored(from_dict(to_dict(config)))  # paths that came as text, and types that do not fit
     check_config(config)

@@ -32,12 +32,18 @@ _TOGETHER = 1 << 17  # pixels in one call of a network: images of 48x48 one by o
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """How an image goes through the network."""
+    """How an image goes through the network.
+
+    Raises:
+        ValueError: naming the field, what came and what was expected.
+    """
 
     window: tuple[int, int] | None = None
-    """Height and width of a sliding window; without it the whole image at once. Images that are smaller are padded."""
+    """Height and width of a sliding window, in pixels; without it the whole image at once. Images that are smaller are
+    padded."""
     overlap: float = 0.5
-    """Share of a window that the next one covers again, at least. Where windows overlap, probabilities are averaged."""
+    """Share of a window that the next one covers again, at least: from 0 to below 1. Where windows overlap, probabilities are
+    averaged."""
     flips: bool = False
     """Average the probabilities with those of the image mirrored left and right."""
 
@@ -54,9 +60,9 @@ class InferenceConfig:
 
 
 def to_input(image: np.ndarray, channels: int, name: str) -> Tensor:
-    """(H, W, 1 or 3) uint8 -> (1, ``channels``, H, W) float32 in [0, 1], as in training.
+    """(H, W, 1 or ``channels``) uint8 -> (1, ``channels``, H, W) float32 in [0, 1], as in training.
 
-    Grey is repeated for a colour network. Raises ValueError naming the image where the channels do not fit.
+    Grey is repeated for a colour network. Raises ValueError naming the image, ``name``, where it has other channels.
     """
     planes = torch.from_numpy(with_channels(image, channels, name).transpose(2, 0, 1).copy())
     return planes[None].float() / 255
@@ -66,9 +72,20 @@ def to_input(image: np.ndarray, channels: int, name: str) -> Tensor:
 def probabilities(segmentation: nn.Module, image: Tensor, config: InferenceConfig, num_classes: int) -> Tensor:
     """Mean of the softmax over all windows that hold a pixel, and over mirrored copies.
 
-    The mean is formed in place: beside the result there is one window's output at a time.
+    The mean is formed in place: beside the result there is one window's output at a time. The network is called in the mode
+    that it is in; nothing carries gradient.
 
-    Shape: (B, channels, H, W) -> (B, C, H, W) float32.
+    Args:
+        segmentation: (B, channels, H, W) -> (B, C, h, w) logits, on a grid of their own.
+        image: (B, channels, H, W) in [0, 1], such as `to_input` gives.
+        config: windows and mirrored copies.
+        num_classes: C.
+
+    Returns:
+        (B, C, H, W) float32 on the device of the image; 1 in sum over C.
+
+    Raises:
+        ValueError: the network returns no (B, C, h, w); naming the shapes that came and that was expected.
     """
     height, width = image.shape[-2:]
     total = torch.zeros(len(image), num_classes, height, width, device=image.device)
@@ -90,7 +107,14 @@ def predict(segmentation: nn.Module, image: Tensor, config: InferenceConfig, num
     The network's grid may be coarser or finer than the image: its logits are interpolated to it. (Finer ones are so by
     PyTorch, at full resolution: `label_map` serves grids up to the pixels'.)
 
-    Shape: (B, channels, H, W) -> (B, H, W) uint8, or int64 above 256 classes.
+    Args:
+        segmentation, image, config, num_classes: as in `probabilities`.
+
+    Returns:
+        (B, H, W) uint8, or int64 above 256 classes, on the device of the image. Among equals the first class wins.
+
+    Raises:
+        ValueError: as `probabilities`.
     """
     height, width = image.shape[-2:]
     passes = (1 + config.flips) * len(list(_windows(height, width, config)))
@@ -160,7 +184,14 @@ def _at(logits: Tensor, size: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A trained network and all that is needed to use it. With an exponential moving average ``model`` has that one."""
+    """A trained network and all that is needed to use it.
+
+    model: the networks; with an exponential moving average they have that one's parameters.
+    config: of the run.
+    classes: of the data set that it was trained on; plane c of the logits is class c of it.
+    channels: of its images, 1 or 3.
+    step: the optimizer step after which the checkpoint was written.
+    """
 
     model: CoarseModel
     config: FitConfig
@@ -172,7 +203,16 @@ class LoadedModel:
 def load_model(path: Path, device: torch.device | str = "cpu", *, network: str | None = None) -> LoadedModel:
     """Network, config and class table from a checkpoint alone, in evaluation mode on ``device``.
 
-    network: of a network that is none of ours its import path, as in the run: a checkpoint alone makes no code run.
+    Args:
+        path: last.pt or best.pt of a run.
+        device: where the parameters are put.
+        network: of a network that is none of ours its import path, as in the run: a checkpoint alone makes no code run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        coarse_train.run.CheckpointError: the file is damaged, no checkpoint, or of another format.
+        ValueError: its config has a field that there is not; its network is code that ``network`` does not name, or that
+            cannot be imported; or it is segformer, without the package transformers.
     """
     content = run.load(path)
     config = from_dict(content["config"])
@@ -185,7 +225,8 @@ def load_model(path: Path, device: torch.device | str = "cpu", *, network: str |
 
 
 def transition_of(state: dict[str, Any]) -> TransitionMatrix | None:
-    """A TransitionMatrix of the kind that is in ``state``, which then fills it."""
+    """A TransitionMatrix of the kind that is in ``state``, the state_dict of a `CoarseModel`, which then fills it; None
+    without one."""
     if "transition.logits" in state:
         return TransitionMatrix.learned(len(state["transition.logits"]))
     return TransitionMatrix.fixed(state["transition.matrix"]) if "transition.matrix" in state else None
@@ -203,7 +244,19 @@ def open_trained_split(
 ) -> Source:
     """Images and masks of the data set that a network was trained on, or of another one with the same classes.
 
-    Root and variant are those of the training unless given; its drawings, limits and exceptions do not apply.
+    The drawings, limits and exceptions of the training do not apply.
+
+    Args:
+        loaded: the network.
+        split: "train", "val" or "test".
+        root, variant: those of the training unless given; of another data set the defaults of `DataConfig`.
+        dataset: one of `coarse_train.data.DATASETS`; None: the one of the training.
+        skip_bad: leave out what is bad, as in `DataConfig`.
+        max_pixels: of an image; None: as in the training.
+
+    Raises:
+        ValueError: the names of the classes are not those of the network; and as `open_split`.
+        FileNotFoundError: as `open_split`.
     """
     trained = loaded.config.data
     if dataset not in (None, trained.dataset):
@@ -235,8 +288,21 @@ def predictions(
 ) -> Iterator[tuple[Record, Tensor]]:
     """The records at ``indices``, in order, each with its predicted classes, (H, W) uint8 on the device of ``world``.
 
-    In evaluation mode; small images that follow each other and have one size go through the network together, others one by
-    one. ``channels``: of the network; None: as the image has.
+    In evaluation mode, and back in its own at the end; small images that follow each other and have one size go through the
+    network together, others one by one.
+
+    Args:
+        segmentation: as in `probabilities`, on the device of ``world``.
+        source: the images; it has as many classes as the network.
+        indices: of the images, in any order.
+        world: this process; it predicts all of ``indices`` itself.
+        channels: of the network; None: as the image has.
+        config: windows and mirrored copies.
+        workers: processes that read images; 0: this one does.
+
+    Raises:
+        ValueError, OSError: an image cannot be loaded (`Source.load`); raised when it is its turn.
+        ValueError: an image has other channels than ``channels``; and as `probabilities`.
     """
     was_training = segmentation.training
     segmentation.eval()
@@ -292,7 +358,11 @@ def _as_it_is(record: Any) -> Any:
 
 
 class Scores(NamedTuple):
-    """Over all images, and (images,) float64 mean IoU of each on its own, in percent; NaN where no pixel has a class."""
+    """What `score` counts.
+
+    meter: over all images.
+    images: (images,) float64 mean IoU of each on its own, in percent, on the CPU; NaN where no pixel has a class.
+    """
 
     meter: ConfusionMeter
     images: Tensor
@@ -311,10 +381,18 @@ def score(
     """Count predictions against masks, over all processes of ``world``; all get the same scores.
 
     Every process runs the network on equally many images, since one that is sharded waits for all; those that some do
-    to no purpose are not counted. ``channels``: of the network; None: as the images have. ``on_prediction`` gets the
-    images that are counted, with their (H, W) uint8 classes.
+    to no purpose are not counted. Pixels whose mask is `IGNORE` (255) count nowhere.
 
-    Raises ValueError naming an image that has no mask, before the first is read.
+    Args:
+        segmentation, channels, workers: as in `predictions`.
+        source: images that all have a mask.
+        world: the processes that share the images.
+        config: windows and mirrored copies; None: whole images.
+        on_prediction: gets the images that this process counts, with their (H, W) uint8 classes.
+
+    Raises:
+        ValueError: naming an image that has no mask, before the first is read; and as `predictions`.
+        OSError: as `predictions`.
     """
     count = len(source)
     bare = [source.name(index) for index in range(count) if "mask" not in source.kinds(index)]

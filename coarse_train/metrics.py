@@ -19,6 +19,9 @@ _NEARLY_ALL, _NEARLY_NONE = 0.95, 0.05
 class ConfusionMeter:
     """Counts [true, predicted] over batches; unlabelled pixels (``ignore_index``) count nowhere, whatever is predicted there.
 
+    A class has ``TP`` pixels that are right, ``FN`` of it that are predicted as another one, and ``FP`` of others that are
+    predicted as it. Scores of classes are from 0 to 1, single numbers in percent.
+
     counts: (C, C) int64, on the device of the last batch.
     """
 
@@ -28,11 +31,15 @@ class ConfusionMeter:
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
 
     def update(self, predicted: Tensor, mask: Tensor) -> Tensor:
-        """Count, and return the (C, C) counts of these pixels. On CUDA the host waits, as it does for any `torch.bincount`.
+        """Count, and return the (C, C) int64 counts of these pixels. On CUDA the host waits, as for any `torch.bincount`.
 
-        Args: ``predicted`` and ``mask``, integer classes of one shape, any rank.
+        Args:
+            predicted: integer classes, any shape; anything where the mask is ``ignore_index``.
+            mask: the true ones, of the same shape; ``ignore_index`` where nothing is known.
 
-        Raises ValueError where a labelled pixel has a class outside 0 to C - 1, and then counts nothing.
+        Raises:
+            ValueError: shapes differ, a dtype is no integer, or a labelled pixel has a class outside 0 to C - 1; naming the
+                argument, what came and what was expected. Nothing is counted then.
         """
         if predicted.shape != mask.shape:
             raise ValueError(f"predicted: expected the shape of mask {tuple(mask.shape)}, got {tuple(predicted.shape)}")
@@ -76,16 +83,18 @@ class ConfusionMeter:
         return counts.diagonal(), counts.sum(1), counts.sum(0)
 
     def iou(self) -> Tensor:
-        """(C,) float64 intersection over union; NaN for a class that is neither in the masks nor predicted."""
+        """(C,) float64 intersection over union, TP / (TP + FN + FP); NaN for a class that is neither in the masks nor
+        predicted."""
         return iou_of(self.counts)
 
     def dice(self) -> Tensor:
-        """(C,) float64 Dice coefficient (F1), 2 IoU / (1 + IoU); NaN where IoU is."""
+        """(C,) float64 Dice coefficient (F1), 2 TP / (2 TP + FN + FP) = 2 IoU / (1 + IoU); NaN where IoU is."""
         hit, true, predicted = self._parts()
         return 2 * hit / (true + predicted)
 
     def accuracy(self) -> Tensor:
-        """(C,) float64 share of a class's pixels that are predicted as it (recall); NaN for one that is not in the masks."""
+        """(C,) float64 share of a class's pixels that are predicted as it (recall), TP / (TP + FN); NaN for one that is not in
+        the masks."""
         hit, true, _ = self._parts()
         return hit / true
 
@@ -108,22 +117,27 @@ class ConfusionMeter:
 
 
 def iou_of(counts: Tensor) -> Tensor:
-    """(C, C) pixels [true, predicted] -> (C,) float64; NaN for a class that is neither in the masks nor predicted."""
+    """Intersection over union of each class, TP / (TP + FN + FP): (C, C) pixels [true, predicted] -> (C,) float64 from 0 to 1,
+    on the CPU; NaN for a class that is neither in the masks nor predicted."""
     counts = counts.cpu().double()
     hit = counts.diagonal()
     return hit / (counts.sum(1) + counts.sum(0) - hit)
 
 
 def mean_iou_of(counts: Tensor) -> float:
-    """In percent, over the classes that occur; NaN if none does."""
+    """Mean of `iou_of` in percent, over the classes that occur; NaN if none does.
+
+    ``counts``: (C, C) pixels [true, predicted].
+    """
     return _mean_percent(iou_of(counts))
 
 
 def describe_collapse(counts: Tensor, names: Sequence[str]) -> str | None:
-    """A sentence where a network predicts one class almost everywhere and next to nothing of the others; else None.
+    """A sentence where a network predicts one class almost everywhere (at 95 % of the pixels or more) and finds next to nothing
+    of the others (less than 5 % of theirs); else None.
 
     Both are asked for: where nearly all is background, a network that finds the rest predicts it almost everywhere, too.
-    ``counts``: (C, C) pixels [true, predicted].
+    ``counts``: (C, C) pixels [true, predicted]; ``names``: of the C classes.
     """
     counts = counts.cpu().double()
     total, true, predicted = counts.sum(), counts.sum(1), counts.sum(0)
@@ -139,9 +153,10 @@ def describe_collapse(counts: Tensor, names: Sequence[str]) -> str | None:
 
 
 def largest_confusions(counts: Tensor, names: Sequence[str], most: int = 5) -> list[tuple[str, str, float]]:
-    """(true class, predicted as, percent of the true class's pixels), the most pixels first; those below 1 % are left out.
+    """(true class, predicted as, percent of the true class's pixels), the most pixels first, at most ``most`` of them; those
+    below 1 % are left out.
 
-    ``counts``: (C, C) pixels [true, predicted].
+    ``counts``: (C, C) pixels [true, predicted]; ``names``: of the C classes.
     """
     counts = counts.cpu().double()
     wrong = counts - counts.diag().diag()

@@ -35,24 +35,34 @@ _LEAST_PAIRS = 2
 
 @dataclass(frozen=True)
 class Pen:
-    """What is undone: ``radii``, by how many pixels the outlines of each class reach too far (below 0: not far enough), and
-    ``band``: of what an outline was moved over, so many pixels from the new one say nothing instead of what lies there."""
+    """What is undone.
+
+    radii: by how many pixels the outlines of each class reach too far (below 0: not far enough); 0 for a class beyond them.
+    band: of what an outline was moved over, so many pixels from the new one, >= 0, are `IGNORE` instead of what lies there.
+    """
 
     radii: tuple[float, ...]
     band: float = 0.0
 
     @classmethod
     def of_objects(cls, radius: float, names: Sequence[str], band: float) -> Pen:
-        """The same radius for every class but one that is called background."""
+        """The same radius, in pixels, for every class of ``names`` but one that is called background, which has 0."""
         return cls(tuple(0.0 if name == "background" else radius for name in names), band)
 
 
 def undo(drawing: np.ndarray, pen: Pen) -> np.ndarray:
-    """(H, W) uint8 drawing with its outlines moved back.
+    """The drawing with its outlines moved back; the one that came stays as it is. Nothing is drawn where it is `IGNORE` (255).
 
     An outline has two sides. The class with the larger radius (either sign) decides how it moves, as one that is drawn over
     others with a broad pen does; two of the same radius leave it where it is, since nothing tells which of them was on top.
     What is drawn nowhere, and a background, has radius 0. A pixel that is lost goes to the nearest other side.
+
+    Args:
+        drawing: (H, W) uint8, classes or `IGNORE`.
+        pen: what is undone, in pixels: distances between their centres.
+
+    Returns:
+        (H, W) uint8.
     """
     table = np.zeros(256)
     table[: len(pen.radii)] = pen.radii
@@ -88,7 +98,12 @@ def _distance(where: np.ndarray) -> np.ndarray:
 
 
 def read_radii(path: Path, names: Sequence[str]) -> tuple[float, ...]:
-    """Of a pen.json, as `to_json` writes it; classes that are not in it have radius 0."""
+    """Radii in pixels of the classes ``names``, from a pen.json as `to_json` writes it; one that is not in it, or null, has 0.
+
+    Raises:
+        ValueError: naming the file, where it is no such JSON, a radius is not finite, or a class is none of ``names``.
+        FileNotFoundError: there is no such file.
+    """
     try:
         radii = json.loads(read_text(path))["radius"]
         values = {str(name): float(radius or 0) for name, radius in radii.items()}
@@ -125,8 +140,9 @@ class PenOfClass:
     """How the outlines are drawn of what is drawn under one name, whatever lies beside it: a wall that borders on little but
     poles has what poles took from it for its own radius. Areas are in parts of the objects' own.
 
-    radius: pixels, above 0 where they reach too far; None: its drawings do not follow the masks, or there are none.
-    spread: standard deviation of the radii in the mixture.
+    radius: whole pixels, above 0 where they reach too far, from -`LARGEST` to `LARGEST` (10); None: its drawings do not follow
+        the masks, or there are none. The median of the mixture.
+    spread: standard deviation of the radii in the mixture, in pixels.
     inside, outside: chance that a pixel far inside or far outside is drawn, with the object's name.
     missed, added: area that is lacking inside and too much outside. undone: both together, as the model expects it of
         outlines that were moved back.
@@ -149,8 +165,8 @@ class PenOfClass:
 
     @property
     def move(self) -> int:
-        """The radius that is to be undone: 0 where that would mend less than a quarter of what is wrong, as where parts of
-        objects were left out or pens are of all widths."""
+        """The radius that is to be undone, in pixels: 0 where that would mend less than a quarter of what is wrong, as where
+        parts of objects were left out or pens are of all widths."""
         mends = self.undone < (1 - _LEAST_MENDED) * (self.missed + self.added)
         return self.radius if self.radius is not None and mends else 0
 
@@ -162,7 +178,13 @@ class PenOfClass:
 
 @dataclass(frozen=True)
 class PenReport:
-    """``images`` that have a mask and a drawing, the pen of every class of ``names``, and that of all together."""
+    """What `measure` finds.
+
+    images: names of those that have a mask and a drawing.
+    names: of the classes.
+    classes: the pen of each of them; that of a background has no radius.
+    together: the pen of all but a background.
+    """
 
     images: tuple[str, ...]
     names: tuple[str, ...]
@@ -170,7 +192,8 @@ class PenReport:
     together: PenOfClass
 
     def radii(self) -> tuple[float, ...]:
-        """What `Pen` takes. A class that is in too few pairs is taken to be drawn as all of them together: by the same hand."""
+        """What `Pen` takes: pixels for each of ``names``. A class that is in too few pairs is taken to be drawn as all of them
+        together: by the same hand."""
         moves = [self.together.move if one.few else one.move for one in self.classes]
         return tuple(0.0 if name == "background" else float(move) for name, move in zip(self.names, moves, strict=True))
 
@@ -189,8 +212,16 @@ def describe_pen(pen: Pen | None, report: PenReport | None, names: Sequence[str]
 
 
 def measure(pairs: Iterable[tuple[str, np.ndarray, np.ndarray]], names: Sequence[str]) -> PenReport:
-    """``pairs``: name, drawing and mask (H, W) uint8 of each image that has both; ``names``: of the classes. One that is called
-    background is measured by what lies on it, and has no pen of its own."""
+    """By how far the outlines of drawings are off, from the images that have a mask, too: the maximum likelihood of this
+    module's model, an isotonic regression of "drawn" on the signed distance to objects of the mask.
+
+    Args:
+        pairs: name, drawing and mask of each image: (H, W) uint8, classes from 0 to C - 1 or `IGNORE` (255).
+        names: of the C classes. One that is called background is measured by what lies on it, and has no pen of its own.
+
+    Raises:
+        ValueError: there are no pairs.
+    """
     images: list[str] = []
     counts: list[np.ndarray] = []
     for name, drawing, mask in pairs:

@@ -38,15 +38,22 @@ KINDS = {"positives": "positive", "negatives": "negative", "masks": "mask"}  # a
 
 @dataclass(frozen=True)
 class Classes:
-    """A class table. Inside the package class k is the index k (a "train id"); label files may have other values.
+    """A class table. Inside the package class k is the index k (a "train id"); label files may have other values. Values and
+    colours are from 0 to 255.
 
+    names: of the classes, 2 to 254, each once.
+    colours: (red, green, blue) of each class.
     ids: value of class k in label files; ``()`` means k itself.
-    ignored: further values of label files that mean "no class"; `IGNORE` does, unless it is the id of a class.
+    ignored: further values of label files that mean "no class"; `IGNORE` (255) does, unless it is the id of a class.
     aliases: (value, class), further values of a class.
     ignored_in: (kind, value), values that mean "no class" in label files of one kind alone, "positive", "negative" or "mask",
         even where they are ids.
     ignored_colours: likewise in coloured label files.
     by_colour: ``colours`` are those of label files, too: coloured ones can be read, and palettes count by their colours.
+
+    Raises:
+        ValueError: names, ids, values that are ignored or, with ``by_colour``, colours that contradict each other, or are not
+            as many as classes; naming the field, what came and what was expected.
     """
 
     names: tuple[str, ...]
@@ -75,10 +82,12 @@ class Classes:
             raise ValueError(f"colours: expected different ones for classes and for what is ignored, got {shades}")
 
     def __len__(self) -> int:
+        """C."""
         return len(self.names)
 
     @property
     def file_ids(self) -> tuple[int, ...]:
+        """(C,) the value of each class in label files."""
         return self.ids or tuple(range(len(self.names)))
 
     @cached_property
@@ -95,11 +104,14 @@ class Classes:
         return tables
 
     def ignored_values(self, kind: str | None = None) -> frozenset[int]:
-        """The values that mean "no class" in label files of a kind."""
+        """The values that mean "no class" in label files of a kind, "positive", "negative" or "mask"; None: in those of
+        every kind."""
         return frozenset(np.flatnonzero(self._from_file[kind] == IGNORE).tolist())
 
     def decode(self, labels: np.ndarray, path: Path | str, kind: str | None = None) -> np.ndarray:
-        """(H, W) uint8 as in a label file -> (H, W) uint8 classes. ``path`` is named where a value is in no table."""
+        """(H, W) uint8 as in a label file of a kind (as in `ignored_values`) -> (H, W) uint8 classes, `IGNORE` for "no class".
+
+        Raises ValueError naming ``path`` and the values that are in no table."""
         table = self._from_file[kind]
         decoded = table[labels]
         if (decoded < 0).any():
@@ -116,7 +128,8 @@ class Classes:
         return numbers[order], labels[order].astype(np.uint8)
 
     def decode_colours(self, pixels: np.ndarray, path: Path | str) -> np.ndarray:
-        """(H, W, 3 or 4) uint8 as in a coloured label file -> (H, W) uint8 classes; what is transparent says nothing.
+        """(H, W, 3 or 4) uint8 as in a coloured label file -> (H, W) uint8 classes, `IGNORE` for colours that are ignored and
+        for what is transparent.
 
         Raises ValueError naming ``path`` and the colours that are in no table, with their numbers of pixels."""
         numbers = _numbered(pixels)
@@ -133,7 +146,7 @@ class Classes:
         return decoded
 
     def knows_colours(self, colours: np.ndarray) -> bool:
-        """Whether all (n, 3) colours are in the table."""
+        """Whether all (n, 3) uint8 colours are in the table, among the classes or what is ignored."""
         return bool(np.isin(_numbered(colours), self._of_colours[0]).all())
 
     def encode(self, classes: np.ndarray, kind: str | None = None) -> np.ndarray:
@@ -154,7 +167,7 @@ class Classes:
         return values.astype(np.uint8)
 
     def paint(self, classes: np.ndarray) -> np.ndarray:
-        """(H, W) uint8 classes -> (H, W, 3) uint8 colours; `IGNORE` is light grey."""
+        """(H, W) uint8 classes -> (H, W, 3) uint8 colours; `IGNORE`, and what else is no class, is light grey (238)."""
         table = np.full((256, 3), 238, np.uint8)
         table[: len(self)] = self.colours
         return table[classes]
@@ -166,7 +179,12 @@ def read_classes_of(dataset: str) -> Classes:
 
 
 def read_classes(path: Path) -> Classes:
-    """The class table in a ``classes.toml``. Raises ValueError naming the file and the key."""
+    """The class table in a ``classes.toml``, whose keys `coarse_train.data.folder` explains.
+
+    Raises:
+        ValueError: naming the file and the key.
+        FileNotFoundError: there is no such file.
+    """
     try:
         content = tomllib.loads(read_text(path))
         _known_keys(content, {"class", "ignore"}, "")

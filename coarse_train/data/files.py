@@ -126,6 +126,10 @@ class FileSource:
     ) -> FileSource:
         """The items, checked: that all files exist, or with ``skip_bad`` that all can be read and fit, which reads
         every file once. ``faults`` are what `match` found; they count as bad, too.
+
+        Raises:
+            ValueError: a name occurs twice; without ``skip_bad`` the first fault, with it where no image is good.
+            FileNotFoundError: without ``skip_bad``, naming the first file that is missing.
         """
         duplicates = [name for name, count in Counter(item.name for item in items).items() if count > 1]
         if duplicates:
@@ -272,7 +276,12 @@ def open_files(
 ) -> FileSource:
     """The split as the config asks for it: with its drawings in place of the data set's own, and at most ``limit``
     images in training; files of images beyond the limit are not looked at. ``find``, ``drawing_reader``: how the config's
-    drawings are found in their folder and read."""
+    drawings are found in their folder and read.
+
+    Raises:
+        ValueError: there is no image, ``limit`` is below 1, or as `FileSource.open`.
+        FileNotFoundError: a folder of drawings is missing, or as `FileSource.open`.
+    """
     if not items:
         raise ValueError(f"{config.root}: expected images of split {split!r}, got none")
     items, faults, readers = list(items), list(faults), dict(readers or {})
@@ -343,7 +352,12 @@ def training_limit(config: DataConfig, split: str, count: int) -> int:
 
 
 def root_folder(config: DataConfig, what: str, *expected: str) -> Path:
-    """``config.root``, which must be a folder with the sub-folders ``expected``."""
+    """``config.root``, which must be a folder with the sub-folders ``expected``; ``what`` is its name in messages.
+
+    Raises:
+        ValueError: there is no root in the config.
+        FileNotFoundError: it is no folder; `FolderNotFound`: it has not those in it.
+    """
     wanted = f"the folder of {what}" + (f" with {', '.join(f'{name}/' for name in expected)}" if expected else "")
     if config.root is None:
         raise ValueError(f"root: expected {wanted}, got none")
@@ -360,6 +374,7 @@ def subfolders(folder: Path) -> str:
 
 
 def check_choice(config: DataConfig, split: str, *variants: str) -> None:
+    """Raises ValueError for a split that is none of `SPLITS`, or a variant that is neither "" nor one of ``variants``."""
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
     if config.variant not in ("", *variants):

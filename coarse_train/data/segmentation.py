@@ -34,10 +34,21 @@ class SegmentationData(Dataset[Sample]):
     """Samples of one split. Which transform a sample gets depends on (seed, epoch, index) alone, which drawings are
     simulated on (seed, name of the image).
 
+    ``data[index]`` is a `Sample` without the axis of batches, of epoch 0, ``data[epoch, index]`` that of another epoch.
+
+    source: the images.
+    config: transforms, ``simulate`` and what is learned from; None: the defaults.
+    seed: an integer >= 0.
     training: with the transforms of the config, and only with the label maps that are to be learned from (``supervision``,
         ``dense_images``); the others are `IGNORE`. Else the whole image and all of its maps.
     channels: of every sample; grey images are repeated. None: as each image has.
     pen: what is undone in positive drawings (`open_pen`).
+
+    Raises:
+        ValueError: as it is made, naming the option that makes no sense, or the image without the mask that is needed; for
+            training also where there is nothing to learn from.
+        ValueError, OSError: as a sample is read, what `Source.load` raises; and for other channels than ``channels``.
+        IndexError: there is no image of that index.
     """
 
     def __init__(
@@ -66,6 +77,7 @@ class SegmentationData(Dataset[Sample]):
         self._cached = 0
 
     def __len__(self) -> int:
+        """How many images there are."""
         return len(self.source)
 
     def __getitem__(self, key: int | Key) -> Sample:
@@ -110,7 +122,8 @@ class SegmentationData(Dataset[Sample]):
 
     @staticmethod
     def batches(loader: Iterable[Sample | Exception]) -> Iterator[Sample]:
-        """What a loader with `collate` gives; raises what went wrong in a worker."""
+        """What a loader with `collate` gives. Raises what went wrong in a worker: what `Source.load` raises, or ValueError
+        naming two images of one batch that differ in size or channels."""
         for batch in loader:
             if isinstance(batch, Exception):
                 raise batch
@@ -172,7 +185,10 @@ def _process(name: str, num_classes: int) -> Process:
 
 def choose_dense(source: Source, config: DataConfig, seed: int) -> frozenset[int]:
     """The training images whose dense mask may be read: ``dense_images`` of those that have one, or all with supervision masks
-    and no number."""
+    and no number.
+
+    Raises ValueError where there are not so many, or supervision masks finds an image without one.
+    """
     with_mask = [index for index in range(len(source)) if "mask" in source.kinds(index)]
     if config.supervision == "masks" and not config.dense_images:
         if len(with_mask) < len(source):

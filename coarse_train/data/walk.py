@@ -17,7 +17,7 @@ _LEFTOVERS = {"__MACOSX", "@eaDir"}  # of macOS archives, of Synology's thumbnai
 
 
 class FolderNotFound(FileNotFoundError):
-    """A folder of a data set is not there, such as that of a split which it does not have."""
+    """A folder of a data set is not there, such as that of a split which it does not have; the message names it."""
 
 
 class Fault(NamedTuple):

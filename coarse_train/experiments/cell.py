@@ -35,14 +35,18 @@ _MATRIX_IMAGES = 512  # of the training split, over which the believed matrix is
 class Cell:
     """One row with one seed. Scores in percent.
 
-    method: the row. miou: mean IoU at the last step on the split that the table asks for, with its dense masks; of a row whose
+    method, seed: the row, and its seed.
+    miou: mean IoU at the last step on the split that the table asks for, with its dense masks; of a row whose
         masks choose the checkpoint (select_with), of that one.
     miou_validation, miou_best: on the validation masks at the last step, and the best of all evaluations on them (which
         chose nothing); None where there are none.
-    iou: of each class, as ``miou``; None for a class that occurs nowhere.
-    believed, observed: p(drawn | true) of the positive drawings, [drawn][true]: of a model that learned matrices, and
-        counted on the same training images. cm_error: mean absolute difference of their entries.
+    seconds: until the last step was taken, the evaluations before it included.
+    iou: of each class by its name, as ``miou``; None for a class that occurs nowhere.
+    believed, observed: p(drawn | true), from 0 to 1, of the positive drawings, [drawn][true]: of a model that learned matrices,
+        and counted on the same training images; None where no matrix was learned. cm_error: mean absolute difference of
+        their entries, over the classes that were drawn on.
     reads: what looked at dense masks.
+    folder: of the run.
     """
 
     method: str
@@ -93,7 +97,13 @@ def _structured(path: Path, what: str, kind: Any) -> Any:
 
 
 def write_scores(out: Path) -> None:
-    """OUT/cells.json: what it has already, and every score in OUT/cells, a line for each run."""
+    """OUT/cells.json: what it has already, and every score in OUT/cells, a line for each run. A cell that is damaged is left
+    out; where another process writes the file, this one leaves it to it.
+
+    Raises:
+        ValueError: the file that is there is damaged.
+        coarse_train.run.CheckpointError: it cannot be written.
+    """
     with locked(out / ".cells.lock") as free:
         if not free:  # by a process that finds the same scores
             return

@@ -53,6 +53,7 @@ Row = FitConfig | Callable[[int], FitConfig]
 
 
 def config_of(row: Row, seed: int) -> FitConfig:
+    """The config of a row for a seed."""
     return replace(row if isinstance(row, FitConfig) else row(seed), seed=seed)
 
 
@@ -68,14 +69,20 @@ def run_table(
 ) -> list[Cell]:
     """Train what is not there yet, ``jobs`` runs at a time, and return all cells in the order of rows and seeds.
 
+    rows: name -> config, which gets each seed, or what makes one for a seed.
+    seeds: different numbers from 0 on.
+    out: folder of the table; runs lie in OUT/cells.
     jobs: processes; without it one for each core (one in all on a GPU), and PyTorch in each has one thread: small networks
         gain little from more.
     known: scores of runs that were trained elsewhere (`read_scores`), which are not trained again.
     split: what is scored, "val" where a data set has no "test".
     said: gets a line for each run.
 
-    Raises ValueError and FileNotFoundError for what is wrong with an argument, a config or its data, before anything is
-    written; what `fit` raises, when the runs beside it have ended: they are kept.
+    Raises:
+        ValueError, FileNotFoundError: what is wrong with an argument, a config or its data, before anything is written; also
+            for a kept cell that is damaged.
+        ChildProcessError: a process ended by itself.
+        Exception: what `fit` raises, when the runs beside it have ended: they are kept.
     """
     if not rows:
         raise ValueError(f"rows: expected at least one, got {rows}")
@@ -235,19 +242,21 @@ def _threads(count: int | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Summary:
-    """Over the seeds of a row: mean and the largest difference of two."""
+    """Over the seeds of a row: mean IoU in percent, and the largest difference of two, in points."""
 
     mean: float
     spread: float
 
     @staticmethod
     def of(cells: Sequence[Cell], row: str) -> Summary:
+        """Of those of ``cells`` that are of this row."""
         scores = [cell.miou for cell in cells if cell.method == row]
         return Summary(statistics.fmean(scores), max(scores) - min(scores))
 
 
 def text(cells: Sequence[Cell], split: str) -> str:
-    """Aligned: a line for each row, with every seed where there are several."""
+    """Aligned: a line for each row, with every seed where there are several, and what the columns are. ``cells``: of
+    `run_table`, every row with every seed; ``split``: on which they were scored."""
     rows = list(dict.fromkeys(cell.method for cell in cells))
     seeds = sorted({cell.seed for cell in cells})
     wide = max(map(len, rows))
@@ -291,7 +300,9 @@ def by_class(cells: Sequence[Cell]) -> str:
 
 def write_results(path: Path, cells: Sequence[Cell], rows: Mapping[str, Row], **more: object) -> None:
     """JSON, all or nothing: every cell, a line each, with the config that `from_dict` reads back, of which it has what is no
-    default. Folders are relative to ``path``'s.
+    default. Folders are relative to ``path``'s. ``rows``: those of `run_table`; ``more``: further entries of the file.
+
+    Raises coarse_train.run.CheckpointError where it cannot be written.
     """
     written = []
     for cell in cells:

@@ -41,16 +41,25 @@ class Structure(nn.Module, ABC):
 
 
 class Full(Structure):
-    """Any matrix: C * C free logits."""
+    """Any matrix: C * C free logits.
+
+    Args:
+        num_classes: C >= 2.
+        diagonal, missing: of the matrix to start from, as in `coarse_kernels.confusion_logits`; `start` raises its ValueError.
+
+    Shape: (B or 1, C * C, *G) -> (B or 1, C, C, *G) logits [observed, true].
+    """
 
     def __init__(self, num_classes: int, diagonal: float = 0.7, missing: float | None = None):
         super().__init__(num_classes)
         self.diagonal, self.missing = diagonal, missing
 
     def start(self) -> Tensor:
+        """(C * C,) float32 logits of the matrix to start from."""
         return confusion_logits(self.num_classes, self.diagonal, self.missing).flatten()
 
     def forward(self, free: Tensor) -> Tensor:
+        """The logits of these free values."""
         return free.unflatten(1, (self.num_classes, self.num_classes))
 
 
@@ -124,20 +133,32 @@ class Tied(Structure):
 
 
 class GlobalField(nn.Module):
-    """The same for every image. Shape: (B, channels, H, W) -> (1, outputs, 1, 1)."""
+    """The same for every image, as the matrices of annotators in Tanno et al., CVPR 2019.
+
+    Args:
+        start: (outputs,) free values, such as `Full.start` gives.
+
+    Shape: (B, channels, H, W) -> (1, outputs, 1, 1).
+    """
 
     def __init__(self, start: Tensor):
         super().__init__()
         self.free = nn.Parameter(start[None, :, None, None].clone())
 
     def forward(self, image: Tensor) -> Tensor:
+        """The parameters; the image is not looked at."""
         return self.free
 
 
 class PixelField(nn.Module):
-    """At every pixel, for small images and few classes: 19 classes at 1024x2048 are 3 GB.
+    """At every pixel, as in Zhang et al., NeurIPS 2020; for small images and few classes: 19 classes at 1024x2048 are 3 GB.
 
-    Shape: (B, channels, H, W) -> (B, outputs, H, W).
+    Args:
+        start: (outputs,) free values that every pixel starts near, such as `Full.start` gives.
+        channels_in: of the images.
+        norm, checkpointing: as in `UNet`, whose ValueError it raises.
+
+    Shape: (B, channels_in, H, W) -> (B, outputs, H, W).
     """
 
     def __init__(self, start: Tensor, channels_in: int, *, norm: str = "group", checkpointing: bool = False):
@@ -146,6 +167,7 @@ class PixelField(nn.Module):
         _start_at(self.net.head, start.repeat_interleave(self.net.patch**2))  # pixel shuffle: channel-major
 
     def forward(self, image: Tensor) -> Tensor:
+        """The free values of these images."""
         return self.net(image)
 
 
@@ -216,7 +238,15 @@ def _start_at(head: nn.Conv2d, start: Tensor) -> None:
 
 
 class AnnotationModel(nn.Module):
-    """Shape: (B, channels, H, W) -> (B or 1, C, C, *G) logits [observed, true]."""
+    """How one kind of drawings departs from the truth: a field, and a structure of its free values (`build_annotation`).
+
+    Args:
+        field: (B, channels, H, W) -> (B or 1, outputs, *G).
+        structure: (B or 1, outputs, *G) -> (B or 1, C, C, *G).
+
+    Shape: (B, channels, H, W) images in [0, 1] -> (B or 1, C, C, *G) logits [observed, true], whose softmax over the first C is
+    p(observed i | true j).
+    """
 
     def __init__(self, field: nn.Module, structure: Structure):
         super().__init__()
@@ -224,13 +254,29 @@ class AnnotationModel(nn.Module):
         self.structure = structure
 
     def forward(self, image: Tensor) -> Tensor:
+        """The matrix logits of these images."""
         return self.structure(self.field(image))
 
 
 def build_annotation(
     config: DrawingsConfig, channels_in: int, num_classes: int, *, norm: str = "group", checkpointing: bool = False
 ) -> AnnotationModel | None:
-    """The annotation model of one kind of drawings; None where they are trusted."""
+    """The annotation model of one kind of drawings; None where they are trusted (A = I).
+
+    It starts near the matrix that ``config`` says (``diagonal``, ``missing``). Its logits are (1, C, C, 1, 1) where
+    ``config.cm`` is "global", (B, C, C, 1, 1) where it is "image", (B, C, C, ceil(H / stride), ceil(W / stride)) where "grid",
+    (B, C, C, H, W) where "pixel".
+
+    Args:
+        config: where matrices differ (``cm``, ``stride``), which there can be (``structure``), and where they start.
+        channels_in: of the images.
+        num_classes: C >= 2.
+        norm: of the field's network, "group" or "batch".
+        checkpointing: keep less in the field's network and compute it again in backward.
+
+    Raises:
+        ValueError: naming the field of the config or the argument, what came and what was expected.
+    """
     if config.cm == "none":
         return None
     structure = _structure(config, num_classes)

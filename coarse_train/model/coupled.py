@@ -19,9 +19,9 @@ from .networks import build_segmentation
 class ModelOutput(NamedTuple):
     """What `coarse_kernels` takes. None: those drawings are trusted (A = I), or the transition is the uniform one.
 
-    seg_logits: (B, C, h, w), contiguous, maybe coarser than the image.
+    seg_logits: (B, C, h, w), maybe coarser than the image; those of the package's own networks are contiguous.
     positive_cm, negative_cm: (B or 1, C, C, *G) logits [observed, true].
-    transition: (C, C) [true, named].
+    transition: (C, C) [true, named], of the negative drawings; zero diagonal, rows sum to 1.
     """
 
     seg_logits: Tensor
@@ -30,7 +30,7 @@ class ModelOutput(NamedTuple):
     transition: Tensor | None
 
     def negative_transition(self) -> Tensor:
-        """(C, C) [true, named]."""
+        """(C, C) [true, named]: ``transition``, or without one the uniform one, 1 / (C - 1) off the diagonal."""
         if self.transition is not None:
             return self.transition
         return uniform_transition(self.seg_logits.shape[1], device=self.seg_logits.device)
@@ -42,8 +42,12 @@ class CoarseModel(nn.Module):
 
     Args:
         segmentation: (B, channels, H, W) -> (B, C, h, w).
-        positive, negative: (B, channels, H, W) -> (B or 1, C, C, *G).
-        num_classes: C, to check what the segmentation network returns.
+        positive, negative: (B, channels, H, W) -> (B or 1, C, C, *G) logits [observed, true]; None: those drawings are trusted.
+        transition: of negative drawings; None: uniform.
+        num_classes: C, to check what the segmentation network returns; None: any number.
+
+    Raises:
+        ValueError: in forward, where the segmentation network returns no (B, C, h, w); naming what came and what was expected.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class CoarseModel(nn.Module):
         self.num_classes = num_classes
 
     def forward(self, image: Tensor) -> ModelOutput:
+        """All networks on (B, channels, H, W) images in [0, 1]."""
         seg_logits = self.segmentation(image)
         self._check(seg_logits, len(image))
         return ModelOutput(
@@ -92,7 +97,18 @@ def build_model(
     architecture: str | None = None,
 ) -> CoarseModel:
     """The networks of a run. The segmentation network comes first: with equal seeds it is the same whatever the others.
-    ``architecture``: of a checkpoint (`architecture_of`)."""
+
+    Args:
+        config: its ``model``, ``positive`` and ``negative`` say which.
+        channels_in: of the images, 1 or 3.
+        num_classes: C.
+        transition: of negative drawings; None: uniform.
+        architecture: of a checkpoint (`architecture_of`).
+
+    Raises:
+        ValueError: naming the option, such as ``positive.rank``, what came and what was expected.
+        FileNotFoundError: as `build_segmentation`.
+    """
     segmentation = build_segmentation(config.model, channels_in, num_classes, architecture=architecture)
     norm, checkpointing = config.model.norm, config.model.checkpointing
     annotation: dict[str, nn.Module | None] = {}
@@ -108,7 +124,10 @@ def build_model(
 
 def parameter_groups(model: CoarseModel, optim: OptimConfig) -> list[dict[str, Any]]:
     """For an optimizer: weights of the segmentation network decay, its biases and normalisations do not; confusion matrices
-    and a learned transition have a rate of their own and do not decay, as 0 is no better a logit than another."""
+    and a learned transition have a rate of their own and do not decay, as 0 is no better a logit than another.
+
+    Up to three, called "weights", "biases" and "annotation", each with ``name``, ``params``, ``lr`` and ``weight_decay``; one
+    without trained parameters is left out."""
     segmentation = _trained(model.segmentation)
     annotation = [p for module in (model.positive, model.negative, model.transition) for p in _trained(module)]
     groups = [
@@ -130,8 +149,11 @@ def _trained(module: nn.Module | None) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def confusion_sums(output: ModelOutput, kind: Literal["positive", "negative"]) -> tuple[Tensor, Tensor]:
-    """Numerator (C, C) and denominator (C,) of `mean_confusion`, to be summed over batches; float32. Each image counts as
-    one, whatever the grid of its matrices."""
+    """Numerator (C, C) and denominator (C,) of `mean_confusion`, to be summed over batches; float32, without gradient. Each
+    image counts as one, whatever the grid of its matrices.
+
+    Raises ValueError for a ``kind`` that is neither "positive" nor "negative".
+    """
     if kind not in ("positive", "negative"):
         raise ValueError(f"kind: expected 'positive' or 'negative', got {kind!r}")
     cm_logits = output.positive_cm if kind == "positive" else output.negative_cm
@@ -144,7 +166,14 @@ def confusion_sums(output: ModelOutput, kind: Literal["positive", "negative"]) -
 
 
 def mean_confusion(output: ModelOutput, kind: Literal["positive", "negative"]) -> Tensor:
-    """(C, C) p(drawn as i | true j) that the model believes: A[:, j] averaged over all places with their p[j]. Where the
-    grids differ p is averaged over each place of the matrices'. The identity for drawings that are trusted."""
+    """(C, C) float32 p(drawn as i | true j) that the model believes, with A[:, j] averaged over all places x by their p[j]::
+
+        sum over x of A[i, j](x) p[j](x)  /  sum over x of p[j](x)
+
+    Columns sum to 1. Where the grids differ p is averaged over each place of the matrices'. The identity for drawings that are
+    trusted.
+
+    Raises ValueError as `confusion_sums`.
+    """
     weighted, weight = confusion_sums(output, kind)
     return weighted / weight

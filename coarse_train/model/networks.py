@@ -34,9 +34,17 @@ def check_named(where: Path, network: str, named: str | None) -> None:
 def build_segmentation(
     config: ModelConfig, channels_in: int, num_classes: int, *, architecture: str | None = None
 ) -> nn.Module:
-    """(B, channels_in, H, W) images in [0, 1] -> (B, num_classes, h, w) logits. Raises ValueError naming the option.
+    """(B, channels_in, H, W) images in [0, 1] -> (B, num_classes, h, w) logits.
 
-    ``architecture``: what `architecture_of` returned for the network that is to be built again.
+    Args:
+        config: which network, and its options.
+        channels_in: of the images; 1 or 3 for segformer.
+        num_classes: C.
+        architecture: what `architecture_of` returned for the network that is to be built again.
+
+    Raises:
+        ValueError: naming the option, what came and what was expected; also where a network cannot be imported.
+        FileNotFoundError: segformer, where ``config.weights`` is no folder with a config.json.
     """
     if config.weights is not None and config.network != "segformer":
         raise ValueError(f"weights: expected none for network {config.network!r}, got {config.weights}")
@@ -57,7 +65,8 @@ def build_segmentation(
 
 
 def architecture_of(network: nn.Module) -> str | None:
-    """What the config does not tell of a network that came with weights; a checkpoint keeps it."""
+    """What the config does not tell of a network that may have come with weights, as a text that a checkpoint keeps
+    (`SegFormer.architecture`); None for any other."""
     return network.architecture() if isinstance(network, SegFormer) else None
 
 

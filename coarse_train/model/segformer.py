@@ -24,11 +24,18 @@ class SegFormer(nn.Module):
     image is repeated to three channels, and images are normalised with the mean and deviation of ImageNet in here.
 
     Args:
+        channels_in: of the images, 1 or 3.
+        num_classes: C; with ``architecture`` it is the number there that counts.
         weights: folder with config.json and the weights; its classifier is made anew where it has other classes.
         norm: of the decoder, the one place that normalises over the batch; one that comes trained stays what it was.
         architecture: what `architecture` returned for a network like this one, in place of ``weights`` and ``norm``: a
             checkpoint keeps it, so that the folder of the weights is not needed again.
         checkpointing: keep the input of each transformer block only, and compute the rest again in backward.
+
+    Raises:
+        ValueError: other channels, another ``norm``, the package transformers is missing, or ``weights`` are not those of a
+            SegFormer; in forward, images below 32x32.
+        FileNotFoundError: ``weights`` is no folder with a config.json.
     """
 
     network: Any
@@ -68,6 +75,7 @@ class SegFormer(nn.Module):
         return json.dumps({"norm": "batch" if batch_norm else "group", "config": config})
 
     def forward(self, image: Tensor) -> Tensor:
+        """The logits of these images."""
         if min(image.shape[-2:]) < 32:
             raise ValueError(f"image: expected at least 32x32 pixels for segformer, got {tuple(image.shape)}")
         return self.network(pixel_values=(image - self.mean) / self.std).logits.contiguous()

@@ -79,8 +79,12 @@ class StreetNet(nn.Module):
     Shape: (B, channels_in, H, W) -> (B, channels_out, ceil(H / 4), ceil(W / 4)), any H and W.
 
     Args:
+        channels_in, channels_out: of the images, and C.
         widths: channels at strides 2, 4, 8, 16 and, with five, 32; the decoder has those of stride 8.
         norm, checkpointing: as in `UNet`.
+
+    Raises:
+        ValueError: not four or five widths of at least 1, or another ``norm``.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class StreetNet(nn.Module):
         self.head = nn.Conv2d(width, channels_out, 1)
 
     def forward(self, image: Tensor) -> Tensor:
+        """The logits of these images."""
         x = image.contiguous(memory_format=torch.channels_last)
         x = run(self.stem, x, checkpointing=self.checkpointing)
         levels: list[Tensor] = []

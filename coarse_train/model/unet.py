@@ -33,9 +33,14 @@ class UNet(nn.Module):
     is continued with its border and cut back.
 
     Args:
+        channels_in, channels_out: of the images, and C.
         widths: channels of the levels, finest first.
+        patch: pixels of a patch along each axis; 1: none are made.
         norm: "group" or "batch".
         checkpointing: keep the activations between levels only, and compute the others again in backward.
+
+    Raises:
+        ValueError: no widths or one below 1, or another ``norm``; in forward, an image without four axes.
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(widths[0], channels_out * patch**2, 1)
 
     def forward(self, image: Tensor) -> Tensor:
+        """The logits of these images."""
         if image.dim() != 4:
             raise ValueError(f"image: expected (B, channels, H, W), got {tuple(image.shape)}")
         height, width = image.shape[-2:]

@@ -27,17 +27,26 @@ _SPECK = 1e-4  # of the image's area: 17 pixels of CamVid, which has hundreds of
 
 
 def generator_for(seed: int, name: str) -> np.random.Generator:
-    """The random numbers of one image's drawings: its name decides, not its place or who draws it."""
+    """The random numbers of one image's drawings: its name decides, and ``seed`` >= 0, not its place or who draws it."""
     return np.random.default_rng([seed, crc32(name.encode("utf-8", "surrogateescape"))])
 
 
 def draw_coarse(
     mask: np.ndarray, process: Process, rng: np.random.Generator, *, objects: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positive (H, W) and negative (K, H, W) drawings, uint8, of a dense mask (H, W) uint8 of classes.
+    """Positive (H, W) and negative (K, H, W) drawings of a dense mask, uint8: classes, `IGNORE` (255) where nothing is drawn.
 
-    Where the mask is `IGNORE` nothing is drawn. More layers do not change the first ones. ``objects`` (H, W) numbers from 1
-    what is drawn as one region, however many components it has; 0: the background, which the process then has.
+    Where the mask is `IGNORE` nothing is drawn. More layers do not change the first ones.
+
+    Args:
+        mask: (H, W) uint8, classes from 0 to C - 1 or `IGNORE`.
+        process: how it is drawn; it has C classes and K layers.
+        rng: equal states give equal drawings; `generator_for` gives each image its own.
+        objects: (H, W) integers; numbers from 1 what is drawn as one region, however many components it has; 0: the background,
+            which the process then has. None: each component is a region.
+
+    Raises:
+        ValueError: naming the argument, what came and what was expected.
     """
     if mask.ndim != 2 or mask.dtype != np.uint8:
         raise ValueError(f"mask: expected (H, W) uint8, got {mask.shape} {mask.dtype}")

@@ -14,7 +14,8 @@ Matrix = tuple[tuple[float, ...], ...]
 
 
 def swapped(num_classes: int, pairs: Mapping[int, int], probability: float) -> Matrix:
-    """[drawn, true]: each class of ``pairs`` is drawn as the other one with ``probability``, all others as themselves."""
+    """(C, C) [drawn, true]: each class of ``pairs`` (true -> drawn) is drawn as the other one with ``probability``, from 0 to
+    1, all others as themselves. Columns sum to 1. Nothing is checked here, but by the `Process` that takes it."""
     matrix = np.eye(num_classes)
     for true, drawn in pairs.items():
         matrix[true, true], matrix[drawn, true] = 1 - probability, probability
@@ -22,7 +23,10 @@ def swapped(num_classes: int, pairs: Mapping[int, int], probability: float) -> M
 
 
 def others(num_classes: int, background: int | None = None) -> Matrix:
-    """[true, named]: any other class, all as often; never the background."""
+    """(C, C) [true, named]: any other class, all as often; never the background. Zero diagonal, rows sum to 1.
+
+    Raises ValueError for fewer than 2 classes, or fewer than 3 with a background.
+    """
     if num_classes < (2 if background is None else 3):
         raise ValueError(f"num_classes: expected at least 3 with a background that is never named, got {num_classes}")
     matrix = 1 - np.eye(num_classes)
@@ -33,7 +37,11 @@ def others(num_classes: int, background: int | None = None) -> Matrix:
 
 @dataclass(frozen=True)
 class Mix:
-    """The chance that a region is drawn in each way (`shapes`); they sum to 1."""
+    """The chance that a region is drawn in each way (`shapes`).
+
+    Raises:
+        ValueError: one is below 0, or they do not sum to 1.
+    """
 
     exact: float = 0.0
     eroded: float = 0.0
@@ -50,6 +58,7 @@ class Mix:
 
     @property
     def chances(self) -> tuple[float, ...]:
+        """Of all ways, in the order of the fields."""
         return tuple(getattr(self, field.name) for field in fields(self))
 
 
@@ -57,7 +66,7 @@ class Mix:
 class Strokes:
     """How one layer is drawn.
 
-    ratio: labelled pixels by pixels whose class is known, what is aimed at.
+    ratio: labelled pixels by pixels whose class is known, what is aimed at: above 0, at most 1.
     mix: the kinds of distortion.
     pen: width of a stroke, in parts of the square root of the image's area: equal on a screen, whatever the resolution.
     smallest: regions below this part of the image's area are overlooked.
@@ -67,8 +76,11 @@ class Strokes:
     most: no region is aimed to be covered by more than this part.
     fill: colour what is left between drawings with the nearest one, nearest first, until the ratio is reached.
     kept: of what a region that is eroded or fractured would get, the part that is drawn, uniform in this range.
-    margin: range of pixels by which every shape is then widened, or below 0 narrowed.
-    paper: what a pixel says that nothing is drawn on: nothing, or a class.
+    margin: range of whole pixels, both ends included, by which every shape is then widened, or below 0 narrowed.
+    paper: what a pixel says that nothing is drawn on: nothing (`IGNORE`), or a class.
+
+    Raises:
+        ValueError: ``ratio``, ``kept`` or ``margin`` are not as above; naming what came and what was expected.
     """
 
     ratio: float
@@ -97,6 +109,8 @@ class Strokes:
 class Process:
     """A whole noise process for C classes.
 
+    name: for messages.
+    positive, negative: how a layer of each kind is drawn; a ``paper`` in them is one of the classes, or `IGNORE`.
     confusion: (C, C) [drawn, true], the classes of positive drawings; columns sum to 1.
     transition: (C, C) [true, named], the classes of honest negative drawings; zero diagonal, rows sum to 1.
     error: chance that a negative drawing is wrong: it names the class that is there.
@@ -105,6 +119,9 @@ class Process:
     careful: negative drawings keep off what they name, unless they are wrong.
     part: strokes that show a part of each layer, on its own regions and under their names, where the rest is `IGNORE`: less is
         annotated, as badly. None: all of it.
+
+    Raises:
+        ValueError: naming the field, what came and what was expected.
     """
 
     name: str
@@ -142,6 +159,7 @@ class Process:
 
     @property
     def num_classes(self) -> int:
+        """C."""
         return len(self.confusion)
 
     @property
@@ -193,8 +211,16 @@ def level(
 ) -> Process:
     """The process of a level of `LEVELS`, or of any ratio from 0.01 to 1: the nearest level (in log ratio), aimed at it.
 
-    confusion: chance that a positive drawing carries another class, any of them, or a (C, C) matrix [drawn, true].
-    transition: (C, C) [true, named], classes of negative drawings; None: any other class.
+    Args:
+        name: "scribble", "spots", "sketch", "coarse" or "full", which aim at 0.01, 0.05, 0.25, 0.6 and 1 of the pixels whose
+            class is known; or another such ratio, also as a text.
+        num_classes: C >= 2.
+        confusion: chance that a positive drawing carries another class, any of them, or a (C, C) matrix [drawn, true].
+        transition: (C, C) [true, named], classes of negative drawings; None: any other class.
+        error, layers: as in `Process`.
+
+    Raises:
+        ValueError: naming the argument, what came and what was expected.
     """
     if num_classes < 2:
         raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
@@ -239,14 +265,18 @@ def _tuples(matrix: np.ndarray) -> Matrix:
 
 
 def pair_counts(drawing: np.ndarray, mask: np.ndarray, num_classes: int) -> np.ndarray:
-    """(C, C) int64 [drawn, true]: pixels of ``drawing`` on ``mask`` (same shape), where both are known; add up over images."""
+    """(C, C) int64 [drawn, true]: pixels of ``drawing`` on ``mask``, where both are known; add up over images.
+
+    Both are integers of one shape, classes from 0 to C - 1 or `IGNORE` (255), which is not checked.
+    """
     both = (drawing != IGNORE) & (mask != IGNORE)
     pairs = drawing[both].astype(np.int64) * num_classes + mask[both]
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def shares(counts: np.ndarray) -> np.ndarray:
-    """(C, C) [drawn, true] p(drawn | true) of `pair_counts`; zeros for a class that nothing was drawn on."""
+    """(C, C) float64 [drawn, true] p(drawn | true) of `pair_counts`: columns sum to 1; zeros for a class that nothing was drawn
+    on."""
     return counts / np.maximum(counts.sum(0, keepdims=True), 1)
 
 
