@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import cattrs
 import tomli_w
@@ -313,7 +313,8 @@ def from_dict(content: dict[str, Any]) -> FitConfig:
     try:
         return _CONVERTER.structure(_over(to_dict(FitConfig()), content), FitConfig)
     except cattrs.BaseValidationError as error:
-        raise ValueError("; ".join(cattrs.transform_error(error, path="config"))) from error
+        told = cattrs.transform_error(error, path="config", format_exception=_in_words)
+        raise ValueError("; ".join(told)) from error
 
 
 def _over(default: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
@@ -331,6 +332,15 @@ def _without_none(content: dict[str, Any]) -> dict[str, Any]:
         for key, value in content.items()
         if value is not None
     }
+
+
+def _in_words(error: BaseException, kind: type | None) -> str:
+    """What the hooks below say, where cattrs would leave it at the type that was expected."""
+    if isinstance(error, ValueError) and str(error).startswith("expected "):
+        return str(error)
+    if get_origin(kind) is Literal:
+        return f"expected one of {get_args(kind)}, got {str(error).partition(' not in literal')[0]!r}"
+    return cattrs.v.format_exception(error, kind)
 
 
 def _number(value: Any, _: Any) -> float:

@@ -215,6 +215,13 @@ def load_model(path: Path, device: torch.device | str = "cpu", *, network: str |
             cannot be imported; or it is segformer, without the package transformers.
     """
     content = run.load(path)
+    lacking = [
+        key for key in ("config", "classes", "model", "ema", "architecture", "channels", "step") if key not in content
+    ]
+    if lacking:
+        raise run.CheckpointError(
+            f"{path}: expected last.pt or best.pt of a run, got a file without {', '.join(lacking)}"
+        )
     config = from_dict(content["config"])
     check_named(path, config.model.network, network)
     classes = Classes(**content["classes"])

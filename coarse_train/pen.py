@@ -24,6 +24,7 @@ import numpy as np
 from scipy import ndimage, optimize
 
 from . import IGNORE
+from .label_maps import check_pair
 from .storage import read_text
 
 LARGEST = 10  # radius in pixels that is looked for
@@ -220,11 +221,15 @@ def measure(pairs: Iterable[tuple[str, np.ndarray, np.ndarray]], names: Sequence
         names: of the C classes. One that is called background is measured by what lies on it, and has no pen of its own.
 
     Raises:
-        ValueError: there are no pairs.
+        ValueError: there are no pairs; or naming an image whose drawing and mask have two shapes, or hold something else.
     """
     images: list[str] = []
     counts: list[np.ndarray] = []
     for name, drawing, mask in pairs:
+        try:
+            check_pair(drawing, mask, len(names))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         images.append(name)
         counts.append(count(drawing, mask, len(names)))
     if not images:

@@ -69,10 +69,10 @@ def _check_drawings(config: FitConfig) -> None:
     """What explains each kind of drawings."""
     for side in ("positive", "negative"):
         kind = getattr(config, side)
-        for name in ("weight", "trace_weight"):
-            value = getattr(kind, name)
-            if not (math.isfinite(value) and (value >= 0 or name == "trace_weight")):
-                raise ValueError(f"{side}.{name}: expected a number >= 0, got {value}")
+        if not (math.isfinite(kind.weight) and kind.weight >= 0):
+            raise ValueError(f"{side}.weight: expected a number >= 0, got {kind.weight}")
+        if not math.isfinite(kind.trace_weight):
+            raise ValueError(f"{side}.trace_weight: expected a finite number, got {kind.trace_weight}")
         if kind.weight == 0 and kind.cm != "none":
             raise ValueError(f"{side}.cm: expected none where {side}.weight is 0, got {kind.cm!r}")
         if kind.missing is not None and kind.cm != "none" and kind.structure != "full":

@@ -233,8 +233,18 @@ def test_white_may_be_a_class(tmp_path: Path) -> None:
     classes = _table(tmp_path, pair)
     np.testing.assert_array_equal(classes.decode(np.array([[0, 255]], np.uint8), "x"), [[0, 1]])
     np.testing.assert_array_equal(classes.encode(np.array([[0, 1]], np.uint8)), [[0, 255]])
-    with pytest.raises(ValueError, match="ignore: expected numbers in label files for nothing, got none"):
+    with pytest.raises(ValueError, match="ids, ignored: expected a value of label files that says no class, got none"):
         classes.encode(np.array([[0, IGNORE]], np.uint8))
+    with pytest.raises(ValueError, match=r"classes: expected classes from 0 to 1 or 255, got \[9\]"):
+        classes.encode(np.array([[9]], np.uint8))
+    for call in (
+        lambda: classes.decode(np.zeros((1, 1), np.uint8), "x", "masks"),
+        lambda: classes.ignored_values("masks"),
+    ):
+        with pytest.raises(ValueError, match=r"kind: expected one of .*'mask'.* or None, got 'masks'"):
+            call()
+    with pytest.raises(ValueError, match=r"ignored_in: expected .*'mask'.*, got \(\('masks', 3\),\)"):
+        replace(classes, ignored_in=(("masks", 3),))
     classes = _table(tmp_path, "ignore = [7]\n" + pair)
     np.testing.assert_array_equal(classes.encode(np.array([[IGNORE, 1]], np.uint8)), [[7, 255]])
 

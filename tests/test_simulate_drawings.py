@@ -526,9 +526,30 @@ def test_any_mask_can_be_drawn(seed: int, height: int, width: int, classes: int,
         (lambda: level("coarse", 2, error=-0.1), "error: expected a number from 0 to 1, got -0.1"),
         (lambda: level("coarse", 2, layers=-1), "layers: expected a number >= 0, got -1"),
         (lambda: Mix(exact=0.5), "Mix: expected chances >= 0 that sum to 1"),
+        (lambda: others(1), "num_classes: expected at least 2, got 1"),
+        (
+            lambda: others(2, background=0),
+            "num_classes: expected at least 3 with a background that is never named, got 2",
+        ),
+        (lambda: swapped(3, {0: 1}, 1.5), "probability: expected a number from 0 to 1, got 1.5"),
+        (lambda: swapped(3, {0: 3}, 0.5), r"pairs: expected classes from 0 to 2, got \[3\]"),
+        (lambda: generator_for(-1, "image"), "seed: expected a whole number >= 0, got -1"),
+        (
+            lambda: pair_counts(np.array([[0]]), np.array([[3]]), 2),
+            r"mask: expected classes from 0 to 1 or 255, got \[3\]",
+        ),
+        (
+            lambda: pair_counts(np.array([[9]]), np.array([[0]]), 2),
+            r"drawing: expected classes from 0 to 1 or 255, got \[9\]",
+        ),
+        (lambda: pair_counts(np.zeros((2, 2)), np.zeros((2, 2)), 2), "drawing: expected integers, got float64"),
+        (
+            lambda: pair_counts(np.zeros((2, 2), np.uint8), np.zeros((1, 2), np.uint8), 2),
+            r"drawing, mask: expected one shape, got \(2, 2\) and \(1, 2\)",
+        ),
         (
             lambda: draw_coarse(np.full((4, 4), 7, np.uint8), level("coarse", 3), np.random.default_rng(0)),
-            "mask: expected classes below 3 or 255, got 7",
+            r"mask: expected classes from 0 to 2 or 255, got \[7\]",
         ),
         (
             lambda: draw_coarse(np.zeros((4, 4)), level("coarse", 3), np.random.default_rng(0)),

@@ -17,6 +17,7 @@ from coarse_train import run as run_folder
 from coarse_train.cli import main
 from coarse_train.config import DataConfig, DrawingsConfig, ModelConfig, OptimConfig, load_toml
 from coarse_train.engine import NonFiniteStep, fit
+from coarse_train.inference import load_model
 from tests import data_trees
 from tests.runs import _config
 
@@ -29,6 +30,11 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(tmp_path: Path) ->
     ):
         fit(config)
     (path,) = tmp_path.glob("nonfinite_step*.pt")
+    with pytest.raises(
+        run_folder.CheckpointError,
+        match=r"nonfinite.*: expected last.pt or best.pt of .* without config",
+    ):
+        load_model(path)
     saved = torch.load(path, weights_only=True)
     assert saved["batch"][0]["image"].shape == (4, 1, 48, 48)
     assert set(saved["model"]) == set(run_folder.load(tmp_path / "last.pt")["model"])
@@ -181,7 +187,8 @@ def test_a_damaged_image_is_one_line_also_from_a_worker(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('steps = "3"', "expected int @ config.steps"),
+        ('steps = "3"', "expected int, got '3' @ config.steps"),
+        ('[positive]\ncm = "row"', r"expected one of \('none', .*\), got 'row' @ config.positive.cm"),
         ("[data]\nskipbad = true", r"extra fields found \(skipbad\) @ config.data"),
         ('[positive]\ncm = "everywhere"', "config.positive.cm"),
         ("steps = ", "Invalid value"),

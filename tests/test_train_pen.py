@@ -169,6 +169,9 @@ def test_a_radius_that_one_pair_decides_is_not_taken() -> None:
 
 
 def test_nothing_to_measure_with_is_an_error() -> None:
+    for drawing in (np.full_like(scene(0), 3), scene(0)[:-1]):
+        with pytest.raises(ValueError, match=r"one\.png: drawing(, mask: .* one shape|: .* from 0 to 2 .*\[3\])"):
+            measure([("one.png", drawing, scene(0))], NAMES)
     with pytest.raises(ValueError, match="pen: expected images with a dense mask and a positive drawing"):
         measure([], NAMES)
 

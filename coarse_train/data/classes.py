@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import IGNORE
+from ..label_maps import check_labels
 from ..storage import read_text
 from .walk import listed
 
@@ -77,6 +78,9 @@ class Classes:
         values = [*self.file_ids, *(value for value, _ in self.aliases), *self.ignored]
         if len(set(values)) != len(values) or not all(0 <= value <= 255 for value in values):
             raise ValueError(f"ids, ignored: expected different values from 0 to 255, got {values}")
+        kinds = {kind for kind, _ in self.ignored_in}
+        if not kinds <= set(KINDS.values()) or not all(0 <= value <= 255 for _, value in self.ignored_in):
+            raise ValueError(f"ignored_in: expected {tuple(KINDS.values())}, each with 0 to 255, got {self.ignored_in}")
         shades = [*self.colours, *self.ignored_colours]
         if self.by_colour and len(set(shades)) != len(shades):
             raise ValueError(f"colours: expected different ones for classes and for what is ignored, got {shades}")
@@ -103,16 +107,21 @@ class Classes:
             tables[kind][value] = IGNORE
         return tables
 
+    def _table(self, kind: str | None) -> np.ndarray:
+        if kind not in self._from_file:
+            raise ValueError(f"kind: expected one of {tuple(KINDS.values())} or None, got {kind!r}")
+        return self._from_file[kind]
+
     def ignored_values(self, kind: str | None = None) -> frozenset[int]:
         """The values that mean "no class" in label files of a kind, "positive", "negative" or "mask"; None: in those of
         every kind."""
-        return frozenset(np.flatnonzero(self._from_file[kind] == IGNORE).tolist())
+        return frozenset(np.flatnonzero(self._table(kind) == IGNORE).tolist())
 
     def decode(self, labels: np.ndarray, path: Path | str, kind: str | None = None) -> np.ndarray:
         """(H, W) uint8 as in a label file of a kind (as in `ignored_values`) -> (H, W) uint8 classes, `IGNORE` for "no class".
 
         Raises ValueError naming ``path`` and the values that are in no table."""
-        table = self._from_file[kind]
+        table = self._table(kind)
         decoded = table[labels]
         if (decoded < 0).any():
             unknown = np.unique(labels[decoded < 0]).tolist()
@@ -152,7 +161,8 @@ class Classes:
     def encode(self, classes: np.ndarray, kind: str | None = None) -> np.ndarray:
         """(H, W) uint8 classes -> the values of the data set's label files, of one kind where those differ; for `IGNORE` itself
         or, where that is the id of a class, a value that is ignored. Raises ValueError where there is none for what occurs."""
-        decoded = self._from_file[kind]
+        decoded = self._table(kind)
+        check_labels("classes", classes, len(self))
         table = np.full(256, -1, np.int16)
         for value in (*(value for value, _ in reversed(self.aliases)), *self.file_ids):
             if decoded[value] != IGNORE:
@@ -162,8 +172,8 @@ class Classes:
             table[IGNORE] = IGNORE if IGNORE in nothing else nothing[0]
         values = table[classes]
         if (values < 0).any():
-            what = [self.names[k] if k < len(self) else "nothing" for k in np.unique(classes[values < 0])]
-            raise ValueError(f"ignore: expected numbers in label files for {', '.join(what)}, got none")
+            what = [self.names[k] if k < len(self) else "no class" for k in np.unique(classes[values < 0])]
+            raise ValueError(f"ids, ignored: expected a value of label files that says {', '.join(what)}, got none")
         return values.astype(np.uint8)
 
     def paint(self, classes: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ import numpy as np
 from scipy import ndimage
 
 from .. import IGNORE
+from ..label_maps import check_labels
 from .noise import Process, Strokes
 from .shapes import KINDS, REACH, size_of
 
@@ -27,7 +28,12 @@ _SPECK = 1e-4  # of the image's area: 17 pixels of CamVid, which has hundreds of
 
 
 def generator_for(seed: int, name: str) -> np.random.Generator:
-    """The random numbers of one image's drawings: its name decides, and ``seed`` >= 0, not its place or who draws it."""
+    """The random numbers of one image's drawings: its name decides, and ``seed`` >= 0, not its place or who draws it.
+
+    Raises ValueError for a seed below 0.
+    """
+    if seed < 0:
+        raise ValueError(f"seed: expected a whole number >= 0, got {seed}")
     return np.random.default_rng([seed, crc32(name.encode("utf-8", "surrogateescape"))])
 
 
@@ -50,9 +56,7 @@ def draw_coarse(
     """
     if mask.ndim != 2 or mask.dtype != np.uint8:
         raise ValueError(f"mask: expected (H, W) uint8, got {mask.shape} {mask.dtype}")
-    known = mask[mask != IGNORE]
-    if known.size and known.max() >= process.num_classes:
-        raise ValueError(f"mask: expected classes below {process.num_classes} or {IGNORE}, got {known.max()}")
+    check_labels("mask", mask, process.num_classes)
     if objects is not None and process.background is None:
         raise ValueError(f"objects: expected None, since process {process.name!r} has no background")
     if objects is not None and objects.shape != mask.shape:

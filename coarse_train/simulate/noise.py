@@ -9,13 +9,22 @@ from math import log
 import numpy as np
 
 from .. import IGNORE
+from ..label_maps import check_pair
 
 Matrix = tuple[tuple[float, ...], ...]
 
 
 def swapped(num_classes: int, pairs: Mapping[int, int], probability: float) -> Matrix:
     """(C, C) [drawn, true]: each class of ``pairs`` (true -> drawn) is drawn as the other one with ``probability``, from 0 to
-    1, all others as themselves. Columns sum to 1. Nothing is checked here, but by the `Process` that takes it."""
+    1, all others as themselves. Columns sum to 1.
+
+    Raises ValueError for another probability, or a class that there is not.
+    """
+    if not 0 <= probability <= 1:
+        raise ValueError(f"probability: expected a number from 0 to 1, got {probability}")
+    unknown = sorted({label for pair in pairs.items() for label in pair if not 0 <= label < num_classes})
+    if unknown:
+        raise ValueError(f"pairs: expected classes from 0 to {num_classes - 1}, got {unknown}")
     matrix = np.eye(num_classes)
     for true, drawn in pairs.items():
         matrix[true, true], matrix[drawn, true] = 1 - probability, probability
@@ -28,7 +37,8 @@ def others(num_classes: int, background: int | None = None) -> Matrix:
     Raises ValueError for fewer than 2 classes, or fewer than 3 with a background.
     """
     if num_classes < (2 if background is None else 3):
-        raise ValueError(f"num_classes: expected at least 3 with a background that is never named, got {num_classes}")
+        least = "2" if background is None else "3 with a background that is never named"
+        raise ValueError(f"num_classes: expected at least {least}, got {num_classes}")
     matrix = 1 - np.eye(num_classes)
     if background is not None:
         matrix[:, background] = 0
@@ -267,8 +277,9 @@ def _tuples(matrix: np.ndarray) -> Matrix:
 def pair_counts(drawing: np.ndarray, mask: np.ndarray, num_classes: int) -> np.ndarray:
     """(C, C) int64 [drawn, true]: pixels of ``drawing`` on ``mask``, where both are known; add up over images.
 
-    Both are integers of one shape, classes from 0 to C - 1 or `IGNORE` (255), which is not checked.
+    Both are integers of one shape, classes from 0 to C - 1 or `IGNORE` (255); anything else is a ValueError.
     """
+    check_pair(drawing, mask, num_classes)
     both = (drawing != IGNORE) & (mask != IGNORE)
     pairs = drawing[both].astype(np.int64) * num_classes + mask[both]
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
