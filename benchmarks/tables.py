@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from tests import contract
 
@@ -18,7 +20,9 @@ from .report import Table, read_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = ROOT / "benchmarks" / "results" / "xeon-processor-avx512-2-cores"
+GPU = ROOT / "benchmarks" / "results" / "nvidia-h200"
 PAGES = ("README.md", "docs/contract.md", "docs/memory.md", "docs/speed.md")
+T = TypeVar("T")
 _PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 _SPEED = (  # what it is, the problem as `python -m benchmarks` takes it
@@ -29,6 +33,22 @@ _SPEED = (  # what it is, the problem as `python -m benchmarks` takes it
     ("the same, PyTorch told to use huge pages", "c19 256x512 thp"),
     ("C = 19, matrices at every 8 pixels", "c19 256x512 cm8"),
     ("C = 19, one matrix", "c19 256x512 cmglobal"),
+)
+# Both threads beside one, and each kind of kernel.
+_SHARES = (
+    "c10 128x256",
+    "c19 128x256",
+    "c19 256x512",
+    "c19 256x512 t2",
+    "c19 256x512 cm8",
+    "c19 256x512 cm8 t2",
+    "c19 1024x2048 seg4 labels",
+    "c19 1024x2048 seg4 labels t2",
+)
+_GPU = (
+    ("pixel grid, float32", "c19 1024x2048 positive+negative noise"),
+    ("pixel grid, bfloat16", "c19 1024x2048 bf16 positive+negative noise"),
+    ("stride 8, float32", "c19 1024x2048 cm8 positive+negative noise"),
 )
 _MEMORY = (
     ("labels alone, against `F.interpolate` + `F.cross_entropy`", "c19 1024x2048 seg4 labels", ""),
@@ -57,8 +77,7 @@ def speed(results: Path = CPU) -> list[str]:
     ]
     for words, line in _SPEED:
         name = str(parse(line))
-        own = table.ours(name)
-        assert own is not None, f"{name}: not in {results}"
+        own = _there(table.ours(name), name)
         ratios = [table.best(name, kind) for kind in ("published", "autograd", "plain", "compiled")]
         # the best that autograd differentiates is the best of all where nobody derived anything
         if ratios[2] == ratios[1]:
@@ -68,14 +87,78 @@ def speed(results: Path = CPU) -> list[str]:
     return lines
 
 
+def shares(results: Path = CPU) -> list[str]:
+    """How near the limits of the machine ours comes, what a second thread gives, and its peak."""
+    table = Table(read_csv(results / "results.csv"))
+    lines = [
+        "| problem | nearest limit | reached | of a copy | one thread takes | peak over the inputs, MB | of it gradients |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for line in _SHARES:
+        problem = parse(line)
+        name, alone = str(problem), str(replace(problem, threads=1))
+        own, limit, other = _there(table.ours(name), name), _there(table.limit(name), name), table.ours(alone)
+        faster = ""
+        if problem.threads > 1 and other is not None:
+            faster = f"{table.value(alone, other) / table.value(name, own):.2f}x"
+        cells = [f"`{line}`", limit.name, f"{100 * table.limit_share(name, own):.0f} %"]
+        cells += [f"{100 * table.copy_share(name, own):.0f} %", faster]
+        cells += [_digits(table.value(name, who, quantity)) for who, quantity in ((own, "peak"), ("", "gradients"))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def errors(results: Path = CPU) -> list[str]:
+    """The largest error of all problems, of ours and of plain PyTorch."""
+    table = Table(read_csv(results / "results.csv"))
+    lines = ["| storage | problems | who | loss | class logits | field |", "|---|---|---|---|---|---|"]
+    for dtype, words in (("fp32", "float32"), ("bf16", "bfloat16")):
+        problems = [name for name in table.problems if parse(name).dtype == dtype]
+        for kind, who in (("ours", "ours"), ("plain", "plain PyTorch")):
+            cells = []
+            for quantity in ("loss", "class logits", "field"):
+                values = [
+                    table.value(name, provider, f"error of {quantity}")
+                    for name in problems
+                    for provider in table.providers(name, kind)
+                ]
+                known = [value for value in values if not math.isnan(value)]
+                cells += [f"{max(known):.0e}"] if known else []
+            if cells:  # nothing of others is timed in every dtype
+                lines.append(f"| {words} | {len(problems)} | {who} | {' | '.join(cells)} |")
+    return lines
+
+
+def gpu(results: Path = GPU) -> list[str]:
+    """Times and memory on a GPU; in brackets times ours."""
+    table = Table(read_csv(results / "results.csv"))
+    lines = [
+        "| C = 19, 1024x2048, both kinds | cuda | triton | of a device copy | published (permute, bmm) | best plain PyTorch | "
+        "extra memory | of it gradients | plain PyTorch at least |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for words, line in _GPU:
+        name = str(parse(line))
+        published, plain = (_there(table.best(name, kind), name) for kind in ("published", "plain"))
+        peaks = _there(table.peaks(name), name)
+        cells = [f"{_digits(table.value(name, who))} ms" for who in ("cuda", "triton")]
+        cells.append(f"{100 * table.copy_share(name, 'cuda'):.0f} %")
+        cells += [
+            f"{_digits(table.value(name, who))} ms ({_digits(table.times_ours(name, who))}x)"
+            for who in (published, plain)
+        ]
+        cells += [f"{_digits(mb / 1e3)} GB" for mb in (peaks[0], table.value(name, "", "gradients"), peaks[1])]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    return lines
+
+
 def memory(results: Path = CPU) -> list[str]:
     """Peaks over the inputs, and times."""
     table = Table(read_csv(results / "results.csv"))
     lines = ["| | ours | plain PyTorch |", "|---|---|---|"]
     for words, line, note in _MEMORY:
         name = str(parse(line))
-        own, plain = table.ours(name), table.best(name, "plain")
-        assert own is not None, f"{name}: not in {results}"
+        own, plain = _there(table.ours(name), name), table.best(name, "plain")
         other = "" if plain is None else f"{table.value(name, plain, 'peak'):.0f} MB, {table.value(name, plain):.0f} ms"
         peak, time = table.value(name, own, "peak"), table.value(name, own)
         lines.append(f"| {words} | **{peak:.0f} MB**{note}, {time:.0f} ms | {other} |")
@@ -112,7 +195,20 @@ def bounds() -> list[str]:
     return contract.table().splitlines()
 
 
-TABLES = {"speed": speed, "memory": memory, "step": step, "bounds": bounds}
+TABLES = {
+    "speed": speed,
+    "shares": shares,
+    "gpu": gpu,
+    "memory": memory,
+    "step": step,
+    "bounds": bounds,
+    "errors": errors,
+}
+
+
+def _there(found: T | None, problem: str) -> T:
+    assert found is not None, f"{problem}: not in the committed results"
+    return found
 
 
 def _digits(value: float) -> str:
