@@ -23,6 +23,9 @@ LOSS_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
 # Rounding of the mathematics (float), and of the stored gradient (bfloat16, float16).
 LOSS_FLOOR = {torch.float32: 5e-7, torch.bfloat16: 5e-7, torch.float16: 5e-7, torch.float64: 1e-14}
 GRADIENT_FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-13}
+# Two results that are both held may be as far apart as both floors: where one of float32 is compared with another, or with
+# float64 and nobody asks how far off plain PyTorch is.
+LOSS_APART, GRADIENT_APART = 2 * LOSS_FLOOR[torch.float32], 2 * GRADIENT_FLOOR[torch.float32]
 SCALES = (10.0, 30.0, 120.0, 1e3, 1e4)
 # Logits of +-1e4 beside ordinary ones, on the pixel grid: where two explanations of a label, each a sum of such logits,
 # compete, their ratio is known to a few times 1e-3, which is how far float32 numbers of that size are apart.

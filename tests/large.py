@@ -15,7 +15,7 @@ from torch import Tensor
 
 import coarse_kernels as ck
 from coarse_kernels import Drawings
-from tests.contract import gradient_floor
+from tests.contract import GRADIENT_APART, gradient_floor
 from tests.helpers import check, evaluate, generator, gradient_error, make_problem, on_threads, oracle
 
 pytestmark = pytest.mark.skipif("cpu" not in ck.available_backends(), reason="not built")
@@ -148,7 +148,7 @@ def test_a_million_images_of_one_pixel_are_an_image_of_a_million() -> None:
     ]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
     (one,), (other,) = (torch.autograd.grad(loss, own) for loss, own in zip(losses, (seg, flat), strict=True))
-    assert gradient_error(one.movedim(0, -1).reshape(other.shape), other) < 2e-6
+    assert gradient_error(one.movedim(0, -1).reshape(other.shape), other) < GRADIENT_APART
 
 
 @pytest.mark.parametrize("column", [False, True], ids=["row", "column"])
@@ -179,7 +179,7 @@ def test_256_classes_with_a_matrix_at_every_pixel() -> None:
     )
     truth = oracle(part)
     for name in ("seg", "cm"):
-        assert gradient_error(ours.gradients[name][..., rows, columns], truth.gradients[name]) < 2e-6
+        assert gradient_error(ours.gradients[name][..., rows, columns], truth.gradients[name]) < GRADIENT_APART
 
 
 @pytest.mark.parametrize("grid", [None, (64, 128), (1, 1)], ids=["pixel", "strided", "one-point"])

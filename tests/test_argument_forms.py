@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import coarse_kernels as ck
+from tests.contract import GRADIENT_FLOOR, LOSS_FLOOR
 from tests.helpers import generator, gradient_error, leaf, loss_error, make_problem, put
 
 EVERY = pytest.mark.every
@@ -36,7 +37,7 @@ def test_normalizer(backend: str, normalizer: Any) -> None:
     problem = make_problem(3, (4, 5)).to(F64)
     total = ck.annotation_nll(problem.seg, problem.cm, problem.labels, reduction="sum", backend=backend).loss
     ours = ck.annotation_nll(problem.seg, problem.cm, problem.labels, normalizer=normalizer, backend=backend).loss
-    assert loss_error(ours, total / 3) < 1e-14
+    assert loss_error(ours, total / 3) < LOSS_FLOOR[torch.float64]
 
 
 @EVERY
@@ -163,4 +164,4 @@ def test_estimated_transition_of_numpy_numbers_and_any_integers() -> None:
     )  # fmt: skip
     assert torch.equal(ours, usual)
     assert torch.equal(ck.uniform_transition(np.int32(4)), ck.uniform_transition(4))
-    assert gradient_error(ours.sum(1), torch.ones(4)) < 1e-6
+    assert gradient_error(ours.sum(1), torch.ones(4)) < GRADIENT_FLOOR[torch.float32]

@@ -15,6 +15,7 @@ import coarse_kernels as ck
 from coarse_kernels import native
 from coarse_kernels.backends import operator
 from coarse_kernels.backends.operator import Arguments
+from tests.contract import GRADIENT_APART, LOSS_APART
 from tests.helpers import (
     Problem,
     device,
@@ -195,11 +196,11 @@ def assert_compiled_as_eager(
         loss = call(*leaves)
         loss.sum().backward()
         found.append((loss.detach(), [t.grad for t in leaves if t is not None and t.is_floating_point()]))
-    assert loss_error(found[1][0], found[0][0]) < 1e-6
+    assert loss_error(found[1][0], found[0][0]) < LOSS_APART
     for ours, eager in zip(found[1][1], found[0][1], strict=True):
         assert (ours is None) == (eager is None)
         if ours is not None and eager is not None:
-            assert gradient_error(ours, eager) < 2e-6
+            assert gradient_error(ours, eager) < GRADIENT_APART
 
 
 @pytest.mark.every
@@ -283,11 +284,11 @@ def test_modules() -> None:
         assert seg is not None
         assert seg.grad is not None
         found.append((parameter.grad, seg.grad))
-    assert gradient_error(found[1][0], found[0][0]) < 2e-6
-    assert gradient_error(found[1][1], found[0][1]) < 2e-6
+    assert gradient_error(found[1][0], found[0][0]) < GRADIENT_APART
+    assert gradient_error(found[1][1], found[0][1]) < GRADIENT_APART
     nll = torch.compile(ck.AnnotationNLL(trace_weight=0.1), fullgraph=True, backend="aot_eager")
     out = nll(problem.seg, problem.cm, problem.labels)
-    assert loss_error(out.loss, oracle(problem.with_options(trace_weight=0.1)).loss) < 1e-6
+    assert loss_error(out.loss, oracle(problem.with_options(trace_weight=0.1)).loss) < LOSS_APART
 
 
 def test_posterior_and_no_grad() -> None:
@@ -297,7 +298,7 @@ def test_posterior_and_no_grad() -> None:
     assert torch.equal(compiled(*arguments), ck.annotation_posterior(*arguments))
     with torch.no_grad():
         loss = torch.compile(lambda *a: ck.annotation_nll(*a).loss, fullgraph=True, backend="aot_eager")(*arguments)
-    assert loss_error(loss, oracle(problem).loss) < 1e-6
+    assert loss_error(loss, oracle(problem).loss) < LOSS_APART
 
 
 def test_dynamic_shapes_compile_once() -> None:
@@ -319,8 +320,8 @@ def test_dynamic_shapes_compile_once() -> None:
         truth = oracle(problem)
         assert seg.grad is not None
         assert cm.grad is not None
-        assert gradient_error(seg.grad, truth.gradients["seg"]) < 2e-6
-        assert gradient_error(cm.grad, truth.gradients["cm"]) < 2e-6
+        assert gradient_error(seg.grad, truth.gradients["seg"]) < GRADIENT_APART
+        assert gradient_error(cm.grad, truth.gradients["cm"]) < GRADIENT_APART
     assert compilations == [compilations[0]] * 3
 
 
@@ -335,4 +336,4 @@ def test_the_caller_s_backend_is_honoured_inside_a_compiled_function() -> None:
     names = ck.available_backends(device())
     for name in (*names, names[0]):
         with ck.use_backend(name):
-            assert loss_error(compiled(*arguments), oracle(problem).loss) < 1e-6
+            assert loss_error(compiled(*arguments), oracle(problem).loss) < LOSS_APART

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import coarse_kernels as ck
 from coarse_kernels import Drawings
+from tests.contract import GRADIENT_APART
 from tests.helpers import (
     SCHEDULES,
     generator,
@@ -155,7 +156,7 @@ def test_the_gradient_of_a_transition_of_many_classes_is_right_and_the_same_on_a
     (_, one), (_, other) = on_threads((1, 3), lambda: evaluate(seg, kinds, "cpu", torch.float32))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(one, other, strict=True))
     _, truth = evaluate(seg, kinds, "reference", torch.float64)
-    assert all(gradient_error(ours, theirs) < 2e-6 for ours, theirs in zip(one, truth, strict=True))
+    assert all(gradient_error(ours, theirs) < GRADIENT_APART for ours, theirs in zip(one, truth, strict=True))
 
 
 @EVERY
@@ -174,7 +175,7 @@ def test_the_loss_of_a_part_has_its_own_gradient_whatever_the_weight_of_its_kind
             with ck.use_schedule(schedule):
                 ck.annotation_objective(own, drawings, backend=name).parts[0].loss.backward()
             found.append(own.grad)
-        assert gradient_error(*found) < 2e-6
+        assert gradient_error(*found) < GRADIENT_APART
 
 
 @FUSED

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import coarse_kernels as ck
 from coarse_kernels import backends as registry
+from tests.contract import GRADIENT_APART, LOSS_APART
 from tests.gpu.device import CUDA, backends, needs_cuda, needs_memory, require
 from tests.helpers import (
     SCHEDULES,
@@ -50,10 +51,10 @@ def step(problem: Problem, backend: str, schedule: str) -> tuple[Tensor, dict[st
 
 def hold(found: tuple[Tensor, dict[str, Tensor]], problem: Problem) -> None:
     truth = oracle(problem)
-    assert loss_error(found[0], truth.loss) < 1e-6
+    assert loss_error(found[0], truth.loss) < LOSS_APART
     assert found[1].keys() == truth.gradients.keys()
     for name, grad in found[1].items():
-        assert gradient_error(grad, truth.gradients[name]) < 2e-6, name
+        assert gradient_error(grad, truth.gradients[name]) < GRADIENT_APART, name
 
 
 # --- which backend ------------------------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ def test_an_automatic_choice_falls_back_and_says_so_once(
     with caplog.at_level(logging.WARNING, logger="coarse_kernels"):
         for _ in range(3):
             loss = ck.annotation_nll(problem.seg, problem.cm, problem.labels).loss
-    assert loss_error(loss, oracle(problem).loss) < 1e-6
+    assert loss_error(loss, oracle(problem).loss) < LOSS_APART
     for name in backends():
         said = [record for record in caplog.records if repr(name) in record.message and "not today" in record.message]
         assert len(said) == 1, name
@@ -307,11 +308,11 @@ def test_cuda_graph(backend: str, schedule: str, grid: tuple[int, int] | None, o
         assert cm_ is not None
         expected = use(seg_, cm_, truth.labels, "reference")
         expected.backward()
-        assert loss_error(loss, expected) < 1e-6
+        assert loss_error(loss, expected) < LOSS_APART
         for ours, wide in ((seg.grad, seg_.grad), (cm.grad, cm_.grad)):
             assert ours is not None
             assert wide is not None
-            assert gradient_error(ours, wide) < 2e-6
+            assert gradient_error(ours, wide) < GRADIENT_APART
 
 
 @pytest.fixture
@@ -417,7 +418,7 @@ def test_a_field_of_more_than_two_to_the_31_elements(backend: str, schedule: str
             assert gradient_error(cm.grad[at], truth.gradients["cm"]) < 1e-2
             # A gradient of 1e-7 in bfloat16 hides little, a loss in float32 nothing.
             truth = oracle(crop.with_options(normalizer=None, reduction="none"))
-            assert loss_error(pixels[at], truth.loss) < 1e-6
+            assert loss_error(pixels[at], truth.loss) < LOSS_APART
 
 
 def peak_extra(work: Callable[[], Any], leaves: Sequence[Tensor]) -> int:
