@@ -1,8 +1,8 @@
 """What ten masks can decide: `--select-with 10` against every candidate that it chooses among, over the noises of the map.
 
 Regret: the score of the best candidate, known only to who has all test masks, less the score of the run that ten validation
-masks chose, by trials of a fifth of a run (the default) and of half a run. Every candidate is trained in full, so that it is
-seen what a wrong choice would have cost.
+masks chose, by trials of a fifth of a run (the default), of half a run, and as long as the run. Every candidate is trained in
+full, so that it is seen what a wrong choice would have cost.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from .table import Row
 QUESTION = "Do ten dense masks choose the right way to learn, whatever is wrong with the drawings, and what does an error cost?"
 MASKS = 10
 CHOSEN = f"select-with {MASKS}"
-LONGER = f"{CHOSEN}, half runs"
+# row -> the length of a trial, as a share of the run
+CHOOSERS = {CHOSEN: None, f"{CHOSEN}, half runs": 0.5, f"{CHOSEN}, whole runs": 1.0}
 
 
 def parts(config: ExperimentConfig) -> list[Part]:
@@ -36,7 +37,10 @@ def rows_of(preset: str) -> dict[str, Row]:
     """Every candidate, each on its own, and the runs that choose."""
     base = replace(canvases(preset), positive=recipe("mnist").positive, select_with=MASKS)
     found = candidates(base, ("positive", "negative"), pen=Path("pen.json"), estimable=True)
-    chosen = {CHOSEN: base, LONGER: replace(base, select_steps=base.steps // 2)}
+    chosen = {
+        name: base if share is None else replace(base, select_steps=round(share * base.steps))
+        for name, share in CHOOSERS.items()
+    }
     return {**{name: _alone(row) for name, row in found.items()}, **chosen}
 
 
@@ -48,28 +52,29 @@ def _alone(row: FitConfig) -> FitConfig:
     return replace(row, select_with=0, positive=positive, data=replace(row.data, dense_images=MASKS))
 
 
-def regrets(result: Result, chosen: str = CHOSEN) -> list[float]:
+def regrets(result: Result, chosen: str) -> list[float]:
     """Of each seed."""
     found = []
     for seed in sorted({cell.seed for cell in result.cells}):
         own = {cell.method: cell.miou for cell in result.cells if cell.seed == seed}
-        found.append(max(score for row, score in own.items() if row not in (CHOSEN, LONGER)) - own[chosen])
+        found.append(max(score for row, score in own.items() if row not in CHOOSERS) - own[chosen])
     return found
 
 
 def conclude(results: Sequence[Result]) -> list[str]:
     sentences = []
-    for chosen in (CHOSEN, LONGER):
+    for chosen in CHOOSERS:
         mean = statistics.fmean(value for result in results for value in regrets(result, chosen))
         sentences.append(
             f"Regret of {chosen}: {mean:.1f} points on average over {len(results)} noises, "
             f"{'within' if mean <= 1 else 'NOT within'} the 1 point that was hoped for."
         )
     for result in results:
-        rows = [row for row in result.rows if row not in (CHOSEN, LONGER)]
+        rows = [row for row in result.rows if row not in CHOOSERS]
         best, worst = max(rows, key=result.mean), min(rows, key=result.mean)
+        found = [_by_seed(regrets(result, chosen)) for chosen in CHOOSERS]
         sentences.append(
-            f"{result.title}: regret {_by_seed(regrets(result))}, with half runs {_by_seed(regrets(result, LONGER))}; "
+            f"{result.title}: regret {found[0]}, with half runs {found[1]}, with whole runs {found[2]}; "
             f"best {best} {result.mean(best):.1f}, worst {worst} {result.mean(worst):.1f}."
         )
     return sentences
@@ -85,10 +90,9 @@ def draw(results: Sequence[Result], figure: Figure) -> None:
     axis = figure.subplots()
     for row in results[0].rows:
         means = [result.mean(row) if row in result.rows else np.nan for result in results]
-        if row in (CHOSEN, LONGER):
-            axis.plot(
-                range(len(results)), means, "k_" if row == CHOSEN else "r_", markersize=28, markeredgewidth=2, label=row
-            )
+        if row in CHOOSERS:
+            look = dict(zip(CHOOSERS, ("k_", "r_", "b_"), strict=True))[row]
+            axis.plot(range(len(results)), means, look, markersize=28, markeredgewidth=2, label=row)
         else:
             axis.plot(range(len(results)), means, "o", label=row, alpha=0.8)
     axis.set_xticks(range(len(results)), [PRESETS[result.title] for result in results], fontsize=8)
