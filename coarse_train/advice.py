@@ -58,11 +58,13 @@ def _outlines(config: FitConfig, source: Source) -> list[str]:
     if not pairs:
         return []
     names = source.classes.names
-    radii = measure(pairs, names).radii()
+    report = measure(pairs, names)
+    radii = report.radii()
     off = ", ".join(f"{name} {radius:+g}" for name, radius in zip(names, radii, strict=True) if radius)
     if not off:
         return []
-    return [f"outlines of positive drawings are off, pixels too far: {off}; --positive.pen auto moves them back"]
+    how = "image" if report.together.differs else "auto"
+    return [f"outlines of positive drawings are off, pixels too far: {off}; --positive.pen {how} moves them back"]
 
 
 def _meeting(config: FitConfig, source: Source) -> list[str]:

@@ -28,7 +28,7 @@ else:
 
 
 Naming = Literal["uniform", "objects", "estimated", "learned"]
-Measured = Literal["auto"]
+Measured = Literal["auto", "image"]
 Balanced = Literal["balanced"]
 Supervision = Literal["drawings", "masks", "mixed", "then-masks", "mixed-then-masks"]
 
@@ -125,7 +125,8 @@ class DrawingsConfig:
     pen: float | Measured | Path | None = None
     """Positive drawings: by how many pixels outlines reach too far (below 0: not far enough), which is undone as they are read,
     for every class but one called background. auto: measured for each class on the images whose masks may be read
-    (`dense_images`); or the pen.json that `coarse-train pen` wrote."""
+    (`dense_images`). image: so, and in each image by how thin its own strokes are, for a brush that differs between images; or
+    the pen.json that `coarse-train pen` wrote."""
     band: float = 0.0
     """Of what an outline was moved over, so many pixels from the new one say nothing instead of what lies there."""
 

@@ -100,7 +100,8 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
             for p in phases
         ]
         facts = run.describe_data(source, masks if validation is None else validation, channels)
-        facts["pen"] = None if pen is None else list(pen.radii)  # a file may have been measured again
+        # a file may have been measured again
+        facts["pen"] = None if pen is None else [*pen.radii, *pen.widths]
         if resumed:
             run.check_same_data(resumed["data"], facts)
         loaders = [

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import coarse_kernels
 
-from .config import FitConfig
+from .config import FitConfig, Measured
 
 _LARGEST_SEED = 2**31 - 1  # `learner.step_seed` stays below 2 ** 64
 
@@ -80,7 +81,7 @@ def _check_drawings(config: FitConfig) -> None:
         if kind.stride < 1:
             raise ValueError(f"{side}.stride: expected a number >= 1, got {kind.stride}")
         if isinstance(kind.pen, float) and not math.isfinite(kind.pen):
-            raise ValueError(f"{side}.pen: expected a number of pixels, auto or a file, got {kind.pen}")
+            raise ValueError(f"{side}.pen: expected a number of pixels, auto, image or a file, got {kind.pen}")
         if not kind.band >= 0 or (kind.band > 0 and kind.pen is None):
             raise ValueError(f"{side}.band: expected a number >= 0, and 0 without {side}.pen, got {kind.band}")
     if config.negative.pen is not None:
@@ -96,9 +97,11 @@ def _check_masks(config: FitConfig) -> None:
     supervision, dense = config.data.supervision, config.data.dense_images
     if supervision.endswith("masks") and config.mask_weight == 0:
         raise ValueError(f"mask_weight: expected a number above 0 with supervision {supervision}, got 0")
-    measured = config.positive.pen == "auto"
+    measured = config.positive.pen in get_args(Measured)
     if measured and supervision == "masks":
-        raise ValueError("positive.pen: expected None with supervision masks, which reads no drawings, got 'auto'")
+        raise ValueError(
+            f"positive.pen: expected None with supervision masks, which reads no drawings, got {config.positive.pen!r}"
+        )
     expected = None
     if dense < 0:
         expected = "a number >= 0"
@@ -107,9 +110,11 @@ def _check_masks(config: FitConfig) -> None:
     elif dense == 0 and supervision not in ("drawings", "masks"):
         expected = f"a number >= 1 with supervision {supervision}"
     elif dense == 0 and measured:
-        expected = "a number >= 1 with positive.pen auto, which is measured on images with a mask and a drawing"
+        expected = (
+            "a number >= 1 with positive.pen auto or image, which is measured on images with a mask and a drawing"
+        )
     elif dense > 0 and supervision == "drawings" and not measured:
-        expected = "0 with supervision drawings, unless positive.pen is auto"
+        expected = "0 with supervision drawings, unless positive.pen is auto or image"
     if expected is not None:
         raise ValueError(f"dense_images: expected {expected}, got {dense}")
     if config.data.dense_split == "val":
@@ -119,7 +124,9 @@ def _check_masks(config: FitConfig) -> None:
                 f"masks, got {config.select_with}"
             )
         if measured:
-            raise ValueError("positive.pen: expected None, a number or a file with dense_split val, got 'auto'")
+            raise ValueError(
+                f"positive.pen: expected None, a number or a file with dense_split val, got {config.positive.pen!r}"
+            )
     share = config.data.dense_share
     if share is not None and (not 0 < share < 1 or not supervision.startswith("mixed")):
         raise ValueError(

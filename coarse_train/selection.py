@@ -13,11 +13,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from .config import DrawingsConfig, FitConfig, from_dict, to_dict
+from .config import DrawingsConfig, FitConfig, Measured, from_dict, to_dict
 from .criterion import open_transition
 from .data import FolderNotFound, Source, Subset, open_split
 from .data.segmentation import NO_DRAWINGS, pairs_of
@@ -109,7 +109,11 @@ def candidates(
     if "positive" in present and pen is not None and config.positive.pen is None:
         for name, row in (("pen", "all trusted"), ("pen, matrix on positive", "matrix on positive")):
             found[name] = replace(found[row], positive=replace(found[row].positive, pen=pen))
-    if config.data.supervision == "drawings" and config.select_with > 1 and config.positive.pen != "auto":
+    if (
+        config.data.supervision == "drawings"
+        and config.select_with > 1
+        and config.positive.pen not in get_args(Measured)
+    ):
         data = replace(bare.data, supervision="then-masks", dense_images=config.select_with, dense_split="val")
         found["fine-tuning on the masks"] = replace(bare, data=data)
     return found
@@ -197,7 +201,7 @@ def _measured(config: FitConfig, masks: Source, path: Path, world: World) -> Pat
     pairs = list(pairs_of(masks, config.data, config.seed, range(len(masks))))
     report = measure(pairs, masks.classes.names) if pairs else None
     if world.is_main and report is not None:
-        write_text(path, to_json(report))
+        write_text(path, to_json(report, each=report.together.differs))
     world.wait()
     return path if report is not None and any(report.radii()) else None
 

@@ -259,7 +259,10 @@ def test_regret_is_told_by_seed_and_a_missed_bar_is_said() -> None:
     assert "3.0 points on average over 1 noises, NOT within the 1 point" in first
     assert "half runs: 0.5 points on average over 1 noises, within the 1 point" in longer
     assert "whole runs: 0.0 points on average over 1 noises, within the 1 point" in whole
-    assert "regret +3.0 (+3.0, +3.0), with half runs +0.5 (+0.5, +0.5), with whole runs +0.0 (+0.0, +0.0); best pen" in second
+    assert (
+        "regret +3.0 (+3.0, +3.0), with half runs +0.5 (+0.5, +0.5), with whole runs +0.0 (+0.0, +0.0); best pen"
+        in second
+    )
 
 
 # ---- drawings that they make ----------------------------------------------------------------------------------------

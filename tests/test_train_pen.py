@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from coarse_train.cli import main
@@ -16,7 +17,8 @@ from coarse_train.commands.pen import PenConfig, run_pen, table
 from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, load_toml, to_toml
 from coarse_train.data import IGNORE, open_split
 from coarse_train.data.segmentation import SegmentationData, open_pen, pairs_of
-from coarse_train.pen import LARGEST, Pen, PenReport, measure, read_radii, to_json, undo
+from coarse_train.engine import fit
+from coarse_train.pen import LARGEST, Pen, PenReport, describe_pen, half_width, measure, read_pen, to_json, undo
 
 from . import data_trees
 
@@ -176,6 +178,67 @@ def test_nothing_to_measure_with_is_an_error() -> None:
         measure([], NAMES)
 
 
+# ---- a brush that differs between images ---------------------------------------------------------------------------
+
+LINES = ("background", "vessel")
+
+
+def lines(seed: int, size: int = 96) -> np.ndarray:
+    """(H, W) lines of class 1, one to five pixels wide, some of each image one or two."""
+    rng = np.random.default_rng(seed)
+    picture = Image.new("L", (size, size))
+    pencil = ImageDraw.Draw(picture)
+    for wide in (1, 1, 2, 3, 5):
+        (x0, x1), (y0, y1) = rng.integers(0, size, (2, 2)).tolist()
+        pencil.line([(x0, y0), (x1, y1)], fill=1, width=wide)
+    return np.asarray(picture)
+
+
+def test_each_image_has_the_radius_that_its_thinnest_strokes_tell() -> None:
+    """People zoom: one radius for all of them moves half of the drawings too far, or not far enough."""
+    masks, radii = [lines(seed) for seed in range(12)], [2, 4, 3, 2, 2, 4, 3, 3, 1, 4, 5, 2]
+    drawings = [moved(mask, {1: radius}) for mask, radius in zip(masks, radii, strict=True)]
+    report = measure(((str(k), drawings[k], masks[k]) for k in range(3)), LINES)
+    assert report.classes[1].differs
+    assert report.classes[1].undone_each < 0.2 * report.classes[1].undone_one
+    pen = report.pen(each=True)
+    assert pen.widths[0] is None  # a background
+    found = [pen.radii_of(drawing)[1] for drawing in drawings]
+    assert np.abs(np.array(found) - radii).max() <= 1
+    assert np.mean(np.array(found) == radii) >= 0.75
+    wrong = [
+        sum(np.count_nonzero(undo(drawing, one) != mask) for drawing, mask in zip(drawings, masks, strict=True))
+        for one in (report.pen(), pen)
+    ]
+    assert wrong[1] < 0.3 * wrong[0]
+    assert "The pen of vessel differs between images" in table(report)
+
+
+def test_one_radius_is_better_where_things_are_thick_and_thin_and_the_brush_is_one() -> None:
+    report = report_of(lambda mask: moved(mask, {1: 2, 2: 2}))
+    assert not any(one.differs for one in (*report.classes, report.together))
+    assert "differs between images" not in table(report)
+    assert report.pen() == Pen(report.radii())
+
+
+def test_one_pair_tells_nothing_of_a_difference() -> None:
+    report = measure([("one", moved(lines(0), {1: 3}), lines(0))], LINES)
+    assert not report.classes[1].differs
+    assert report.classes[1].undone_one == report.classes[1].undone_each == 0
+    assert report.pen(each=True).radii_of(moved(lines(1), {1: 2}))[1] == pytest.approx(2, abs=1)
+
+
+def test_where_no_stroke_tells_the_radius_is_that_of_all() -> None:
+    pen = Pen((0.0, 3.0), widths=(None, 1.0))
+    assert pen.radii_of(np.zeros((8, 8), np.uint8)) == (0, 3)
+    assert pen.radii_of(np.ones((8, 8), np.uint8)) == (0, 3)
+    assert Pen((0.0, 3.0)).radii_of(moved(lines(0), {1: 1})) == (0, 3)
+    assert half_width(np.zeros((4, 4), bool)) is None
+    band = np.zeros((9, 9), bool)
+    band[3:6] = True
+    assert half_width(band) == 2  # the middle one of three lines is two from what is outside
+
+
 # ---- where regions touch ------------------------------------------------------------------------------------------
 
 
@@ -288,6 +351,26 @@ def test_auto_reads_no_more_masks_than_it_may(tmp_path: Path) -> None:
     assert open_pen(mixed, open_split(config.data, "train"))[1] == report
 
 
+def test_a_radius_for_each_image_is_measured_on_the_masks_that_may_be_read_and_undone_as_drawings_are_read(
+    tmp_path: Path,
+) -> None:
+    data = DataConfig(dataset="mnist", variant="thick", limit=24, dense_images=6)
+    config = _fit_config(tmp_path, positive=DrawingsConfig(pen="image", band=1.0), data=data)
+    source = open_split(data, "train")
+    pen, report = open_pen(config, source)
+    assert report is not None
+    assert len(report.images) == 6
+    assert pen == report.pen(1.0, each=True)
+    sample = SegmentationData(source, replace(data, dense_images=0), training=False, pen=pen)[0]
+    positive = source.load(0).positive
+    assert positive is not None
+    assert np.array_equal(sample.positive, undo(positive, pen))
+    fit(replace(config, steps=1))
+    with pytest.raises(ValueError, match="pen"):  # what was measured belongs to the run
+        fit(replace(config, steps=2, resume=True, positive=DrawingsConfig(pen="auto", band=1.0)))
+    assert "in all others by their thinnest ones" in "".join(describe_pen(pen, report, source.classes.names))
+
+
 def test_fit_says_what_it_moved_and_how_it_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--variant", "thick", "--limit", "24", "--steps", "1", "--widths", "4", "8", "--threads", "1"]
     auto = ["--positive.pen", "auto", "--dense-images", "5", "--positive.cm", "none", "--out", str(tmp_path / "a")]
@@ -315,9 +398,11 @@ def test_fit_says_what_it_moved_and_how_it_knows(tmp_path: Path, capsys: pytest.
     ("options", "message"),
     [
         (["--positive.pen", "auto"], "dense_images: expected a number >= 1 with positive.pen auto"),
+        (["--positive.pen", "image"], "dense_images: expected a number >= 1 with positive.pen auto or image"),
+        (["--positive.pen", "image", "--supervision", "masks"], "positive.pen: expected None with supervision masks"),
         (["--negative.pen", "1"], "negative.pen: expected None"),
         (["--positive.band", "1"], "positive.band: expected a number >= 0, and 0 without positive.pen, got 1.0"),
-        (["--positive.pen", "nan"], "positive.pen: expected a number of pixels, auto or a file, got nan"),
+        (["--positive.pen", "nan"], "positive.pen: expected a number of pixels, auto, image or a file, got nan"),
         (
             ["--positive.pen", "nowhere.json"],
             f"pen: expected a number, auto or a pen.json, got {Path('nowhere.json').absolute()}",
@@ -342,22 +427,27 @@ def test_a_wrong_option_is_named(options: list[str], message: str, capsys: pytes
         ('{"radius": {"lamp": 1}}', "expected numbers for some of the classes"),
         ('{"radius": {"bar": "wide"}}', 'expected {"radius"'),
         ('{"radius": {"bar": NaN}}', "expected numbers for some"),
+        ('{"radius": {"bar": 1}, "width": {"lamp": 1}}', "expected numbers for some of the classes"),
+        ('{"radius": {"bar": 1}, "width": 3}', 'expected {"radius"'),
     ],
 )
 def test_a_damaged_pen_file_is_named(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "pen.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=rf"{path}: {message}"):
-        read_radii(path, NAMES)
+        read_pen(path, NAMES)
 
 
 def test_a_pen_file_may_be_written_by_hand(tmp_path: Path) -> None:
     path = tmp_path / "pen.json"
     path.write_text('{"radius": {"bar": 2.5, "blob": null}}')
-    assert read_radii(path, NAMES) == (0, 0, 2.5)
-    path.write_text(to_json(report_of(lambda mask: moved(mask, {1: 3, 2: -1}))))
-    assert read_radii(path, NAMES) == (0, 3, -1)
+    assert read_pen(path, NAMES, 1.5) == Pen((0, 0, 2.5), 1.5)
+    report = report_of(lambda mask: moved(mask, {1: 3, 2: -1}))
+    path.write_text(to_json(report))
+    assert read_pen(path, NAMES) == Pen((0, 3, -1))
     assert json.loads(path.read_text())["classes"]["blob"]["radius"] == 3
+    path.write_text(to_json(report, each=True))
+    assert read_pen(path, NAMES) == report.pen(each=True) != report.pen()
 
 
 def test_observers_of_real_vessels_are_measured(tmp_path: Path) -> None:

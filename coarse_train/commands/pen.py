@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from ..data import open_split
 from ..data.classes import Classes
 from ..data.segmentation import pairs_of
-from ..pen import LARGEST, Pen, PenReport, measure, to_json, undo
+from ..pen import LARGEST, PenReport, measure, to_json, undo
 from ..run import look_at_folder, make_folder, write_text
 from .options import DrawnData
 
@@ -35,6 +35,8 @@ class PenConfig(DrawnData):
     """train, val or test."""
     images: int | None = None
     """At most so many images that have both (the first): their masks, and no others, are looked at."""
+    each: bool = False
+    """Write a pen.json that moves each image by what its own strokes say, for a brush that differs between images."""
     seed: int = 0
     """Of simulated drawings."""
     out: Path = Path("runs/pen")
@@ -58,8 +60,8 @@ def run_pen(config: PenConfig) -> PenReport:
     print(table(report))
     make_folder("out", config.out)
     shown = _SHOWN if config.images is None else min(_SHOWN, config.images)
-    save_picture(config.out / "pen.png", report, list(pairs(shown)), source.classes)
-    write_text(config.out / "pen.json", to_json(report))
+    save_picture(config.out / "pen.png", report, list(pairs(shown)), source.classes, each=config.each)
+    write_text(config.out / "pen.json", to_json(report, each=config.each))
     print(f"{config.out / 'pen.json'}, {config.out / 'pen.png'}")
     return report
 
@@ -89,6 +91,13 @@ def table(report: PenReport) -> str:
         "enough), the median; spread: standard deviation; undo: what --positive.pen moves back, 0 where that mends less than a "
         "quarter; missed, added: area that is wrong, in parts of the objects' own; undone: both, expected after moving back."
     )
+    for name, one in zip((*report.names, "all together"), (*report.classes, report.together), strict=True):
+        if one.differs:
+            lines.append(
+                f"The pen of {name} differs between images: of each pair, by what the others say, {one.undone_one:.2f} is "
+                f"wrong after moving back by one radius, {one.undone_each:.2f} by what its own thinnest strokes say: "
+                "--positive.pen image, or --each here."
+            )
     if few:
         lines.append(
             f"Too few pairs to be sure of {', '.join(few)}: fewer than two, or one pair less gives another radius. They are "
@@ -104,14 +113,19 @@ def _why(name: str, pairs: int, together: int) -> str:
 
 
 def save_picture(
-    path: Path, report: PenReport, pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], classes: Classes
+    path: Path,
+    report: PenReport,
+    pairs: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    classes: Classes,
+    *,
+    each: bool = False,
 ) -> None:
     """``pairs``: name, drawing, mask."""
     figure = Figure(figsize=(12, 2.6 * len(pairs) + 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = np.asarray(figure.subfigures(2, 1, height_ratios=(2.6 * len(pairs), 3.2)))
     axes = above.subplots(len(pairs), 4, squeeze=False)
-    pen = Pen(report.radii())
+    pen = report.pen(each=each)
     for row, (name, drawing, mask) in zip(axes, pairs, strict=True):
         after = undo(drawing, pen)
         wrong = np.where((after != mask)[..., None], np.array([213, 94, 0], np.uint8), classes.paint(mask) // 4 + 190)

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from ..config import DataConfig, FitConfig
-from ..pen import Pen, PenReport, measure, read_radii, undo
+from ..pen import Pen, PenReport, measure, read_pen, undo
 from ..simulate import Process, draw_coarse, generator_for, level
 from . import Record, Sample, Source
 from .classes import IGNORE
@@ -217,12 +217,12 @@ def open_pen(config: FitConfig, source: Source) -> tuple[Pen | None, PenReport |
     if given is None or config.data.supervision == "masks":
         return None, None
     if isinstance(given, Path):
-        return Pen(read_radii(given, names), band), None
-    if given != "auto":
+        return read_pen(given, names, band), None
+    if isinstance(given, float | int):
         return Pen.of_objects(given, names, band), None
     dense = sorted(choose_dense(source, config.data, config.seed))
     report = measure(pairs_of(source, config.data, config.seed, dense), names)
-    return Pen(report.radii(), band), report
+    return report.pen(band, each=given == "image"), report
 
 
 def pairs_of(

@@ -11,14 +11,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import cattrs
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import FitConfig
+from ..config import FitConfig, Measured
 from ..data import Source, open_split
 from ..data.segmentation import SegmentationData, open_pen, plain
 from ..distributed import join_world
@@ -156,7 +156,7 @@ def _readers(config: FitConfig) -> str:
         found.append(f"training ({config.data.supervision})")
     if config.select_with:
         found.append(f"a choice (select_with {config.select_with})")
-    if config.positive.pen == "auto":
+    if config.positive.pen in get_args(Measured):
         found.append(f"the pen ({config.data.dense_images} of training images)")
     return "; ".join(found)
 

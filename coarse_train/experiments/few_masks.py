@@ -44,10 +44,11 @@ _NOISE = {
 _SHARE = 0.25  # of a batch, with a mask
 _WEIGHTS = (0.3, 1.0, 3.0, 10.0)
 _FINETUNED = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
-_OURS = ("mixed", "pen", "pen_nothing", "pen_finetune", "pen_mixed", "all")
+_BY_IMAGE = ("pen_image", "pen_image_finetune")  # of a brush that differs between images, which that of digits does not
+_OURS = ("mixed", "pen", "pen_nothing", "pen_finetune", "pen_mixed", "all", *_BY_IMAGE)
 _OTHERS = ("masks", "ce_mixed", "finetune", "corrector")
 # On photographs: what is too slow, or without a reason where all names are right, is left out.
-_ON_PHOTOGRAPHS = ("drawings", "masks", "ce_mixed", "finetune", "pen", "pen_finetune", "supervised")
+_ON_PHOTOGRAPHS = ("drawings", "masks", "ce_mixed", "finetune", "pen", "pen_finetune", *_BY_IMAGE, "supervised")
 _PHOTOGRAPH_STEPS = 400
 _BRUSH = (2, 4)  # pixels by which it reaches beyond a vessel, for each image
 
@@ -64,6 +65,8 @@ def parts(config: ExperimentConfig) -> list[Part]:
             title = _title(noise, count)
             tuned_as = None if count == _TUNED_AT else _title(noise, _TUNED_AT)
             rows = rows_of(base, count, recipe("mnist").positive, out / title, steps)
+            for row in _BY_IMAGE:
+                del rows[row]
             if noise not in ("thick", "thin"):
                 del rows["pen_nothing"]
             if noise != "thick_names":
@@ -161,6 +164,7 @@ def rows_of(
     pen            outlines moved back by what the pairs say, then as ce_mixed
     pen_nothing    the same; what outlines were moved over says nothing, instead of what lies there
     pen_finetune   outlines moved back, then as finetune
+    pen_image, pen_image_finetune   as pen and pen_finetune, each image by what its own thinnest strokes say
     pen_mixed      outlines moved back, then the matrix and the masks
     all            outlines moved back, then the matrix and the masks, then masks alone; tuned: learning rate of the last phase
     names_first    the other order: what the row mixed believes of its training images, outlines moved back
@@ -199,6 +203,8 @@ def rows_of(
         "pen": weighted(drawn(mixed, pen="auto")),
         "pen_nothing": weighted(drawn(mixed, pen="auto", band=float(LARGEST))),
         "pen_finetune": tuned(drawn(then, pen="auto")),
+        "pen_image": weighted(drawn(mixed, pen="image")),
+        "pen_image_finetune": tuned(drawn(then, pen="image")),
         "pen_mixed": weighted(drawn(with_matrix, pen="auto")),
         "all": tuned(drawn(replace(both_then, positive=matrix), pen="auto")),
         "names_first": {
@@ -256,7 +262,8 @@ def conclude(results: Sequence[Result]) -> list[str]:
                 "(pen_nothing)."
             )
         if "vessel" in result.cells[0].iou:
-            dice = {row: _dice(result, row) for row in ("pen", "finetune", "masks", "drawings", "supervised")}
+            told_of = ("pen", *_BY_IMAGE, "finetune", "masks", "drawings", "supervised")
+            dice = {row: _dice(result, row) for row in told_of if row in means}
             told = ", ".join(f"{row} {value:.1f}" for row, value in dice.items())
             sentences.append(f"{result.title}: Dice of vessels: {told}.")
     return sentences

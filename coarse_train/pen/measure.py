@@ -11,6 +11,10 @@ where s <= d, so a drawing that is made with radii d in parts w[d] covers a pixe
 which is any function that does not rise with s: its maximum likelihood, over all w, ``inside`` and ``outside`` at once, is the
 isotonic regression of "drawn" on s (Ayer et al. 1955, "An empirical distribution function for sampling with incomplete
 information"), and w are its steps. The radius is the median of w: half of the outlines reach further.
+
+A brush may differ from image to image, as it does where people zoom. Where each image has something thin, the drawing tells
+which brush it was: its thinnest strokes are half as wide as the thinnest things are, and the radius. That first part is the
+same for all images, and pairs say how much it is; where it is not, one radius for all is the better guess (`PenOfClass`).
 """
 
 from __future__ import annotations
@@ -18,114 +22,26 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 from scipy import ndimage, optimize
 
-from . import IGNORE
-from .label_maps import check_pair
-from .storage import read_text
+from .. import IGNORE
+from ..label_maps import check_pair
+from .moving import LARGEST, Pen, half_width, whole
 
-LARGEST = 10  # radius in pixels that is looked for
 _LEVELS = 2 * LARGEST + 2  # of the signed distance: the radii, the smallest that covers a pixel, and "none does"
 _LEAST_CONTRAST = 0.2  # between inside and outside, below which a drawing does not follow the mask
 _LEAST_MENDED = 0.25
 _LEAST_PAIRS = 2
 
 
-@dataclass(frozen=True)
-class Pen:
-    """What is undone.
-
-    radii: by how many pixels the outlines of each class reach too far (below 0: not far enough); 0 for a class beyond them.
-    band: of what an outline was moved over, so many pixels from the new one, >= 0, are `IGNORE` instead of what lies there.
-    """
-
-    radii: tuple[float, ...]
-    band: float = 0.0
-
-    @classmethod
-    def of_objects(cls, radius: float, names: Sequence[str], band: float) -> Pen:
-        """The same radius, in pixels, for every class of ``names`` but one that is called background, which has 0."""
-        return cls(tuple(0.0 if name == "background" else radius for name in names), band)
-
-
-def undo(drawing: np.ndarray, pen: Pen) -> np.ndarray:
-    """The drawing with its outlines moved back; the one that came stays as it is. Nothing is drawn where it is `IGNORE` (255).
-
-    An outline has two sides. The class with the larger radius (either sign) decides how it moves, as one that is drawn over
-    others with a broad pen does; two of the same radius leave it where it is, since nothing tells which of them was on top.
-    What is drawn nowhere, and a background, has radius 0. A pixel that is lost goes to the nearest other side.
-
-    Args:
-        drawing: (H, W) uint8, classes or `IGNORE`.
-        pen: what is undone, in pixels: distances between their centres.
-
-    Returns:
-        (H, W) uint8.
-    """
-    table = np.zeros(256)
-    table[: len(pen.radii)] = pen.radii
-    own = table[drawing]
-    result, settled = drawing.copy(), np.zeros(drawing.shape, bool)
-    for label in sorted(np.unique(drawing).tolist(), key=lambda label: (-abs(table[label]), -table[label])):
-        radius = float(table[label])
-        region = drawing == label
-        # of another class with the opposite radius the same move is asked for
-        beside = ~region & ((abs(own) < abs(radius)) | (own == -radius))
-        if radius == 0 or not beside.any():
-            continue
-        if radius > 0:
-            distance, (rows, columns) = ndimage.distance_transform_edt(~beside, return_indices=True)
-            moved, becomes = region & (distance <= radius) & ~settled, drawing[rows, columns]
-            left = region & ~moved
-        else:
-            moved = beside & (_distance(region) <= -radius) & ~settled
-            becomes = np.full_like(drawing, label)
-            left = ~(region | moved)
-        result[moved] = becomes[moved]
-        if pen.band > 0:
-            result[moved & (_distance(left) <= pen.band)] = IGNORE
-        settled |= moved
-    return result
-
-
-def _distance(where: np.ndarray) -> np.ndarray:
-    """Of each pixel to the nearest one of ``where``; far where there is none."""
-    if not where.any():
-        return np.full(where.shape, np.inf)
-    return np.asarray(ndimage.distance_transform_edt(~where))
-
-
-def read_radii(path: Path, names: Sequence[str]) -> tuple[float, ...]:
-    """Radii in pixels of the classes ``names``, from a pen.json as `to_json` writes it; one that is not in it, or null, has 0.
-
-    Raises:
-        ValueError: naming the file, where it is no such JSON, a radius is not finite, or a class is none of ``names``.
-        FileNotFoundError: there is no such file.
-    """
-    try:
-        radii = json.loads(read_text(path))["radius"]
-        values = {str(name): float(radius or 0) for name, radius in radii.items()}
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"pen: expected a number, auto or a pen.json, got {path}, which is not there"
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f'{path}: expected {{"radius": {{"CLASS": pixels, ...}}}}, got something else ({error})'
-        ) from error
-    unknown = sorted(values.keys() - {*names})
-    if unknown or not all(np.isfinite(radius) for radius in values.values()):
-        raise ValueError(f"{path}: expected numbers for some of the classes {tuple(names)}, got {values}")
-    return tuple(values.get(name, 0.0) for name in names)
-
-
-def to_json(report: PenReport) -> str:
-    """pen.json: the radii that `read_radii` reads, and all that was measured."""
+def to_json(report: PenReport, *, each: bool = False) -> str:
+    """pen.json: what `read_pen` reads, with a radius of its own for ``each`` image or without, and all that was measured."""
+    pen = report.pen(each=each)
     content = {
-        "radius": dict(zip(report.names, report.radii(), strict=True)),
+        "radius": dict(zip(report.names, pen.radii, strict=True)),
+        **({"width": dict(zip(report.names, pen.widths, strict=True))} if each else {}),
         "images": list(report.images),
         "classes": {name: asdict(one) for name, one in zip(report.names, report.classes, strict=True)},
         "together": asdict(report.together),
@@ -148,6 +64,10 @@ class PenOfClass:
     missed, added: area that is lacking inside and too much outside. undone: both together, as the model expects it of
         outlines that were moved back.
     pairs: images with a mask and a drawing under that name.
+    width: half of the width, in pixels, that the thinnest strokes would have with a radius of 0 (`Pen`), the median of the
+        pairs; None: none has both a radius and strokes.
+    undone_one, undone_each: as ``undone``, of each pair by what the others say: one radius for all, or a radius for each image.
+        0 with fewer than two pairs.
     without: radius without each of the images of `PenReport.images`.
     drawn: chance that a pixel is drawn, for each signed distance from -`LARGEST` (and less) to `LARGEST` + 1, in whole pixels;
         an object's outermost ones are at 0.
@@ -160,6 +80,9 @@ class PenOfClass:
     missed: float = 0.0
     added: float = 0.0
     undone: float = 0.0
+    width: float | None = None
+    undone_one: float = 0.0
+    undone_each: float = 0.0
     pairs: int = 0
     without: tuple[int | None, ...] = ()
     drawn: tuple[float, ...] = ()
@@ -170,6 +93,11 @@ class PenOfClass:
         parts of objects were left out or pens are of all widths."""
         mends = self.undone < (1 - _LEAST_MENDED) * (self.missed + self.added)
         return self.radius if self.radius is not None and mends else 0
+
+    @property
+    def differs(self) -> bool:
+        """Whether a radius for each image leaves less wrong than one for all, by a quarter and more."""
+        return self.width is not None and self.undone_each < (1 - _LEAST_MENDED) * self.undone_one
 
     @property
     def few(self) -> bool:
@@ -192,6 +120,17 @@ class PenReport:
     classes: tuple[PenOfClass, ...]
     together: PenOfClass
 
+    def pen(self, band: float = 0.0, *, each: bool = False) -> Pen:
+        """To undo what was measured, with one radius for all images, or ``each`` with its own."""
+        if not each:
+            return Pen(self.radii(), band)
+        widths = [self.together.width if one.few or one.width is None else one.width for one in self.classes]
+        return Pen(
+            self.radii(),
+            band,
+            tuple(None if name == "background" else width for name, width in zip(self.names, widths, strict=True)),
+        )
+
     def radii(self) -> tuple[float, ...]:
         """What `Pen` takes: pixels for each of ``names``. A class that is in too few pairs is taken to be drawn as all of them
         together: by the same hand."""
@@ -204,6 +143,8 @@ def describe_pen(pen: Pen | None, report: PenReport | None, names: Sequence[str]
     if pen is None:
         return []
     moved = ", ".join(f"{name} {radius:+g}" for name, radius in zip(names, pen.radii, strict=True) if radius) or "none"
+    if any(width is not None for width in pen.widths):
+        moved += " where an image has no strokes of its own to tell; in all others by their thinnest ones"
     sentence = f"outlines of positive drawings that are moved back, pixels too far: {moved}"
     if report is None:
         return [sentence]
@@ -225,6 +166,7 @@ def measure(pairs: Iterable[tuple[str, np.ndarray, np.ndarray]], names: Sequence
     """
     images: list[str] = []
     counts: list[np.ndarray] = []
+    thin: list[list[float]] = []
     for name, drawing, mask in pairs:
         try:
             check_pair(drawing, mask, len(names))
@@ -232,12 +174,24 @@ def measure(pairs: Iterable[tuple[str, np.ndarray, np.ndarray]], names: Sequence
             raise ValueError(f"{name}: {error}") from error
         images.append(name)
         counts.append(count(drawing, mask, len(names)))
+        found = [half_width(drawing == label) for label in range(len(names))]
+        thin.append([np.nan if one is None else one for one in found])
     if not images:
         raise ValueError("pen: expected images with a dense mask and a positive drawing to measure it with, got none")
-    every = np.stack(counts)
+    every, strokes = np.stack(counts), np.array(thin)
     objects = [label for label, name in enumerate(names) if name != "background"]
-    classes = [_of_class(every[:, label]) if label in objects else PenOfClass() for label in range(len(names))]
-    return PenReport(tuple(images), tuple(names), tuple(classes), _of_class(every[:, objects].sum(1)))
+    classes = [
+        _of_class(every[:, label], strokes[:, label]) if label in objects else PenOfClass()
+        for label in range(len(names))
+    ]
+    together = _of_class(every[:, objects].sum(1), np.array([_least(strokes[k, objects]) for k in range(len(images))]))
+    return PenReport(tuple(images), tuple(names), tuple(classes), together)
+
+
+def _least(values: np.ndarray) -> float:
+    """NaN where none is known."""
+    known = values[~np.isnan(values)]
+    return float(known.min()) if len(known) else np.nan
 
 
 def count(drawing: np.ndarray, mask: np.ndarray, num_classes: int) -> np.ndarray:
@@ -277,8 +231,8 @@ def _shares(drawing: np.ndarray, numbers: np.ndarray, where: np.ndarray, objects
     return seen[:, :IGNORE] / np.maximum(seen.sum(1, keepdims=True), 1)
 
 
-def _of_class(counts: np.ndarray) -> PenOfClass:
-    """``counts``: (images, levels, 2)."""
+def _of_class(counts: np.ndarray, thin: np.ndarray) -> PenOfClass:
+    """``counts``: (images, levels, 2). ``thin``: (images,) half of the width of the thinnest strokes, NaN without any."""
     total = counts.sum(0)
     pairs = int(counts.any((1, 2)).sum())
     if pairs == 0:
@@ -286,6 +240,8 @@ def _of_class(counts: np.ndarray) -> PenOfClass:
     fit = _fit(total)
     own = total[: LARGEST + 1]  # up to level 0, an object's outermost pixels
     area = max(1, int(own[:, 0].sum()))
+    without = tuple(_fit(total - one).radius for one in counts)
+    width, by_one, by_each = _by_image(counts, thin, without)
     return PenOfClass(
         radius=fit.radius,
         spread=fit.spread,
@@ -294,10 +250,28 @@ def _of_class(counts: np.ndarray) -> PenOfClass:
         missed=float((own[:, 0] - own[:, 1]).sum() / area),
         added=float(total[LARGEST + 1 :, 1].sum() / area),
         undone=fit.errors(total[:, 0]) / area,
+        width=width,
+        undone_one=by_one / area,
+        undone_each=by_each / area,
         pairs=pairs,
-        without=tuple(_fit(total - one).radius for one in counts),
+        without=without,
         drawn=tuple(fit.drawn.tolist()),
     )
+
+
+def _by_image(counts: np.ndarray, thin: np.ndarray, without: Sequence[int | None]) -> tuple[float | None, float, float]:
+    """`PenOfClass.width`, and the pixels that are wrong after each pair was moved back by what the others say: by one radius
+    for all, and by one of its own."""
+    fits = [_fit(one) for one in counts]
+    known = [k for k, fit in enumerate(fits) if fit.radius is not None and not np.isnan(thin[k])]
+    beyond = {k: float(thin[k]) - float(fits[k].radius or 0) for k in known}
+    by_one = by_each = 0.0
+    for k in known if len(known) >= _LEAST_PAIRS else []:
+        others = float(np.median([beyond[other] for other in known if other != k]))
+        pixels = counts[k, :, 0]
+        by_one += fits[k].errors(pixels, without[k] or 0)
+        by_each += fits[k].errors(pixels, whole(thin[k] - others))
+    return float(np.median([*beyond.values()])) if beyond else None, by_one, by_each
 
 
 @dataclass(frozen=True)
@@ -308,9 +282,9 @@ class _Fit:
     radius: int | None
     spread: float
 
-    def errors(self, pixels: np.ndarray) -> float:
-        """Of (levels,) pixels those expected on the wrong side after outlines were moved back by the radius."""
-        levels = np.clip(np.arange(_LEVELS) + (self.radius or 0), 0, _LEVELS - 1)
+    def errors(self, pixels: np.ndarray, radius: int | None = None) -> float:
+        """Of (levels,) pixels those expected on the wrong side after outlines were moved back by ``radius``, or their own."""
+        levels = np.clip(np.arange(_LEVELS) + ((self.radius or 0) if radius is None else radius), 0, _LEVELS - 1)
         wrong = np.where(np.arange(_LEVELS) <= LARGEST, 1 - self.drawn[levels], self.drawn[levels])
         return float((pixels * wrong).sum())
 

@@ -1,0 +1,22 @@
+"""Outlines: how far a pen's are off, measured where there are a dense mask and a drawing, and undone in the drawings.
+
+`moving`: a pen, and drawings whose outlines are moved back by it. `measure`: by how much, and the model behind that.
+"""
+
+from __future__ import annotations
+
+from .measure import PenOfClass, PenReport, describe_pen, measure, to_json
+from .moving import LARGEST, Pen, half_width, read_pen, undo
+
+__all__ = [
+    "LARGEST",
+    "Pen",
+    "PenOfClass",
+    "PenReport",
+    "describe_pen",
+    "half_width",
+    "measure",
+    "read_pen",
+    "to_json",
+    "undo",
+]

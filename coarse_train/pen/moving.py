@@ -1,0 +1,136 @@
+"""Outlines that are off by a distance, moved back in the drawings, and the file that says by how much."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+from .. import IGNORE
+from ..storage import read_text
+
+LARGEST = 10  # radius in pixels that is looked for
+_THIN = 0.1  # quantile of the half-widths along the middle of strokes: a tenth is thinner
+
+
+@dataclass(frozen=True)
+class Pen:
+    """What is undone.
+
+    radii: by how many pixels the outlines of each class reach too far (below 0: not far enough); 0 for a class beyond them.
+    band: of what an outline was moved over, so many pixels from the new one, >= 0, are `IGNORE` instead of what lies there.
+    widths: where radii differ between images: half of the width, in pixels, that the thinnest strokes of a class would have
+        with a radius of 0. An image's radius is, in whole pixels, what its own have beyond that; None, and in an image without
+        that class: ``radii``.
+    """
+
+    radii: tuple[float, ...]
+    band: float = 0.0
+    widths: tuple[float | None, ...] = ()
+
+    @classmethod
+    def of_objects(cls, radius: float, names: Sequence[str], band: float) -> Pen:
+        """The same radius, in pixels, for every class of ``names`` but one that is called background, which has 0."""
+        return cls(tuple(0.0 if name == "background" else radius for name in names), band)
+
+    def radii_of(self, drawing: np.ndarray) -> tuple[float, ...]:
+        """Those of one (H, W) drawing, in pixels."""
+        found = list(self.radii)
+        for label, width in enumerate(self.widths):
+            thin = None if width is None else half_width(drawing == label)
+            if width is not None and thin is not None:
+                found[label] = float(whole(thin - width))
+        return tuple(found)
+
+
+def half_width(region: np.ndarray) -> float | None:
+    """Half of the width of the thinnest strokes of a (H, W) boolean region, in pixels: a tenth of its middle lines, the ridges
+    of the distance to what is not in it, are thinner. None of an empty region, and of one that is everything."""
+    if not region.any() or region.all():
+        return None
+    depth = ndimage.distance_transform_edt(region)
+    ridge = region & (depth == ndimage.maximum_filter(depth, 3))
+    return float(np.quantile(depth[ridge], _THIN))
+
+
+def whole(radius: float) -> int:
+    """The nearest radius that a pen may have."""
+    return int(np.clip(np.rint(radius), -LARGEST, LARGEST))
+
+
+def undo(drawing: np.ndarray, pen: Pen) -> np.ndarray:
+    """The drawing with its outlines moved back; the one that came stays as it is. Nothing is drawn where it is `IGNORE` (255).
+
+    An outline has two sides. The class with the larger radius (either sign) decides how it moves, as one that is drawn over
+    others with a broad pen does; two of the same radius leave it where it is, since nothing tells which of them was on top.
+    What is drawn nowhere, and a background, has radius 0. A pixel that is lost goes to the nearest other side.
+
+    Args:
+        drawing: (H, W) uint8, classes or `IGNORE`.
+        pen: what is undone, in pixels: distances between their centres.
+
+    Returns:
+        (H, W) uint8.
+    """
+    table = np.zeros(256)
+    table[: len(pen.radii)] = pen.radii_of(drawing)
+    own = table[drawing]
+    result, settled = drawing.copy(), np.zeros(drawing.shape, bool)
+    for label in sorted(np.unique(drawing).tolist(), key=lambda label: (-abs(table[label]), -table[label])):
+        radius = float(table[label])
+        region = drawing == label
+        # of another class with the opposite radius the same move is asked for
+        beside = ~region & ((abs(own) < abs(radius)) | (own == -radius))
+        if radius == 0 or not beside.any():
+            continue
+        if radius > 0:
+            distance, (rows, columns) = ndimage.distance_transform_edt(~beside, return_indices=True)
+            moved, becomes = region & (distance <= radius) & ~settled, drawing[rows, columns]
+            left = region & ~moved
+        else:
+            moved = beside & (_distance(region) <= -radius) & ~settled
+            becomes = np.full_like(drawing, label)
+            left = ~(region | moved)
+        result[moved] = becomes[moved]
+        if pen.band > 0:
+            result[moved & (_distance(left) <= pen.band)] = IGNORE
+        settled |= moved
+    return result
+
+
+def _distance(where: np.ndarray) -> np.ndarray:
+    """Of each pixel to the nearest one of ``where``; far where there is none."""
+    if not where.any():
+        return np.full(where.shape, np.inf)
+    return np.asarray(ndimage.distance_transform_edt(~where))
+
+
+def read_pen(path: Path, names: Sequence[str], band: float = 0.0) -> Pen:
+    """The pen of the classes ``names``, in pixels, from a pen.json as `to_json` writes it; one that is not in it, or null, has
+    a radius of 0, and none of its own in each image.
+
+    Raises:
+        ValueError: naming the file, where it is no such JSON, a radius is not finite, or a class is none of ``names``.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        content = json.loads(read_text(path))
+        values = {str(name): float(radius or 0) for name, radius in content["radius"].items()}
+        given = content.get("width") or {}
+        widths = {str(name): float(width) for name, width in given.items() if width is not None}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"pen: expected a number, auto or a pen.json, got {path}, which is not there"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'{path}: expected {{"radius": {{"CLASS": pixels, ...}}}}, got something else ({error})'
+        ) from error
+    for read in (values, widths):
+        if read.keys() - {*names} or not all(np.isfinite(number) for number in read.values()):
+            raise ValueError(f"{path}: expected numbers for some of the classes {tuple(names)}, got {read}")
+    return Pen(tuple(values.get(name, 0.0) for name in names), band, tuple(map(widths.get, names)) if widths else ())
