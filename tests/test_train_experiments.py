@@ -311,6 +311,26 @@ def test_vessels_of_a_brush_are_drawn_once_and_are_too_wide(tmp_path: Path) -> N
     assert (open_split(replace(data, positives=made), "train").load(0).positive == drawn.load(0).positive).all()
 
 
+def test_it_is_said_how_far_drawings_that_were_moved_back_are_from_the_masks(tmp_path: Path) -> None:
+    root = data_trees.write_chasedb1_tree(tmp_path / "chase")
+    data = DataConfig(dataset="chasedb1", root=root)
+    made = redrawn(
+        open_split(data, "train"),
+        tmp_path / "brush",
+        lambda mask, rng: widened(mask, 1, 2).astype(np.uint8),
+        known_by=2,
+    )
+    config = FitConfig(data=replace(data, positives=made), negative=DrawingsConfig(weight=0.0))
+    rows = {"drawings": config, "pen": replace(config, positive=DrawingsConfig(pen=2.0)), "masks": config}
+    rows["finetune"] = rows["supervised"] = rows["masks"]
+    fake = result("chase brush, 2 masks", dict.fromkeys(rows, 50.0), seeds=1)
+    fake = replace(fake, rows=rows)
+    before, after = (few_masks.mended_dice(fake, row) for row in ("drawings", "pen"))
+    assert before < 75
+    assert after > 90
+    assert f"as each row reads them: drawings {before:.1f}, pen {after:.1f}." in few_masks.conclude([fake])[-1]
+
+
 def test_photographs_are_left_out_where_they_are_not_there(tmp_path: Path) -> None:
     without = few_masks.parts(ExperimentConfig("few-masks", out=tmp_path))
     assert not any("chase" in part.title or "camvid" in part.title for part in without)
