@@ -44,9 +44,20 @@ _NOISE = {
 }
 _SHARE = 0.25  # of a batch, with a mask
 _WEIGHTS = (0.3, 1.0, 3.0, 10.0)
+_TRACE = 0.01
 _FINETUNED = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _BY_IMAGE = ("pen_image", "pen_image_finetune")  # of a brush that differs between images, which that of digits does not
-_OURS = ("mixed", "pen", "pen_nothing", "pen_finetune", "pen_mixed", "all", *_BY_IMAGE)
+_OURS = (
+    "mixed",
+    "mixed_trace",
+    "pen",
+    "pen_nothing",
+    "pen_finetune",
+    "pen_mixed",
+    "pen_mixed_trace",
+    "all",
+    *_BY_IMAGE,
+)
 _OTHERS = ("masks", "ce_mixed", "finetune", "corrector")
 # On photographs: what is too slow, or without a reason where all names are right, is left out.
 _ON_PHOTOGRAPHS = ("drawings", "masks", "ce_mixed", "finetune", "pen", "pen_finetune", *_BY_IMAGE, "supervised")
@@ -68,8 +79,12 @@ def parts(config: ExperimentConfig) -> list[Part]:
             rows = rows_of(base, count, recipe("mnist").positive, out / title, steps)
             for row in _BY_IMAGE:
                 del rows[row]
-            if noise not in ("thick", "thin"):
+            if noise in ("thick", "thin"):
+                del rows["mixed_trace"]
+            else:
                 del rows["pen_nothing"]
+            if noise != "thick_names":
+                del rows["pen_mixed_trace"]
             if noise != "thick_names":
                 del rows["names_first"]
             if noise in ("thick", "thin"):
@@ -162,11 +177,13 @@ def rows_of(
     finetune       drawings, then masks; tuned: learning rate of the second phase
     corrector      a network that mends drawings, trained on the pairs, teaches; tuned: its learning rate
     mixed          drawings through a global matrix, and masks; tuned: weight of the masks
+    mixed_trace    as mixed, with a weight of the trace, which steadies one matrix for all (trace-weight, on validation masks)
     pen            outlines moved back by what the pairs say, then as ce_mixed
     pen_nothing    the same; what outlines were moved over says nothing, instead of what lies there
     pen_finetune   outlines moved back, then as finetune
     pen_image, pen_image_finetune   as pen and pen_finetune, each image by what its own thinnest strokes say
     pen_mixed      outlines moved back, then the matrix and the masks
+    pen_mixed_trace   outlines moved back, then as mixed_trace
     all            outlines moved back, then the matrix and the masks, then masks alone; tuned: learning rate of the last phase
     names_first    the other order: what the row mixed believes of its training images, outlines moved back
     supervised     cross-entropy on all masks
@@ -201,12 +218,14 @@ def rows_of(
         "finetune": tuned(then),
         "corrector": {f"its lr {rate:g}x": partial(corrector, rate) for rate in (0.25, 0.5, 1.0, 2.0)},
         "mixed": weighted(with_matrix),
+        "mixed_trace": weighted(drawn(with_matrix, trace_weight=_TRACE)),
         "pen": weighted(drawn(mixed, pen="auto")),
         "pen_nothing": weighted(drawn(mixed, pen="auto", band=float(LARGEST))),
         "pen_finetune": tuned(drawn(then, pen="auto")),
         "pen_image": weighted(drawn(mixed, pen="image")),
         "pen_image_finetune": tuned(drawn(then, pen="image")),
         "pen_mixed": weighted(drawn(with_matrix, pen="auto")),
+        "pen_mixed_trace": weighted(drawn(with_matrix, pen="auto", trace_weight=_TRACE)),
         "all": tuned(drawn(replace(both_then, positive=matrix), pen="auto")),
         "names_first": {
             f"mask weight {weight:g}": partial(
