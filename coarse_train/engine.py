@@ -101,7 +101,8 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
         ]
         facts = run.describe_data(source, masks if validation is None else validation, channels)
         # a file may have been measured again
-        facts["pen"] = None if pen is None else [*pen.radii, *pen.widths]
+        facts["pen"] = None if pen is None else list(pen.radii)
+        facts["pen of each image"] = [] if pen is None else list(pen.widths)
         if resumed:
             run.check_same_data(resumed["data"], facts)
         loaders = [

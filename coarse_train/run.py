@@ -16,14 +16,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from PIL.Image import Image
 from tqdm import tqdm
 
-from .config import FitConfig, anchored, from_dict, load_toml, to_dict
+from .config import FitConfig, Measured, anchored, from_dict, load_toml, to_dict
 from .data import Source
 from .distributed import World
 from .storage import LFS_POINTER, CheckpointError, is_lfs_pointer, locked, write_text, write_whole
@@ -181,7 +181,7 @@ def check_same_run(before: FitConfig, now: FitConfig) -> dict[str, tuple[Any, An
 
 
 def _kind_of_pen(value: Any) -> Any:
-    return "a file" if isinstance(value, str) and value != "auto" else value
+    return "a file" if isinstance(value, str) and value not in get_args(Measured) else value
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

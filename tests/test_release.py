@@ -263,7 +263,7 @@ def test_a_licence_is_found_wherever_metadata_has_it() -> None:
 
 def test_a_page_that_loads_something_from_a_server_is_found(tmp_path: Path) -> None:
     (tmp_path / "static").mkdir()
-    good = '<link rel="canonical" href="https://a.org/"><script src="static/x.js"></script><a href="https://a.org">there</a>'
+    good = '<link rel="Canonical" href="https://a.org/"><script src="static/x.js"></script><a href="https://a.org">there</a>'
     (tmp_path / "good.html").write_text(good)
     (tmp_path / "static" / "good.css").write_text("a { background: url(data:image/png;base64,AA); b: url(x.png) }")
     assert offline_pages.main(str(tmp_path)) == 0
@@ -273,6 +273,10 @@ def test_a_page_that_loads_something_from_a_server_is_found(tmp_path: Path) -> N
         '<link rel="stylesheet" href="https://fonts.org/css">',
         "<style>@import 'https://fonts.org/a.css';</style>",
         '<div style="background: url(https://img.org/b.png)"></div>',
+        '<img srcset="a.png 1x, https://img.org/b.png 2x">',
+        '<svg><image xlink:href="https://img.org/c.png"/></svg>',
+        '<base href="https://a.org/">',
+        "<link href=https://fonts.org/css>",
     ]
     for number, line in enumerate(bad):
         (tmp_path / f"bad{number}.html").write_text(f"<p>\n{line}")

@@ -221,6 +221,41 @@ def test_one_radius_is_better_where_things_are_thick_and_thin_and_the_brush_is_o
     assert report.pen() == Pen(report.radii())
 
 
+def test_only_classes_whose_pen_differs_are_moved_by_their_own_strokes() -> None:
+    """A disc is thick in one image and thinner in the next, whatever the brush: what lines tell is not true of it."""
+
+    def both(seed: int, radius: int) -> tuple[str, np.ndarray, np.ndarray]:
+        mask = lines(seed)
+        rows, columns = np.mgrid[:96, :96]
+        size = np.random.default_rng(100 + seed).integers(8, 16)
+        mask = np.where((rows - 70) ** 2 + (columns - 30) ** 2 <= size**2, 2, mask).astype(np.uint8)
+        return str(seed), moved(mask, {1: radius, 2: radius}), mask
+
+    names = ("background", "vessel", "disc")
+    report = measure((both(seed, 1 + seed) for seed in range(4)), names)
+    pen = report.pen(each=True)
+    assert pen.widths[1] is not None
+    assert pen.widths[2] is None
+    for seed in range(4, 8):
+        _, drawing, _ = both(seed, 3)
+        assert pen.radii_of(drawing)[2] == report.radii()[2]
+
+
+@pytest.mark.parametrize("wrong", [(None, np.nan), (None, np.inf), (None, 1.0, 1.0)])
+def test_a_pen_of_no_width_is_named(wrong: tuple[float | None, ...]) -> None:
+    with pytest.raises(ValueError, match="widths: expected"):
+        Pen((0.0, 1.0), widths=wrong)
+
+
+def test_strokes_along_the_border_tell_nothing() -> None:
+    """Nobody sees how wide they are."""
+    region = np.zeros((20, 20), bool)
+    region[:3] = True
+    assert half_width(region) is None
+    region[10:13] = True
+    assert half_width(region) == 2
+
+
 def test_one_pair_tells_nothing_of_a_difference() -> None:
     report = measure([("one", moved(lines(0), {1: 3}), lines(0))], LINES)
     assert not report.classes[1].differs
@@ -368,7 +403,8 @@ def test_a_radius_for_each_image_is_measured_on_the_masks_that_may_be_read_and_u
     fit(replace(config, steps=1))
     with pytest.raises(ValueError, match="pen"):  # what was measured belongs to the run
         fit(replace(config, steps=2, resume=True, positive=DrawingsConfig(pen="auto", band=1.0)))
-    assert "in all others by their thinnest ones" in "".join(describe_pen(pen, report, source.classes.names))
+    (said,) = describe_pen(Pen((0, 1), widths=(None, 0.5)), None, LINES)
+    assert "vessel +1 where an image has no strokes of its own to tell; in all others by their thinnest ones" in said
 
 
 def test_fit_says_what_it_moved_and_how_it_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -405,7 +441,7 @@ def test_fit_says_what_it_moved_and_how_it_knows(tmp_path: Path, capsys: pytest.
         (["--positive.pen", "nan"], "positive.pen: expected a number of pixels, auto, image or a file, got nan"),
         (
             ["--positive.pen", "nowhere.json"],
-            f"pen: expected a number, auto or a pen.json, got {Path('nowhere.json').absolute()}",
+            f"pen: expected a number, auto, image or a pen.json, got {Path('nowhere.json').absolute()}",
         ),
         (["--positive.pen", "auto", "--supervision", "masks"], "positive.pen: expected None with supervision masks"),
         (["--dense-share", "0.5"], "dense_share: expected a number between 0 and 1 with supervision mixed"),
@@ -442,12 +478,14 @@ def test_a_pen_file_may_be_written_by_hand(tmp_path: Path) -> None:
     path = tmp_path / "pen.json"
     path.write_text('{"radius": {"bar": 2.5, "blob": null}}')
     assert read_pen(path, NAMES, 1.5) == Pen((0, 0, 2.5), 1.5)
-    report = report_of(lambda mask: moved(mask, {1: 3, 2: -1}))
-    path.write_text(to_json(report))
+    path.write_text(to_json(report_of(lambda mask: moved(mask, {1: 3, 2: -1}))))
     assert read_pen(path, NAMES) == Pen((0, 3, -1))
     assert json.loads(path.read_text())["classes"]["blob"]["radius"] == 3
+    report = measure(((str(k), moved(lines(k), {1: k + 1}), lines(k)) for k in range(3)), LINES)
     path.write_text(to_json(report, each=True))
-    assert read_pen(path, NAMES) == report.pen(each=True) != report.pen()
+    assert read_pen(path, LINES) == report.pen(each=True) != report.pen()
+    path.write_text(to_json(report))
+    assert read_pen(path, LINES) == report.pen()
 
 
 def test_observers_of_real_vessels_are_measured(tmp_path: Path) -> None:

@@ -35,7 +35,12 @@ def interpolate(field: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
         return field
     if all(points == 1 for points in field.shape[2:]):
         return field.expand(*field.shape[:2], *size)  # F.interpolate would make NaN of -inf, as 0 * -inf
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if (
+        torch.is_grad_enabled()
+        and field.requires_grad
+        and torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+    ):
         _warn_of_lost_gradients()
     return F.interpolate(field, size=tuple(size), mode=_MODES[len(size)], align_corners=False)
 
@@ -43,11 +48,12 @@ def interpolate(field: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
 def _warn_of_lost_gradients() -> bool:
     """Once. Inductor before torch 2.14 may fuse what reads the gradient of an interpolation ahead of what adds it up."""
     global _warned
-    if not _warned and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14):
+    if not _warned and torch.torch_version.TorchVersion(torch.__version__) < "2.14.0a0":
         _warned = True
         logger.warning(
             "backend 'reference' interpolates in a compiled function: if the compiler is Inductor of torch %s, a network ahead "
-            "of it may get zeros for gradients (pytorch/pytorch#185509, mended in 2.14); with the other backends it does not",
+            "of it may get zeros for gradients (pytorch/pytorch#185509, mended in 2.14); the other backends interpolate within "
+            "themselves, an interpolation of your network is as exposed",
             torch.__version__,
         )
     return True

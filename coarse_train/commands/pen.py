@@ -91,7 +91,7 @@ def table(report: PenReport) -> str:
         "enough), the median; spread: standard deviation; undo: what --positive.pen moves back, 0 where that mends less than a "
         "quarter; missed, added: area that is wrong, in parts of the objects' own; undone: both, expected after moving back."
     )
-    for name, one in zip((*report.names, "all together"), (*report.classes, report.together), strict=True):
+    for name, one in zip(report.names, report.classes, strict=True):
         if one.differs:
             lines.append(
                 f"The pen of {name} differs between images: of each pair, by what the others say, {one.undone_one:.2f} is "

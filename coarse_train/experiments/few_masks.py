@@ -51,6 +51,7 @@ _OURS = (
     "mixed",
     "mixed_trace",
     "pen",
+    "pen_alone",
     "pen_nothing",
     "pen_finetune",
     "pen_mixed",
@@ -82,7 +83,7 @@ def parts(config: ExperimentConfig) -> list[Part]:
             if noise in ("thick", "thin"):
                 del rows["mixed_trace"]
             else:
-                del rows["pen_nothing"]
+                del rows["pen_nothing"], rows["pen_alone"]
             if noise != "thick_names":
                 del rows["pen_mixed_trace"]
             if noise != "thick_names":
@@ -179,7 +180,8 @@ def rows_of(
     mixed          drawings through a global matrix, and masks; tuned: weight of the masks
     mixed_trace    as mixed, with a weight of the trace, which steadies one matrix for all (trace-weight, on validation masks)
     pen            outlines moved back by what the pairs say, then as ce_mixed
-    pen_nothing    the same; what outlines were moved over says nothing, instead of what lies there
+    pen_alone      the same drawings without the masks, which measure the pen and nothing else; tuned: learning rate
+    pen_nothing    as pen; what outlines were moved over says nothing, instead of what lies there
     pen_finetune   outlines moved back, then as finetune
     pen_image, pen_image_finetune   as pen and pen_finetune, each image by what its own thinnest strokes say
     pen_mixed      outlines moved back, then the matrix and the masks
@@ -220,6 +222,7 @@ def rows_of(
         "mixed": weighted(with_matrix),
         "mixed_trace": weighted(drawn(with_matrix, trace_weight=_TRACE)),
         "pen": weighted(drawn(mixed, pen="auto")),
+        "pen_alone": {f"lr {rate:g}x": at_rate(drawn(few, pen="auto"), rate) for rate in (0.25, 0.5, 1.0, 2.0)},
         "pen_nothing": weighted(drawn(mixed, pen="auto", band=float(LARGEST))),
         "pen_finetune": tuned(drawn(then, pen="auto")),
         "pen_image": weighted(drawn(mixed, pen="image")),

@@ -41,7 +41,7 @@ def to_json(report: PenReport, *, each: bool = False) -> str:
     pen = report.pen(each=each)
     content = {
         "radius": dict(zip(report.names, pen.radii, strict=True)),
-        **({"width": dict(zip(report.names, pen.widths, strict=True))} if each else {}),
+        **({"width": dict(zip(report.names, pen.widths, strict=True))} if pen.widths else {}),
         "images": list(report.images),
         "classes": {name: asdict(one) for name, one in zip(report.names, report.classes, strict=True)},
         "together": asdict(report.together),
@@ -120,16 +120,19 @@ class PenReport:
     classes: tuple[PenOfClass, ...]
     together: PenOfClass
 
+    @property
+    def differs(self) -> bool:
+        """Whether the pen of some class does (`PenOfClass.differs`)."""
+        return any(one.differs for one in self.classes)
+
     def pen(self, band: float = 0.0, *, each: bool = False) -> Pen:
-        """To undo what was measured, with one radius for all images, or ``each`` with its own."""
+        """To undo what was measured, with one radius for all images, or ``each`` with its own: of classes whose pen differs,
+        and of one that is alone with a background, of which pairs with the same brush cannot tell."""
         if not each:
             return Pen(self.radii(), band)
-        widths = [self.together.width if one.few or one.width is None else one.width for one in self.classes]
-        return Pen(
-            self.radii(),
-            band,
-            tuple(None if name == "background" else width for name, width in zip(self.names, widths, strict=True)),
-        )
+        alone = sum(name != "background" for name in self.names) == 1
+        widths = tuple(one.width if one.differs or alone else None for one in self.classes)
+        return Pen(self.radii(), band, widths if any(width is not None for width in widths) else ())
 
     def radii(self) -> tuple[float, ...]:
         """What `Pen` takes: pixels for each of ``names``. A class that is in too few pairs is taken to be drawn as all of them
@@ -167,6 +170,7 @@ def measure(pairs: Iterable[tuple[str, np.ndarray, np.ndarray]], names: Sequence
     images: list[str] = []
     counts: list[np.ndarray] = []
     thin: list[list[float]] = []
+    objects = [label for label, name in enumerate(names) if name != "background"]
     for name, drawing, mask in pairs:
         try:
             check_pair(drawing, mask, len(names))
@@ -174,12 +178,11 @@ def measure(pairs: Iterable[tuple[str, np.ndarray, np.ndarray]], names: Sequence
             raise ValueError(f"{name}: {error}") from error
         images.append(name)
         counts.append(count(drawing, mask, len(names)))
-        found = [half_width(drawing == label) for label in range(len(names))]
+        found = [half_width(drawing == label) if label in objects else None for label in range(len(names))]
         thin.append([np.nan if one is None else one for one in found])
     if not images:
         raise ValueError("pen: expected images with a dense mask and a positive drawing to measure it with, got none")
     every, strokes = np.stack(counts), np.array(thin)
-    objects = [label for label, name in enumerate(names) if name != "background"]
     classes = [
         _of_class(every[:, label], strokes[:, label]) if label in objects else PenOfClass()
         for label in range(len(names))

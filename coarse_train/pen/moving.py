@@ -32,6 +32,15 @@ class Pen:
     band: float = 0.0
     widths: tuple[float | None, ...] = ()
 
+    def __post_init__(self) -> None:
+        if len(self.widths) > len(self.radii):
+            raise ValueError(
+                f"widths: expected at most one for each of {len(self.radii)} radii, got {len(self.widths)}"
+            )
+        for name, numbers in (("radii", self.radii), ("widths", self.widths)):
+            if not all(number is None or np.isfinite(number) for number in numbers):
+                raise ValueError(f"{name}: expected finite numbers of pixels, got {numbers}")
+
     @classmethod
     def of_objects(cls, radius: float, names: Sequence[str], band: float) -> Pen:
         """The same radius, in pixels, for every class of ``names`` but one that is called background, which has 0."""
@@ -41,20 +50,28 @@ class Pen:
         """Those of one (H, W) drawing, in pixels."""
         found = list(self.radii)
         for label, width in enumerate(self.widths):
-            thin = None if width is None else half_width(drawing == label)
-            if width is not None and thin is not None:
+            if width is not None and (thin := half_width(drawing == label)) is not None:
                 found[label] = float(whole(thin - width))
         return tuple(found)
 
 
 def half_width(region: np.ndarray) -> float | None:
     """Half of the width of the thinnest strokes of a (H, W) boolean region, in pixels: a tenth of its middle lines, the ridges
-    of the distance to what is not in it, are thinner. None of an empty region, and of one that is everything."""
-    if not region.any() or region.all():
+    of the distance to what is not in it, are thinner. Middle lines nearer to the image's border than to what is not in the
+    region do not count, since nobody sees how the stroke goes on. None where there are no others."""
+    box = ndimage.find_objects(region.astype(np.uint8))
+    if not box:
         return None
-    depth = ndimage.distance_transform_edt(region)
-    ridge = region & (depth == ndimage.maximum_filter(depth, 3))
-    return float(np.quantile(depth[ridge], _THIN))
+    place = tuple(slice(max(0, one.start - 1), one.stop + 1) for one in box[0])
+    own = region[place]
+    if own.all():
+        return None
+    depth = ndimage.distance_transform_edt(own)
+    rows, columns = (np.arange(part.start, part.start + n) for part, n in zip(place, own.shape, strict=True))
+    height, width = region.shape
+    border = np.minimum.outer(np.minimum(rows, height - 1 - rows), np.minimum(columns, width - 1 - columns)) + 1
+    ridge = own & (depth == ndimage.maximum_filter(depth, 3)) & (depth <= border)
+    return float(np.quantile(depth[ridge], _THIN)) if ridge.any() else None
 
 
 def whole(radius: float) -> int:
@@ -120,11 +137,10 @@ def read_pen(path: Path, names: Sequence[str], band: float = 0.0) -> Pen:
     try:
         content = json.loads(read_text(path))
         values = {str(name): float(radius or 0) for name, radius in content["radius"].items()}
-        given = content.get("width") or {}
-        widths = {str(name): float(width) for name, width in given.items() if width is not None}
+        widths = {str(name): float(width) for name, width in content.get("width", {}).items() if width is not None}
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"pen: expected a number, auto or a pen.json, got {path}, which is not there"
+            f"pen: expected a number, auto, image or a pen.json, got {path}, which is not there"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
