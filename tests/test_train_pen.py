@@ -241,6 +241,20 @@ def test_only_classes_whose_pen_differs_are_moved_by_their_own_strokes() -> None
         assert pen.radii_of(drawing)[2] == report.radii()[2]
 
 
+def test_what_others_are_drawn_over_has_no_brush_of_its_own() -> None:
+    """Lines of different brushes over a field of which only strips are left: it loses, more in one image than in the next."""
+
+    def overdrawn(seed: int) -> tuple[str, np.ndarray, np.ndarray]:
+        mask = np.where(lines(seed) == 1, 1, 2).astype(np.uint8)
+        drawing = np.where(moved(mask, {1: 1 + seed % 3}) == 1, 1, 2).astype(np.uint8)
+        return str(seed), drawing, mask
+
+    report = measure(map(overdrawn, range(6)), ("sky", "line", "field"))
+    assert report.classes[2].width is None
+    assert not report.classes[2].differs
+    assert report.classes[1].differs
+
+
 @pytest.mark.parametrize("wrong", [(None, np.nan), (None, np.inf), (None, 1.0, 1.0)])
 def test_a_pen_of_no_width_is_named(wrong: tuple[float | None, ...]) -> None:
     with pytest.raises(ValueError, match="widths: expected"):

@@ -65,7 +65,8 @@ class PenOfClass:
         outlines that were moved back.
     pairs: images with a mask and a drawing under that name.
     width: half of the width, in pixels, that the thinnest strokes would have with a radius of 0 (`Pen`), the median of the
-        pairs; None: none has both a radius and strokes.
+        pairs; None: none has both a radius and strokes, or a pair has a radius of 0 or less: what others are drawn over, or
+        was not drawn to its end, is no brush.
     undone_one, undone_each: as ``undone``, of each pair by what the others say: one radius for all, or a radius for each image.
         0 with fewer than two pairs.
     without: radius without each of the images of `PenReport.images`.
@@ -267,6 +268,8 @@ def _by_image(counts: np.ndarray, thin: np.ndarray, without: Sequence[int | None
     for all, and by one of its own."""
     fits = [_fit(one) for one in counts]
     known = [k for k, fit in enumerate(fits) if fit.radius is not None and not np.isnan(thin[k])]
+    if any((fits[k].radius or 0) <= 0 for k in known):
+        return None, 0.0, 0.0
     beyond = {k: float(thin[k]) - float(fits[k].radius or 0) for k in known}
     by_one = by_each = 0.0
     for k in known if len(known) >= _LEAST_PAIRS else []:
