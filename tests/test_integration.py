@@ -226,9 +226,11 @@ def test_who_compiles_the_reference_is_told_once_that_inductor_may_lose_gradient
     def loss(seg: Tensor) -> Tensor:
         return ck.annotation_objective(seg, [ck.Drawings(labels)], backend="reference").loss
 
-    loss(torch.randn(1, 3, *points))
-    for _ in range(2):
-        torch.compile(loss, backend="aot_eager", fullgraph=True)(torch.randn(1, 3, *points))
+    seg = torch.randn(1, 3, *points)
+    loss(seg.requires_grad_())
+    for wanted in (False, True, True):  # without a gradient none is lost
+        torch.compile(loss, backend="aot_eager", fullgraph=True)(seg.detach().requires_grad_(wanted))
+        assert wanted or not any(record.name == "coarse_kernels" for record in caplog.records)
         torch._dynamo.reset()
     told = [record for record in caplog.records if record.name == "coarse_kernels"]
     assert ["185509" in record.getMessage() for record in told] == [True] * (BEFORE_2_14 and points == (4, 4))
