@@ -63,6 +63,7 @@ _OTHERS = ("masks", "ce_mixed", "finetune", "corrector")
 # On photographs: what is too slow, or without a reason where all names are right, is left out.
 _ON_PHOTOGRAPHS = ("drawings", "masks", "ce_mixed", "finetune", "pen", "pen_finetune", *_BY_IMAGE, "supervised")
 _PHOTOGRAPH_STEPS = 400
+_LONG = 2000
 _BRUSH = (2, 4)  # pixels by which it reaches beyond a vessel, for each image
 
 
@@ -117,6 +118,9 @@ def _vessels(config: ExperimentConfig, out: Path) -> list[Part]:
     ):
         own = replace(base, data=replace(base.data, positives=drawings))
         found.append(_part(title, own, out, tuned_as=None if title == tuned else tuned))
+        if title == tuned:  # what two masks teach is learned soon, what all drawings teach is not
+            own = replace(own, steps=_LONG, evaluate_every=_LONG // 2)
+            found.append(_part(f"chase brush at {_LONG} steps, 2 masks", own, out, tuned_as=tuned))
     return found
 
 
