@@ -63,7 +63,7 @@ def _outlines(config: FitConfig, source: Source) -> list[str]:
     off = ", ".join(f"{name} {radius:+g}" for name, radius in zip(names, radii, strict=True) if radius)
     if not off:
         return []
-    how = "image" if report.differs else "auto"
+    how = "image" if report.differing else "auto"
     return [f"outlines of positive drawings are off, pixels too far: {off}; --positive.pen {how} moves them back"]
 
 

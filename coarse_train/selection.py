@@ -201,7 +201,7 @@ def _measured(config: FitConfig, masks: Source, path: Path, world: World) -> Pat
     pairs = list(pairs_of(masks, config.data, config.seed, range(len(masks))))
     report = measure(pairs, masks.classes.names) if pairs else None
     if world.is_main and report is not None:
-        write_text(path, to_json(report, each=report.differs))
+        write_text(path, to_json(report, each=bool(report.differing)))
     world.wait()
     return path if report is not None and any(report.radii()) else None
 

@@ -92,7 +92,7 @@ def table(report: PenReport) -> str:
         "quarter; missed, added: area that is wrong, in parts of the objects' own; undone: both, expected after moving back."
     )
     for name, one in zip(report.names, report.classes, strict=True):
-        if one.differs:
+        if name in report.differing:
             lines.append(
                 f"The pen of {name} differs between images: of each pair, by what the others say, {one.undone_one:.2f} is "
                 f"wrong after moving back by one radius, {one.undone_each:.2f} by what its own thinnest strokes say: "

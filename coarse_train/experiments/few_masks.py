@@ -165,7 +165,7 @@ def _photographs(dataset: str, root: Path) -> FitConfig:
 
 def _part(title: str, base: FitConfig, out: Path, *, split: str = "test", tuned_as: str | None = None) -> Part:
     rows = rows_of(base, int(title.split()[-2]), TRUSTED, out, 0)
-    wanted = [row for row in _ON_PHOTOGRAPHS if "brush" in title or row not in _BY_IMAGE]
+    wanted = [row for row in _ON_PHOTOGRAPHS if "chase" in title or row not in _BY_IMAGE]
     return Part(title, {row: rows[row] for row in wanted}, split, tuned_as)
 
 

@@ -65,8 +65,8 @@ class PenOfClass:
         outlines that were moved back.
     pairs: images with a mask and a drawing under that name.
     width: half of the width, in pixels, that the thinnest strokes would have with a radius of 0 (`Pen`), the median of the
-        pairs; None: none has both a radius and strokes, or a pair has a radius of 0 or less: what others are drawn over, or
-        was not drawn to its end, is no brush.
+        pairs; None: none has both a radius and strokes.
+    least: the smallest radius of a pair by itself.
     undone_one, undone_each: as ``undone``, of each pair by what the others say: one radius for all, or a radius for each image.
         0 with fewer than two pairs.
     without: radius without each of the images of `PenReport.images`.
@@ -82,6 +82,7 @@ class PenOfClass:
     added: float = 0.0
     undone: float = 0.0
     width: float | None = None
+    least: int | None = None
     undone_one: float = 0.0
     undone_each: float = 0.0
     pairs: int = 0
@@ -122,17 +123,28 @@ class PenReport:
     together: PenOfClass
 
     @property
-    def differs(self) -> bool:
-        """Whether the pen of some class does (`PenOfClass.differs`)."""
-        return any(one.differs for one in self.classes)
+    def differing(self) -> tuple[str, ...]:
+        """The classes whose pen differs between images (`PenOfClass.differs`). Beside other objects only those that are drawn
+        too wide in every pair: what others are drawn over loses more in one image than in the next, and that is no pen."""
+        return tuple(
+            name
+            for name, one in zip(self.names, self.classes, strict=True)
+            if one.differs and (self._alone or (one.least or 0) > 0)
+        )
+
+    @property
+    def _alone(self) -> bool:
+        return sum(name != "background" for name in self.names) == 1
 
     def pen(self, band: float = 0.0, *, each: bool = False) -> Pen:
-        """To undo what was measured, with one radius for all images, or ``each`` with its own: of classes whose pen differs,
+        """To undo what was measured, with one radius for all images, or ``each`` with its own: of classes that are `differing`,
         and of one that is alone with a background, of which pairs with the same brush cannot tell."""
         if not each:
             return Pen(self.radii(), band)
-        alone = sum(name != "background" for name in self.names) == 1
-        widths = tuple(one.width if one.differs or alone else None for one in self.classes)
+        widths = tuple(
+            one.width if self._alone or name in self.differing else None
+            for name, one in zip(self.names, self.classes, strict=True)
+        )
         return Pen(self.radii(), band, widths if any(width is not None for width in widths) else ())
 
     def radii(self) -> tuple[float, ...]:
@@ -245,7 +257,8 @@ def _of_class(counts: np.ndarray, thin: np.ndarray) -> PenOfClass:
     own = total[: LARGEST + 1]  # up to level 0, an object's outermost pixels
     area = max(1, int(own[:, 0].sum()))
     without = tuple(_fit(total - one).radius for one in counts)
-    width, by_one, by_each = _by_image(counts, thin, without)
+    fits = [_fit(one) for one in counts]
+    width, by_one, by_each = _by_image(fits, counts, thin, without)
     return PenOfClass(
         radius=fit.radius,
         spread=fit.spread,
@@ -255,6 +268,7 @@ def _of_class(counts: np.ndarray, thin: np.ndarray) -> PenOfClass:
         added=float(total[LARGEST + 1 :, 1].sum() / area),
         undone=fit.errors(total[:, 0]) / area,
         width=width,
+        least=min((one.radius for one in fits if one.radius is not None), default=None),
         undone_one=by_one / area,
         undone_each=by_each / area,
         pairs=pairs,
@@ -263,13 +277,12 @@ def _of_class(counts: np.ndarray, thin: np.ndarray) -> PenOfClass:
     )
 
 
-def _by_image(counts: np.ndarray, thin: np.ndarray, without: Sequence[int | None]) -> tuple[float | None, float, float]:
+def _by_image(
+    fits: Sequence[_Fit], counts: np.ndarray, thin: np.ndarray, without: Sequence[int | None]
+) -> tuple[float | None, float, float]:
     """`PenOfClass.width`, and the pixels that are wrong after each pair was moved back by what the others say: by one radius
     for all, and by one of its own."""
-    fits = [_fit(one) for one in counts]
     known = [k for k, fit in enumerate(fits) if fit.radius is not None and not np.isnan(thin[k])]
-    if any((fits[k].radius or 0) <= 0 for k in known):
-        return None, 0.0, 0.0
     beyond = {k: float(thin[k]) - float(fits[k].radius or 0) for k in known}
     by_one = by_each = 0.0
     for k in known if len(known) >= _LEAST_PAIRS else []:
