@@ -200,14 +200,8 @@ def measure(pairs: Iterable[tuple[str, np.ndarray, np.ndarray]], names: Sequence
         _of_class(every[:, label], strokes[:, label]) if label in objects else PenOfClass()
         for label in range(len(names))
     ]
-    together = _of_class(every[:, objects].sum(1), np.array([_least(strokes[k, objects]) for k in range(len(images))]))
+    together = _of_class(every[:, objects].sum(1), np.full(len(images), np.nan))  # strokes are of one class
     return PenReport(tuple(images), tuple(names), tuple(classes), together)
-
-
-def _least(values: np.ndarray) -> float:
-    """NaN where none is known."""
-    known = values[~np.isnan(values)]
-    return float(known.min()) if len(known) else np.nan
 
 
 def count(drawing: np.ndarray, mask: np.ndarray, num_classes: int) -> np.ndarray:
