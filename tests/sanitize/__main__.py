@@ -38,6 +38,7 @@ THREAD = ("-fsanitize=thread",)
 TESTS = ("objective_differential", "operator_differential", "one_matrix", "operator_contract", "native")
 SELECTED = "shapes or any_number_of_pixels or unwritten or begin_on_a_line or taps or one_pixel"
 NOT_RUN = -1000  # no signal's
+CHAINS = (("driver-address", "tests", "fuzz"), ("driver-thread", "tests-thread", "fuzz-thread"))
 # Not leaks: the interpreter and PyTorch hold what they hold until the end.
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99:allocator_may_return_null=1",
@@ -164,33 +165,52 @@ def tests(sanitizer: Sequence[str]) -> int:
 
 
 def fuzz(sanitizer: Sequence[str], seconds: float) -> int:
-    out = ROOT / "runs" / "fuzz_sanitized"
+    out = ROOT / "runs" / ("fuzz_thread" if sanitizer == THREAD else "fuzz_address")
     return in_tree(sanitizer, "-m", "tests.fuzz", "--seconds", str(seconds), "--out", str(out))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.sanitize", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", nargs="*", help="some of them")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each step `fuzz`")
-    given = parser.parse_args()
+def in_order(names: Sequence[str], seconds: float) -> int:
+    """Steps, one after another."""
     steps: dict[str, Callable[[], int]] = {
         "driver-address": lambda: driver(ADDRESS),
-        "driver-thread": lambda: driver(THREAD),
         "tests": lambda: tests(ADDRESS),
-        "fuzz": lambda: fuzz(ADDRESS, given.seconds),
+        "fuzz": lambda: fuzz(ADDRESS, seconds),
+        "driver-thread": lambda: driver(THREAD),
         "tests-thread": lambda: tests(THREAD),
-        "fuzz-thread": lambda: fuzz(THREAD, given.seconds),
+        "fuzz-thread": lambda: fuzz(THREAD, seconds),
     }
-    lines, failed = [], False
-    for name in given.steps or steps:
+    failed = False
+    for name in names:
         began = time.monotonic()
         status = steps[name]()
         failed |= status not in (0, NOT_RUN)
         said = {0: "clean", NOT_RUN: "NOT RUN"}.get(status, f"status {status}")
-        lines.append(f"{name}: {said}, {time.monotonic() - began:.0f} s")
-        print(lines[-1], flush=True)
-    print("\n".join(["", *lines]))
+        print(f"{name}: {said}, {time.monotonic() - began:.0f} s", flush=True)
     return 1 if failed else 0
+
+
+def beside(chains: Sequence[Sequence[str]], seconds: float) -> int:
+    """Steps of each sanitizer in a process of their own: neither builds what the other does, and most run on one thread. What
+    a process writes comes out whole, when it has ended."""
+
+    def steps(chain: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tests.sanitize", "--seconds", seconds, "--steps", *chain]
+        return run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    with ThreadPoolExecutor(len(chains)) as pool:
+        ended = list(pool.map(steps, chains))
+    print("\n".join(process.stdout for process in ended))
+    return 1 if any(process.returncode != 0 for process in ended) else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.sanitize", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", nargs="*", choices=[name for chain in CHAINS for name in chain], help="some of them")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each step `fuzz`")
+    given = parser.parse_args()
+    wanted = [[name for name in chain if name in (given.steps or chain)] for chain in CHAINS]
+    wanted = [chain for chain in wanted if chain]
+    return in_order(wanted[0], given.seconds) if len(wanted) == 1 else beside(wanted, given.seconds)
 
 
 if __name__ == "__main__":
