@@ -129,6 +129,9 @@ class DrawingsConfig:
     the pen.json that `coarse-train pen` wrote."""
     band: float = 0.0
     """Of what an outline was moved over, so many pixels from the new one say nothing instead of what lies there."""
+    doubt: float = 0.0
+    """Of what stays, so many pixels from the new outline say nothing unless the drawing proves them: a broad pen fills narrow
+    gaps, which moving the outline back does not open."""
 
 
 @dataclass(frozen=True)

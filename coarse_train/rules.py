@@ -82,8 +82,9 @@ def _check_drawings(config: FitConfig) -> None:
             raise ValueError(f"{side}.stride: expected a number >= 1, got {kind.stride}")
         if isinstance(kind.pen, float) and not math.isfinite(kind.pen):
             raise ValueError(f"{side}.pen: expected a number of pixels, auto, image or a file, got {kind.pen}")
-        if not kind.band >= 0 or (kind.band > 0 and kind.pen is None):
-            raise ValueError(f"{side}.band: expected a number >= 0, and 0 without {side}.pen, got {kind.band}")
+        for name, pixels in (("band", kind.band), ("doubt", kind.doubt)):
+            if not pixels >= 0 or (pixels > 0 and kind.pen is None):
+                raise ValueError(f"{side}.{name}: expected a number >= 0, and 0 without {side}.pen, got {pixels}")
     if config.negative.pen is not None:
         raise ValueError(
             f"negative.pen: expected None, since negative drawings need not follow outlines, got {config.negative.pen}"

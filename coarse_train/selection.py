@@ -92,7 +92,7 @@ def candidates(
     given = next(
         (kind for kind in (config.positive, config.negative) if kind.cm != "none"), DrawingsConfig(cm="global")
     )
-    own = {"pen": config.positive.pen, "band": config.positive.band}
+    own = {"pen": config.positive.pen, "band": config.positive.band, "doubt": config.positive.doubt}
     bare = replace(
         config, positive=replace(config.positive, cm="none"), negative=replace(config.negative, cm="none", missing=None)
     )
@@ -100,7 +100,7 @@ def candidates(
         bare = replace(bare, transition="estimated")
     positive = replace(given, weight=config.positive.weight, **own)  # type: ignore[arg-type]
     # what drawings leave out is no statement of theirs where they say what is not there
-    negative = replace(given, weight=config.negative.weight, missing=None, pen=None, band=0.0)
+    negative = replace(given, weight=config.negative.weight, missing=None, pen=None, band=0.0, doubt=0.0)
     found = {"all trusted": bare}
     if "positive" in present:
         found["matrix on positive"] = replace(bare, positive=positive, transition=config.transition)

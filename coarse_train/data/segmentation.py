@@ -213,16 +213,19 @@ def open_pen(config: FitConfig, source: Source) -> tuple[Pen | None, PenReport |
 
     Raises ValueError naming what is wrong with the file, or where no image has both a mask that may be read and a drawing.
     """
-    given, band, names = config.positive.pen, config.positive.band, source.classes.names
+    given, names = config.positive.pen, source.classes.names
     if given is None or config.data.supervision == "masks":
         return None, None
+    report = None
     if isinstance(given, Path):
-        return read_pen(given, names, band), None
-    if isinstance(given, float | int):
-        return Pen.of_objects(given, names, band), None
-    dense = sorted(choose_dense(source, config.data, config.seed))
-    report = measure(pairs_of(source, config.data, config.seed, dense), names)
-    return report.pen(band, each=given == "image"), report
+        pen = read_pen(given, names)
+    elif isinstance(given, float | int):
+        pen = Pen.of_objects(given, names)
+    else:
+        dense = sorted(choose_dense(source, config.data, config.seed))
+        report = measure(pairs_of(source, config.data, config.seed, dense), names)
+        pen = report.pen(each=given == "image")
+    return replace(pen, band=config.positive.band, doubt=config.positive.doubt), report
 
 
 def pairs_of(

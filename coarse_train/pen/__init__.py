@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from .measure import PenOfClass, PenReport, describe_pen, measure, to_json
+from .measure import PenOfClass, PenReport, describe_pen, left_wrong, measure, to_json
 from .moving import LARGEST, Pen, half_width, read_pen, undo
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "PenReport",
     "describe_pen",
     "half_width",
+    "left_wrong",
     "measure",
     "read_pen",
     "to_json",

@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from scipy import ndimage, optimize
 
 from .. import IGNORE
 from ..label_maps import check_pair
-from .moving import LARGEST, Pen, half_width, whole
+from .moving import LARGEST, Pen, half_width, undo, whole
 
 _LEVELS = 2 * LARGEST + 2  # of the signed distance: the radii, the smallest that covers a pixel, and "none does"
 _LEAST_CONTRAST = 0.2  # between inside and outside, below which a drawing does not follow the mask
@@ -136,16 +136,16 @@ class PenReport:
     def _alone(self) -> bool:
         return sum(name != "background" for name in self.names) == 1
 
-    def pen(self, band: float = 0.0, *, each: bool = False) -> Pen:
+    def pen(self, *, each: bool = False) -> Pen:
         """To undo what was measured, with one radius for all images, or ``each`` with its own: of classes that are `differing`,
         and of one that is alone with a background, of which pairs with the same brush cannot tell."""
         if not each:
-            return Pen(self.radii(), band)
+            return Pen(self.radii())
         widths = tuple(
             one.width if self._alone or name in self.differing else None
             for name, one in zip(self.names, self.classes, strict=True)
         )
-        return Pen(self.radii(), band, widths if any(width is not None for width in widths) else ())
+        return Pen(self.radii(), widths=widths if any(width is not None for width in widths) else ())
 
     def radii(self) -> tuple[float, ...]:
         """What `Pen` takes: pixels for each of ``names``. A class that is in too few pairs is taken to be drawn as all of them
@@ -202,6 +202,26 @@ def measure(pairs: Iterable[tuple[str, np.ndarray, np.ndarray]], names: Sequence
     ]
     together = _of_class(every[:, objects].sum(1), np.full(len(images), np.nan))  # strokes are of one class
     return PenReport(tuple(images), tuple(names), tuple(classes), together)
+
+
+def left_wrong(
+    pairs: Iterable[tuple[str, np.ndarray, np.ndarray]], pen: Pen, names: Sequence[str], doubts: Sequence[float]
+) -> list[tuple[float, float]]:
+    """What undoing ``pen`` leaves wrong, and what then says nothing, for each of the ``doubts`` (`Pen.doubt`, pixels): both of
+    what was drawn, in parts of the objects' area in the masks.
+
+    ``pairs``: as `measure` takes them.
+    """
+    wrong, silent, area = np.zeros(len(doubts)), np.zeros(len(doubts)), 0
+    objects = [label for label, name in enumerate(names) if name != "background"]
+    for _, drawing, mask in pairs:
+        known = (mask != IGNORE) & (drawing != IGNORE)
+        area += np.count_nonzero(known & np.isin(mask, objects))
+        for index, doubt in enumerate(doubts):
+            after = undo(drawing, replace(pen, doubt=doubt))
+            wrong[index] += np.count_nonzero(known & (after != mask) & (after != IGNORE))
+            silent[index] += np.count_nonzero(known & (after == IGNORE))
+    return [(float(one / max(area, 1)), float(other / max(area, 1))) for one, other in zip(wrong, silent, strict=True)]
 
 
 def count(drawing: np.ndarray, mask: np.ndarray, num_classes: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
+from scipy import ndimage, signal
 
 from .. import IGNORE
 from ..storage import read_text
@@ -23,6 +23,9 @@ class Pen:
 
     radii: by how many pixels the outlines of each class reach too far (below 0: not far enough); 0 for a class beyond them.
     band: of what an outline was moved over, so many pixels from the new one, >= 0, are `IGNORE` instead of what lies there.
+    doubt: of what stays, so many pixels from the new outline, >= 0, are `IGNORE` unless the drawing proves them: a pen that
+        reaches too far fills gaps up to twice its radius, and one that does not reach far enough loses what is as thin, which
+        moving an outline back does not bring back.
     widths: where radii differ between images: half of the width, in pixels, that the thinnest strokes of a class would have
         with a radius of 0. An image's radius is, in whole pixels, what its own have beyond that; None, and in an image without
         that class: ``radii``.
@@ -30,6 +33,7 @@ class Pen:
 
     radii: tuple[float, ...]
     band: float = 0.0
+    doubt: float = 0.0
     widths: tuple[float | None, ...] = ()
 
     def __post_init__(self) -> None:
@@ -42,9 +46,9 @@ class Pen:
                 raise ValueError(f"{name}: expected finite numbers of pixels, got {numbers}")
 
     @classmethod
-    def of_objects(cls, radius: float, names: Sequence[str], band: float) -> Pen:
+    def of_objects(cls, radius: float, names: Sequence[str]) -> Pen:
         """The same radius, in pixels, for every class of ``names`` but one that is called background, which has 0."""
-        return cls(tuple(0.0 if name == "background" else radius for name in names), band)
+        return cls(tuple(0.0 if name == "background" else radius for name in names))
 
     def radii_of(self, drawing: np.ndarray) -> tuple[float, ...]:
         """Those of one (H, W) drawing, in pixels."""
@@ -115,8 +119,21 @@ def undo(drawing: np.ndarray, pen: Pen) -> np.ndarray:
         result[moved] = becomes[moved]
         if pen.band > 0:
             result[moved & (_distance(left) <= pen.band)] = IGNORE
+        if pen.doubt > 0:
+            hidden = left & (_distance(moved) <= pen.doubt) & ~_proven(left, moved, abs(radius))
+            result[hidden & ~settled] = IGNORE
         settled |= moved
     return result
+
+
+def _proven(left: np.ndarray, moved: np.ndarray, radius: float) -> np.ndarray:
+    """Pixels of ``left`` without which the outline would not have come so far: one of ``moved`` has no other of them within
+    ``radius``."""
+    reach = int(radius)
+    offsets = np.arange(-reach, reach + 1)
+    disc = np.add.outer(offsets**2, offsets**2) <= radius**2
+    within = np.rint(signal.oaconvolve(left.astype(np.float32), disc.astype(np.float32), mode="same"))
+    return left & ndimage.binary_dilation(moved & (within == 1), disc)
 
 
 def _distance(where: np.ndarray) -> np.ndarray:
@@ -126,7 +143,7 @@ def _distance(where: np.ndarray) -> np.ndarray:
     return np.asarray(ndimage.distance_transform_edt(~where))
 
 
-def read_pen(path: Path, names: Sequence[str], band: float = 0.0) -> Pen:
+def read_pen(path: Path, names: Sequence[str]) -> Pen:
     """The pen of the classes ``names``, in pixels, from a pen.json as `to_json` writes it; one that is not in it, or null, has
     a radius of 0, and none of its own in each image.
 
@@ -149,4 +166,4 @@ def read_pen(path: Path, names: Sequence[str], band: float = 0.0) -> Pen:
     for read in (values, widths):
         if read.keys() - {*names} or not all(np.isfinite(number) for number in read.values()):
             raise ValueError(f"{path}: expected numbers for some of the classes {tuple(names)}, got {read}")
-    return Pen(tuple(values.get(name, 0.0) for name in names), band, tuple(map(widths.get, names)) if widths else ())
+    return Pen(tuple(values.get(name, 0.0) for name in names), widths=tuple(map(widths.get, names)) if widths else ())
