@@ -203,7 +203,7 @@ def test_annotators_run(chasedb1: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert all(("training" in cell.reads) == (cell.method in _ROWS_WITH_MASKS) for cell in result.cells)
 
 
-_ROWS_WITH_MASKS = {"masks", "ce_mixed", "finetune", "mixed", "mixed_finetune", "first"}
+_ROWS_WITH_MASKS = {"masks", "ce_mixed", "finetune", "mixed", "mixed_finetune", "pen_image", "first"}
 
 
 def test_annotators_need_two_observers(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ QUESTION = (
 MASKS = 3
 _SHARE = 0.5  # of a batch, with a mask: two images of four
 _GLOBAL = DrawingsConfig(cm="global")
-_FEW = ("masks", "ce_mixed", "finetune", "mixed", "mixed_finetune")
+_FEW = ("masks", "ce_mixed", "finetune", "mixed", "mixed_finetune", "pen_image")
 # row through a matrix -> row that trusts, what the first observer has given
 _PAIRS = {
     "second_global": ("second", "no masks"),
@@ -61,6 +61,7 @@ def rows_of(base: FitConfig) -> dict[str, FitConfig]:
     masks                      cross-entropy on the masks of a few images by the first
     ce_mixed, finetune         cross-entropy on both; on the drawings, and at the end on the masks alone
     mixed, mixed_finetune      the same, drawings through one matrix
+    pen_image                  as ce_mixed, outlines of the drawings moved back, each image by what its thinnest strokes say
     both                       cross-entropy on all of both observers
     both_matrices              a matrix each
     both_second_matrix         a matrix on the second alone
@@ -81,6 +82,7 @@ def rows_of(base: FitConfig) -> dict[str, FitConfig]:
         "finetune": finetune,
         "mixed": replace(mixed, positive=_GLOBAL),
         "mixed_finetune": replace(both_then, positive=_GLOBAL),
+        "pen_image": replace(mixed, positive=replace(TRUSTED, pen="image")),
         "both": both,
         "both_matrices": replace(both, positive=_GLOBAL, negative=_GLOBAL),
         "both_second_matrix": replace(both, positive=_GLOBAL),

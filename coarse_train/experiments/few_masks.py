@@ -72,7 +72,6 @@ _OTHERS = ("masks", "ce_mixed", "finetune", "corrector")
 # On photographs: what is too slow, or without a reason where all names are right, is left out.
 _ON_PHOTOGRAPHS = ("drawings", "masks", "ce_mixed", "finetune", "pen", "pen_finetune", *_BY_IMAGE, "supervised")
 _ROWS_WHEN_LONG = ("drawings", "masks", "ce_mixed", "finetune", "pen_image", "supervised")  # eight minutes a run
-_OBSERVED = "chase second observer, 3 masks"
 _PHOTOGRAPH_STEPS = 400
 _LONG = 2000
 _BRUSH = (2, 4)  # pixels by which it reaches beyond a vessel, for each image
@@ -117,15 +116,14 @@ def _vessels(config: ExperimentConfig, out: Path) -> list[Part]:
     for title, drawings in (
         (tuned, redrawn(source, out / "brush", brush, known_by=(root, _BRUSH))),
         ("chase simulated brush, 2 masks", redrawn(source, out / "simulated", by_hand, known_by=(root, _HURRIED))),
-        (_OBSERVED, None),
+        ("chase second observer, 3 masks", None),
     ):
         own = replace(base, data=replace(base.data, positives=drawings))
         found.append(_part(title, own, out, tuned_as=None if title == tuned else tuned))
-        if title in (tuned, _OBSERVED):  # what few masks teach is learned soon, what all drawings teach is not
+        if title == tuned:  # what few masks teach is learned soon, what all drawings teach is not
             own = replace(own, steps=_LONG, evaluate_every=_LONG // 2)
-            long = _part(title.replace(",", f" at {_LONG} steps,"), own, out, tuned_as=tuned, only=_ROWS_WHEN_LONG)
-            masks = by_masks(replace(own, data=replace(own.data, positives=None)))  # once for both tables
-            found.append(replace(long, rows={**long.rows, "supervised": masks}))
+            title = f"chase brush at {_LONG} steps, 2 masks"
+            found.append(_part(title, own, out, tuned_as=tuned, only=_ROWS_WHEN_LONG))
     return found
 
 
