@@ -291,12 +291,12 @@ def test_a_pixel_with_two_negative_drawings_is_one_pixel(tmp_path: Path, monkeyp
 def test_candidates_keep_what_was_asked_for() -> None:
     config = FitConfig(
         select_with=4,
-        positive=DrawingsConfig(cm="grid", stride=4, weight=0.5, pen=2.0),
+        positive=DrawingsConfig(cm="grid", stride=4, weight=0.5, pen=2.0, band=1.0, doubt=3.0),
         negative=DrawingsConfig(weight=2),
     )
     found = candidates(config, ("positive", "negative"), pen=Path("pen.json"))
     assert set(found) == {"all trusted", "matrix on positive", "matrix on negative", "fine-tuning on the masks"}
-    assert all(row.positive.pen == 2.0 for row in found.values())
+    assert all((row.positive.pen, row.positive.band, row.positive.doubt) == (2.0, 1.0, 3.0) for row in found.values())
     assert all((row.positive.weight, row.negative.weight) == (0.5, 2) for row in found.values())
     assert found["matrix on negative"].negative.stride == 4
     assert "matrix on negative" not in candidates(config, ("positive",))

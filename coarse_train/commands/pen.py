@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from ..data import open_split
 from ..data.classes import Classes
 from ..data.segmentation import pairs_of
-from ..pen import LARGEST, PenReport, left_wrong, measure, to_json, undo
+from ..pen import LARGEST, Leftover, PenReport, leftovers, measure, to_json, undo
 from ..run import look_at_folder, make_folder, write_text
 from .options import DrawnData
 
@@ -60,8 +60,8 @@ def run_pen(config: PenConfig) -> PenReport:
     report = measure(pairs(config.images), source.classes.names)
     print(table(report))
     pen, names = report.pen(each=config.each), source.classes.names
-    if any(pen.radii):
-        print(doubt_line(left_wrong(pairs(config.images), pen, names, (0.0, *_DOUBTS))))
+    if any(pen.radii) or pen.widths:
+        print(doubt_line(leftovers(pairs(config.images), pen, names, (0.0, *_DOUBTS))))
     make_folder("out", config.out)
     shown = _SHOWN if config.images is None else min(_SHOWN, config.images)
     save_picture(config.out / "pen.png", report, list(pairs(shown)), source.classes, each=config.each)
@@ -110,14 +110,15 @@ def table(report: PenReport) -> str:
     return "\n".join(lines)
 
 
-def doubt_line(left: Sequence[tuple[float, float]]) -> str:
-    """Of what `left_wrong` finds without any doubt, and with one and two pixels."""
-    (before, _), *after = left
+def doubt_line(found: Sequence[Leftover]) -> str:
+    """Of what `leftovers` finds without any doubt, and with one and two pixels."""
+    before, *after = found
     told = "; ".join(
-        f"--positive.doubt {doubt:g}: {wrong:.3f}, and {silent:.2f} says nothing"
-        for doubt, (wrong, silent) in zip(_DOUBTS, after, strict=True)
+        f"--positive.doubt {doubt:g}: {one.wrong:.3f}, and {one.objects:.0%} of objects and {one.background:.0%} of "
+        "background say nothing"
+        for doubt, one in zip(_DOUBTS, after, strict=True)
     )
-    return f"Still wrong where it was drawn, names included, in parts of the objects' area: {before:.3f}. {told}."
+    return f"Still wrong, names included, in parts of the objects' area: {before.wrong:.3f}; {told}."
 
 
 def _why(name: str, pairs: int, together: int) -> str:

@@ -5,17 +5,18 @@
 
 from __future__ import annotations
 
-from .measure import PenOfClass, PenReport, describe_pen, left_wrong, measure, to_json
+from .measure import Leftover, PenOfClass, PenReport, describe_pen, leftovers, measure, to_json
 from .moving import LARGEST, Pen, half_width, read_pen, undo
 
 __all__ = [
     "LARGEST",
+    "Leftover",
     "Pen",
     "PenOfClass",
     "PenReport",
     "describe_pen",
     "half_width",
-    "left_wrong",
+    "leftovers",
     "measure",
     "read_pen",
     "to_json",

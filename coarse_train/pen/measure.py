@@ -161,12 +161,15 @@ def describe_pen(pen: Pen | None, report: PenReport | None, names: Sequence[str]
     moved = ", ".join(f"{name} {radius:+g}" for name, radius in zip(names, pen.radii, strict=True) if radius) or "none"
     if any(width is not None for width in pen.widths):
         moved += " where an image has no strokes of its own to tell; in all others by their thinnest ones"
+    silent = {"moved over": pen.band, "of what stays and is not proven": pen.doubt}
+    open_ = ", ".join(f"{pixels:g} pixels {where}" for where, pixels in silent.items() if pixels)
     sentence = f"outlines of positive drawings that are moved back, pixels too far: {moved}"
+    sentence += f"; left open: {open_}" if open_ else ""
     if report is None:
         return [sentence]
     few = [name for name, one in zip(names, report.classes, strict=True) if one.radius is not None and one.few]
-    doubt = f"; too few to be sure of {', '.join(few)} (`coarse-train pen` shows them)" if few else ""
-    return [f"{sentence}; measured on {len(report.images)} images with a mask and a drawing{doubt}"]
+    unsure = f"; too few to be sure of {', '.join(few)} (`coarse-train pen` shows them)" if few else ""
+    return [f"{sentence}; measured on {len(report.images)} images with a mask and a drawing{unsure}"]
 
 
 def measure(pairs: Iterable[tuple[str, np.ndarray, np.ndarray]], names: Sequence[str]) -> PenReport:
@@ -204,24 +207,37 @@ def measure(pairs: Iterable[tuple[str, np.ndarray, np.ndarray]], names: Sequence
     return PenReport(tuple(images), tuple(names), tuple(classes), together)
 
 
-def left_wrong(
-    pairs: Iterable[tuple[str, np.ndarray, np.ndarray]], pen: Pen, names: Sequence[str], doubts: Sequence[float]
-) -> list[tuple[float, float]]:
-    """What undoing ``pen`` leaves wrong, and what then says nothing, for each of the ``doubts`` (`Pen.doubt`, pixels): both of
-    what was drawn, in parts of the objects' area in the masks.
+@dataclass(frozen=True)
+class Leftover:
+    """What undoing a pen leaves, of what was drawn where the truth is known.
 
-    ``pairs``: as `measure` takes them.
+    wrong: in parts of the objects' area in the masks, names included.
+    objects, background: the part of what would be called so without a doubt that says nothing.
     """
-    wrong, silent, area = np.zeros(len(doubts)), np.zeros(len(doubts)), 0
+
+    wrong: float
+    objects: float
+    background: float
+
+
+def leftovers(
+    pairs: Iterable[tuple[str, np.ndarray, np.ndarray]], pen: Pen, names: Sequence[str], doubts: Sequence[float]
+) -> list[Leftover]:
+    """What undoing ``pen`` leaves with each of the ``doubts`` (`Pen.doubt`, pixels). ``pairs``: as `measure` takes them."""
     objects = [label for label, name in enumerate(names) if name != "background"]
+    wrong, silent, area, said = np.zeros(len(doubts)), np.zeros((len(doubts), 2)), 0, np.zeros(2)
     for _, drawing, mask in pairs:
-        known = (mask != IGNORE) & (drawing != IGNORE)
+        without = undo(drawing, replace(pen, doubt=0.0))
+        known = (mask != IGNORE) & (without != IGNORE)
+        kinds = [known & (np.isin(without, objects) == kind) for kind in (True, False)]
         area += np.count_nonzero(known & np.isin(mask, objects))
+        said += [np.count_nonzero(kind) for kind in kinds]
         for index, doubt in enumerate(doubts):
             after = undo(drawing, replace(pen, doubt=doubt))
             wrong[index] += np.count_nonzero(known & (after != mask) & (after != IGNORE))
-            silent[index] += np.count_nonzero(known & (after == IGNORE))
-    return [(float(one / max(area, 1)), float(other / max(area, 1))) for one, other in zip(wrong, silent, strict=True)]
+            silent[index] += [np.count_nonzero(kind & (after == IGNORE)) for kind in kinds]
+    shares = silent / np.maximum(said, 1)
+    return [Leftover(float(part) / max(area, 1), *map(float, share)) for part, share in zip(wrong, shares, strict=True)]
 
 
 def count(drawing: np.ndarray, mask: np.ndarray, num_classes: int) -> np.ndarray:

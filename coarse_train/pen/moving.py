@@ -25,7 +25,8 @@ class Pen:
     band: of what an outline was moved over, so many pixels from the new one, >= 0, are `IGNORE` instead of what lies there.
     doubt: of what stays, so many pixels from the new outline, >= 0, are `IGNORE` unless the drawing proves them: a pen that
         reaches too far fills gaps up to twice its radius, and one that does not reach far enough loses what is as thin, which
-        moving an outline back does not bring back.
+        moving an outline back does not bring back. inf: as far as it goes; what one class on a background then still is, is
+        right if its radius is.
     widths: where radii differ between images: half of the width, in pixels, that the thinnest strokes of a class would have
         with a radius of 0. An image's radius is, in whole pixels, what its own have beyond that; None, and in an image without
         that class: ``radii``.
@@ -119,21 +120,26 @@ def undo(drawing: np.ndarray, pen: Pen) -> np.ndarray:
         result[moved] = becomes[moved]
         if pen.band > 0:
             result[moved & (_distance(left) <= pen.band)] = IGNORE
-        if pen.doubt > 0:
-            hidden = left & (_distance(moved) <= pen.doubt) & ~_proven(left, moved, abs(radius))
-            result[hidden & ~settled] = IGNORE
+        if pen.doubt > 0 and moved.any():
+            # where nobody knows what is there, and under a broader pen, may be another reason why it came so far
+            unknown = (drawing == IGNORE) | (own > abs(radius)) | (moved & (becomes == IGNORE))
+            certain = (
+                settled | _proven(left, unknown, moved, abs(radius)) | (own < 0)
+            )  # a narrow pen left out, added nothing
+            result[left & (_distance(moved) <= pen.doubt) & ~certain] = IGNORE
         settled |= moved
     return result
 
 
-def _proven(left: np.ndarray, moved: np.ndarray, radius: float) -> np.ndarray:
+def _proven(left: np.ndarray, unknown: np.ndarray, moved: np.ndarray, radius: float) -> np.ndarray:
     """Pixels of ``left`` without which the outline would not have come so far: one of ``moved`` has no other of them within
-    ``radius``."""
-    reach = int(radius)
-    offsets = np.arange(-reach, reach + 1)
-    disc = np.add.outer(offsets**2, offsets**2) <= radius**2
-    within = np.rint(signal.oaconvolve(left.astype(np.float32), disc.astype(np.float32), mode="same"))
-    return left & ndimage.binary_dilation(moved & (within == 1), disc)
+    ``radius``, none of ``unknown``, and not the border of the image, beyond which may be others."""
+    reach = min(int(radius), max(left.shape))
+    squares = np.arange(-reach, reach + 1) ** 2
+    disc = np.sqrt(np.add.outer(squares, squares)) <= radius  # as distances are computed
+    candidates = np.pad(left | unknown, reach, constant_values=True).astype(np.float32)
+    within = np.rint(signal.oaconvolve(candidates, disc.astype(np.float32), mode="valid"))
+    return left & (_distance(moved & (within == 1)) <= radius)
 
 
 def _distance(where: np.ndarray) -> np.ndarray:

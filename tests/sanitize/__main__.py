@@ -190,17 +190,19 @@ def in_order(names: Sequence[str], seconds: float) -> int:
 
 
 def beside(chains: Sequence[Sequence[str]], seconds: float) -> int:
-    """Steps of each sanitizer in a process of their own: neither builds what the other does, and most run on one thread. What
-    a process writes comes out whole, when it has ended."""
+    """Steps of each sanitizer in a process of their own: neither builds what the other does, and most run on one thread. Lines
+    say whose they are."""
 
-    def steps(chain: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tests.sanitize", "--seconds", seconds, "--steps", *chain]
-        return run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    def steps(chain: Sequence[str]) -> int:
+        command = [sys.executable, "-m", "tests.sanitize", "--seconds", str(seconds), "--steps", *chain]
+        options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(command, **options) as process:  # type: ignore[call-overload]
+            for line in process.stdout:
+                print(f"[{chain[0].removeprefix('driver-')}] {line}", end="", flush=True)
+        return int(process.returncode)
 
     with ThreadPoolExecutor(len(chains)) as pool:
-        ended = list(pool.map(steps, chains))
-    print("\n".join(process.stdout for process in ended))
-    return 1 if any(process.returncode != 0 for process in ended) else 0
+        return 1 if any(pool.map(steps, chains)) else 0
 
 
 def main() -> int:
