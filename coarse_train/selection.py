@@ -203,7 +203,7 @@ def _measured(config: FitConfig, masks: Source, path: Path, world: World) -> Pat
     if world.is_main and report is not None:
         write_text(path, to_json(report, each=bool(report.differing)))
     world.wait()
-    return path if report is not None and any(report.radii()) else None
+    return path if report is not None and (any(report.radii()) or report.differing) else None
 
 
 def _taken_up(config: FitConfig) -> tuple[FitConfig, Selection] | None:
@@ -248,4 +248,7 @@ def describe_selection(config: FitConfig, validation: Source | None, selection: 
     ]
     close = [name for name, score in ranked[1:] if best - score < _CLOSE]
     doubt = f"; {', '.join(close)} might do as well, for {selection.masks} masks tell no better" if close else ""
-    return [*lines, f"taken: {selection.chosen}{doubt}"]
+    lines.append(f"taken: {selection.chosen}{doubt}")
+    if selection.steps < config.steps:
+        lines.append(f"runs that short often err; as long as this one (--select-steps {config.steps}) they seldom do")
+    return lines

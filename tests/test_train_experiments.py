@@ -254,7 +254,7 @@ def test_few_masks_names_the_best_use_of_both_sides() -> None:
     scores |= {"pen_alone": 81.0, "pen_doubt": 82.5, "pen_doubt_alone": 80.0}
     one, _, doubt, _ = few_masks.conclude([result("thick, 6 masks", scores)])
     assert "pen_doubt, has 82.5" in one
-    assert "within 2 pixels of the outline, saying nothing: +2.5 (pen_doubt) and -1.0 (pen_doubt_alone)" in doubt
+    assert "near the outline saying nothing: +2.5 (pen_doubt) and -1.0 (pen_doubt_alone)" in doubt
 
 
 def test_regret_is_told_by_seed_and_a_missed_bar_is_said() -> None:
