@@ -46,9 +46,7 @@ _SHARE = 0.25  # of a batch, with a mask
 _RATES = (0.25, 0.5, 1.0, 2.0)
 _WEIGHTS = (0.3, 1.0, 3.0, 10.0)
 _TRACE = 0.01
-_DOUBT = (
-    1.0  # pixels; with 2 too little is left in some seeds to learn all classes in time (validation masks, three seeds)
-)
+_DOUBT = 1.0  # pixels; with 2 too little is left in some seeds to learn all classes in time
 _FINETUNED = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _BY_IMAGE = ("pen_image", "pen_image_finetune")  # of a brush that differs between images, which that of digits does not
 _OURS = (
