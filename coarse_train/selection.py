@@ -203,7 +203,7 @@ def _measured(config: FitConfig, masks: Source, path: Path, world: World) -> Pat
     if world.is_main and report is not None:
         write_text(path, to_json(report, each=bool(report.differing)))
     world.wait()
-    return path if report is not None and (any(report.radii()) or report.differing) else None
+    return path if report is not None and report.pen(each=bool(report.differing)).moves else None
 
 
 def _taken_up(config: FitConfig) -> tuple[FitConfig, Selection] | None:

@@ -431,6 +431,17 @@ def test_of_several_classes_what_a_broader_pen_gave_back_is_not_doubted_again() 
     assert np.array_equal(undo(squares, Pen((0, -1, -1), doubt=np.inf))[squares > 0], squares[squares > 0])
 
 
+def test_a_pen_whose_median_is_right_and_that_differs_between_images_moves_them() -> None:
+    """It was no candidate of `--select-with`, and `pen` did not say what it leaves."""
+    radii = (0, 0, 0, 2, 4)
+    pairs = [(str(k), moved(lines(k), {1: radius}), lines(k)) for k, radius in enumerate(radii)]
+    report = measure(pairs, LINES)
+    assert not report.pen().moves
+    assert report.pen(each=True).moves
+    assert leftovers(pairs, report.pen(each=True), LINES, (0,)) != leftovers(pairs, report.pen(), LINES, (0,))
+    assert not Pen((0, 0), widths=(None, None)).moves
+
+
 def test_where_nothing_moves_nothing_is_doubted() -> None:
     drawing = _blots(np.random.default_rng(5))
     assert np.array_equal(undo(drawing, Pen((0, 0.5), doubt=np.inf)), drawing)

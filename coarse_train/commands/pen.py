@@ -60,7 +60,7 @@ def run_pen(config: PenConfig) -> PenReport:
     report = measure(pairs(config.images), source.classes.names)
     print(table(report))
     pen, names = report.pen(each=config.each), source.classes.names
-    if any(pen.radii) or pen.widths:
+    if pen.moves:
         print(doubt_line(leftovers(pairs(config.images), pen, names, (0.0, *_DOUBTS))))
     make_folder("out", config.out)
     shown = _SHOWN if config.images is None else min(_SHOWN, config.images)

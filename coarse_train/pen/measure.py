@@ -162,9 +162,9 @@ def describe_pen(pen: Pen | None, report: PenReport | None, names: Sequence[str]
     if any(width is not None for width in pen.widths):
         moved += " where an image has no strokes of its own to tell; in all others by their thinnest ones"
     silent = {"moved over": pen.band, "of what stays and is not proven": pen.doubt}
-    open_ = ", ".join(f"{pixels:g} pixels {where}" for where, pixels in silent.items() if pixels)
+    left_open = ", ".join(f"{pixels:g} pixels {where}" for where, pixels in silent.items() if pixels)
     sentence = f"outlines of positive drawings that are moved back, pixels too far: {moved}"
-    sentence += f"; left open: {open_}" if open_ else ""
+    sentence += f"; left open: {left_open}" if left_open else ""
     if report is None:
         return [sentence]
     few = [name for name, one in zip(names, report.classes, strict=True) if one.radius is not None and one.few]

@@ -51,6 +51,11 @@ class Pen:
         """The same radius, in pixels, for every class of ``names`` but one that is called background, which has 0."""
         return cls(tuple(0.0 if name == "background" else radius for name in names))
 
+    @property
+    def moves(self) -> bool:
+        """Whether it changes any drawing."""
+        return any(self.radii) or any(width is not None for width in self.widths)
+
     def radii_of(self, drawing: np.ndarray) -> tuple[float, ...]:
         """Those of one (H, W) drawing, in pixels."""
         found = list(self.radii)
@@ -123,9 +128,8 @@ def undo(drawing: np.ndarray, pen: Pen) -> np.ndarray:
         if pen.doubt > 0 and moved.any():
             # where nobody knows what is there, and under a broader pen, may be another reason why it came so far
             unknown = (drawing == IGNORE) | (own > abs(radius)) | (moved & (becomes == IGNORE))
-            certain = (
-                settled | _proven(left, unknown, moved, abs(radius)) | (own < 0)
-            )  # a narrow pen left out, added nothing
+            certain = settled | (own < 0)  # what a narrow pen drew is of its class
+            certain |= _proven(left, unknown, moved, abs(radius))
             result[left & (_distance(moved) <= pen.doubt) & ~certain] = IGNORE
         settled |= moved
     return result
