@@ -179,13 +179,15 @@ def in_order(names: Sequence[str], seconds: float) -> int:
         "tests-thread": lambda: tests(THREAD),
         "fuzz-thread": lambda: fuzz(THREAD, seconds),
     }
-    failed = False
+    lines, failed = [], False
     for name in names:
         began = time.monotonic()
         status = steps[name]()
         failed |= status not in (0, NOT_RUN)
         said = {0: "clean", NOT_RUN: "NOT RUN"}.get(status, f"status {status}")
-        print(f"{name}: {said}, {time.monotonic() - began:.0f} s", flush=True)
+        lines.append(f"{name}: {said}, {time.monotonic() - began:.0f} s")
+        print(lines[-1], flush=True)
+    print("\n".join(["", *lines]))  # once more, below what the last step wrote
     return 1 if failed else 0
 
 
