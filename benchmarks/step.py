@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -105,9 +106,9 @@ def step(line: str, name: str, device: str, steps: int) -> Measured:
     else:
         unit = 1.0 if sys.platform == "darwin" else 1024.0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    times = sorted(seconds[1:] or seconds)
+    times = seconds[1:] or seconds
     what = f"{provider.name}: {ran}" if ran else provider.name
-    return Measured(peak, times[len(times) // 2], times[0], times[-1], losses[0], what)
+    return Measured(peak, statistics.median(times), min(times), max(times), losses[0], what)
 
 
 def measure(line: str, name: str, device: str, steps: int) -> Measured:
@@ -268,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("problem", nargs="*", help="two kinds of drawings, seg4, fields on a grid, fresh")
     parser.add_argument("--provider", nargs="+", default=PROVIDERS, help="of the loss; the first is compared with")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--steps", type=int, default=2, help="timed, after one that warms up")
+    parser.add_argument("--steps", type=int, default=3, help="timed, after one that warms up")
     parser.add_argument(
         "--largest", action="store_true", help="of named problems too: the largest images, by the first one"
     )

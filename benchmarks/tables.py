@@ -181,7 +181,7 @@ def step(results: Path = CPU) -> list[str]:
             found = [
                 row
                 for row in rows
-                if row and row[0].startswith("`c19 ") and f" {size} " in row[0] and row[1].startswith(provider)
+                if row and f" {size} " in row[0] and " positive+trusted " in row[0] and row[1].startswith(provider)
             ]
             assert len(found) == 1, f"{size} {provider}: {len(found)} rows in {results / 'step.md'}"
             gigabytes, seconds = float(found[0][2]), float(found[0][4].split()[0])

@@ -58,7 +58,6 @@ PAGES = {
     "benchmarks/CANDIDATES.md": "benchmarks/candidates",
     "benchmarks/results/xeon-processor-avx512-2-cores/report.md": "benchmarks/cpu",
     "benchmarks/results/xeon-processor-avx512-2-cores/step.md": "benchmarks/step",
-    "benchmarks/results/highres.md": "benchmarks/highres",
     "benchmarks/results/nvidia-h200/report.md": "benchmarks/gpu",
     "tests/gpu/README.md": "benchmarks/gpu-tests",
     "docs/experiments": "experiments/index",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from benchmarks import step
+from benchmarks import step, tables
 from benchmarks.problem import parse
 from benchmarks.step import GB, Line, Measured
 from coarse_kernels import Drawings, Objective, annotation_objective
@@ -45,6 +45,33 @@ def test_a_named_problem_is_measured_and_takes_the_place_of_no_other(
     assert "128x256" in printed
     assert "largest image" not in printed
     assert not list(tmp_path.iterdir())
+
+
+def test_the_front_page_shows_the_recommended_of_all_steps_that_were_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second configuration in the results was two rows where one was looked for."""
+    kernels = {"ours": "cpu: strided", "plain": "closed_form_matmul", "published": "published"}
+
+    def measured(line: str, name: str, device: str, steps: int) -> Measured:
+        both = 1e9 * ("negative" in line)
+        found = _fake(line, name, device, steps)
+        return found._replace(peak=found.peak + both, seconds=2.0 if both else 1.0, what=kernels[name])
+
+    monkeypatch.setattr(step, "measure", measured)
+    monkeypatch.setattr(step, "free_bytes", lambda device: 1e12)
+    assert step.main([*step.PROBLEMS, "--largest", "--no-confirm", "--out", str(tmp_path)]) == 0
+    *_, ours, plain, published = tables.step(tmp_path)
+    assert ours.startswith("| ours | 0.51 GB, 1.0 s | 0.55 GB, 1.0 s | **0.71 GB, 1.0 s** | ")
+    assert plain.split(" | ")[1:4] == ["0.51 GB, 1.0 s", "0.55 GB, 1.0 s", "0.71 GB, 1.0 s"]
+    assert published.split(" | ")[1:4] == ["1.1 GB, 1.0 s", "1.5 GB, 1.0 s", "3.1 GB, 1.0 s"]
+
+
+def test_of_two_steps_the_median_lies_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 9.0, 10.0, 11.0, 20.0, 23.0])  # one that warms up, then 1 s and 3 s
+    monkeypatch.setattr(step.time, "perf_counter", lambda: next(clock))
+    found = step.step("c3 32x64 seg4 cm8 positive+trusted fresh", "reference", "cpu", 2)
+    assert (found.seconds, found.least, found.most) == (2.0, 1.0, 3.0)
 
 
 @pytest.mark.parametrize("line", SMALL)
