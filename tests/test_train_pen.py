@@ -431,6 +431,63 @@ def test_of_several_classes_what_a_broader_pen_gave_back_is_not_doubted_again() 
     assert np.array_equal(undo(squares, Pen((0, -1, -1), doubt=np.inf))[squares > 0], squares[squares > 0])
 
 
+def _one_class_after_the_other(drawing: np.ndarray, pen: Pen) -> np.ndarray:
+    """`undo` as it is described, pixel by pixel: distances between all pairs of them, and every class by itself."""
+    places = np.stack(np.indices(drawing.shape), -1).reshape(-1, 2)
+    apart = np.sqrt(((places[:, None] - places) ** 2).sum(-1))
+    drawn = drawing.ravel()
+    radii = np.array([pen.radii[label] if label < len(pen.radii) else 0.0 for label in drawn])
+    result, settled = drawn.copy(), np.zeros(drawn.size, bool)
+    for radius, label in sorted({*zip(radii, drawn, strict=True)}, key=lambda pair: (-abs(pair[0]), -pair[0], pair[1])):
+        region = drawn == label
+        side = np.flatnonzero(~region & ((abs(radii) < abs(radius)) | (radii == -radius)))
+        if radius > 0 and side.size:
+            moved = region & (apart[:, side].min(1) <= radius) & ~settled
+            _, indices = ndimage.distance_transform_edt(
+                ~np.isin(np.arange(drawn.size), side).reshape(drawing.shape), return_indices=True
+            )
+            becomes, left = drawing[tuple(indices)].ravel(), region & ~moved  # of several nearest the one that it takes
+        elif radius < 0 and side.size:
+            moved = np.isin(np.arange(drawn.size), side) & (apart[:, region].min(1) <= -radius) & ~settled
+            becomes, left = np.full_like(drawn, label), ~(region | moved)
+        else:
+            continue
+        result[moved] = becomes[moved]
+        if pen.band:
+            result[moved & (apart[:, left].min(1, initial=np.inf) <= pen.band)] = IGNORE
+        if pen.doubt and moved.any():
+            others = left | (drawn == IGNORE) | (radii > abs(radius)) | (moved & (becomes == IGNORE))
+            border = np.minimum(places, np.array(drawing.shape) - 1 - places).min(1)
+            alone = moved & ((apart[:, others] <= abs(radius)).sum(1) == 1) & (border >= int(abs(radius)))
+            proven = (apart[:, alone] <= abs(radius)).any(1)
+            doubted = left & (apart[:, moved].min(1, initial=np.inf) <= pen.doubt) & ~proven & ~settled & (radii >= 0)
+            result[doubted] = IGNORE
+        settled |= moved
+    return result.reshape(drawing.shape)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_many_classes_of_many_radii_are_moved_as_one_after_the_other_would_be(seed: int) -> None:
+    """Classes of one radius share a search for what is nearest, and each is looked at in a box around it alone."""
+    rng = np.random.default_rng(seed)
+    changed = 0
+    for trial in range(40):
+        height, width, classes = (int(n) for n in rng.integers((1, 1, 2), (24, 24, 6)))
+        smooth = [ndimage.gaussian_filter(rng.standard_normal((height, width)), 1.5) for _ in range(classes + 1)]
+        drawing = np.argmax(smooth, 0).astype(np.uint8)
+        drawing[drawing == classes] = IGNORE if trial % 2 else 0
+        radii = rng.integers(-3, 4, classes) if trial % 3 else np.full(classes, rng.integers(1, 4))
+        pen = Pen(
+            tuple(map(float, radii)),
+            band=float(rng.choice([0, 1, np.inf])),
+            doubt=float(rng.choice([0, 1, 2.5, np.inf])),
+        )
+        found = undo(drawing, pen)
+        changed += np.count_nonzero(found != drawing)
+        assert np.array_equal(found, _one_class_after_the_other(drawing, pen)), (pen, drawing)
+    assert changed > 1000
+
+
 def test_a_pen_whose_median_is_right_and_that_differs_between_images_moves_them() -> None:
     """It was no candidate of `--select-with`, and `pen` did not say what it leaves."""
     radii = (0, 0, 0, 2, 4)

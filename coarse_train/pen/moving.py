@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -107,32 +108,46 @@ def undo(drawing: np.ndarray, pen: Pen) -> np.ndarray:
     table[: len(pen.radii)] = pen.radii_of(drawing)
     own = table[drawing]
     result, settled = drawing.copy(), np.zeros(drawing.shape, bool)
-    for label in sorted(np.unique(drawing).tolist(), key=lambda label: (-abs(table[label]), -table[label])):
-        radius = float(table[label])
-        region = drawing == label
+    boxes = ndimage.find_objects(drawing.astype(np.int16) + 1, max_label=256)  # of each label
+    labels = sorted(np.unique(drawing).tolist(), key=lambda label: (-abs(table[label]), -table[label]))
+    for radius, of_radius in groupby(labels, key=lambda label: float(table[label])):
         # of another class with the opposite radius the same move is asked for
-        beside = ~region & ((abs(own) < abs(radius)) | (own == -radius))
-        if radius == 0 or not beside.any():
+        lower = (np.abs(own) < abs(radius)) | (own == -radius)
+        if radius == 0 or not lower.any():
             continue
-        if radius > 0:
-            distance, (rows, columns) = ndimage.distance_transform_edt(~beside, return_indices=True)
-            moved, becomes = region & (distance <= radius) & ~settled, drawing[rows, columns]
-            left = region & ~moved
-        else:
-            moved = beside & (_distance(region) <= -radius) & ~settled
-            becomes = np.full_like(drawing, label)
-            left = ~(region | moved)
-        result[moved] = becomes[moved]
-        if pen.band > 0:
-            result[moved & (_distance(left) <= pen.band)] = IGNORE
-        if pen.doubt > 0 and moved.any():
-            # where nobody knows what is there, and under a broader pen, may be another reason why it came so far
-            unknown = (drawing == IGNORE) | (own > abs(radius)) | (moved & (becomes == IGNORE))
-            certain = settled | (own < 0)  # what a narrow pen drew is of its class
-            certain |= _proven(left, unknown, moved, abs(radius))
-            result[left & (_distance(moved) <= pen.doubt) & ~certain] = IGNORE
-        settled |= moved
+        if radius > 0:  # one answer for all classes of the radius: none of them is beside another
+            distance, (rows, columns) = ndimage.distance_transform_edt(~lower, return_indices=True)
+            inner, outer = (distance <= radius) & ~settled, drawing[rows, columns]
+        for label in of_radius:
+            # all that can change, and all that decides it
+            box = _around(boxes[label], 2 * abs(radius) + max(pen.band, pen.doubt) + 1, drawing.shape)
+            region = drawing[box] == label
+            if radius > 0:
+                moved, becomes = region & inner[box], outer[box]
+                left = region & ~moved
+            else:
+                moved = lower[box] & ~region & (_distance(region) <= -radius) & ~settled[box]
+                becomes = np.full_like(drawing[box], label)
+                left = ~(region | moved)
+            if not moved.any():
+                continue
+            result[box][moved] = becomes[moved]
+            if pen.band > 0:
+                result[box][moved & (_distance(left) <= pen.band)] = IGNORE
+            if pen.doubt > 0:
+                # where nobody knows what is there, and under a broader pen, may be another reason why it came so far
+                unknown = (drawing[box] == IGNORE) | (own[box] > abs(radius)) | (moved & (becomes == IGNORE))
+                certain = settled[box] | (own[box] < 0)  # what a narrow pen drew is of its class
+                certain |= _proven(left, unknown, moved, abs(radius))
+                result[box][left & (_distance(moved) <= pen.doubt) & ~certain] = IGNORE
+            settled[box] |= moved
     return result
+
+
+def _around(box: tuple[slice, ...], margin: float, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """The box with ``margin`` pixels more on each side, within ``shape``; inf: all of it."""
+    more = int(min(margin, max(shape))) + 1
+    return tuple(slice(max(0, one.start - more), min(one.stop + more, n)) for one, n in zip(box, shape, strict=True))
 
 
 def _proven(left: np.ndarray, unknown: np.ndarray, moved: np.ndarray, radius: float) -> np.ndarray:
