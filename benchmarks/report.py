@@ -215,7 +215,7 @@ def _conditions(machine: Mapping[str, Any], seconds: float) -> list[str]:
         "Every figure is of a provider whose result and gradients passed the float64 check, of large images on a CPU in some "
         "bands. Times are medians of interleaved "
         'runs; `python -m benchmarks "PROBLEM"` measures one line of a table again. How it is measured, and what the words of '
-        "a problem mean: [README](../../README.md), [problem.py](../../problem.py).",
+        "a problem mean: `benchmarks/README.md`, `benchmarks/problem.py`.",
         "",
     ]
 

@@ -66,6 +66,8 @@ def test_missing_makes_the_background_another_matter() -> None:
         ({"num_classes": 4, "stride": 2}, "stride: expected 1 where there are no features"),
         ({"num_classes": 4, "spatial_dims": 4}, "spatial_dims: expected 1, 2 or 3, got 4"),
         ({"num_classes": 4, "missing": 0.4}, "missing: expected None, or a number"),
+        # 1 - 0.7 > 0.3 by a rounding: wrong names that start at 4e-17 are never learned
+        ({"num_classes": 4, "diagonal": 0.7, "missing": 0.3}, "missing: expected None, or a number above 0 and below"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, object], text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import re
@@ -23,6 +24,11 @@ README = (ROOT / "README.md").read_text()
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "coarse_train/README.md", "examples/README.md")),
     *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.name != "report.md"),
+]
+WITH_LINKS = [
+    *PAGES,
+    *sorted((ROOT / "docs").rglob("report.md")),
+    *sorted(page for room in ("benchmarks", "tests") for page in (ROOT / room).rglob("*.md")),
 ]
 CODE = re.compile(r"^```python\n(.*?)^```", re.S | re.M)
 
@@ -94,7 +100,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", WITH_LINKS, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
     for target in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", text):
@@ -170,6 +176,14 @@ def test_every_public_name_has_an_entry_and_a_docstring() -> None:
                 assert thing.__doc__, thing
                 assert not thing.__doc__.startswith(f"{thing.__name__}("), f"{thing} has the docstring of dataclasses"
         assert name == "coarse_kernels" or f".. automodule:: {name}\n" in training
+    members = {name for name in modules if f".. automodule:: {name}\n   :members:" in training}
+    for name in set(re.findall(r"^\.\. automodule:: (\S+)", training, re.M)) - members:
+        module = importlib.import_module(name)
+        for one in getattr(module, "__all__", ()):
+            thing = getattr(module, one)
+            own = inspect.isclass(thing) or (inspect.isfunction(thing) and thing.__module__.startswith("coarse_train"))
+            kind = "class" if inspect.isclass(thing) else "function"
+            assert (f".. auto{kind}:: {name}.{one}" if own else f"`{name}.{one}`") in training
 
 
 def test_the_tables_are_those_of_the_committed_results() -> None:
