@@ -39,6 +39,8 @@ _CHANGEABLE |= {f"optim.{name}" for name in ("lr", "cm_lr", "weight_decay", "mom
 _CHANGEABLE |= {f"optim.{name}" for name in ("clip", "finetune", "finetune_lr")}
 _MOVABLE = {"data.positives", "data.negatives"}  # another folder is fine; one where there was none is other data
 _WHOLE = (".pt", ".toml", ".json", ".html", ".part")  # suffixes of files that appear whole
+_WRITTEN_WHOLE = ("last.pt", "best.pt", "config.toml", "metrics.jsonl", "selection.json", "pen.json", "check.txt")
+_OF_A_RUN = {"best.pt", "metrics.jsonl", "selection.json", "tensorboard", "pictures"}  # what a run replaces, or adds to
 _LINE_EVERY = 10.0  # seconds between two lines in a log file
 
 
@@ -104,15 +106,15 @@ def open_run(config: FitConfig, world: World) -> Iterator[None]:
         if world.is_main:
             make_folder("out", config.out)
             _look_for_links(config.out)
+            _look_for_others(config)
             try:
                 free = stack.enter_context(locked(config.out / ".lock"))
             except OSError as error:
                 raise ValueError(f"out: expected a folder that can be written, got {config.out} ({error})") from error
             if not free:
                 raise ValueError(f"out: expected a folder that no other run writes to, got {config.out}")
-            _tidy(config.out)
-            if not config.resume:
-                (config.out / "best.pt").unlink(missing_ok=True)  # of a run that was given up
+            for name in _WRITTEN_WHOLE:  # what a killed process was writing
+                (config.out / f".{name}.part").unlink(missing_ok=True)
         world.wait()
         yield
 
@@ -127,8 +129,9 @@ def _look_for_links(folder: Path) -> None:
             )
 
 
-def _tidy(folder: Path) -> None:
-    """What a killed process was writing goes. Raises ValueError where a file of another program is in the way."""
+def _look_for_others(config: FitConfig) -> None:
+    """Raises ValueError where a file in the run's folder, which the run would replace or clear away, is none of a run."""
+    folder = config.out
     if (folder / "config.toml").is_file():
         try:
             load_toml(folder / "config.toml")
@@ -136,8 +139,14 @@ def _tidy(folder: Path) -> None:
             raise ValueError(
                 f"out: expected a new folder or that of a run, got another config.toml ({error})"
             ) from error
-    for part in folder.glob(".*.part"):
-        part.unlink()
+    elif not (folder / ".lock").exists():
+        for path in sorted(folder.iterdir()):
+            if path.name in _OF_A_RUN:
+                raise ValueError(
+                    f"out: expected a new folder or that of a run, got {folder} with {path.name} of no run"
+                )
+    if (folder / "best.pt").exists() and not config.resume:
+        raise ValueError(f"out: expected a new folder or --resume, got {folder} with the checkpoint best.pt")
 
 
 # ---- the same run ------------------------------------------------------------------------------------------------

@@ -143,7 +143,8 @@ def choose(
         return taken
     if not config.resume and world.is_main:
         for folder in config.out.glob("trial_*"):  # as above; a run that makes no trials has none to clear away
-            shutil.rmtree(folder, ignore_errors=True)
+            if (folder / ".lock").exists() or (folder / "fold_0" / ".lock").exists():  # else it is none of ours
+                shutil.rmtree(folder, ignore_errors=True)
     splits = open_splits(config, train)
     assert splits.validation is not None
     pen = None
@@ -216,11 +217,12 @@ def _taken_up(config: FitConfig) -> tuple[FitConfig, Selection] | None:
     given, chosen = from_dict(content["given"]), from_dict(content["config"])
     scores = content["mean_iou"]
     selection = Selection(config.select_with, content["steps"], scores, content["chosen"])
+    lenient = replace(config, resume_changed=True)  # what was changed on the way; `read_resume` asks whether it may be
     try:
-        check_same_run(chosen, config)
+        check_same_run(chosen, lenient)
         return config, selection
     except ValueError:
-        check_same_run(given, config)
+        check_same_run(given, lenient)
     # the same choice, with what may differ between a run and its continuation as it is now
     found = candidates(config, ("positive", "negative"), pen=config.out / "pen.json", estimable=True)
     return replace(found[content["chosen"]], transition=chosen.transition), selection

@@ -53,6 +53,20 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
         raise CheckpointError(f"{path}: expected to write it, got {_reason(error)}; {kept}") from error
 
 
+def look_at_file(option: str, path: Path, begins: str) -> None:
+    """Raises ValueError, naming the option, where ``path`` cannot be replaced: a folder, or a file that does not begin as
+    those of this command do, which is somebody's."""
+    if path.is_dir():
+        raise ValueError(f"{option}: expected a file to write, got the folder {path}")
+    if path.is_file():
+        with open(path, "rb") as file:
+            head = file.read(len(begins.encode()))
+        if head and head != begins.encode():
+            raise ValueError(
+                f"{option}: expected a new file, or an older one of this command, got {path}, another file"
+            )
+
+
 def write_text(path: Path, text: str) -> None:
     def write(file: BinaryIO) -> None:
         file.write(text.encode())

@@ -293,6 +293,53 @@ def test_palettes_count_by_colour_where_the_table_has_them_and_by_number_elsewhe
         read_map(tmp_path / "others.png", classes, "mask")
 
 
+def test_a_slip_in_a_palette_is_named_and_makes_no_other_classes(tmp_path: Path) -> None:
+    """With one green of 254 instead of 255 the numbers counted, and classes changed places."""
+    classes = Classes(("background", "car", "road"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)), by_colour=True)
+    numbers = np.array([[0, 1, 2], [1, 1, 1]], np.uint8)
+    labels = Image.fromarray(numbers)
+
+    def read(*colours: tuple[int, ...]) -> np.ndarray:
+        labels.putpalette([part for colour in colours for part in colour])
+        labels.save(tmp_path / "labels.png")
+        return read_map(tmp_path / "labels.png", classes, "mask")
+
+    np.testing.assert_array_equal(read((255, 0, 0), (0, 0, 0), (0, 255, 0)), np.array([1, 0, 2])[numbers])
+    error = (
+        r"labels\.png: .*got \(0, 254, 0\) of 2 that are not in it, and \(255, 0, 0\) of 0, which is another class's"
+    )
+    with pytest.raises(ValueError, match=error):
+        read((255, 0, 0), (0, 0, 0), (0, 254, 0))
+    np.testing.assert_array_equal(read((0, 0, 0), (255, 0, 0), (0, 254, 0)), numbers)  # as its numbers say
+    np.testing.assert_array_equal(read((9, 9, 9), (8, 8, 8), (7, 7, 7)), numbers)
+
+
+@pytest.mark.parametrize(
+    ("mode", "by_colour"),
+    [*((mode, by_colour) for mode in ("P", "L", "GIF") for by_colour in (True, False)), ("RGB", True), ("RGBA", True)],
+)
+def test_what_is_transparent_says_nothing_in_whatever_file(mode: str, by_colour: bool, tmp_path: Path) -> None:
+    """Saved anew with a palette, what an RGBA map left open became the class of its number."""
+    colours = ((0, 0, 0), (255, 0, 0), (0, 255, 0))
+    classes = Classes(("background", "car", "road"), colours, by_colour=by_colour)
+    numbers = np.array([[0, 1, 2, 0], [1, 1, 2, 2]], np.uint8)
+    path = tmp_path / ("labels.gif" if mode == "GIF" else "labels.png")
+    if mode in ("P", "L", "GIF"):
+        image = Image.fromarray(numbers)
+        if mode != "L":
+            image.putpalette([part for colour in colours for part in colour])
+        image.save(path, transparency=0)
+    else:
+        alpha = np.where(numbers == 0, 0, 255).astype(np.uint8)[..., None]
+        painted = np.array(colours, np.uint8)[numbers]
+        image = Image.fromarray(np.concatenate([painted, alpha], -1) if mode == "RGBA" else painted)
+        image.save(path, **({} if mode == "RGBA" else {"transparency": (0, 0, 0)}))
+    np.testing.assert_array_equal(read_map(path, classes, "mask"), np.where(numbers == 0, IGNORE, numbers))
+    if mode in ("P", "L"):
+        Image.fromarray(np.zeros((2, 3), np.uint8)).save(path, transparency=0)
+        assert (read_map(path, classes, "mask") == IGNORE).all()
+
+
 def test_the_palette_gives_different_colours_to_as_many_classes_as_there_can_be() -> None:
     for count in (2, 8, 9, 19, 254):
         colours = palette(count)

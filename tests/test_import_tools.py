@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
@@ -510,6 +511,12 @@ def test_after_more_has_been_drawn_the_folder_is_replaced_or_stays_as_it_was(
         positive = splits[split].load(0).positive
         assert positive is not None
         assert bool((positive == 0).any()) == expected_road
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main([*command, "--overwrite", "--background", "ground"]) == 1
+    assert "expected nothing but what is written again, got" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    shutil.rmtree(out / "val")
     assert main([*command, "--overwrite", "--background", "ground"]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["classes.toml", "train"]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

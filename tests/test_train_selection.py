@@ -51,6 +51,11 @@ def test_the_side_that_masks_chose_stays_over_a_resume(tmp_path: Path, given: st
         _assert_same_bits(_state(tmp_path), before)
     with pytest.raises(ValueError, match=r"resume: expected optim\.lr as in the run, 0\.01, got 1\.0"):
         fit(replace(config, resume=True, optim=OptimConfig(lr=1.0)))
+    # a longer one, too, goes on by the config of its folder
+    fit(replace(config, resume=True, resume_changed=True, steps=config.steps + 1))
+    longer = load_toml(tmp_path / "config.toml")
+    assert longer.steps == config.steps + 1
+    fit(replace(longer, resume=True))
 
 
 def test_trials_of_a_run_that_was_given_up_choose_nothing(tmp_path: Path) -> None:
@@ -58,6 +63,7 @@ def test_trials_of_a_run_that_was_given_up_choose_nothing(tmp_path: Path) -> Non
     fit(config)
     first = (tmp_path / "trial_all_trusted" / "metrics.jsonl").read_text()
     (tmp_path / "last.pt").unlink()
+    (tmp_path / "best.pt").unlink()
     fit(replace(config, seed=5))
     assert (tmp_path / "trial_all_trusted" / "metrics.jsonl").read_text() != first
 

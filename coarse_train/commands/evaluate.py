@@ -19,7 +19,10 @@ from ..distributed import World, join_world
 from ..inference import InferenceConfig, LoadedModel, load_model, open_trained_split, score
 from ..metrics import ConfusionMeter, describe_collapse, largest_confusions
 from ..run import claim_folder, without_nan
+from ..storage import look_at_file
 from .predict import write_labels
+
+_HEAD = '{\n  "checkpoint": '  # of a file of scores
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,7 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def _prepare_out(config: EvaluateConfig, world: World) -> None:
     """Fail before the work rather than after it."""
     if config.out is not None:
-        if config.out.is_dir():
-            raise ValueError(f"out: expected a file to write, got the folder {config.out}")
+        look_at_file("out", config.out, _HEAD)
         config.out.parent.mkdir(parents=True, exist_ok=True)
     if config.export is not None:
         claim_folder("export", config.export, world, overwrite=config.overwrite)

@@ -271,6 +271,8 @@ def _appearing(config: ImportConfig, parts: dict[str, list[Picture]]) -> Iterato
         folder.mkdir()
         yield folder
         moves = {folder / split: out / split for split in parts} if config.add else {folder: out}
+        for new, place in moves.items():
+            _look_for_others(place, new)
         for number, (new, place) in enumerate(moves.items()):
             before = Path(temporary, f"before {number}")
             if place.exists():
@@ -281,6 +283,20 @@ def _appearing(config: ImportConfig, parts: dict[str, list[Picture]]) -> Iterato
                 if before.exists():
                     os.rename(before, place)
                 raise
+
+
+def _look_for_others(old: Path, new: Path) -> None:
+    """Raises ValueError where replacing ``old`` would delete a file or a folder that this import does not write again: a split
+    that was made by hand, masks beside the drawings."""
+    splits = [path.name for path in new.iterdir() if path.is_dir()]
+    for part in (".", *(splits if (new / "classes.toml").exists() else ())):
+        here = {path.name for path in (old / part).iterdir()} if (old / part).is_dir() else set()
+        if others := sorted(here - {path.name for path in (new / part).iterdir()}):
+            place = (old / part / others[0]).as_posix()
+            raise ValueError(
+                f"overwrite: expected nothing but what is written again, got {place}; move it away "
+                "(--add --overwrite replaces a split alone)"
+            )
 
 
 def _write_classes(classes: Classes, path: Path) -> None:

@@ -154,9 +154,26 @@ class Classes:
             raise ValueError(f"{path}: expected the colours of the class table, got {listed(most)}")
         return decoded
 
-    def knows_colours(self, colours: np.ndarray) -> bool:
-        """Whether all (n, 3) uint8 colours are in the table, among the classes or what is ignored."""
-        return bool(np.isin(_numbered(colours), self._of_colours[0]).all())
+    def counts_by_colour(self, palette: np.ndarray, used: np.ndarray, path: Path | str, kind: str | None) -> bool:
+        """Whether the (n, 3) uint8 ``palette`` of a label map with the numbers ``used`` says what these are: all its colours
+        are in the table. The numbers do where none is, or all that are agree with them.
+
+        Raises ValueError naming ``path`` where some colours are in the table, say other classes than their numbers, and some
+        are not: a slip in the palette would be other classes."""
+        colours = _numbered(palette[used])
+        known = np.isin(colours, self._of_colours[0])
+        if known.all() or not known.any():
+            return bool(known.all())
+        labels = self._of_colours[1][np.searchsorted(self._of_colours[0], colours[known])]
+        if differ := np.flatnonzero(self._table(kind)[used[known]] != labels).tolist():
+            unknown = [
+                f"{_colour(number)} of {value}" for number, value in zip(colours[~known], used[~known], strict=True)
+            ]
+            raise ValueError(
+                f"{path}: expected a palette with all colours of the class table, or with none, got {listed(unknown)} that are "
+                f"not in it, and {_colour(colours[known][differ[0]])} of {used[known][differ[0]]}, which is another class's"
+            )
+        return False
 
     def encode(self, classes: np.ndarray, kind: str | None = None) -> np.ndarray:
         """(H, W) uint8 classes -> the values of the data set's label files, of one kind where those differ; for `IGNORE` itself

@@ -197,11 +197,15 @@ def read_map(
     seen: list[tuple[str, Picture]] | None = None,
 ) -> np.ndarray:
     """(H, W) uint8 classes of a label file of a kind, "positive", "negative" or "mask"; without a reader by its numbers, or
-    where the table has their colours, by these."""
+    where the table has their colours, by these. What is transparent is `IGNORE`."""
     if reader is not None:
         return reader(path)
     picture = load_labels(path)
-    pixels, palette = picture.pixels, picture.palette
+    pixels, palette, transparent = picture.pixels, picture.palette, picture.transparent
+    if transparent is not None:  # whatever number or colour it has
+        if transparent.all():
+            return np.full(pixels.shape[:2], IGNORE, np.uint8)
+        pixels = np.where(transparent, pixels[~transparent][0], pixels)
     if pixels.ndim > 2 and not classes.by_colour:
         raise ValueError(
             f"{path}: expected a label map of one channel of at most 8 bits, got mode RGB; colours are read where every class "
@@ -209,11 +213,14 @@ def read_map(
         )
     if palette is not None and classes.by_colour:
         used = np.flatnonzero(np.bincount(pixels.ravel()))
-        if used[-1] < len(palette) and classes.knows_colours(palette[used]):
+        if used[-1] < len(palette) and classes.counts_by_colour(palette, used, path, kind):
             pixels = palette[pixels]
     if seen is not None:
         seen.append((kind, picture._replace(pixels=pixels)))
-    return classes.decode_colours(pixels, path) if pixels.ndim > 2 else classes.decode(pixels, path, kind)
+    labels = classes.decode_colours(pixels, path) if pixels.ndim > 2 else classes.decode(pixels, path, kind)
+    if transparent is not None:
+        labels[transparent] = IGNORE
+    return labels
 
 
 def check_size(labels: np.ndarray, path: Path, image: np.ndarray, image_path: Path | str) -> None:

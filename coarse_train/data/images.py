@@ -30,11 +30,12 @@ _opening = Lock()
 
 class Picture(NamedTuple):
     """What a file holds. pixels: (H, W) uint8 numbers, or (H, W, channels) uint8 colours. palette: (n, 3) uint8 colours of the
-    numbers. turned: whether an orientation tag was followed."""
+    numbers. turned: whether an orientation tag was followed. transparent: (H, W), where numbers are; None where none is."""
 
     pixels: np.ndarray
     palette: np.ndarray | None = None
     turned: bool = False
+    transparent: np.ndarray | None = None
 
 
 @contextmanager
@@ -79,12 +80,15 @@ def load_labels(path: Path) -> Picture:
         raise ValueError(
             f"{path}: expected a label map whose numbers are stored as they are, got {packing} in a {kind}"
         )
+    see_through = "transparency" in image.info  # one colour, or some of a palette
     if image.mode in ("RGB", "RGBA") and ";16" not in packing:
-        return Picture(np.array(image), turned=turned)
+        return Picture(np.array(image.convert("RGBA") if see_through else image), turned=turned)
     if image.mode not in ("1", "L", "P"):
         raise ValueError(f"{path}: expected a label map of one channel of at most 8 bits, got mode {image.mode}")
     palette = np.array(image.getpalette(), np.uint8).reshape(-1, 3) if image.mode == "P" else None
-    return Picture(np.array(image).astype(np.uint8) // _STRETCHED.get(packing, 1), palette, turned)
+    transparent = np.array(image.convert("RGBA"))[..., 3] == 0 if see_through else None
+    numbers = np.array(image).astype(np.uint8) // _STRETCHED.get(packing, 1)
+    return Picture(numbers, palette, turned, transparent if transparent is not None and transparent.any() else None)
 
 
 def read_labels(path: Path) -> np.ndarray:

@@ -19,6 +19,7 @@ background included, of held-out test digits; the last step counts, and no score
 from __future__ import annotations
 
 import itertools
+import json
 import platform
 import statistics
 from collections.abc import Sequence
@@ -126,6 +127,7 @@ def run_demo(config: DemoConfig) -> list[Cell]:
         return replace(row, data=data, backend=config.backend, steps=config.steps or row.steps)
 
     rows = {name: adapted(row) for name, row in rows_of(config.task).items()}
+    _refuse_another(out / ("tuning.json" if config.tune else "results.json"), config.task)
     if config.tune:
         return _tune(rows["ce_both_textbook"], config, out)
     if config.rows is not None:
@@ -145,6 +147,17 @@ def run_demo(config: DemoConfig) -> list[Cell]:
     print("\n".join([text(cells, "test"), by_class(cells), *verdicts]))
     print(f"{out / 'results.json'}, {out / 'figure.png'}")
     return cells
+
+
+def _refuse_another(path: Path, task: str) -> None:
+    """What a table replaces is a table of the task."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"task": task}
+    except ValueError:
+        content = None
+    there = content.get("task") if isinstance(content, dict) else None
+    if there != task:
+        raise ValueError(f"out: expected a new folder or one of task {task}, got {path} of {there or 'something else'}")
 
 
 def _tune(base: FitConfig, config: DemoConfig, out: Path) -> list[Cell]:

@@ -63,8 +63,8 @@ class ExperimentConfig:
     """Folder of data sets: DATA/mnist, DATA/camvid, DATA/cityscapes, DATA/chasedb1. What needs one that is not there is left
     out and named; canvases of digits are made of the sample in the package."""
     out: Path | None = None
-    """Without it runs/NAME. Runs whose scores are there, in a cells.json from elsewhere too, are not trained again, where DATA
-    and OUT are named as they were there."""
+    """Without it runs/NAME, or runs/NAME-quick. Runs whose scores are there, in a cells.json from elsewhere too, are not
+    trained again, where DATA and OUT are named as they were there."""
     jobs: int | None = None
     """Runs at a time; without it one for each core."""
     backend: str | None = None
@@ -148,8 +148,8 @@ def run_experiment(config: ExperimentConfig) -> list[Result]:
     experiment: Experiment = import_module(f".{EXPERIMENTS[config.name]}", __package__)
     if config.data is not None and not config.data.is_dir():
         raise ValueError(f"data: expected a folder, with mnist, camvid or chasedb1 in it, got {config.data}")
-    out = config.out or Path("runs") / config.name
-    _refuse_another(out, config.name)
+    out = config.out or Path("runs") / (f"{config.name}-quick" if config.quick else config.name)
+    _refuse_another(out, config)
     config = replace(config, seeds=config.seeds[:1]) if config.quick else config
     parts = experiment.parts(config)
     if config.quick:
@@ -175,16 +175,21 @@ def run_experiment(config: ExperimentConfig) -> list[Result]:
     return results
 
 
-def _refuse_another(out: Path, name: str) -> None:
-    """A folder has one report."""
+def _refuse_another(out: Path, config: ExperimentConfig) -> None:
+    """A folder has one report, and a quick one takes the place of no other."""
     path = out / "results.json"
-    try:
-        there = json.loads(path.read_text()).get("experiment") if path.exists() else name
-    except (ValueError, AttributeError):
-        there = None
-    if there != name:
+    content: Any = {"experiment": config.name, "quick": True}
+    if path.exists():
+        try:
+            content = json.loads(path.read_text())
+        except ValueError:
+            content = None
+    there = content.get("experiment") if isinstance(content, dict) else None
+    if there != config.name:
         of = "something else" if there is None else there
         raise ValueError(f"out: expected a folder without another experiment's results, got {out} with those of {of}")
+    if config.quick and not content.get("quick"):
+        raise ValueError(f"out: expected another folder for a quick run, got {out} with the results of a full one")
 
 
 def run_parts(
