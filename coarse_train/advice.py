@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import is_background
 from .config import DrawingsConfig, FitConfig
 from .data import IGNORE, Source
 from .data.segmentation import SegmentationData, choose_dense, pairs_of, plain
@@ -70,7 +71,7 @@ def _outlines(config: FitConfig, source: Source) -> list[str]:
 def _meeting(config: FitConfig, source: Source) -> list[str]:
     """What the pixels tell that have a positive and a negative drawing. A background is left out: it is what nobody drew."""
     names = source.classes.names
-    objects = [label for label, name in enumerate(names) if name != "background"]
+    objects = [label for label, name in enumerate(names) if not is_background(name)]
     counts, drawn, both = _counts(config, source)
     own, met = drawn[objects].sum(), both[objects].sum()
     if not own or len(objects) < 2:

@@ -16,7 +16,7 @@ from .data.inspect import Facts, cache_file, count_channels, inspect
 from .data.sheet import save_sheet
 from .data.walk import listed
 from .distributed import World
-from .run import write_text
+from .storage import printable, write_text
 
 
 def check_run(config: FitConfig, train: Source, world: World, *, report: bool = True) -> tuple[int, list[str]]:
@@ -40,6 +40,7 @@ def check_run(config: FitConfig, train: Source, world: World, *, report: bool = 
     if report:
         _check_sizes(config, parts[0], world)
         _check_learned(config, parts)
+        _check_possible(config, parts[0])
     return count_channels(train, found), lines
 
 
@@ -56,6 +57,17 @@ def _check_learned(config: FitConfig, parts: Sequence[Part]) -> None:
     if data.dense_split == "val":
         found["mask"] = parts[-1]
     check_taught(found, "--check note goes on without")
+
+
+def _check_possible(config: FitConfig, train: Part) -> None:
+    """That no drawing has a probability of 0, and an infinite loss."""
+    if config.transition != "objects" or config.data.supervision == "masks" or not config.negative.weight:
+        return
+    if named := train.pixels("negative")[:, :1].sum():
+        raise ValueError(
+            f"transition: expected negative drawings that never name {train.source.classes.names[0]!r} with 'objects', "
+            f"got {named} pixels that do; uniform or estimated allow it"
+        )
 
 
 def check_taught(found: Mapping[str, Part], otherwise: str) -> None:
@@ -91,7 +103,7 @@ def write_findings(out: Path, parts: Sequence[Part], *, own: bool) -> list[str]:
     """check.txt and the pictures; returns the lines for a log."""
     lines = [f"note: {line}" for part in parts for line in notes(part, own=own)]
     bad = [f"bad: {line}" for part in parts for line in part.bad()]
-    write_text(out / "check.txt", "\n".join([*map(table, parts), *lines, *bad]) + "\n")
+    write_text(out / "check.txt", printable("\n".join([*map(table, parts), *lines, *bad]) + "\n"))
     whole = [part for part in parts if not part.bad()]
     drawn = [name for part in whole if save_sheet(out / (name := f"check_{part.split}.png"), part.source)]
     place = cache_file(parts[0].source)

@@ -31,6 +31,7 @@ from .experiments.demo import DemoConfig, run_demo
 from .experiments.experiment import ExperimentConfig, run_experiment
 from .model.networks import check_named
 from .run import CheckpointError
+from .storage import printable
 
 # the user's to mend: one line on stderr and exit status 1; anything else is a bug of ours and shows its traceback
 _EXPECTED = (ValueError, OSError, CheckpointError, NonFiniteStep)
@@ -96,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `... | head`: nobody reads on
         return 1
     except _EXPECTED as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         if os.environ.get("RANK", "0") == "0":

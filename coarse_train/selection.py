@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
+from . import IGNORE
 from .config import DrawingsConfig, FitConfig, Measured, from_dict, to_dict
 from .criterion import open_transition
 from .data import FolderNotFound, Source, Subset, open_split
@@ -151,6 +152,8 @@ def choose(
     if "positive" in present and config.positive.pen is None:  # else all candidates keep that
         pen = _measured(config, splits.validation, config.out / "pen.json", world)
     found = candidates(config, present, pen=pen, estimable=_estimable(config, train, present))
+    if not _labelled_in_both_halves(splits.validation):
+        found.pop("fine-tuning on the masks", None)
     steps = config.select_steps or max(2, config.steps // 5)
     scores = {name: _score(name, row, splits, steps, config.out, fit) for name, row in found.items()}
     chosen = max(scores, key=lambda name: scores[name])
@@ -166,6 +169,14 @@ def choose(
         }
         write_text(path, json.dumps(content, indent=2) + "\n")
     return found[chosen], Selection(config.select_with, steps, scores, chosen)
+
+
+def _labelled_in_both_halves(masks: Source) -> bool:
+    """Raises ValueError where no mask has a labelled pixel."""
+    labelled = {k for k in range(len(masks)) if (mask := masks.load(k).mask) is not None and (mask != IGNORE).any()}
+    if not labelled:
+        raise ValueError(f"select_with: expected masks with labelled pixels to choose by, got {len(masks)} without")
+    return len({k % 2 for k in labelled}) == 2
 
 
 def _score(
@@ -230,6 +241,9 @@ def _taken_up(config: FitConfig) -> tuple[FitConfig, Selection] | None:
 
 def describe_selection(config: FitConfig, validation: Source | None, selection: Selection | None) -> list[str]:
     """For the log of the run: what read a dense mask, and what every candidate would have cost."""
+    if config.data.dense_split == "val" and selection is None:
+        masks = f"{config.data.dense_images} dense masks of the validation split"
+        return [f"{masks} are learned from, and no other is looked at: nothing is scored, the last step counts"]
     if not config.select_with:
         if validation is None:
             return ["no dense masks in the validation split: nothing is scored, the last step counts"]

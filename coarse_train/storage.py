@@ -74,6 +74,11 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, write)
 
 
+def printable(text: str) -> str:
+    """With names of files that are not UTF-8 as Python writes them, \\udce4."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def read_text(path: Path) -> str:
     """A text in UTF-8, or as Windows writes it: with a byte order mark, also in UTF-16. Raises ValueError for any other."""
     content = path.read_bytes()

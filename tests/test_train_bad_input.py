@@ -205,8 +205,11 @@ def test_masks_without_a_label_choose_nothing(tmp_path: Path) -> None:
     for path in (root / "valannot").iterdir():
         Image.fromarray(np.full((16, 16), 11, np.uint8)).save(path)
     data = DataConfig(dataset="camvid", root=root, simulate="full")
-    with pytest.raises(ValueError, match="select_with: expected masks with labelled pixels to choose by, got none"):
+    with pytest.raises(
+        ValueError, match="select_with: expected masks with labelled pixels to choose by, got 1 without"
+    ):
         fit(_config(tmp_path / "run", data=data, select_with=1))
+    assert not list((tmp_path / "run").glob("trial_*"))  # before any of them
     assert np.isnan(fit(_config(tmp_path / "other", data=data)).score)
 
 

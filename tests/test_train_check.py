@@ -203,6 +203,39 @@ def test_images_of_two_sizes_without_a_crop_are_told_before_the_first_step(root:
     _checked(replace(_config(root), batch_size=1))
 
 
+def test_background_among_the_negatives_of_a_transition_that_never_names_it_is_told_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loss became inf at step 1, and a lower --lr was advised."""
+    root = write_folder_tree(tmp_path / "mine")
+    status, error = _fit(root, capsys, "--transition", "objects")
+    assert status == 1
+    assert "transition: expected negative drawings that never name 'ground' with 'objects', got " in error
+    _change(root / "train/negatives", lambda ids: np.where(ids == 0, 255, ids))
+    assert _fit(root, capsys, "--transition", "objects")[0] == 0
+
+
+def test_no_split_to_check_is_an_error_that_names_them(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(root / "val")
+    shutil.rmtree(root / "test")
+    command = ["check", "folder", "--root", str(root), "--out", str(root.parent / "checked"), "--splits"]
+    for splits, told in ((["val", "test"], "found none"), ([], "splits")):
+        assert main([*command, *splits]) in (1, 2)
+        assert told in capsys.readouterr().err
+    assert main([*command, "train", "train"]) == 0
+    assert capsys.readouterr().out.count("train:") == 1
+
+
+def test_a_name_that_is_no_utf8_is_shown_as_far_as_it_can_be(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = os.fsdecode(b"b\xe4r$a_$.png")
+    for kind in ("images", "masks", "positives"):
+        shutil.copy(root / "train" / kind / "day0" / "train0.png", root / "train" / kind / bad)
+    assert main(["pen", "folder", "--root", str(root), "--out", str(root.parent / "pen")]) == 0
+    (root / "train" / "masks" / bad).write_bytes(b"damaged")
+    assert main(["check", "folder", "--root", str(root), "--out", str(root.parent / "checked")]) == 1
+    assert "b\\udce4r$a_$.png" in (root.parent / "checked" / "check.txt").read_text(encoding="utf-8")
+
+
 def test_a_class_that_nothing_teaches_is_named(root: Path) -> None:
     _change(root / "train/positives", lambda ids: np.where(ids == 20, 255, ids))
     _change(root / "train/masks", lambda ids: np.where(ids == 7, 0, ids))

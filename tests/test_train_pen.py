@@ -551,6 +551,26 @@ def test_drawings_are_moved_back_before_transforms_and_negatives_stay(tmp_path: 
             assert (np.asarray(sample.positive) != np.asarray(plain[index].positive)).any()
 
 
+@pytest.mark.parametrize("name", ["Background", "BACKGROUND", " bg", "_background_"])
+def test_a_background_is_one_in_whatever_letters(name: str) -> None:
+    """Two pixels for every class but "background" were two for "Background", too, and nothing moved."""
+    drawing = np.zeros((20, 20), np.uint8)
+    drawing[5:14, 5:14] = 1
+    expected = undo(drawing, Pen.of_objects(2, ("background", "car")))
+    assert np.array_equal(undo(drawing, Pen.of_objects(2, (name, "car"))), expected)
+    assert np.count_nonzero(expected != drawing) > 0
+    (said,) = describe_pen(Pen.of_objects(2, ("road", "car")), None, ("road", "car"))
+    assert said.endswith("no class is called background: where two of these touch, their border stays")
+
+
+def test_drawings_that_are_there_are_not_simulated_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["pen", "mnist", "--variant", "thick", "--simulate", "coarse", "--out", str(tmp_path)]
+    assert main(command) == 1
+    assert "simulate: expected masks without positive drawings, got " in capsys.readouterr().err
+
+
 def test_auto_reads_no_more_masks_than_it_may(tmp_path: Path) -> None:
     config = _fit_config(
         tmp_path,

@@ -148,7 +148,9 @@ def test_a_share_of_every_batch_has_masks() -> None:
         StepSampler(20, 8, 30, seed=0, dense=set(range(20)), dense_share=0.5)
 
 
-def test_masks_of_the_validation_split_are_learned_from_or_scored_but_not_both(tmp_path: Path) -> None:
+def test_masks_of_the_validation_split_are_learned_from_or_scored_but_not_both(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = _config(tmp_path, data=replace(DATA, dense_split="val", dense_images=6))
     train = open_split(config.data, "train")
     splits = open_splits(config, train)
@@ -156,6 +158,7 @@ def test_masks_of_the_validation_split_are_learned_from_or_scored_but_not_both(t
     assert splits.masks is not None
     assert len(splits.masks) == 6
     assert math.isnan(fit(config).score)
+    assert "6 dense masks of the validation split are learned from" in capsys.readouterr().err
     chosen = open_splits(replace(config, data=DATA, select_with=6), train).validation
     assert chosen is not None
     assert [chosen.name(k) for k in range(6)] == [splits.masks.name(k) for k in range(6)]
@@ -233,6 +236,7 @@ def test_a_choice_of_a_run_that_was_given_up_is_not_found_by_the_next_one_in_its
     with join_world("cpu") as world:
         choose(config, open_split(data, "train"), world, lambda *_: SimpleNamespace(score=1.0))
     assert (tmp_path / "selection.json").exists()
+    (tmp_path / ".lock").touch()  # as a run leaves it
     (tmp_path / "trial_of_mine").mkdir()
     other = replace(config, select_with=0)
     fit(other)

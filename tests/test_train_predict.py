@@ -133,6 +133,16 @@ def test_predictions_inside_the_folder_of_images_are_not_taken_for_images(config
     assert len(before) == 6
 
 
+def test_photos_are_found_where_predictions_go_into_their_folder_or_the_one_above(config: PredictConfig) -> None:
+    """`--images photos --out .` said that there are no images."""
+    assert config.images is not None
+    for out in (config.images.parent, config.images):
+        beside = replace(config, out=out, overwrite=True)
+        for _ in range(2):
+            run_predict(beside)
+            assert len(list((out / "labels").rglob("*.png"))) == 3
+
+
 def test_a_folder_with_files_is_kept_unless_told(config: PredictConfig) -> None:
     config.out.mkdir()
     (config.out / "mine.txt").write_text("mine")

@@ -31,7 +31,7 @@ def test_a_few_masks_choose_the_trusted_side_and_the_run_says_so(
     assert result.score == max(scores)
     capsys.readouterr()
     assert run_evaluate(EvaluateConfig(result.checkpoint, limit=5))["chosen_with"] == 4
-    assert "4 of these masks chose this checkpoint" in capsys.readouterr().out
+    assert "4 masks of this split chose this checkpoint" in capsys.readouterr().out
     assert run_evaluate(EvaluateConfig(result.checkpoint, split="test", limit=5))["chosen_with"] == 0
 
 

@@ -16,6 +16,7 @@ from ..checking import check_taught, write_findings
 from ..data import FolderNotFound, open_split
 from ..data.findings import Part, check_files
 from ..data.inspect import inspect
+from ..data.walk import listed
 from ..run import look_at_folder, make_folder
 from .options import DrawnData
 
@@ -44,8 +45,10 @@ def run_check(config: CheckConfig) -> list[Part]:
     """Print, write. Raises ValueError where a file is bad, palettes contradict each other, or nothing teaches a class."""
     look_at_folder("out", config.out, overwrite=config.overwrite or _own(config.out))
     data = config.data_config(negatives=config.negatives)
+    if not config.splits:
+        raise ValueError("splits: expected some of train, val and test, got none")
     parts = []
-    for split in config.splits:
+    for split in dict.fromkeys(config.splits):
         try:
             source = open_split(data, split)
         except FolderNotFound:
@@ -53,6 +56,10 @@ def run_check(config: CheckConfig) -> list[Part]:
                 raise
             continue
         parts.append(Part(split, source, inspect(source, made=True)))
+    if not parts:
+        raise FolderNotFound(
+            f"splits: expected a folder for one of {listed(config.splits)}, found none in {config.root}"
+        )
     make_folder("out", config.out)
     lines = write_findings(config.out, parts, own=config.dataset == "folder")
     print((config.out / "check.txt").read_text(encoding="utf-8") + lines[-1])

@@ -139,7 +139,7 @@ def _result(
         "images_without_mask": without,
         "pixels": int(meter.counts.sum()),
         "inference": str(config.inference),
-        # of the same split: a score on them is no score on unseen images
+        # of the same split, `limit` or not: a score on them is no score on unseen images
         "chosen_with": loaded.config.select_with if own else 0,
         "learned_from": loaded.config.data.dense_images if own and loaded.config.data.dense_split == "val" else 0,
         "mean_iou": meter.mean_iou(),
@@ -167,8 +167,8 @@ def table(result: dict[str, Any]) -> str:
             if result["images_without_mask"]
             else []
         ),
-        *([f"{result['chosen_with']} of these masks chose this checkpoint"] if result["chosen_with"] else []),
-        *([f"{result['learned_from']} of these masks were learned from"] if result["learned_from"] else []),
+        *([f"{result['chosen_with']} masks of this split chose this checkpoint"] if result["chosen_with"] else []),
+        *([f"{result['learned_from']} masks of this split were learned from"] if result["learned_from"] else []),
         "",
         f"{'':{wide}}     IoU    Dice",
         *(f"{name:{wide}}  {_cell(iou)}  {_cell(dice)}" for name, iou, dice in rows),

@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from .. import is_background
 from ..data import open_split
 from ..data.classes import Classes
 from ..data.segmentation import pairs_of
@@ -53,6 +54,11 @@ def run_pen(config: PenConfig) -> PenReport:
         raise ValueError(f"images: expected a number >= 1, got {config.images}")
     data = config.data_config(simulate=config.simulate)
     source = open_split(data, config.split)
+    drawn = sum({"positive", "mask"} <= source.kinds(index) for index in range(len(source)))
+    if config.simulate is not None and drawn:
+        raise ValueError(
+            f"simulate: expected masks without positive drawings, got {drawn} images with both; leave it out"
+        )
 
     def pairs(most: int | None) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         return islice(pairs_of(source, data, config.seed, range(len(source))), most)
@@ -122,9 +128,14 @@ def doubt_line(found: Sequence[Leftover]) -> str:
 
 
 def _why(name: str, pairs: int, together: int) -> str:
-    if name == "background":
+    if is_background(name):
         return "no outlines of its own"
     return "drawings do not follow the masks" if pairs else f"in no pair: as all others together, {together:+d}"
+
+
+def _as_it_is(name: str) -> str:
+    """For matplotlib, which takes what is between two $ for a formula, and no bytes that are not UTF-8."""
+    return name.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def save_picture(
@@ -151,13 +162,15 @@ def save_picture(
             axis.imshow(picture, interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
-            axis.set_title(title if title != "drawing" else f"{name}: drawing", fontsize=9)
+            axis.set_title(title if title != "drawing" else f"{_as_it_is(name)}: drawing", fontsize=9)
     axis = below.subplots()
     radii = np.arange(-LARGEST, LARGEST + 2)
     for index, (name, one) in enumerate(zip(report.names, report.classes, strict=True)):
         if one.radius is not None:
             colour = np.array(classes.colours[index]) / 255
-            axis.step(radii, one.drawn, where="mid", color=colour.tolist(), label=f"{name} ({one.radius:+d})")
+            axis.step(
+                radii, one.drawn, where="mid", color=colour.tolist(), label=f"{_as_it_is(name)} ({one.radius:+d})"
+            )
     axis.axvline(0.5, color="0.6", linewidth=0.8)
     axis.set_xlabel("pixels from the object's outline: inside up to 0, outside from 1")
     axis.set_ylabel("p(drawn)")

@@ -23,6 +23,8 @@ from ..inference import InferenceConfig, load_model, open_trained_split, predict
 from ..pictures import draw_maps
 from ..run import claim_folder
 
+_LABELS, _OVERLAYS = "labels", "overlays"
+
 
 @dataclass(frozen=True)
 class PredictConfig:
@@ -81,11 +83,11 @@ def run_predict(config: PredictConfig) -> Path:
         )
         for record, predicted in tqdm(found, total=len(own), unit="image", disable=None if world.is_main else True):
             labels = predicted.cpu().numpy()
-            write_labels(config.out / "labels", record.name, labels, source.classes)
+            write_labels(config.out / _LABELS, record.name, labels, source.classes)
             if config.overlays:
                 maps = {"prediction": labels}
                 picture = draw_maps(record.image, maps, source.classes, title=record.name, opacity=config.opacity)
-                picture.save(_file(config.out / "overlays", record.name))
+                picture.save(_file(config.out / _OVERLAYS, record.name))
         world.wait()
         if world.is_main:
             print(f"{len(source)} images -> {config.out}")
@@ -117,17 +119,18 @@ class ImageFiles:
 
 
 def find_images(images: Path, *, but: Path | None = None) -> list[tuple[str, Path]]:
-    """Relative path without suffix, and path, of one image or of all in a folder, in alphabetical order. What is below
-    ``but`` is left out: the predictions of the last call, perhaps."""
+    """Relative path without suffix, and path, of one image or of all in a folder, in alphabetical order. What the last
+    call has written into the folder ``but`` is left out."""
     if images.is_file():
         return [(images.stem, images)]
     if not images.is_dir():
         raise FileNotFoundError(f"images: expected an image or a folder of images, got {images}, which does not exist")
     faults: list[Fault] = []
+    made = [] if but is None else [(but / name).resolve() for name in (_LABELS, _OVERLAYS)]
     outside = [
         (name, path)
         for name, path in find_pictures(images, faults).items()
-        if but is None or but.resolve() not in path.resolve().parents
+        if not any(folder in path.resolve().parents for folder in made)
     ]
     for fault in faults:
         print(f"note: left out: {listed(fault.names)}; expected {fault.expected}", file=sys.stderr)

@@ -25,7 +25,7 @@ from PIL import Image
 
 from ..config import FitConfig, load_toml
 from ..metrics import describe_collapse, largest_confusions
-from ..storage import look_at_file, write_text
+from ..storage import look_at_file, printable, write_text
 
 _POINTS = 400  # of a curve: of longer ones the means of so many parts are drawn
 _CURVES = {  # title -> (row of metrics.jsonl has this, what is drawn)
@@ -53,7 +53,7 @@ class ReportConfig:
 def run_report(config: ReportConfig) -> Path:
     """The file that was written. Raises FileNotFoundError where ``run`` is no folder of a run."""
     out = config.out or config.run / "report.html"
-    text = render(config.run)
+    text = printable(render(config.run))
     look_at_file("out", out, text.partition("<title>")[0])
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, text)

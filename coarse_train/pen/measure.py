@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from scipy import ndimage, optimize
 
-from .. import IGNORE
+from .. import IGNORE, is_background
 from ..label_maps import check_pair
 from .moving import LARGEST, Pen, half_width, undo, whole
 
@@ -134,7 +134,7 @@ class PenReport:
 
     @property
     def _alone(self) -> bool:
-        return sum(name != "background" for name in self.names) == 1
+        return sum(not is_background(name) for name in self.names) == 1
 
     def pen(self, *, each: bool = False) -> Pen:
         """To undo what was measured, with one radius for all images, or ``each`` with its own: of classes that are `differing`,
@@ -151,7 +151,7 @@ class PenReport:
         """What `Pen` takes: pixels for each of ``names``. A class that is in too few pairs is taken to be drawn as all of them
         together: by the same hand."""
         moves = [self.together.move if one.few else one.move for one in self.classes]
-        return tuple(0.0 if name == "background" else float(move) for name, move in zip(self.names, moves, strict=True))
+        return tuple(0.0 if is_background(name) else float(move) for name, move in zip(self.names, moves, strict=True))
 
 
 def describe_pen(pen: Pen | None, report: PenReport | None, names: Sequence[str]) -> list[str]:
@@ -165,6 +165,8 @@ def describe_pen(pen: Pen | None, report: PenReport | None, names: Sequence[str]
     left_open = ", ".join(f"{pixels:g} pixels {where}" for where, pixels in silent.items() if pixels)
     sentence = f"outlines of positive drawings that are moved back, pixels too far: {moved}"
     sentence += f"; left open: {left_open}" if left_open else ""
+    if pen.moves and not any(map(is_background, names)) and len(set(pen.radii)) == 1:
+        sentence += "; no class is called background: where two of these touch, their border stays"
     if report is None:
         return [sentence]
     few = [name for name, one in zip(names, report.classes, strict=True) if one.radius is not None and one.few]
@@ -186,7 +188,7 @@ def measure(pairs: Iterable[tuple[str, np.ndarray, np.ndarray]], names: Sequence
     images: list[str] = []
     counts: list[np.ndarray] = []
     thin: list[list[float]] = []
-    objects = [label for label, name in enumerate(names) if name != "background"]
+    objects = [label for label, name in enumerate(names) if not is_background(name)]
     for name, drawing, mask in pairs:
         try:
             check_pair(drawing, mask, len(names))
@@ -224,7 +226,7 @@ def leftovers(
     pairs: Iterable[tuple[str, np.ndarray, np.ndarray]], pen: Pen, names: Sequence[str], doubts: Sequence[float]
 ) -> list[Leftover]:
     """What undoing ``pen`` leaves with each of the ``doubts`` (`Pen.doubt`, pixels). ``pairs``: as `measure` takes them."""
-    objects = [label for label, name in enumerate(names) if name != "background"]
+    objects = [label for label, name in enumerate(names) if not is_background(name)]
     wrong, silent, area, said = np.zeros(len(doubts)), np.zeros((len(doubts), 2)), 0, np.zeros(2)
     for _, drawing, mask in pairs:
         without = undo(drawing, replace(pen, doubt=0.0))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage, signal
 
-from .. import IGNORE
+from .. import IGNORE, is_background
 from ..storage import read_text
 
 LARGEST = 10  # radius in pixels that is looked for
@@ -49,8 +49,8 @@ class Pen:
 
     @classmethod
     def of_objects(cls, radius: float, names: Sequence[str]) -> Pen:
-        """The same radius, in pixels, for every class of ``names`` but one that is called background, which has 0."""
-        return cls(tuple(0.0 if name == "background" else radius for name in names))
+        """The same radius, in pixels, for every class of ``names`` but a background (`is_background`), which has 0."""
+        return cls(tuple(0.0 if is_background(name) else radius for name in names))
 
     @property
     def moves(self) -> bool:
