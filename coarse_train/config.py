@@ -252,7 +252,7 @@ def load_toml(path: Path) -> FitConfig:
         FileNotFoundError: there is no such file.
     """
     try:
-        return from_dict(tomllib.loads(read_text(path)))
+        return from_dict(tomllib.loads(read_text(Path(path))))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: expected a config file, got none") from error
     except (tomllib.TOMLDecodeError, ValueError) as error:

@@ -77,6 +77,8 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
         coarse_train.run.CheckpointError: a checkpoint cannot be written, and the last good one is intact; or the one to go on
             from cannot be read.
     """
+    if config.out is None:
+        raise ValueError("out: expected a folder for the run, got None")
     config = anchored(from_dict(to_dict(config)))  # paths that came as text, and types that do not fit
     check_config(config)
     with join_world(config.device) as world, ExitStack() as stack:

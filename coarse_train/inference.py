@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from coarse_kernels import TransitionMatrix, label_map
 from . import run
 from .config import DataConfig, FitConfig, from_dict
 from .data import Classes, Record, Source, open_split
-from .data.images import with_channels
+from .data.images import LARGEST_SIDE, with_channels
 from .distributed import World
 from .metrics import ConfusionMeter, mean_iou_of
 from .model import CoarseModel, build_model
@@ -48,8 +49,12 @@ class InferenceConfig:
     """Average the probabilities with those of the image mirrored left and right."""
 
     def __post_init__(self) -> None:
-        if self.window is not None and (len(self.window) != 2 or min(self.window) < 1):
-            raise ValueError(f"window: expected a height and a width of at least 1, got {self.window}")
+        if self.window is not None and not (
+            isinstance(self.window, tuple | list)
+            and len(self.window) == 2
+            and all(isinstance(side, Integral) and 1 <= side <= LARGEST_SIDE for side in self.window)
+        ):
+            raise ValueError(f"window: expected a height and a width from 1 to {LARGEST_SIDE}, got {self.window}")
         if not 0 <= self.overlap < 1:
             raise ValueError(f"overlap: expected a share from 0 to below 1, got {self.overlap}")
 
@@ -214,7 +219,7 @@ def load_model(path: Path, device: torch.device | str = "cpu", *, network: str |
         ValueError: its config has a field that there is not; its network is code that ``network`` does not name, or that
             cannot be imported; or it is segformer, without the package transformers.
     """
-    content = run.load(path)
+    content = run.load(Path(path))
     lacking = [
         key for key in ("config", "classes", "model", "ema", "architecture", "channels", "step") if key not in content
     ]

@@ -9,6 +9,11 @@ import coarse_kernels
 
 from .config import FitConfig, Measured
 
+_LARGEST_RATE = 1e6  # beyond, the first step leaves float32
+_LARGEST_WEIGHT = 1e6  # of a class; 1e39 is no float32
+_LARGEST_STRIDE = 1024  # a place for each of so many pixels; "image" has one for all
+_LARGEST_PEN = 1000  # pixels
+_MOST_WORKERS = 1024  # processes, or threads: more start none, and some machines none at all
 _LARGEST_SEED = 2**31 - 1  # `learner.step_seed` stays below 2 ** 64
 
 
@@ -30,7 +35,7 @@ def _check_numbers(config: FitConfig) -> None:
         (config, "accumulate", 1, None),
         (config, "save_every", 1, None),
         (config, "evaluate_every", 1, None),
-        (config, "threads", 1, None),
+        (config, "threads", 1, _MOST_WORKERS),
         (config, "seed", 0, _LARGEST_SEED),
         (config, "mask_weight", 0, None),
         (config, "save_minutes", 0, None),
@@ -39,11 +44,11 @@ def _check_numbers(config: FitConfig) -> None:
         (config, "pictures", 0, None),
         (config, "opacity", 0, 1),
         (config.data, "max_pixels", 1, None),
-        (config.data, "workers", 0, None),
+        (config.data, "workers", 0, _MOST_WORKERS),
         (config.data, "dense_share", 0, 1),
         (config.data, "colour", 0, 1),
-        (config.optim, "lr", 0, None),
-        (config.optim, "cm_lr", 0, None),
+        (config.optim, "lr", 0, _LARGEST_RATE),
+        (config.optim, "cm_lr", 0, _LARGEST_RATE),
         (config.optim, "weight_decay", 0, None),
         (config.optim, "momentum", 0, 1),
         (config.optim, "warmup", 0, 1),
@@ -51,17 +56,25 @@ def _check_numbers(config: FitConfig) -> None:
         (config.optim, "clip", 0, None),
         (config.optim, "ema", 0, 1),
         (config.optim, "finetune", 0, 1),
-        (config.optim, "finetune_lr", 0, None),
+        (config.optim, "finetune_lr", 0, _LARGEST_RATE),
     ):
         value = getattr(owner, name)
         if value is not None and not (math.isfinite(value) and low <= value and (high is None or value <= high)):
             bound = f"from {low} to {high}" if high is not None else f">= {low}"
             raise ValueError(f"{name}: expected a number {bound}, got {value}")
+    if config.optim.ema == 1:
+        raise ValueError("ema: expected a number below 1, which would keep what was there before the first step, got 1")
     weights = config.class_weight
-    if isinstance(weights, tuple) and not (all(math.isfinite(w) and w >= 0 for w in weights) and any(weights)):
-        raise ValueError(f"class_weight: expected numbers >= 0, not all of them 0, got {weights}")
+    if isinstance(weights, tuple) and not (
+        all(w == 0 or 1 / _LARGEST_WEIGHT <= w <= _LARGEST_WEIGHT for w in weights) and any(weights)
+    ):
+        raise ValueError(
+            f"class_weight: expected numbers from {1 / _LARGEST_WEIGHT:g} to {_LARGEST_WEIGHT:g}, or some 0, got {weights}"
+        )
     if config.select_steps is not None and not config.select_with:
         raise ValueError(f"select_steps: expected --select-with, which it belongs to, got {config.select_steps} alone")
+    if config.resume_changed and not config.resume:
+        raise ValueError("resume_changed: expected --resume, which it belongs to, got it alone")
     if config.select_steps == 1:
         raise ValueError("select_steps: expected 0, for no choice, or at least 2, got 1")
 
@@ -78,9 +91,9 @@ def _check_drawings(config: FitConfig) -> None:
             raise ValueError(f"{side}.cm: expected none where {side}.weight is 0, got {kind.cm!r}")
         if kind.missing is not None and kind.cm != "none" and kind.structure != "full":
             raise ValueError(f"{side}.missing: expected None with structure {kind.structure!r}, got {kind.missing}")
-        if kind.stride < 1:
-            raise ValueError(f"{side}.stride: expected a number >= 1, got {kind.stride}")
-        if isinstance(kind.pen, float) and not math.isfinite(kind.pen):
+        if not 1 <= kind.stride <= _LARGEST_STRIDE:
+            raise ValueError(f"{side}.stride: expected a number from 1 to {_LARGEST_STRIDE}, got {kind.stride}")
+        if isinstance(kind.pen, float | int) and not abs(kind.pen) <= _LARGEST_PEN:
             raise ValueError(f"{side}.pen: expected a number of pixels, auto, image or a file, got {kind.pen}")
         for name, pixels in (("band", kind.band), ("doubt", kind.doubt)):
             if not pixels >= 0 or (pixels > 0 and kind.pen is None):
@@ -96,10 +109,10 @@ def _check_drawings(config: FitConfig) -> None:
 def _check_masks(config: FitConfig) -> None:
     """Which masks are read, and for what."""
     supervision, dense = config.data.supervision, config.data.dense_images
-    if supervision.endswith("masks") and config.mask_weight == 0:
+    if supervision != "drawings" and config.mask_weight == 0:
         raise ValueError(f"mask_weight: expected a number above 0 with supervision {supervision}, got 0")
     measured = config.positive.pen in get_args(Measured)
-    if measured and supervision == "masks":
+    if config.positive.pen is not None and supervision == "masks":
         raise ValueError(
             f"positive.pen: expected None with supervision masks, which reads no drawings, got {config.positive.pen!r}"
         )

@@ -211,9 +211,16 @@ def describe_data(source: Source, validation: Source | None, channels: int) -> d
     return {
         "classes": list(source.classes.names),
         "label values": list(source.classes.file_ids),
+        "table of what is ignored": zlib.crc32(repr(_ignored(source)).encode()),
         "channels": channels,
         **{name: 0 if part is None else checksum(part) for name, part in splits.items()},
     }
+
+
+def _ignored(source: Source) -> tuple[object, ...]:
+    """Which label values mean something else than their class, in any order."""
+    given = source.classes
+    return sorted(given.ignored), sorted(given.aliases), sorted(given.ignored_in), sorted(given.ignored_colours)
 
 
 def check_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:

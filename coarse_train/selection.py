@@ -246,7 +246,7 @@ def describe_selection(config: FitConfig, validation: Source | None, selection: 
         return [f"{masks} are learned from, and no other is looked at: nothing is scored, the last step counts"]
     if not config.select_with:
         if validation is None:
-            return ["no dense masks in the validation split: nothing is scored, the last step counts"]
+            return ["there is no validation split with dense masks: nothing is scored, the last step counts"]
         return [
             f"{len(validation)} dense masks of the validation split are scored and choose nothing; the last step counts"
         ]

@@ -293,6 +293,37 @@ def test_palettes_count_by_colour_where_the_table_has_them_and_by_number_elsewhe
         read_map(tmp_path / "others.png", classes, "mask")
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("val", "Val", "expected a split called val, got 'Val'"),
+        ("val", "validation", "expected a split called val, got 'validation'"),
+        ("test", "Testing", "expected a split called test, got 'Testing'"),
+        ("train/negatives", "negatives", "negatives: expected it in train, where the images are, got it beside train"),
+        ("train/negatives", "train/neg", "expected folders called images, .*, got 'neg'"),
+        ("train/masks", "train/labels", "expected folders called images, .*, got 'labels'"),
+    ],
+)
+def test_a_folder_in_another_place_or_of_another_name_is_not_left_out_without_a_word(
+    before: str, after: str, told: str, root: Path
+) -> None:
+    (root / before).rename(root / after)
+    with pytest.raises(ValueError, match=told):
+        open_split(_config(root), "train")
+
+
+def test_folders_that_are_something_else_may_lie_beside_the_splits(root: Path) -> None:
+    for name in ("validation", "raw", "train/raw", "runs/val/images"):  # without images, or beside val
+        (root / name).mkdir(parents=True)
+    assert len(open_split(_config(root), "train")) == 4
+    (root / "validation" / "images").mkdir()
+    assert len(open_split(_config(root), "train")) == 4
+
+
+def test_a_root_may_be_text_in_a_script(root: Path) -> None:
+    assert len(open_split(DataConfig(root=str(root)), "train")) == 4  # type: ignore[arg-type]
+
+
 def test_a_slip_in_a_palette_is_named_and_makes_no_other_classes(tmp_path: Path) -> None:
     """With one green of 254 instead of 255 the numbers counted, and classes changed places."""
     classes = Classes(("background", "car", "road"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)), by_colour=True)

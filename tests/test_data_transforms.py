@@ -422,9 +422,9 @@ def test_fewer_layers_of_negatives_get_empty_ones_in_a_batch() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Augment(crop=(0, 5)), r"crop: expected height and width >= 1, got \(0, 5\)"),
+        (lambda: Augment(crop=(0, 5)), r"crop: expected height and width from 1 to 65535, got \(0, 5\)"),
         (lambda: Augment(scale=(2.0, 1.0)), r"scale: expected .* the smaller first, got \(2.0, 1.0\)"),
-        (lambda: Augment(scale=(0.0, 1.0)), r"scale: expected two numbers above 0"),
+        (lambda: Augment(scale=(0.0, 1.0)), r"scale: expected two numbers from 1/64 to 64"),
         (lambda: Augment(colour=1.5), "colour: expected a number from 0 to 1, got 1.5"),
         (lambda: SegmentationData(Blocks(), training=True)[6], "index: expected 0 to 5, got 6"),
     ],

@@ -23,7 +23,7 @@ from tests.runs import _config
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(tmp_path: Path) -> None:
-    config = _config(tmp_path, optim=OptimConfig(optimizer="sgd", lr=1e30, clip=0.0, warmup=0.0), save_every=1)
+    config = _config(tmp_path, optim=OptimConfig(optimizer="sgd", lr=1e6, clip=0.0, warmup=0.0), save_every=1)
     with pytest.raises(
         NonFiniteStep,
         match=r"became (nan|inf) at step \d+; its batch is in .*nonfinite_step",
@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: Callable[[bytes],
             "simulate: expected images that lack drawings, but",
         ),
         ({"model": ModelConfig(network="torch.nn:Identity", widths=(4,))}, "widths: expected none for network"),
-        ({"optim": OptimConfig(lr=math.inf)}, "lr: expected a number >= 0, got inf"),
+        ({"optim": OptimConfig(lr=math.inf)}, "lr: expected a number from 0 to 1000000.0, got inf"),
         ({"positive": DrawingsConfig(weight=math.nan)}, "positive.weight: expected a number >= 0, got nan"),
         (
             {"mask_weight": 0.0, "data": DataConfig(dataset="mnist", supervision="masks")},
@@ -124,6 +124,26 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: Callable[[bytes],
         (
             {"transition": Path("nowhere.npy")},
             r"transition: expected a .npy file with a \(5, 5\) matrix, got .*nowhere.npy",
+        ),
+        ({"optim": OptimConfig(lr=1e300)}, r"lr: expected a number from 0 to 1000000\.0, got 1e\+300"),
+        ({"resume_changed": True}, "resume_changed: expected --resume, which it belongs to"),
+        (
+            {"positive": DrawingsConfig(pen=2.0), "data": DataConfig(dataset="mnist", supervision="masks")},
+            r"positive\.pen: expected None with supervision masks, which reads no drawings, got 2\.0",
+        ),
+        ({"optim": OptimConfig(ema=1.0)}, "ema: expected a number below 1"),
+        ({"threads": 2**31 - 1}, "threads: expected a number from 1 to 1024, got 2147483647"),
+        ({"data": DataConfig(dataset="mnist", workers=10**6)}, "workers: expected a number from 0 to 1024"),
+        ({"data": DataConfig(dataset="mnist", crop=(10**20, 2))}, "crop: expected height and width from 1 to 65535"),
+        ({"data": DataConfig(dataset="mnist", scale=(1.0, math.inf))}, "scale: expected two numbers from 1/64 to 64"),
+        ({"data": DataConfig(dataset="mnist", scale=(1e-9, 1e-9))}, "scale: expected two numbers from 1/64 to 64"),
+        ({"positive": DrawingsConfig(cm="grid", stride=10**12)}, r"positive\.stride: expected a number from 1 to 1024"),
+        ({"positive": DrawingsConfig(pen=1e300)}, r"positive\.pen: expected a number of pixels"),
+        ({"class_weight": (1e39, 1.0, 1.0, 1.0, 1.0)}, "class_weight: expected numbers from 1e-06 to 1e"),
+        ({"class_weight": (1e-46,) * 5}, "class_weight: expected numbers from 1e-06 to 1e"),
+        (
+            {"mask_weight": 0.0, "data": DataConfig(dataset="mnist", supervision="mixed", dense_images=2)},
+            "mask_weight: expected a number above 0 with supervision mixed",
         ),
         ({"select_with": 10**6}, "select_with: expected at most the .* masks of the split, got 1000000"),
     ],

@@ -127,7 +127,7 @@ def test_the_log_says_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["fit", "--root", "x", "folder"], "then options, got --root first"),
         (["fit", "nope.toml"], "nope.toml: expected a config file, got none"),
         (["fit", "mnist", "--device", "gpu"], "device: expected one of cpu"),
-        (["fit", "mnist", "--workers", "-1"], "workers: expected a number >= 0, got -1"),
+        (["fit", "mnist", "--workers", "-1"], "workers: expected a number from 0 to 1024, got -1"),
         (["fit", "mnist", "--network", "./here:Net"], "network: expected package.module:name that can be imported"),
         (["fit", "mnist", "--network", "torch.nn:ReLU"], "to be called as name(channels_in, num_classes), got"),
         (["evaluate", "nothing.pt"], "nothing.pt: expected a checkpoint"),

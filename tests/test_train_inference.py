@@ -196,7 +196,7 @@ def test_logits_of_another_number_of_classes_are_named() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"window": (0, 8)}, r"window: expected a height and a width of at least 1, got \(0, 8\)"),
+        ({"window": (0, 8)}, r"window: expected a height and a width from 1 to 65535, got \(0, 8\)"),
         ({"overlap": 1.0}, r"overlap: expected a share from 0 to below 1, got 1.0"),
         ({"overlap": -0.1}, r"overlap: .* got -0.1"),
     ],

@@ -143,6 +143,9 @@ def test_a_run_does_not_go_on_with_other_classes_or_images(tmp_path: Path) -> No
     )
     with pytest.raises(ValueError, match="resume: expected the label values of the run"):
         fit(replace(config, resume=True))
+    (root / "classes.toml").write_text(table.replace("ignore = [9]", "ignore = {positives = [20]}"))
+    with pytest.raises(ValueError, match="resume: expected the table of what is ignored of the run, got others"):
+        fit(replace(config, resume=True))
     (root / "classes.toml").write_text(table)
     fit(replace(config, resume=True))
     other = data_trees.write_folder_tree(tmp_path / "more", counts={"train": 5, "val": 2})

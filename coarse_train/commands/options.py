@@ -10,6 +10,16 @@ import tyro
 from ..config import DataConfig
 from ..data.images import MAX_PIXELS
 
+MOST_WORKERS = 1024
+
+
+def check_workers(workers: int, max_pixels: int | None = None) -> None:
+    """Raises ValueError naming what is none of these: processes that read images, pixels of an image."""
+    if not 0 <= workers <= MOST_WORKERS:
+        raise ValueError(f"workers: expected a number from 0 to {MOST_WORKERS}, got {workers}")
+    if max_pixels is not None and max_pixels < 1:
+        raise ValueError(f"max_pixels: expected a number >= 1, got {max_pixels}")
+
 
 @dataclass(frozen=True)
 class NamedData:

@@ -6,6 +6,7 @@ OUT/pen.png     drawings before and after, and how likely a pixel is drawn over 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -50,8 +51,8 @@ class PenConfig(DrawnData):
 def run_pen(config: PenConfig) -> PenReport:
     """Measure, print, write. Raises ValueError where no image has both a mask and a drawing."""
     look_at_folder("out", config.out, overwrite=config.overwrite)
-    if config.images is not None and config.images < 1:
-        raise ValueError(f"images: expected a number >= 1, got {config.images}")
+    if config.images is not None and not 1 <= config.images <= sys.maxsize:
+        raise ValueError(f"images: expected a number from 1 to {sys.maxsize}, got {config.images}")
     data = config.data_config(simulate=config.simulate)
     source = open_split(data, config.split)
     drawn = sum({"positive", "mask"} <= source.kinds(index) for index in range(len(source)))

@@ -9,7 +9,7 @@ and its class table; reading, checking, transforms and batching are the same for
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -143,6 +143,8 @@ def open_split(config: DataConfig, split: str) -> Source:
     """
     if config.dataset not in DATASETS:
         raise ValueError(f"dataset: expected one of {tuple(DATASETS)}, got {config.dataset!r}")
+    if isinstance(config.root, str):  # in a script
+        config = replace(config, root=Path(config.root))
     module = import_module(f".{DATASETS[config.dataset]}", __name__)
     opener: Callable[[DataConfig, str], Source] = module.open_split
     return opener(config, split)

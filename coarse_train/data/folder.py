@@ -38,6 +38,12 @@ if TYPE_CHECKING:
     from ..config import DataConfig
 
 _KINDS = {"positives": "positive drawing", "negatives": "negative drawing", "masks": "mask"}
+_SHORT = ("pos", "neg", "labels")
+_SPLITS = {  # as they are called, and as people call them
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
 
 
 def open_split(config: DataConfig, split: str) -> FileSource:
@@ -46,7 +52,7 @@ def open_split(config: DataConfig, split: str) -> FileSource:
     root = root_folder(config, "your images with classes.toml")
     classes = read_classes(root / "classes.toml")
     base = _split_folder(root, split)
-    _check_names(base)
+    _check_names(root, base)
     faults: list[Fault] = []
     images = find_pictures(base / "images", faults)
     overridden = {"positives": config.positives, "negatives": config.negatives}
@@ -80,13 +86,23 @@ def _split_folder(root: Path, split: str) -> Path:
     return root / split
 
 
-def _check_names(base: Path) -> None:
-    """A folder that is misspelt would leave its drawings out without a word."""
-    known = {"images", *_KINDS, "train", "val", "test"}
+def _check_names(root: Path, base: Path) -> None:
+    """A folder that is misspelt, or lies elsewhere, would leave its drawings out without a word."""
+    expected = ["images", *_KINDS]
+    known = {*expected, *_SPLITS}
     others = sorted(path.name for path in base.iterdir() if path.is_dir() and path.name not in known)
-    near = [name for name in others if get_close_matches(name.lower(), ["images", *_KINDS], cutoff=0.7)]
+    near = [name for name in others if get_close_matches(name.lower(), expected, cutoff=0.7) or name.lower() in _SHORT]
     if near:
         raise ValueError(f"{base / near[0]}: expected folders called images, {', '.join(_KINDS)}, got {near[0]!r}")
+    flat = (root / "images").is_dir()  # training images beside the table
+    if not flat and (beside := [kind for kind in _KINDS if (root / kind).is_dir()]):
+        raise ValueError(
+            f"{root / beside[0]}: expected it in {base.name}, where the images are, got it beside {base.name}"
+        )
+    for path in sorted(root.iterdir()):
+        meant = next((split for split, names in _SPLITS.items() if path.name.lower() in names), None)
+        if meant not in (None, path.name) and (path / "images").is_dir() and not (root / meant).is_dir():
+            raise ValueError(f"{path}: expected a split called {meant}, got {path.name!r}")
 
 
 def _label_maps(folder: Path, images: dict[str, Path], faults: list[Fault]) -> dict[str, tuple[Path, ...]]:

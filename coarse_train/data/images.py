@@ -25,6 +25,7 @@ _STRETCHED = {"L;2": 85, "L;4": 17, "L;2R": 85, "L;4R": 17}  # Pillow stretches 
 _LOSSLESS = ("PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")  # of TIFF and WebP not every file
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 _limit: ContextVar[int] = ContextVar("max_pixels", default=MAX_PIXELS)
+LARGEST_SIDE = 65535  # pixels, of crops and windows; no JPEG has more
 _opening = Lock()
 
 

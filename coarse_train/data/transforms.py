@@ -11,7 +11,9 @@ from PIL import Image
 
 from . import Record, Sample
 from .classes import IGNORE
+from .images import LARGEST_SIDE
 
+_LARGEST_ZOOM = 64
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as in Pillow's "L"
 
 
@@ -25,10 +27,12 @@ class Augment:
     colour: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.crop is not None and min(self.crop) < 1:
-            raise ValueError(f"crop: expected height and width >= 1, got {self.crop}")
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"scale: expected two numbers above 0, the smaller first, got {self.scale}")
+        if self.crop is not None and not (len(self.crop) == 2 and all(1 <= side <= LARGEST_SIDE for side in self.crop)):
+            raise ValueError(f"crop: expected height and width from 1 to {LARGEST_SIDE}, got {self.crop}")
+        if not 1 / _LARGEST_ZOOM <= self.scale[0] <= self.scale[1] <= _LARGEST_ZOOM:
+            raise ValueError(
+                f"scale: expected two numbers from 1/{_LARGEST_ZOOM} to {_LARGEST_ZOOM}, the smaller first, got {self.scale}"
+            )
         if not 0 <= self.colour <= 1:
             raise ValueError(f"colour: expected a number from 0 to 1, got {self.colour}")
 

@@ -177,7 +177,7 @@ def read_pen(path: Path, names: Sequence[str]) -> Pen:
         FileNotFoundError: there is no such file.
     """
     try:
-        content = json.loads(read_text(path))
+        content = json.loads(read_text(Path(path)))
         values = {str(name): float(radius or 0) for name, radius in content["radius"].items()}
         widths = {str(name): float(width) for name, width in content.get("width", {}).items() if width is not None}
     except FileNotFoundError as error:
