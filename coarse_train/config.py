@@ -179,7 +179,7 @@ class FitConfig:
     [true, named]. Where class 0 is never named, objects and estimated pull towards objects: cross-entropy on drawings that
     leave parts of them out gains by it, together with a confusion matrix it is too much."""
     mask_weight: float = 1.0
-    """Weight of the dense masks in the loss, >= 0 (any supervision but drawings)."""
+    """Weight of the dense masks in the loss, above 0 with any supervision but drawings."""
     class_weight: tuple[float, ...] | Balanced | None = None
     """Weight of each class in the loss of positive drawings and of masks, in the order of the table; or balanced: the inverse
     of its share of what these label in the training images (in 200 of them, evenly spread): all classes weigh the same.

@@ -71,7 +71,7 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
     Raises:
         ValueError, FileNotFoundError: what is wrong with the config or the data, before the first step, for which all files
             are read once; where ``data.check`` is off, when a file is read. With ``select_with`` also masks without a labelled
-            pixel, at the first evaluation.
+            pixel, before the first trial or, without trials, at the first evaluation.
         NonFiniteStep: the loss or its gradient is not finite, after the batch has been saved in the run folder.
         Interrupted: a KeyboardInterrupt, after SIGTERM or Ctrl-C, when the step is done and kept.
         coarse_train.run.CheckpointError: a checkpoint cannot be written, and the last good one is intact; or the one to go on
@@ -115,7 +115,9 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
         torch.manual_seed(config.seed)
         transition = transition_of(resumed["model"]) if resumed else open_transition(config, source)
         architecture = resumed["architecture"] if resumed else None
-        model = build_model(config, channels, classes, transition, architecture=architecture).to(world.device)
+        model = build_model(config, channels, classes, transition, architecture=architecture, trained=bool(resumed)).to(
+            world.device
+        )
         learner = Learner(config, world, model, open_class_weights(config, source, world.device))
         best_score = last_score = math.nan
         if resumed:

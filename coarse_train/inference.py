@@ -231,7 +231,7 @@ def load_model(path: Path, device: torch.device | str = "cpu", *, network: str |
     check_named(path, config.model.network, network)
     classes = Classes(**content["classes"])
     transition, architecture = transition_of(content["model"]), content["architecture"]
-    model = build_model(config, content["channels"], len(classes), transition, architecture=architecture)
+    model = build_model(config, content["channels"], len(classes), transition, architecture=architecture, trained=True)
     model.load_state_dict(content["ema"] if content["ema"] is not None else content["model"])
     return LoadedModel(model.to(device).eval(), config, classes, content["channels"], content["step"])
 

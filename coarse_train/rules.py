@@ -10,7 +10,7 @@ import coarse_kernels
 from .config import FitConfig, Measured
 
 _LARGEST_RATE = 1e6  # beyond, the first step leaves float32
-_LARGEST_WEIGHT = 1e6  # of a class; 1e39 is no float32
+_LARGEST_WEIGHT = 1e30  # of a class, whose sum is divided by; 1e39 is no float32, and 1e-46 is 0
 _LARGEST_STRIDE = 1024  # a place for each of so many pixels; "image" has one for all
 _LARGEST_PEN = 1000  # pixels
 _MOST_WORKERS = 1024  # processes, or threads: more start none, and some machines none at all

@@ -40,6 +40,7 @@ _CHANGEABLE |= {f"optim.{name}" for name in ("clip", "finetune", "finetune_lr")}
 _MOVABLE = {"data.positives", "data.negatives"}  # another folder is fine; one where there was none is other data
 _WHOLE = (".pt", ".toml", ".json", ".html", ".part")  # suffixes of files that appear whole
 _WRITTEN_WHOLE = ("last.pt", "best.pt", "config.toml", "metrics.jsonl", "selection.json", "pen.json", "check.txt")
+_MARK = ".run"  # that the folder is a run's, before there is a config.toml
 _OF_A_RUN = {"best.pt", "metrics.jsonl", "selection.json", "tensorboard", "pictures"}  # what a run replaces, or adds to
 _LINE_EVERY = 10.0  # seconds between two lines in a log file
 
@@ -106,13 +107,15 @@ def open_run(config: FitConfig, world: World) -> Iterator[None]:
         if world.is_main:
             make_folder("out", config.out)
             _look_for_links(config.out)
-            _look_for_others(config)
+            known = is_run(config.out)
             try:
                 free = stack.enter_context(locked(config.out / ".lock"))
             except OSError as error:
                 raise ValueError(f"out: expected a folder that can be written, got {config.out} ({error})") from error
             if not free:
                 raise ValueError(f"out: expected a folder that no other run writes to, got {config.out}")
+            _look_for_others(config, known=known)
+            (config.out / _MARK).touch()
             for name in _WRITTEN_WHOLE:  # what a killed process was writing
                 (config.out / f".{name}.part").unlink(missing_ok=True)
         world.wait()
@@ -129,7 +132,12 @@ def _look_for_links(folder: Path) -> None:
             )
 
 
-def _look_for_others(config: FitConfig) -> None:
+def is_run(folder: Path) -> bool:
+    """Whether a run has been in the folder. A lock does not tell: on Windows it goes with its process."""
+    return (folder / _MARK).exists() or (folder / "config.toml").exists()
+
+
+def _look_for_others(config: FitConfig, *, known: bool) -> None:
     """Raises ValueError where a file in the run's folder, which the run would replace or clear away, is none of a run."""
     folder = config.out
     if (folder / "config.toml").is_file():
@@ -139,9 +147,10 @@ def _look_for_others(config: FitConfig) -> None:
             raise ValueError(
                 f"out: expected a new folder or that of a run, got another config.toml ({error})"
             ) from error
-    elif not (folder / ".lock").exists():
+    elif not known:
+        names = {*_OF_A_RUN, "pen.json"} if config.select_with else _OF_A_RUN
         for path in sorted(folder.iterdir()):
-            if path.name in _OF_A_RUN:
+            if path.name in names:
                 raise ValueError(
                     f"out: expected a new folder or that of a run, got {folder} with {path.name} of no run"
                 )
@@ -211,16 +220,18 @@ def describe_data(source: Source, validation: Source | None, channels: int) -> d
     return {
         "classes": list(source.classes.names),
         "label values": list(source.classes.file_ids),
-        "table of what is ignored": zlib.crc32(repr(_ignored(source)).encode()),
+        "table of label values": zlib.crc32(repr(_read_as(source)).encode()),
         "channels": channels,
         **{name: 0 if part is None else checksum(part) for name, part in splits.items()},
     }
 
 
-def _ignored(source: Source) -> tuple[object, ...]:
-    """Which label values mean something else than their class, in any order."""
+def _read_as(source: Source) -> tuple[object, ...]:
+    """What else decides which class a pixel of a label file has; numbers that are ignored alone were an error before."""
     given = source.classes
-    return sorted(given.ignored), sorted(given.aliases), sorted(given.ignored_in), sorted(given.ignored_colours)
+    values = {*given.file_ids, *(value for value, _ in given.aliases)}
+    ignored = sorted(pair for pair in given.ignored_in if pair[1] in values)
+    return sorted(given.aliases), ignored, given.colours if given.by_colour else ()
 
 
 def check_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from .data import FolderNotFound, Source, Subset, open_split
 from .data.segmentation import NO_DRAWINGS, pairs_of
 from .distributed import World
 from .pen import measure, to_json
-from .run import check_same_run, write_text
+from .run import check_same_run, is_run, write_text
 
 _CLOSE = 2.0  # points of mean IoU: a lead that another choice of masks may turn round
 
@@ -144,7 +144,7 @@ def choose(
         return taken
     if not config.resume and world.is_main:
         for folder in config.out.glob("trial_*"):  # as above; a run that makes no trials has none to clear away
-            if (folder / ".lock").exists() or (folder / "fold_0" / ".lock").exists():  # else it is none of ours
+            if is_run(folder) or is_run(folder / "fold_0"):  # else it is none of ours
                 shutil.rmtree(folder, ignore_errors=True)
     splits = open_splits(config, train)
     assert splits.validation is not None
@@ -228,7 +228,8 @@ def _taken_up(config: FitConfig) -> tuple[FitConfig, Selection] | None:
     given, chosen = from_dict(content["given"]), from_dict(content["config"])
     scores = content["mean_iou"]
     selection = Selection(config.select_with, content["steps"], scores, content["chosen"])
-    lenient = replace(config, resume_changed=True)  # what was changed on the way; `read_resume` asks whether it may be
+    # what was changed on the way; where there is a checkpoint, `read_resume` asks whether it may be
+    lenient = replace(config, resume_changed=True) if (config.out / "last.pt").exists() else config
     try:
         check_same_run(chosen, lenient)
         return config, selection
@@ -241,7 +242,7 @@ def _taken_up(config: FitConfig) -> tuple[FitConfig, Selection] | None:
 
 def describe_selection(config: FitConfig, validation: Source | None, selection: Selection | None) -> list[str]:
     """For the log of the run: what read a dense mask, and what every candidate would have cost."""
-    if config.data.dense_split == "val" and selection is None:
+    if config.data.dense_split == "val" and selection is None and validation is None:
         masks = f"{config.data.dense_images} dense masks of the validation split"
         return [f"{masks} are learned from, and no other is looked at: nothing is scored, the last step counts"]
     if not config.select_with:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,8 @@ def test_a_run_takes_no_folder_with_files_that_it_would_replace(name: str, tmp_p
             ValueError, match=f"out: expected a new folder or that of a run, got .* with {part} of no run"
         ):
             fit(_config(tmp_path, resume=resume))
-    assert _everything(tmp_path) == {tmp_path / name: b"mine"}
+    assert {path for path in _everything(tmp_path) if path.name != ".lock"} == {tmp_path / name}
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_the_best_checkpoint_of_a_run_is_kept_when_its_last_one_is_gone(tmp_path: Path) -> None:
@@ -41,6 +43,22 @@ def test_the_best_checkpoint_of_a_run_is_kept_when_its_last_one_is_gone(tmp_path
     ):
         fit(_config(tmp_path))
     assert (tmp_path / "best.pt").read_bytes() == best
+
+
+def test_a_pen_that_was_measured_before_is_kept_where_masks_choose(tmp_path: Path) -> None:
+    (tmp_path / "pen.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"got .* with pen\.json of no run"):
+        fit(_config(tmp_path, select_with=4))
+    assert (tmp_path / "pen.json").read_text() == "mine"
+
+
+def test_a_run_is_known_without_its_lock(tmp_path: Path) -> None:
+    """Which goes with the process on Windows."""
+    config = _config(tmp_path, select_with=4, select_steps=2, steps=2)
+    fit(config)
+    for path in [*tmp_path.rglob(".lock"), *tmp_path.rglob("config.toml"), tmp_path / "last.pt", tmp_path / "best.pt"]:
+        path.unlink()
+    fit(replace(config, seed=5))  # its trials are cleared away, and made again
 
 
 def test_folders_called_trial_and_files_called_part_are_not_all_ours(tmp_path: Path) -> None:
@@ -71,11 +89,9 @@ def test_scores_and_reports_take_the_place_of_their_own_kind_alone(
             assert main([*command, str(tmp_path / name)]) == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "told"), [("train/masks/a.png", "train/masks"), ("val/masks/b.png", "val"), ("README.txt", "README.txt")]
-)
+@pytest.mark.parametrize("name", ["train/masks/a.png", "train/images/mine.png", "val/masks/b.png", "README.txt"])
 def test_import_replaces_nothing_that_was_made_by_hand(
-    name: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_tool("labelme", tmp_path / "export")
     save_photo(source / "a.png")
@@ -85,10 +101,29 @@ def test_import_replaces_nothing_that_was_made_by_hand(
     (out / name).parent.mkdir(parents=True, exist_ok=True)
     (out / name).write_text("mine")
     before = _everything(out)
-    assert main([*command, "--overwrite"]) == 1
-    error = capsys.readouterr().err
-    assert f"overwrite: expected nothing but what is written again, got {(out / told).as_posix()}; move" in error
-    assert _everything(out) == before
+    split = ["--add"] if name.startswith("train") else []
+    for more in ([], split):
+        assert main([*command, "--overwrite", *more]) == 1
+        assert f"expected nothing but what import has written, got {out / name}; move" in capsys.readouterr().err
+        assert _everything(out) == before
+    (out / name).unlink()
+    (out / "train" / ".DS_Store").write_text("of a file manager")
+    assert main([*command, "--overwrite"]) == 0
+
+
+def test_import_replaces_what_it_has_written_even_if_less_comes_of_it_now(tmp_path: Path) -> None:
+    """With the last negative drawing deleted in the tool, or without the validation split."""
+    source = write_tool("labelme", tmp_path / "export")
+    save_photo(source / "a.png")
+    out = tmp_path / "out"
+    command = ["import", "labelme", str(source), "--out", str(out)]
+    assert main([*command, "--as", "masks"]) == 0
+    assert main([*command, "--split", "val", "--add"]) == 0
+    assert main([*command, "--add", "--overwrite"]) == 0
+    assert (out / "train" / "positives").is_dir()
+    assert not (out / "train" / "masks").exists()
+    assert main([*command, "--overwrite"]) == 0
+    assert not (out / "val").exists()
 
 
 def test_a_quick_experiment_takes_the_place_of_no_full_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -177,9 +177,11 @@ def test_every_public_name_has_an_entry_and_a_docstring() -> None:
                 assert not thing.__doc__.startswith(f"{thing.__name__}("), f"{thing} has the docstring of dataclasses"
         assert name == "coarse_kernels" or f".. automodule:: {name}\n" in training
     members = {name for name in modules if f".. automodule:: {name}\n   :members:" in training}
-    for name in set(re.findall(r"^\.\. automodule:: (\S+)", training, re.M)) - members:
+    for name in ("config", "engine", "data", "pen"):  # those that say what is public
+        name = f"coarse_train.{name}"
         module = importlib.import_module(name)
-        for one in getattr(module, "__all__", ()):
+        assert name not in members
+        for one in module.__all__:
             thing = getattr(module, one)
             own = inspect.isclass(thing) or (inspect.isfunction(thing) and thing.__module__.startswith("coarse_train"))
             kind = "class" if inspect.isclass(thing) else "function"

@@ -219,11 +219,30 @@ def test_no_split_to_check_is_an_error_that_names_them(root: Path, capsys: pytes
     shutil.rmtree(root / "val")
     shutil.rmtree(root / "test")
     command = ["check", "folder", "--root", str(root), "--out", str(root.parent / "checked"), "--splits"]
-    for splits, told in ((["val", "test"], "found none"), ([], "splits")):
-        assert main([*command, *splits]) in (1, 2)
+    for splits, told in (
+        (["val", "test"], "found none in"),
+        ([], "splits: expected some of train, val and test, got none"),
+    ):
+        assert main([*command, *splits]) == 1
         assert told in capsys.readouterr().err
     assert main([*command, "train", "train"]) == 0
     assert capsys.readouterr().out.count("train:") == 1
+
+
+def test_transparent_pixels_are_counted_as_no_number(root: Path) -> None:
+    path = root / "train" / "masks" / "day0" / "train0.png"
+    ids = np.array(Image.open(path))
+    ids[0, 0] = 9  # ignored
+    ids[1:3] = 7
+    Image.fromarray(ids).save(path, transparency=7)
+    facts = inspect(open_split(_config(root).data, "train"), WORLD)[0]
+    assert isinstance(facts, Facts)
+    assert facts.nothing["mask"] == {"9": 1}
+    assert facts.pixels["mask"][1] == 0
+    Image.fromarray(np.full_like(ids, 7)).save(path, transparency=7)
+    facts = inspect(open_split(_config(root).data, "train"), WORLD)[0]
+    assert isinstance(facts, Facts)
+    assert sum(facts.pixels["mask"]) == facts.drawn["mask"] == 0
 
 
 def test_a_name_that_is_no_utf8_is_shown_as_far_as_it_can_be(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

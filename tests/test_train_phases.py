@@ -236,7 +236,7 @@ def test_a_choice_of_a_run_that_was_given_up_is_not_found_by_the_next_one_in_its
     with join_world("cpu") as world:
         choose(config, open_split(data, "train"), world, lambda *_: SimpleNamespace(score=1.0))
     assert (tmp_path / "selection.json").exists()
-    (tmp_path / ".lock").touch()  # as a run leaves it
+    (tmp_path / ".run").touch()  # as a run leaves it
     (tmp_path / "trial_of_mine").mkdir()
     other = replace(config, select_with=0)
     fit(other)

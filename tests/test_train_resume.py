@@ -19,7 +19,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from coarse_train import run as run_folder
-from coarse_train.config import DataConfig, ModelConfig, OptimConfig, load_toml, to_toml
+from coarse_train.config import DataConfig, DrawingsConfig, ModelConfig, OptimConfig, load_toml, to_toml
 from coarse_train.engine import fit
 from coarse_train.inference import load_model
 from tests import data_trees
@@ -126,6 +126,21 @@ def test_tensorboard_has_every_step_once_and_the_pictures(tmp_path: Path) -> Non
         np.testing.assert_array_equal(newest, Image.open(config.out / "pictures" / f"{name}.png"))
 
 
+def test_a_run_that_began_where_none_may_begin_now_is_loaded_and_goes_on(tmp_path: Path) -> None:
+    """A diagonal of 0.7 beside 0.3 that is missing leaves nothing to wrong names, and was advised once."""
+    matrix = DrawingsConfig(cm="global", diagonal=0.6, missing=0.3)
+    config = _config(tmp_path, positive=matrix)
+    stop_after(config, 4)
+    content = run_folder.load(tmp_path / "last.pt")
+    content["config"]["positive"]["diagonal"] = 0.7
+    run_folder.save(tmp_path / "last.pt", {key: value for key, value in content.items() if key != "format"})
+    before = replace(config, positive=replace(matrix, diagonal=0.7))
+    assert load_model(tmp_path / "last.pt").config.positive == before.positive
+    assert fit(replace(before, resume=True)).steps == config.steps
+    with pytest.raises(ValueError, match=r"positive\.missing: expected None, or a number above 0 and below"):
+        fit(replace(before, out=tmp_path / "anew"))
+
+
 def test_a_run_does_not_go_on_with_other_classes_or_images(tmp_path: Path) -> None:
     """Reordered classes would be trained on silently, with the wrong meaning."""
     root = data_trees.write_folder_tree(tmp_path / "data")
@@ -144,9 +159,12 @@ def test_a_run_does_not_go_on_with_other_classes_or_images(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="resume: expected the label values of the run"):
         fit(replace(config, resume=True))
     (root / "classes.toml").write_text(table.replace("ignore = [9]", "ignore = {positives = [20]}"))
-    with pytest.raises(ValueError, match="resume: expected the table of what is ignored of the run, got others"):
+    with pytest.raises(ValueError, match="resume: expected the table of label values of the run, got others"):
         fit(replace(config, resume=True))
-    (root / "classes.toml").write_text(table)
+    (root / "classes.toml").write_text(table.replace("[60, 160, 60]", "[200, 40, 41]"))
+    with pytest.raises(ValueError, match="resume: expected the table of label values of the run, got others"):
+        fit(replace(config, resume=True))
+    (root / "classes.toml").write_text(table.replace("ignore = [9]", "ignore = [9, 77]"))  # in no file
     fit(replace(config, resume=True))
     other = data_trees.write_folder_tree(tmp_path / "more", counts={"train": 5, "val": 2})
     with pytest.raises(ValueError, match="resume: expected the training images of the run, got others"):

@@ -58,6 +58,16 @@ def test_the_side_that_masks_chose_stays_over_a_resume(tmp_path: Path, given: st
     fit(replace(longer, resume=True))
 
 
+def test_a_choice_without_a_checkpoint_is_not_taken_up_with_other_settings(tmp_path: Path) -> None:
+    config = _config(tmp_path, select_with=4, select_steps=2)
+    fit(config)
+    for name in ("last.pt", "best.pt"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=r"resume: expected optim\.lr as in the run, 0\.01, got 0\.5"):
+        fit(replace(config, resume=True, optim=OptimConfig(lr=0.5)))
+    fit(replace(config, resume=True))
+
+
 def test_trials_of_a_run_that_was_given_up_choose_nothing(tmp_path: Path) -> None:
     config = _config(tmp_path, select_with=4, select_steps=2)
     fit(config)

@@ -6,6 +6,7 @@ All files are read before anything is written, and the folder appears when it is
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shlex
 import tempfile
@@ -28,8 +29,11 @@ from ..exports import read_export
 from ..exports.source import Entry, Export, Picture, Source
 from ..exports.writing import Drawing, Written, paths_of, write_split
 from ..run import look_at_folder
+from ..storage import write_text
 
 _HEAD = "# made by coarse-train import"  # of classes.toml
+_MANIFEST = ".import.json"  # the files that imports have written into a folder
+_LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # of file managers
 # What reading damaged data may raise beside ValueError and OSError, whose texts say what is wrong
 _DAMAGE = (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
 
@@ -73,7 +77,8 @@ class ImportConfig:
     add: bool = False
     """Add a split to an `out` that lacks it; classes are those of its classes.toml."""
     overwrite: bool = False
-    """Replace what this command has written into `out`; with `add` the splits that are imported, and no others."""
+    """Replace what this command has written into `out`, which it lists in .import.json; with `add` the splits that are
+    imported, and no others."""
     max_pixels: int = MAX_PIXELS
     """Images and label maps of more pixels are an error: a small file may be made to fill the memory."""
     skip_bad: bool = False
@@ -265,38 +270,53 @@ def _appearing(config: ImportConfig, parts: dict[str, list[Picture]]) -> Iterato
     if config.add and (flat or (taken and not config.overwrite)):
         more = "" if flat else "; --overwrite replaces it"
         raise ValueError(f"add: expected {out} without {'images' if flat else taken[0]}, got one that has it{more}")
+    if config.overwrite:
+        _look_for_others(out, taken if config.add else None)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary, out.name or "out")  # one that has the usual permissions
         folder.mkdir()
         yield folder
         moves = {folder / split: out / split for split in parts} if config.add else {folder: out}
-        for new, place in moves.items():
-            _look_for_others(place, new)
+        before = {name for name in _written(out) if config.add and name.split("/")[0] not in parts}
+        manifest = json.dumps(sorted((before | _files(folder)) - {_MANIFEST}), indent=0)
+        if not config.add:
+            write_text(folder / _MANIFEST, manifest)
         for number, (new, place) in enumerate(moves.items()):
-            before = Path(temporary, f"before {number}")
+            old = Path(temporary, f"before {number}")
             if place.exists():
-                os.rename(place, before)
+                os.rename(place, old)
             try:
                 os.rename(new, place)
             except OSError:
-                if before.exists():
-                    os.rename(before, place)
+                if old.exists():
+                    os.rename(old, place)
                 raise
+        if config.add:
+            write_text(out / _MANIFEST, manifest)
 
 
-def _look_for_others(old: Path, new: Path) -> None:
-    """Raises ValueError where replacing ``old`` would delete a file or a folder that this import does not write again: a split
-    that was made by hand, masks beside the drawings."""
-    splits = [path.name for path in new.iterdir() if path.is_dir()]
-    for part in (".", *(splits if (new / "classes.toml").exists() else ())):
-        here = {path.name for path in (old / part).iterdir()} if (old / part).is_dir() else set()
-        if others := sorted(here - {path.name for path in (new / part).iterdir()}):
-            place = (old / part / others[0]).as_posix()
-            raise ValueError(
-                f"overwrite: expected nothing but what is written again, got {place}; move it away "
-                "(--add --overwrite replaces a split alone)"
-            )
+def _look_for_others(out: Path, splits: Sequence[str] | None) -> None:
+    """Raises ValueError where replacing ``splits`` of ``out``, None: all of it, would delete a file that no import has written:
+    a split that was made by hand, masks beside the drawings."""
+    written = _written(out)
+    for place in [out] if splits is None else [out / split for split in splits]:
+        for path in sorted(place.rglob("*")):
+            file = path.is_symlink() or not path.is_dir()
+            if file and path.name not in _LITTER and path.relative_to(out).as_posix() not in written:
+                raise ValueError(f"overwrite: expected nothing but what import has written, got {path}; move it away")
+
+
+def _written(out: Path) -> set[str]:
+    """The files of ``out`` that imports have written, itself included."""
+    try:
+        return {*json.loads((out / _MANIFEST).read_text(encoding="utf-8")), _MANIFEST}
+    except FileNotFoundError:
+        return set()
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
 
 
 def _write_classes(classes: Classes, path: Path) -> None:

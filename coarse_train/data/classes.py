@@ -34,6 +34,7 @@ OKABE_ITO = (
 
 
 RGB = tuple[int, int, int]
+_SLIP = 8  # by which a channel of a colour may be off that was meant
 KINDS = {"positives": "positive", "negatives": "negative", "masks": "mask"}  # as folders and tables call them
 
 
@@ -156,22 +157,31 @@ class Classes:
 
     def counts_by_colour(self, palette: np.ndarray, used: np.ndarray, path: Path | str, kind: str | None) -> bool:
         """Whether the (n, 3) uint8 ``palette`` of a label map with the numbers ``used`` says what these are: all its colours
-        are in the table. The numbers do where none is, or all that are agree with them.
+        are in the table. Otherwise the numbers do.
 
-        Raises ValueError naming ``path`` where some colours are in the table, say other classes than their numbers, and some
-        are not: a slip in the palette would be other classes."""
+        Raises ValueError naming ``path`` where two colours of the table say other classes than their numbers and others are not
+        in it, or one does and another is hardly off: a slip in the palette would be other classes."""
         colours = _numbered(palette[used])
         known = np.isin(colours, self._of_colours[0])
-        if known.all() or not known.any():
-            return bool(known.all())
-        labels = self._of_colours[1][np.searchsorted(self._of_colours[0], colours[known])]
-        if differ := np.flatnonzero(self._table(kind)[used[known]] != labels).tolist():
+        if known.all():
+            return True
+        numbers = self._table(kind)[used]
+        labels = self._of_colours[1][
+            np.searchsorted(self._of_colours[0], colours).clip(max=len(self._of_colours[0]) - 1)
+        ]
+        differ = np.flatnonzero(
+            known & (numbers != IGNORE) & (numbers != labels)
+        )  # a number that is ignored proves nothing
+        table = np.array([*self.colours, *self.ignored_colours], int)
+        off = np.abs(palette[used][~known].astype(int)[:, None] - table).max(2).min(1)
+        if len(differ) > 1 or (len(differ) and (off <= _SLIP).any()):
             unknown = [
                 f"{_colour(number)} of {value}" for number, value in zip(colours[~known], used[~known], strict=True)
             ]
             raise ValueError(
-                f"{path}: expected a palette with all colours of the class table, or with none, got {listed(unknown)} that are "
-                f"not in it, and {_colour(colours[known][differ[0]])} of {used[known][differ[0]]}, which is another class's"
+                f"{path}: expected a palette with the colours of the class table, got {listed(unknown)} that are not in it, "
+                f"and {_colour(colours[differ[0]])} of {used[differ[0]]}, which is another class's; where numbers "
+                "are meant, save it without a palette"
             )
         return False
 

@@ -204,6 +204,8 @@ def read_map(
     pixels, palette, transparent = picture.pixels, picture.palette, picture.transparent
     if transparent is not None:  # whatever number or colour it has
         if transparent.all():
+            if seen is not None:
+                seen.append((kind, picture))
             return np.full(pixels.shape[:2], IGNORE, np.uint8)
         pixels = np.where(transparent, pixels[~transparent][0], pixels)
     if pixels.ndim > 2 and not classes.by_colour:

@@ -25,6 +25,7 @@ Where all classes have a colour, label maps may be coloured (RGB), and of palett
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from ..config import DataConfig
 
 _KINDS = {"positives": "positive drawing", "negatives": "negative drawing", "masks": "mask"}
-_SHORT = ("pos", "neg", "labels")
+_SHORT = {"pos": "positives", "neg": "negatives"}
 _SPLITS = {  # as they are called, and as people call them
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
@@ -56,6 +57,7 @@ def open_split(config: DataConfig, split: str) -> FileSource:
     faults: list[Fault] = []
     images = find_pictures(base / "images", faults)
     overridden = {"positives": config.positives, "negatives": config.negatives}
+    _check_places(root, base, images, [kind for kind in _KINDS if not overridden.get(kind)])
     maps = {kind: {} if overridden.get(kind) else _label_maps(base / kind, images, faults) for kind in _KINDS}
     if split == "train" and not any(overridden.values()):
         bare = [name for name in images if not any(name in found for found in maps.values())]
@@ -91,18 +93,25 @@ def _check_names(root: Path, base: Path) -> None:
     expected = ["images", *_KINDS]
     known = {*expected, *_SPLITS}
     others = sorted(path.name for path in base.iterdir() if path.is_dir() and path.name not in known)
-    near = [name for name in others if get_close_matches(name.lower(), expected, cutoff=0.7) or name.lower() in _SHORT]
+    near = [name for name in others if get_close_matches(name.lower(), expected, cutoff=0.7)]
     if near:
         raise ValueError(f"{base / near[0]}: expected folders called images, {', '.join(_KINDS)}, got {near[0]!r}")
-    flat = (root / "images").is_dir()  # training images beside the table
-    if not flat and (beside := [kind for kind in _KINDS if (root / kind).is_dir()]):
-        raise ValueError(
-            f"{root / beside[0]}: expected it in {base.name}, where the images are, got it beside {base.name}"
-        )
     for path in sorted(root.iterdir()):
         meant = next((split for split, names in _SPLITS.items() if path.name.lower() in names), None)
         if meant not in (None, path.name) and (path / "images").is_dir() and not (root / meant).is_dir():
             raise ValueError(f"{path}: expected a split called {meant}, got {path.name!r}")
+
+
+def _check_places(root: Path, base: Path, images: dict[str, Path], kinds: Sequence[str]) -> None:
+    """Likewise, where files of the images' names lie in a folder beside, or in one of a shorter name."""
+    flat = (root / "images").is_dir()  # the training images lie beside the table
+    for kind in kinds:
+        if (base / kind).is_dir():
+            continue
+        places = [base / short for short, meant in _SHORT.items() if meant == kind]
+        for place in [*places, *([] if flat else [root / kind])]:
+            if place.is_dir() and images.keys() & find_pictures(place, []).keys():
+                raise ValueError(f"{place}: expected label maps of these images in {base / kind}, got them there")
 
 
 def _label_maps(folder: Path, images: dict[str, Path], faults: list[Fault]) -> dict[str, tuple[Path, ...]]:

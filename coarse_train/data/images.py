@@ -87,8 +87,13 @@ def load_labels(path: Path) -> Picture:
     if image.mode not in ("1", "L", "P"):
         raise ValueError(f"{path}: expected a label map of one channel of at most 8 bits, got mode {image.mode}")
     palette = np.array(image.getpalette(), np.uint8).reshape(-1, 3) if image.mode == "P" else None
-    transparent = np.array(image.convert("RGBA"))[..., 3] == 0 if see_through else None
     numbers = np.array(image).astype(np.uint8) // _STRETCHED.get(packing, 1)
+    transparent = None
+    if see_through and image.mode == "P":
+        transparent = np.array(image.convert("RGBA"))[..., 3] == 0
+    elif see_through:  # as it is in the file, and of one bit 0 or 255
+        value = image.info["transparency"]
+        transparent = numbers == (value > 0 if image.mode == "1" else value)
     return Picture(numbers, palette, turned, transparent if transparent is not None and transparent.any() else None)
 
 

@@ -24,7 +24,7 @@ from . import Record, Source, Subset
 from .classes import IGNORE, Classes
 from .images import Picture
 
-_FORMAT = 1  # of what is remembered
+_FORMAT = 2  # of what is remembered
 _ALONE: dict[str, dict[str, Any]] = {}  # what this process knows: way of reading -> files -> state and facts
 
 
@@ -138,7 +138,8 @@ def _facts(record: Record, seen: Sequence[tuple[str, Picture]], kinds: frozenset
     for kind, picture in seen:
         if kind == "image" or picture.pixels.ndim > 2:
             continue
-        values = _histogram(picture.pixels)
+        opaque = picture.pixels if picture.transparent is None else picture.pixels[~picture.transparent]
+        values = _histogram(opaque) if opaque.size else np.zeros(256, int)
         nothing = facts.nothing.setdefault(kind, {})
         for value in sorted(classes.ignored_values(kind) & {*np.flatnonzero(values).tolist()}):
             nothing[str(value)] = nothing.get(str(value), 0) + int(values[value])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -95,6 +96,7 @@ def build_model(
     transition: TransitionMatrix | None,
     *,
     architecture: str | None = None,
+    trained: bool = False,
 ) -> CoarseModel:
     """The networks of a run. The segmentation network comes first: with equal seeds it is the same whatever the others.
 
@@ -104,6 +106,8 @@ def build_model(
         num_classes: C.
         transition: of negative drawings; None: uniform.
         architecture: of a checkpoint (`architecture_of`).
+        trained: parameters of a checkpoint follow, so that it does not matter where matrices start: older versions took starts
+            that are refused now.
 
     Raises:
         ValueError: naming the option, such as ``positive.rank``, what came and what was expected.
@@ -114,9 +118,9 @@ def build_model(
     annotation: dict[str, nn.Module | None] = {}
     for name in ("positive", "negative"):
         try:
-            annotation[name] = build_annotation(
-                getattr(config, name), channels_in, num_classes, norm=norm, checkpointing=checkpointing
-            )
+            kind = getattr(config, name)
+            kind = replace(kind, missing=None) if trained else kind
+            annotation[name] = build_annotation(kind, channels_in, num_classes, norm=norm, checkpointing=checkpointing)
         except ValueError as error:
             raise ValueError(f"{name}.{error}") from error
     return CoarseModel(segmentation, **annotation, transition=transition, num_classes=num_classes)
