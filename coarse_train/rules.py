@@ -13,7 +13,7 @@ _LARGEST_RATE = 1e6  # beyond, the first step leaves float32
 _LARGEST_WEIGHT = 1e30  # of a class, whose sum is divided by; 1e39 is no float32, and 1e-46 is 0
 _LARGEST_STRIDE = 1024  # a place for each of so many pixels; "image" has one for all
 _LARGEST_PEN = 1000  # pixels
-_MOST_WORKERS = 1024  # processes, or threads: more start none, and some machines none at all
+MOST_WORKERS = 1024  # processes, or threads: more start none, and some machines none at all
 _LARGEST_SEED = 2**31 - 1  # `learner.step_seed` stays below 2 ** 64
 
 
@@ -35,7 +35,7 @@ def _check_numbers(config: FitConfig) -> None:
         (config, "accumulate", 1, None),
         (config, "save_every", 1, None),
         (config, "evaluate_every", 1, None),
-        (config, "threads", 1, _MOST_WORKERS),
+        (config, "threads", 1, MOST_WORKERS),
         (config, "seed", 0, _LARGEST_SEED),
         (config, "mask_weight", 0, None),
         (config, "save_minutes", 0, None),
@@ -44,7 +44,7 @@ def _check_numbers(config: FitConfig) -> None:
         (config, "pictures", 0, None),
         (config, "opacity", 0, 1),
         (config.data, "max_pixels", 1, None),
-        (config.data, "workers", 0, _MOST_WORKERS),
+        (config.data, "workers", 0, MOST_WORKERS),
         (config.data, "dense_share", 0, 1),
         (config.data, "colour", 0, 1),
         (config.optim, "lr", 0, _LARGEST_RATE),

@@ -39,7 +39,10 @@ _CHANGEABLE |= {f"optim.{name}" for name in ("lr", "cm_lr", "weight_decay", "mom
 _CHANGEABLE |= {f"optim.{name}" for name in ("clip", "finetune", "finetune_lr")}
 _MOVABLE = {"data.positives", "data.negatives"}  # another folder is fine; one where there was none is other data
 _WHOLE = (".pt", ".toml", ".json", ".html", ".part")  # suffixes of files that appear whole
-_WRITTEN_WHOLE = ("last.pt", "best.pt", "config.toml", "metrics.jsonl", "selection.json", "pen.json", "check.txt")
+_WRITTEN_WHOLE = (  # and may be half written where a process was killed
+    *("last.pt", "best.pt", "nonfinite_step*.pt", "config.toml", "metrics.jsonl", "selection.json", "pen.json"),
+    *("check.txt", "check_*.png"),
+)
 _MARK = ".run"  # that the folder is a run's, before there is a config.toml
 _OF_A_RUN = {"best.pt", "metrics.jsonl", "selection.json", "tensorboard", "pictures"}  # what a run replaces, or adds to
 _LINE_EVERY = 10.0  # seconds between two lines in a log file
@@ -117,7 +120,8 @@ def open_run(config: FitConfig, world: World) -> Iterator[None]:
             _look_for_others(config, known=known)
             (config.out / _MARK).touch()
             for name in _WRITTEN_WHOLE:  # what a killed process was writing
-                (config.out / f".{name}.part").unlink(missing_ok=True)
+                for part in config.out.glob(f".{name}.part"):
+                    part.unlink()
         world.wait()
         yield
 

@@ -20,7 +20,7 @@ from ..inference import InferenceConfig, LoadedModel, load_model, open_trained_s
 from ..metrics import ConfusionMeter, describe_collapse, largest_confusions
 from ..run import claim_folder, without_nan
 from ..storage import look_at_file
-from .options import check_workers
+from .options import check_reading
 from .predict import write_labels
 
 _HEAD = '{\n  "checkpoint": '  # of a file of scores
@@ -67,7 +67,7 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Under torchrun the images are spread over the processes, each is counted once, and all return the same.
     """
-    check_workers(config.workers, config.max_pixels)
+    check_reading(config.workers, config.max_pixels)
     if config.limit is not None and config.limit < 1:
         raise ValueError(f"limit: expected a number >= 1, got {config.limit}")
     with join_world(config.device) as world:

@@ -9,11 +9,10 @@ import tyro
 
 from ..config import DataConfig
 from ..data.images import MAX_PIXELS
+from ..rules import MOST_WORKERS
 
-MOST_WORKERS = 1024
 
-
-def check_workers(workers: int, max_pixels: int | None = None) -> None:
+def check_reading(workers: int, max_pixels: int | None = None) -> None:
     """Raises ValueError naming what is none of these: processes that read images, pixels of an image."""
     if not 0 <= workers <= MOST_WORKERS:
         raise ValueError(f"workers: expected a number from 0 to {MOST_WORKERS}, got {workers}")

@@ -22,7 +22,7 @@ from ..distributed import join_world
 from ..inference import InferenceConfig, load_model, open_trained_split, predictions
 from ..pictures import draw_maps
 from ..run import claim_folder
-from .options import check_workers
+from .options import check_reading
 
 _LABELS, _OVERLAYS = "labels", "overlays"
 
@@ -61,7 +61,7 @@ class PredictConfig:
 
 def run_predict(config: PredictConfig) -> Path:
     """The folder that was written. Under torchrun the images are spread over the processes."""
-    check_workers(config.workers, config.max_pixels)
+    check_reading(config.workers, config.max_pixels)
     if not 0 <= config.opacity <= 1:
         raise ValueError(f"opacity: expected a number from 0 to 1, got {config.opacity}")
     with join_world(config.device) as world:

@@ -30,7 +30,7 @@ from ..data import IGNORE, Source, open_split
 from ..data.classes import KINDS
 from ..run import look_at_folder
 from ..simulate import Process, draw_coarse, generator_for, level, pair_counts, shares
-from .options import NamedData, check_workers
+from .options import NamedData, check_reading
 
 _PARTS = ("positives", "negatives", "noise.json")  # what a folder of drawings consists of; noise.json comes last
 
@@ -192,7 +192,7 @@ def _both(nominal: np.ndarray, counted: np.ndarray) -> dict[str, Any]:
 
 def _check_out(config: SimulateConfig) -> None:
     out = config.out
-    check_workers(config.workers, config.max_pixels)
+    check_reading(config.workers, config.max_pixels)
     look_at_folder("out", out, overwrite=config.overwrite)
     content = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     foreign = [name for name in content if name not in _PARTS]

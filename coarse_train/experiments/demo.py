@@ -19,7 +19,6 @@ background included, of held-out test digits; the last step counts, and no score
 from __future__ import annotations
 
 import itertools
-import json
 import platform
 import statistics
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from ..config import DrawingsConfig, FitConfig, recipe
 from ..data.mnist import PROCESSES
 from .cell import Cell
 from .report import save_figure
-from .table import Summary, by_class, run_table, text, write_results
+from .table import Summary, by_class, read_results, run_table, text, write_results
 
 TRUSTED = DrawingsConfig()
 # task -> the matrix: global where names are wrong whatever the image; at every pixel for binary masks, where all there is to
@@ -151,13 +150,10 @@ def run_demo(config: DemoConfig) -> list[Cell]:
 
 def _refuse_another(path: Path, task: str) -> None:
     """What a table replaces is a table of the task."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"task": task}
-    except ValueError:
-        content = None
-    there = content.get("task") if isinstance(content, dict) else None
-    if there != task:
-        raise ValueError(f"out: expected a new folder or one of task {task}, got {path} of {there or 'something else'}")
+    content = read_results(path)
+    if content is not None and content.get("task") != task:
+        of = content.get("task") or "something else"
+        raise ValueError(f"out: expected a new folder or one of task {task}, got {path} of {of}")
 
 
 def _tune(base: FitConfig, config: DemoConfig, out: Path) -> list[Cell]:

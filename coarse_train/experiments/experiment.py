@@ -15,7 +15,6 @@ number of trials, which the report prints. Whatever was interrupted goes on when
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import platform
 import shlex
@@ -35,7 +34,7 @@ from matplotlib.figure import Figure
 from ..config import FitConfig
 from ..run import write_text
 from .cell import Cell, Scores, read_scores, write_scores
-from .table import Row, Summary, config_of, run_table, text, write_results
+from .table import Row, Summary, config_of, read_results, run_table, text, write_results
 
 Name = Literal["noise-map", "few-masks", "select", "negatives", "annotators", "sanity", "trace-weight", "structure"]
 EXPERIMENTS = {name: name.replace("-", "_") for name in get_args(Name)}  # name -> module
@@ -177,16 +176,11 @@ def run_experiment(config: ExperimentConfig) -> list[Result]:
 
 def _refuse_another(out: Path, config: ExperimentConfig) -> None:
     """A folder has one report, and a quick one takes the place of no other."""
-    path = out / "results.json"
-    content: Any = {"experiment": config.name, "quick": True}
-    if path.exists():
-        try:
-            content = json.loads(path.read_text())
-        except ValueError:
-            content = None
-    there = content.get("experiment") if isinstance(content, dict) else None
-    if there != config.name:
-        of = "something else" if there is None else there
+    content = read_results(out / "results.json")
+    if content is None:
+        return
+    if (there := content.get("experiment")) != config.name:
+        of = there or "something else"
         raise ValueError(f"out: expected a folder without another experiment's results, got {out} with those of {of}")
     if config.quick and not content.get("quick"):
         raise ValueError(f"out: expected another folder for a quick run, got {out} with the results of a full one")

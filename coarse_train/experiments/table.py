@@ -30,6 +30,7 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -296,6 +297,17 @@ def by_class(cells: Sequence[Cell]) -> str:
             line += f"  {statistics.fmean(known) if known else '-':>{max(6, len(name))}{'.1f' if known else ''}}"
         lines.append(line)
     return "\n".join(lines)
+
+
+def read_results(path: Path) -> dict[str, Any] | None:
+    """What `write_results` has written; nothing ({}) of a file that is something else, None where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def write_results(path: Path, cells: Sequence[Cell], rows: Mapping[str, Row], **more: object) -> None:
