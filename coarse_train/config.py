@@ -229,8 +229,9 @@ class FitConfig:
     both, or fine-tuning on these masks; then the checkpoint; and nothing else. 0: masks choose nothing, the last step
     counts."""
     select_steps: int | None = None
-    """Steps of each of the short runs that choose, up to seven of them; at least 2, without it a fifth of the run; as many as
-    `steps` err least. 0: masks choose the checkpoint alone."""
+    """Steps after which the masks keep the best three of up to six candidates; those go on, and the best of them at the end is
+    the run. Without it a fifth of the run; as many as `steps`: all go on to the end. 0: masks choose the checkpoint
+    alone."""
 
 
 RECIPES = Path(__file__).parent / "recipes"

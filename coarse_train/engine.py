@@ -47,23 +47,26 @@ class FitResult:
     """What came of a run.
 
     checkpoint: the one to use, best.pt where masks chose it, else last.pt.
-    steps: optimizer steps that are done, all that the config asks for.
+    steps: optimizer steps that are done.
     score: its mean IoU in percent on the validation masks; NaN without any.
-    loss: of the last step (`coarse_train.criterion`); NaN where a resumed run had no step left.
+    last_score: that after the last step that was scored.
+    loss: of the last step (`coarse_train.criterion`).
     """
 
     checkpoint: Path
     steps: int
     score: float
+    last_score: float
     loss: float
 
 
-def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
+def fit(config: FitConfig, splits: Splits | None = None, *, until: int | None = None) -> FitResult:
     """Train, score, keep: checkpoints, the record of every step and pictures go into the run folder ``config.out``.
 
     Args:
         config: all settings, such as `recipe` and `load_toml` give.
         splits: training images, and masks that are scored, instead of those that the config names.
+        until: stop after this step, which is scored and kept, for a later call to go on from with ``resume``.
 
     Returns:
         `FitResult`, the same in every process.
@@ -92,6 +95,7 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
         _, validation, masks = open_splits(config, source) if splits is None else splits
         resumed, changes = run.read_resume(config)
         start = resumed["step"] if resumed else 0
+        end = config.steps if until is None else min(until, config.steps)
 
         # ---- data
         classes = len(source.classes)
@@ -119,10 +123,11 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
             world.device
         )
         learner = Learner(config, world, model, open_class_weights(config, source, world.device))
-        best_score = last_score = math.nan
+        best_score = last_score = loss = math.nan
         if resumed:
             learner.load(resumed)
             best_score, last_score = resumed["best_score"], resumed["last_score"]
+            loss = resumed.get("loss", loss)  # which earlier versions did not keep
         if world.is_main and (not resumed or changes != resumed["changes"]):
             written = to_toml(replace(config, resume=False, resume_changed=False))
             run.write_text(config.out / "config.toml", "".join(f"# {line}\n" for line in changes) + written)
@@ -152,11 +157,11 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
         }
 
         # ---- steps
-        loss, warned, left_out = math.nan, False, 0
+        warned, left_out = False, 0
         step, stop = start, None
         batches = stack.enter_context(closing(_batches(loaders)))  # what ends the run ends their processes
         watch = stack.enter_context(Watch(world, config.save_minutes))
-        for step in range(start + 1, config.steps + 1):
+        for step in range(start + 1, end + 1):
             passes = list(itertools.islice(batches, config.accumulate))
             taken = learner.step(step, next(p for p in phases if step <= p.last), passes)
             loss = taken.values["loss"]
@@ -168,7 +173,7 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
 
             # ---- score and keep
             improved = False
-            if step % _evaluate_every(config) == 0 or step == config.steps:
+            if step % _evaluate_every(config) == 0 or step == end:
                 kept, scored = learner.networks.scored().eval(), None
                 if validation is not None:
                     scored = validation, score(kept.segmentation, validation, world=world, channels=channels)
@@ -180,8 +185,8 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
                 if world.is_main:
                     show_progress(log, config, step, kept, datasets[0], scored, world)
             stop, due = watch.look()
-            if improved or due or stop or step % config.save_every == 0 or step == config.steps:
-                scores = {"best_score": best_score, "last_score": last_score}
+            if improved or due or stop or step % config.save_every == 0 or step == end:
+                scores = {"best_score": best_score, "last_score": last_score, "loss": loss}
                 content = {**lasting, "step": step, **scores, **learner.state()}
                 if world.is_main and improved:  # before last.pt, which says how good it is
                     run.save(config.out / "best.pt", content)
@@ -200,7 +205,7 @@ def fit(config: FitConfig, splits: Splits | None = None) -> FitResult:
             )
         by_masks = config.select_with > 0 and validation is not None
         chosen = config.out / ("best.pt" if by_masks else "last.pt")
-        return FitResult(chosen, config.steps, best_score if by_masks else last_score, loss)
+        return FitResult(chosen, step, best_score if by_masks else last_score, last_score, loss)
 
 
 def _loader(config: FitConfig, phase: Phase, dataset: SegmentationData, start: int, world: World) -> DataLoader[Sample]:

@@ -75,8 +75,6 @@ def _check_numbers(config: FitConfig) -> None:
         raise ValueError(f"select_steps: expected --select-with, which it belongs to, got {config.select_steps} alone")
     if config.resume_changed and not config.resume:
         raise ValueError("resume_changed: expected --resume, which it belongs to, got it alone")
-    if config.select_steps == 1:
-        raise ValueError("select_steps: expected 0, for no choice, or at least 2, got 1")
 
 
 def _check_drawings(config: FitConfig) -> None:

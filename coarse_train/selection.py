@@ -2,13 +2,14 @@
 
 What is wrong with drawings decides what helps: a confusion matrix for names, on the kind that is worse, moved outlines for
 outlines, neither where both kinds are good. Drawings alone do not tell: the wrong side costs 20 points and more, and the
-likelihood of held-out drawings does not see it. A few masks do. So short runs, one for each candidate, are scored on them, and
-the best candidate is taken for the run itself.
+likelihood of held-out drawings does not see it. A few masks do. So the run begins once for each candidate, the best few go on
+to the end, and the best of those is the run: successive halving (Karnin, Koren and Somekh, ICML 2013) in one round.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,14 +19,15 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from . import IGNORE
-from .config import DrawingsConfig, FitConfig, Measured, from_dict, to_dict
+from .config import DrawingsConfig, FitConfig, Measured, from_dict, to_dict, to_toml
 from .criterion import open_transition
 from .data import FolderNotFound, Source, Subset, open_split
 from .data.segmentation import NO_DRAWINGS, pairs_of
 from .distributed import World
 from .pen import measure, to_json
-from .run import check_same_run, is_run, write_text
+from .run import check_same_run, is_run, load, save, write_text
 
+_FINALISTS = 3  # with two the best was left out too often, a fourth found little more: docs/experiments/index.md
 _CLOSE = 2.0  # points of mean IoU: a lead that another choice of masks may turn round
 
 
@@ -38,14 +40,29 @@ class Splits(NamedTuple):
     masks: Source | None = None
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Mean IoU of every candidate on the masks, and which was taken."""
+class Round(NamedTuple):
+    """Mean IoU on the masks of the candidates that have done so many steps."""
 
-    masks: int
     steps: int
     scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How the candidates did on so many masks, round by round, and which was taken."""
+
+    masks: int
+    rounds: tuple[Round, ...]
     chosen: str
+
+    def last(self) -> dict[str, Round]:
+        """Of every candidate the last round that it was in, best first."""
+        found = {name: one for one in self.rounds for name in one.scores}
+        return dict(sorted(found.items(), key=lambda item: (-item[1].steps, -item[1].scores[item[0]])))
+
+    def lost(self) -> dict[str, float]:
+        """Of every candidate: points behind the chosen one, when it was last scored."""
+        return {name: one.scores[self.chosen] - one.scores[name] for name, one in self.last().items()}
 
 
 def open_splits(config: FitConfig, train: Source) -> Splits:
@@ -121,13 +138,13 @@ def candidates(
 
 
 def choose(
-    config: FitConfig, train: Source, world: World, fit: Callable[[FitConfig, Splits], Any]
+    config: FitConfig, train: Source, world: World, fit: Callable[..., Any]
 ) -> tuple[FitConfig, Selection | None]:
     """The config of the best candidate on ``select_with`` masks, and how they did.
 
-    As it came, and None, unless masks may choose and there is something to choose. Fine-tuning on the masks is scored by
-    cross-validation over them in two folds, never on what was learned from. What was chosen stands in selection.json in the
-    run folder, where a resumed run finds it.
+    As it came, and None, unless masks may choose and there is something to choose. What the candidate has learned is in the run
+    folder then, for the run to go on from. Fine-tuning on the masks is scored by cross-validation over them in two folds, never
+    on what was learned from, and still has to be run. selection.json in the run folder tells a resumed run how far it came.
     """
     present = kinds_of_drawings(config, train)
     if config.data.supervision == "drawings" and not present:
@@ -141,7 +158,7 @@ def choose(
         taken = _taken_up(config) if config.resume else None
         return (config, taken[1]) if taken else (config, None)
     if config.resume and (taken := _taken_up(config)):
-        return taken
+        return _adopted(*taken, world)
     if not config.resume and world.is_main:
         for folder in config.out.glob("trial_*"):  # as above; a run that makes no trials has none to clear away
             if is_run(folder) or is_run(folder / "fold_0"):  # else it is none of ours
@@ -152,23 +169,61 @@ def choose(
     if "positive" in present and config.positive.pen is None:  # else all candidates keep that
         pen = _measured(config, splits.validation, config.out / "pen.json", world)
     found = candidates(config, present, pen=pen, estimable=_estimable(config, train, present))
-    if not _labelled_in_both_halves(splits.validation):
+    if not _labelled_in_both_halves(splits.validation) or config.steps < 2:  # it is two phases
         found.pop("fine-tuning on the masks", None)
-    steps = config.select_steps or max(2, config.steps // 5)
-    scores = {name: _score(name, row, splits, steps, config.out, fit) for name, row in found.items()}
-    chosen = max(scores, key=lambda name: scores[name])
+    rounds = _rounds(config, found, splits, world, fit)
+    last = rounds[-1].scores
+    selection = Selection(config.select_with, tuple(rounds), max(last, key=lambda name: last[name]))
+    chosen = found[selection.chosen]
     if world.is_main:
         content = {
-            "chosen": chosen,
+            "chosen": selection.chosen,
             "chosen_by": f"{config.select_with} dense validation masks",
-            "steps": steps,
-            "mean_iou": scores,
-            "cost_if_wrong": {name: scores[chosen] - score for name, score in scores.items()},
-            "given": to_dict(config),
-            "config": to_dict(found[chosen]),
+            "cost_if_wrong": selection.lost(),
+            **_told(config, rounds),
+            "config": to_dict(chosen),
         }
         write_text(path, json.dumps(content, indent=2) + "\n")
-    return found[chosen], Selection(config.select_with, steps, scores, chosen)
+    return _adopted(chosen, selection, world)
+
+
+def _rounds(
+    config: FitConfig, found: dict[str, FitConfig], splits: Splits, world: World, fit: Callable[..., Any]
+) -> list[Round]:
+    """All candidates to ``select_steps``, the best few of them to the end; where there are no more than few, all to the end."""
+    first = min(config.select_steps or max(1, config.steps // 5), config.steps)
+    ends = (first, config.steps) if first < config.steps and len(found) > _FINALISTS else (config.steps,)
+    rounds = _rounds_done(config) if config.resume else []
+    for end in ends[len(rounds) :]:
+        names = list(found)
+        if rounds:
+            names = sorted(names, key=lambda name: -rounds[-1].scores[name])[:_FINALISTS]
+        rounds.append(Round(end, {name: _score(found[name], splits, end, _trial(config, name), fit) for name in names}))
+        if world.is_main:
+            write_text(config.out / "selection.json", json.dumps(_told(config, rounds), indent=2) + "\n")
+    return rounds
+
+
+def _told(config: FitConfig, rounds: list[Round]) -> dict[str, Any]:
+    """For selection.json."""
+    return {"rounds": [{"steps": one.steps, "mean_iou": one.scores} for one in rounds], "given": to_dict(config)}
+
+
+def _rounds_done(config: FitConfig) -> list[Round]:
+    content = _read(config.out)
+    if not content:
+        return []
+    check_same_run(from_dict(content["given"]), config)
+    return _rounds_of(content)
+
+
+def _rounds_of(content: dict[str, Any]) -> list[Round]:
+    rounds = content.get("rounds", [content])  # without: of one round of shorter runs, as it was done before
+    return [Round(one["steps"], one["mean_iou"]) for one in rounds]
+
+
+def _trial(config: FitConfig, name: str) -> Path:
+    return config.out / f"trial_{name.replace(', ', '_').replace(' ', '_')}"
 
 
 def _labelled_in_both_halves(masks: Source) -> bool:
@@ -179,23 +234,41 @@ def _labelled_in_both_halves(masks: Source) -> bool:
     return len({k % 2 for k in labelled}) == 2
 
 
-def _score(
-    name: str, row: FitConfig, splits: Splits, steps: int, out: Path, fit: Callable[[FitConfig, Splits], Any]
-) -> float:
-    """Mean IoU of a short run at its last step."""
-    folder = out / f"trial_{name.replace(', ', '_').replace(' ', '_')}"
-    trial = replace(row, out=folder, steps=steps, select_with=0, select_steps=None, resume=True, pictures=0)
+def _score(row: FitConfig, splits: Splits, until: int, folder: Path, fit: Callable[..., Any]) -> float:
+    """Mean IoU of the candidate after the step ``until`` of its run, which a later call takes up there."""
+    trial = replace(row, out=folder, select_steps=0, resume=True)
     if row.data.dense_split != "val":
-        return float(fit(trial, splits).score)
+        return float(fit(trial, splits, until=until).last_score)
     masks = splits.validation
     assert masks is not None
     halves = [Subset(masks, range(part, len(masks), 2)) for part in (0, 1)]
     found = []
     for number, (learned, scored) in enumerate((halves, halves[::-1])):
         data = replace(trial.data, dense_images=len(learned))
-        fold = replace(trial, data=data, out=folder / f"fold_{number}")
-        found.append(float(fit(fold, Splits(splits.train, scored, learned)).score))
+        fold = replace(trial, data=data, out=folder / f"fold_{number}", select_with=0, select_steps=None)
+        found.append(float(fit(fold, Splits(splits.train, scored, learned), until=until).last_score))
     return float(np.mean(found))
+
+
+def _adopted(config: FitConfig, selection: Selection, world: World) -> tuple[FitConfig, Selection]:
+    """The trial of the chosen candidate is the run: its record and its checkpoints move to the run folder. last.pt comes last,
+    so that what was stopped in between is done again."""
+    trial, last = _trial(config, selection.chosen), config.out / "last.pt"
+    if world.is_main and not last.exists() and (trial / "last.pt").exists():
+        for name in ("tensorboard", "pictures", "metrics.jsonl"):
+            if (trial / name).exists():
+                if (config.out / name).is_dir():  # of a run that was given up
+                    shutil.rmtree(config.out / name)
+                os.replace(trial / name, config.out / name)
+        for name in ("best.pt", "last.pt"):
+            if (trial / name).exists():
+                content = load(trial / name)
+                own = replace(from_dict(content["config"]), out=config.out, select_steps=config.select_steps)
+                write_text(config.out / "config.toml", to_toml(replace(own, resume=False, resume_changed=False)))
+                save(config.out / name, {**content, "config": to_dict(own)})
+        shutil.rmtree(trial)
+    world.wait()
+    return (replace(config, resume=True) if last.exists() else config), selection
 
 
 def _estimable(config: FitConfig, train: Source, present: tuple[str, ...]) -> bool:
@@ -218,16 +291,25 @@ def _measured(config: FitConfig, masks: Source, path: Path, world: World) -> Pat
     return path if report is not None and report.pen(each=bool(report.differing)).moves else None
 
 
+def read_selection(folder: Path, masks: int) -> Selection | None:
+    """Of the run in ``folder``, which so many masks chose; None: they have not, or not yet."""
+    content = _read(folder)
+    return Selection(masks, tuple(_rounds_of(content)), content["chosen"]) if "chosen" in content else None
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / "selection.json"
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return content
+
+
 def _taken_up(config: FitConfig) -> tuple[FitConfig, Selection] | None:
     """What was chosen when the run began; ``config`` may be what was given then, or that of the run folder, which is what was
     chosen."""
-    path = config.out / "selection.json"
-    if not path.exists():
+    selection, content = read_selection(config.out, config.select_with), _read(config.out)
+    if selection is None:
         return None
-    content = json.loads(path.read_text())
     given, chosen = from_dict(content["given"]), from_dict(content["config"])
-    scores = content["mean_iou"]
-    selection = Selection(config.select_with, content["steps"], scores, content["chosen"])
     # what was changed on the way; where there is a checkpoint, `read_resume` asks whether it may be
     lenient = replace(config, resume_changed=True) if (config.out / "last.pt").exists() else config
     try:
@@ -237,7 +319,7 @@ def _taken_up(config: FitConfig) -> tuple[FitConfig, Selection] | None:
         check_same_run(given, lenient)
     # the same choice, with what may differ between a run and its continuation as it is now
     found = candidates(config, ("positive", "negative"), pen=config.out / "pen.json", estimable=True)
-    return replace(found[content["chosen"]], transition=chosen.transition), selection
+    return replace(found[selection.chosen], transition=chosen.transition), selection
 
 
 def describe_selection(config: FitConfig, validation: Source | None, selection: Selection | None) -> list[str]:
@@ -254,18 +336,25 @@ def describe_selection(config: FitConfig, validation: Source | None, selection: 
     sentence = f"{config.select_with} dense masks of the validation split"
     if selection is None:
         return [f"{sentence} choose the checkpoint, and nothing else"]
-    wide = max(map(len, selection.scores))
-    best = selection.scores[selection.chosen]
-    ranked = sorted(selection.scores.items(), key=lambda item: -item[1])
+    end = ", and the checkpoint" if validation is not None else ", and are then learned from; the last step counts"
+    last, lost = selection.last(), selection.lost()
+    wide = max(map(len, last))
+    steps = [f"step {one.steps}" for one in selection.rounds]
     lines = [
-        f"{sentence} choose what is learned from and how, on runs of {selection.steps} steps"
-        + (", and the checkpoint" if validation is not None else ", and are then learned from; the last step counts"),
-        f"  {'':<{wide}}  mean IoU  points lost, had it been taken",
-        *(f"  {name:<{wide}}{score:>10.2f}{best - score:>8.2f}" for name, score in ranked),
+        f"{sentence} choose what is learned from and how{end}; mean IoU of every candidate:",
+        f"  {'':<{wide}}{''.join(f'{step:>12}' for step in steps)}  points lost, had it been taken",
     ]
-    close = [name for name, score in ranked[1:] if best - score < _CLOSE]
+    for name in last:
+        scores = [one.scores.get(name) for one in selection.rounds]
+        told = "".join(f"{'-' if score is None else f'{score:.2f}':>12}" for score in scores)
+        lines.append(f"  {name:<{wide}}{told}{lost[name]:>10.2f}")
+    close = [name for name in selection.rounds[-1].scores if name != selection.chosen and lost[name] < _CLOSE]
     doubt = f"; {', '.join(close)} might do as well, for {selection.masks} masks tell no better" if close else ""
     lines.append(f"taken: {selection.chosen}{doubt}")
-    if selection.steps < config.steps:
-        lines.append(f"runs that short often err; as long as this one (--select-steps {config.steps}) they seldom do")
+    if len(selection.rounds) > 1:
+        first = selection.rounds[0].steps
+        lines.append(
+            f"points of those that ended early are of step {first}, and they may have come to more: --select-steps "
+            f"{config.steps} lets all go on"
+        )
     return lines

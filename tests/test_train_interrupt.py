@@ -102,14 +102,14 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_with_the_same_bits(
 def test_a_signal_that_comes_with_the_last_step_of_a_trial_stops_what_comes_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = _config(tmp_path / "run", steps=1, select_with=2, select_steps=2)
+    config = _config(tmp_path / "run", steps=2, select_with=2, select_steps=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_folder, "save", _during(run_folder.save, 1, signal.SIGTERM))
         with pytest.raises(Interrupted, match=r"stopped after step 2 of 2, which is in .*trial_all_trusted.last\.pt"):
             fit(config)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert [path.name for path in config.out.glob("trial_*")] == ["trial_all_trusted"]
-    assert fit(replace(config, resume=True)).steps == 1
+    assert fit(replace(config, resume=True)).steps == 2
 
 
 def test_a_signal_to_all_processes_does_not_cost_the_step_its_workers(

@@ -69,14 +69,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     with open(out / "metrics.jsonl", "a") as file:
         file.write("".join(line for line in lines if json.loads(line)["step"] > 2) + '{"step": 5, "lo')
-    chosen = {"pen, <matrix>": 70.0, "all trusted": 65.5}
-    selection = {
-        "chosen": "pen, <matrix>",
-        "chosen_by": "4 masks",
-        "steps": 2,
-        "mean_iou": dict(reversed(chosen.items())),
-    }
-    selection["cost_if_wrong"] = {"pen, <matrix>": 0.0, "all trusted": 4.5}
+    rounds = [
+        {"steps": 2, "mean_iou": {"matrix": 60.0, "all trusted": 61.25, "pen, <matrix>": 62.0}},
+        {"steps": 4, "mean_iou": {"all trusted": 65.5, "pen, <matrix>": 70.0}},
+    ]
+    selection = {"chosen": "pen, <matrix>", "rounds": rounds}
     (out / "selection.json").write_text(json.dumps(selection))
     assert main(["report", str(out)]) == 0
     return out
@@ -102,7 +99,11 @@ def _assert_says_what_the_run_wrote(page: str, run: Path) -> None:
         assert confusion[name] == [f"{100 * count / sum(counts):.0f}" if sum(counts) else "-" for count in counts]
         assert believed[name] == [f"{100 * share:.0f}" for share in row["positive_cm"][name]]
     candidates = _cells(page, "selection")
-    assert list(candidates.items()) == [("pen, <matrix>", ["70.00", "0.00"]), ("all trusted", ["65.50", "4.50"])]
+    assert list(candidates.items()) == [
+        ("pen, <matrix>", ["62.00", "70.00", "0.00"]),
+        ("all trusted", ["61.25", "65.50", "4.50"]),
+        ("matrix", ["60.00", "-", "2.00"]),  # by what was known when it ended
+    ]
     assert f'id="mean_iou">{row["mean_iou"]:.2f}<' in page
     assert 'id="steps">4 of 4<' in page
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
+from coarse_train import run as run_folder
+from coarse_train import storage
 from coarse_train.commands.evaluate import EvaluateConfig, run_evaluate
 from coarse_train.config import DataConfig, DrawingsConfig, OptimConfig, load_toml
 from coarse_train.engine import fit
+from coarse_train.selection import read_selection
+from coarse_train.storage import write_whole
 from tests import data_trees
 from tests.runs import _assert_same_bits, _config, _rows, _state
 
@@ -21,11 +27,14 @@ def test_a_few_masks_choose_the_trusted_side_and_the_run_says_so(
     config = _config(tmp_path, select_with=4, select_steps=2)
     result = fit(config)
     assert result.checkpoint == tmp_path / "best.pt"
-    chosen = json.loads((tmp_path / "selection.json").read_text())["mean_iou"]
-    assert set(chosen) >= {"all trusted", "matrix on positive", "matrix on negative"}
+    first, last = json.loads((tmp_path / "selection.json").read_text())["rounds"]
+    chosen = last["mean_iou"]
+    assert (first["steps"], last["steps"]) == (2, config.steps)
+    assert set(first["mean_iou"]) >= {"all trusted", "matrix on positive", "matrix on negative"}
+    assert set(chosen) == set(sorted(first["mean_iou"], key=lambda name: -first["mean_iou"][name])[:3])
     printed = capsys.readouterr().err
-    assert "4 dense masks of the validation split choose what is learned from and how, on runs of 2 steps" in printed
-    assert all(f"  {name}" in printed for name in chosen)
+    assert "4 dense masks of the validation split choose what is learned from and how, and the checkpoint" in printed
+    assert all(f"  {name}" in printed for name in first["mean_iou"])
     assert f"taken: {max(chosen, key=lambda name: chosen[name])}" in printed
     scores = [row["mean_iou"] for row in _rows(tmp_path) if "mean_iou" in row]
     assert result.score == max(scores)
@@ -71,11 +80,80 @@ def test_a_choice_without_a_checkpoint_is_not_taken_up_with_other_settings(tmp_p
 def test_trials_of_a_run_that_was_given_up_choose_nothing(tmp_path: Path) -> None:
     config = _config(tmp_path, select_with=4, select_steps=2)
     fit(config)
-    first = (tmp_path / "trial_all_trusted" / "metrics.jsonl").read_text()
+    before = {path.read_text() for path in tmp_path.rglob("metrics.jsonl")}
     (tmp_path / "last.pt").unlink()
     (tmp_path / "best.pt").unlink()
     fit(replace(config, seed=5))
-    assert (tmp_path / "trial_all_trusted" / "metrics.jsonl").read_text() != first
+    after = {path.read_text() for path in tmp_path.rglob("metrics.jsonl")}
+    assert len(before) == len(after) == 5  # four candidates, one of them in two folds
+    assert not before & after
+
+
+def test_the_run_that_masks_chose_is_the_candidate_s_own_bit_for_bit(tmp_path: Path) -> None:
+    """It is not trained twice, and what was scored is what is delivered."""
+    config = _config(tmp_path / "run", select_with=4, select_steps=3)
+    result = fit(config)
+    taken = load_toml(tmp_path / "run" / "config.toml")
+    assert taken.select_steps == 3
+    alone = fit(replace(taken, out=tmp_path / "alone", select_steps=0))
+    assert (result.steps, result.score, result.loss) == (6, alone.score, alone.loss)
+    for name in ("last.pt", "best.pt"):
+        one, other = (run_folder.load(tmp_path / out / name) for out in ("run", "alone"))
+        one["config"]["out"] = other["config"]["out"]
+        one["config"]["select_steps"], one["config"]["resume"] = 0, False
+        _assert_same_bits(one, other)
+    assert _rows(tmp_path / "run") == _rows(tmp_path / "alone")
+    left = {path.name: run_folder.load(path / "last.pt")["step"] for path in (tmp_path / "run").glob("trial_matrix_*")}
+    assert set(left.values()) <= {3, 6}
+    chosen = read_selection(tmp_path / "run", 4)
+    assert chosen is not None
+    assert f"trial_{chosen.chosen.replace(' ', '_')}" not in left
+    assert len(chosen.rounds[1].scores) == 3 < len(chosen.rounds[0].scores)
+
+
+@pytest.fixture(scope="module")
+def chosen_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("chosen") / "run"
+    fit(_config(out, select_with=4, select_steps=3))
+    return out
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        ("trial_matrix_on_positive/last.pt", 1),  # at step 2 of 3
+        ("trial_fine-tuning_on_the_masks/fold_1/last.pt", 1),
+        ("selection.json", 1),  # after the first round
+        ("selection.json", 2),  # after the second
+        ("selection.json", 3),  # before the run is chosen
+        ("config.toml", 1),  # of the run, when all is moved but checkpoints
+        ("best.pt", 1),
+        ("last.pt", 1),
+    ],
+)
+def test_a_choice_that_was_killed_anywhere_goes_on_to_the_same_run(
+    moment: tuple[str, int], tmp_path: Path, chosen_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(tmp_path, select_with=4, select_steps=3)
+    written: list[str] = []
+
+    def write(path: Path, write_to: Callable[[BinaryIO], None]) -> None:
+        written.append(path.relative_to(tmp_path).as_posix())
+        if (written[-1], written.count(written[-1])) == moment:
+            raise KeyboardInterrupt
+        write_whole(path, write_to)
+
+    with monkeypatch.context() as patch:
+        for module in (run_folder, storage):
+            patch.setattr(module, "write_whole", write)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config)
+    assert fit(replace(config, resume=True)).steps == 6
+    _assert_same_bits(_state(tmp_path), _state(chosen_run))
+    _assert_same_bits(_state(tmp_path, "best.pt"), _state(chosen_run, "best.pt"))
+    assert _rows(tmp_path) == _rows(chosen_run)
+    assert read_selection(tmp_path, 4) == read_selection(chosen_run, 4)
+    assert {path.name for path in tmp_path.glob("trial_*")} == {path.name for path in chosen_run.glob("trial_*")}
 
 
 def test_masks_can_choose_no_matrix_where_there_is_one_kind_of_drawings(
@@ -85,7 +163,7 @@ def test_masks_can_choose_no_matrix_where_there_is_one_kind_of_drawings(
     root = data_trees.write_chasedb1_tree(tmp_path / "chase")
     data = DataConfig(dataset="chasedb1", root=root)
     fit(_config(tmp_path / "run", data=data, select_with=2, steps=2))
-    scores = json.loads((tmp_path / "run" / "selection.json").read_text())["mean_iou"]
+    scores = json.loads((tmp_path / "run" / "selection.json").read_text())["rounds"][0]["mean_iou"]
     assert {"all trusted", "matrix on positive", "fine-tuning on the masks"} <= set(scores)
     assert "matrix on negative" not in scores
     fit(_config(tmp_path / "alone", data=data, select_with=2, select_steps=0, steps=1))

@@ -25,6 +25,7 @@ from PIL import Image
 
 from ..config import FitConfig, load_toml
 from ..metrics import describe_collapse, largest_confusions
+from ..selection import read_selection
 from ..storage import look_at_file, printable, write_text
 
 _POINTS = 400  # of a curve: of longer ones the means of so many parts are drawn
@@ -87,7 +88,7 @@ def render(folder: Path) -> str:
         matrices=[(kind, matrices[f"{kind}_cm"]) for kind in ("positive", "negative") if f"{kind}_cm" in matrices],
         curves=list(_curves(rows)),
         pictures=_pictures(folder, config, scored),
-        selection=_selection(folder / "selection.json"),
+        selection=read_selection(folder, config.select_with),
     )
 
 
@@ -205,7 +206,3 @@ def _picture(path: Path) -> tuple[str, int]:
 
 def _address(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _selection(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -1,8 +1,8 @@
 """What ten masks can decide: `--select-with 10` against every candidate that it chooses among, over the noises of the map.
 
 Regret: the score of the best candidate, known only to who has all test masks, less the score of the run that ten validation
-masks chose, by trials of a fifth of a run (the default), of half a run, and as long as the run. Every candidate is trained in
-full, so that it is seen what a wrong choice would have cost.
+masks chose: after a fifth of the steps they keep the best three, and of those that go on to the end the best (the default);
+or all go on. Every candidate is trained alone, so that it is seen what a wrong choice would have cost.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .table import Row
 QUESTION = "Do ten dense masks choose the right way to learn, whatever is wrong with the drawings, and what does an error cost?"
 MASKS = 10
 CHOSEN = f"select-with {MASKS}"
-# row -> the length of a trial, as a share of the run
-CHOOSERS = {CHOSEN: None, f"{CHOSEN}, half runs": 0.5, f"{CHOSEN}, whole runs": 1.0}
+# row -> when the best are kept, as a share of the run
+CHOOSERS = {CHOSEN: None, f"{CHOSEN}, whole runs": 1.0}
 
 
 def parts(config: ExperimentConfig) -> list[Part]:
@@ -74,7 +74,7 @@ def conclude(results: Sequence[Result]) -> list[str]:
         best, worst = max(rows, key=result.mean), min(rows, key=result.mean)
         found = [_by_seed(regrets(result, chosen)) for chosen in CHOOSERS]
         sentences.append(
-            f"{result.title}: regret {found[0]}, with half runs {found[1]}, with whole runs {found[2]}; "
+            f"{result.title}: regret {found[0]}, with whole runs {found[1]}; "
             f"best {best} {result.mean(best):.1f}, worst {worst} {result.mean(worst):.1f}."
         )
     return sentences
@@ -91,7 +91,7 @@ def draw(results: Sequence[Result], figure: Figure) -> None:
     for row in results[0].rows:
         means = [result.mean(row) if row in result.rows else np.nan for result in results]
         if row in CHOOSERS:
-            look = dict(zip(CHOOSERS, ("k_", "r_", "b_"), strict=True))[row]
+            look = dict(zip(CHOOSERS, ("k_", "r_"), strict=True))[row]
             axis.plot(range(len(results)), means, look, markersize=28, markeredgewidth=2, label=row)
         else:
             axis.plot(range(len(results)), means, "o", label=row, alpha=0.8)
