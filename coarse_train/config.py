@@ -256,6 +256,8 @@ def load_toml(path: Path) -> FitConfig:
         return from_dict(tomllib.loads(read_text(Path(path))))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: expected a config file, got none") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{path}: expected a config file, got a folder") from error
     except (tomllib.TOMLDecodeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -266,7 +268,11 @@ def to_toml(config: FitConfig) -> str:
 
 
 def to_dict(config: FitConfig) -> dict[str, Any]:
-    """Dictionaries of plain values, paths as text: what a checkpoint keeps, and `from_dict` reads back."""
+    """Dictionaries of plain values, paths as text: what a checkpoint keeps, and `from_dict` reads back. Raises ValueError that
+    names a group of settings that is something else."""
+    for name, group in _GROUPS.items():
+        if not isinstance(getattr(config, name), group):
+            raise ValueError(f"{name}: expected {group.__name__}, got {getattr(config, name)!r}")
     return _CONVERTER.unstructure(config)
 
 
@@ -386,6 +392,8 @@ def _weights(value: Any, _: Any) -> Any:
     return tuple(_number(one, float) for one in value)
 
 
+_GROUPS = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig}
+_GROUPS |= {"positive": DrawingsConfig, "negative": DrawingsConfig}
 _CONVERTER = cattrs.Converter(forbid_extra_keys=True)
 _CONVERTER.register_structure_hook(float, _number)  # cattrs would turn "3" into 3.0 and "no" into True
 for _kind in (int, bool, str):

@@ -75,7 +75,8 @@ def fit(config: FitConfig, splits: Splits | None = None, *, until: int | None = 
         ValueError, FileNotFoundError: what is wrong with the config or the data, before the first step, for which all files
             are read once; where ``data.check`` is off, when a file is read. With ``select_with`` also masks without a labelled
             pixel, before the first trial or, without trials, at the first evaluation.
-        NonFiniteStep: the loss or its gradient is not finite, after the batch has been saved in the run folder.
+        NonFiniteStep: the loss or its gradient is not finite, after the batch has been saved in the run folder; or a parameter,
+            before it takes the place of a good one in a checkpoint.
         Interrupted: a KeyboardInterrupt, after SIGTERM or Ctrl-C, when the step is done and kept.
         coarse_train.run.CheckpointError: a checkpoint cannot be written, and the last good one is intact; or the one to go on
             from cannot be read.
@@ -174,6 +175,7 @@ def fit(config: FitConfig, splits: Splits | None = None, *, until: int | None = 
             # ---- score and keep
             improved = False
             if step % _evaluate_every(config) == 0 or step == end:
+                learner.check(step)
                 kept, scored = learner.networks.scored().eval(), None
                 if validation is not None:
                     scored = validation, score(kept.segmentation, validation, world=world, channels=channels)
@@ -186,6 +188,7 @@ def fit(config: FitConfig, splits: Splits | None = None, *, until: int | None = 
                     show_progress(log, config, step, kept, datasets[0], scored, world)
             stop, due = watch.look()
             if improved or due or stop or step % config.save_every == 0 or step == end:
+                learner.check(step)
                 scores = {"best_score": best_score, "last_score": last_score, "loss": loss}
                 content = {**lasting, "step": step, **scores, **learner.state()}
                 if world.is_main and improved:  # before last.pt, which says how good it is

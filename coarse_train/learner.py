@@ -22,8 +22,12 @@ _LEAST_SCALE = 2.0**-10  # of float16 losses: it begins at 65536, and such a gra
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+_ADVICE = "A lower --lr or --cm-lr, or --precision bf16 instead of fp16, may help"
+
+
 class NonFiniteStep(FloatingPointError):
-    """The loss or the gradient of a step is not finite; the message names the file with the batch."""
+    """The loss or the gradient of a step is not finite, where the message names the file with the batch, or a parameter after
+    it."""
 
 
 class Taken(NamedTuple):
@@ -91,6 +95,17 @@ class Learner:
         values = {"loss": loss, **shares, "lr": rate, "grad_norm": norm}
         return Taken(values, labelled=any(counts), left_out=not math.isfinite(norm))
 
+    def check(self, number: int) -> None:
+        """Before step ``number`` is scored or kept: raises `NonFiniteStep` where a finite gradient has driven a parameter out
+        of its range, which the next loss would show, if there were one. Every process has to call."""
+        own = [getattr(p, "to_local", lambda p=p: p)().detach() for p in self.networks.model.parameters()]
+        bad = torch.stack([p.numel() - p.isfinite().sum() for p in own]).sum()
+        found = int(self._world.sum(bad.double()))
+        if found:
+            raise NonFiniteStep(
+                f"{found} of the parameters are not finite after step {number}, which is neither scored nor kept. {_ADVICE}"
+            )
+
     def _keep_bad_step(self, number: int, loss: float, norm: float, passes: Sequence[Sample]) -> str:
         """Save what the step saw on this rank, and on the main one the parameters before it; returns the message."""
         path = self._config.out / f"nonfinite_step{number}_rank{self._world.rank}.pt"
@@ -102,9 +117,7 @@ class Learner:
             where = f"its batch is in {path}"
         except run.CheckpointError as error:
             where = str(error)
-        return (
-            f"{what} at step {number}; {where}. A lower --lr or --cm-lr, or --precision bf16 instead of fp16, may help"
-        )
+        return f"{what} at step {number}; {where}. {_ADVICE}"
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

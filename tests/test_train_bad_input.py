@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from coarse_train.cli import main
 from coarse_train.config import DataConfig, DrawingsConfig, ModelConfig, OptimConfig, load_toml
 from coarse_train.engine import NonFiniteStep, fit
 from coarse_train.inference import load_model
+from coarse_train.learner import Learner
 from tests import data_trees
-from tests.runs import _config
+from tests.runs import _config, _rows
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(tmp_path: Path) -> None:
@@ -40,6 +42,29 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(tmp_path: Path) ->
     assert set(saved["model"]) == set(run_folder.load(tmp_path / "last.pt")["model"])
     assert run_folder.load(tmp_path / "last.pt")["step"] == saved["step"] - 1
     assert all(x.isfinite().all() for x in run_folder.load(tmp_path / "last.pt")["model"].values())
+
+
+def test_a_last_step_that_overflows_is_neither_scored_nor_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No loss comes after it that would show it: such a network was scored, as all background."""
+    config = _config(tmp_path)
+    real = Learner.step
+
+    def step(self: Learner, number: int, *rest: Any) -> Any:
+        taken = real(self, number, *rest)
+        if number == config.steps:
+            next(self.networks.model.parameters()).data.view(-1)[:2] = torch.tensor([torch.inf, torch.nan])
+        return taken
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", step)
+        with pytest.raises(
+            NonFiniteStep,
+            match=r"^2 of the parameters are not finite after step 6, which is neither scored nor kept\. A lower",
+        ):
+            fit(config)
+    assert run_folder.load(tmp_path / "last.pt")["step"] == 4
+    assert [row["step"] for row in _rows(tmp_path) if "mean_iou" in row] == [3]
+    assert not math.isnan(fit(replace(config, resume=True)).score)
 
 
 def test_a_disk_that_is_full_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
@@ -99,6 +124,8 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: Callable[[bytes],
             {"negative": DrawingsConfig(weight=0.0), "transition": "learned"},
             "transition: expected none to be learned where",
         ),
+        ({"positive": None}, "^positive: expected DrawingsConfig, got None"),
+        ({"data": {"dataset": "mnist"}}, "^data: expected DataConfig, got {'dataset': 'mnist'}"),
         ({"select_steps": 3}, "select_steps: expected --select-with, which it belongs to, got 3 alone"),
         (
             {"data": DataConfig(dataset="mnist", supervision="mixed")},

@@ -13,6 +13,7 @@ import torch
 from coarse_train.commands.evaluate import EvaluateConfig, run_evaluate
 from coarse_train.config import FitConfig, ModelConfig, OptimConfig, to_toml
 from coarse_train.engine import fit
+from coarse_train.selection import read_selection
 from tests.runs import ENVIRONMENT, _config, _losses, _rows, _state
 
 
@@ -49,3 +50,15 @@ def test_the_score_of_two_processes_is_that_of_the_network_that_is_kept(tmp_path
     config = _config(tmp_path / "run", model=ModelConfig(widths=(4, 8), norm="batch"), steps=3, evaluate_every=3)
     _run_in_two_processes(config, tmp_path / "two.toml")
     assert run_evaluate(EvaluateConfig(config.out / "last.pt"))["mean_iou"] == _rows(config.out)[-1]["mean_iou"]
+
+
+@pytest.mark.slow
+def test_two_processes_choose_together_and_go_on_from_what_was_chosen(tmp_path: Path) -> None:
+    config = _config(tmp_path / "run", select_with=4, select_steps=2, steps=4)
+    _run_in_two_processes(config, tmp_path / "two.toml")
+    chosen = read_selection(config.out, 4)
+    assert chosen is not None
+    assert [one.steps for one in chosen.rounds] == [2, 4]
+    assert len(_losses(config.out)) == 4  # each step once
+    assert _state(config.out)["step"] == 4
+    assert _state(config.out, "best.pt")["best_score"] >= chosen.rounds[-1].scores[chosen.chosen]
