@@ -190,7 +190,7 @@ def cuda_extensions() -> list:
     home = cpp_extension.CUDA_HOME
     nvcc = Path(home or "", "bin", "nvcc")
     if CUDA_MODE == "0":
-        return []
+        return no_cuda("COARSE_CUDA=0")
     if torch.version.cuda is None:
         return no_cuda("this torch is built without CUDA")
     if home is None or not nvcc.exists():
@@ -210,7 +210,7 @@ def cuda_extensions() -> list:
             "coarse_kernels._cuda",
             sorted(str(path) for end in ("cpp", "cu") for path in Path("csrc/cuda").glob(f"*.{end}")),
             extra_compile_args={"cxx": [*CXX_FLAGS, *STABLE_ABI, "-DUSE_CUDA"], "nvcc": NVCC_FLAGS},
-            py_limited_api=True,
+            py_limited_api=LIMITED_API,
         )
     ]
 

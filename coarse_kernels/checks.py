@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import confusion, wrapped
-from .problem import Drawings, Problem
+from . import notices, wrapped
+from .problem import Drawings, Problem, compute_dtype
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -66,8 +66,9 @@ def check_problem(
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
     ignore_index = check_ignore_index(ignore_index)
+    dtype = compute_dtype(seg_logits, *(each.cm_logits for each in drawings if isinstance(each.cm_logits, Tensor)))
     checked = [
-        _check_drawings(seg_logits, each, ignore_index, reduction, name, layered, zero_diagonal)
+        _check_drawings(seg_logits, each, ignore_index, reduction, name, layered, zero_diagonal, dtype)
         for each, name, layered, zero_diagonal in zip(drawings, names, layers, complementary, strict=True)
     ]
     size = checked[0].labels.shape[2:]
@@ -99,6 +100,7 @@ def _check_drawings(
     name: Names,
     layers: bool,
     complementary: bool,
+    dtype: torch.dtype,
 ) -> Drawings:
     classes = seg_logits.shape[1]
     batch, rank = seg_logits.shape[0], seg_logits.dim() - 2
@@ -161,7 +163,7 @@ def _check_drawings(
         # numpy's float32 would make its reciprocal in float32
         normalizer=normalizer if normalizer is None or isinstance(normalizer, Tensor) else float(normalizer),
     )
-    _check_values(seg_logits, checked, ignore_index, name, complementary)
+    _check_values(seg_logits, checked, ignore_index, name, complementary, dtype)
     return checked
 
 
@@ -242,6 +244,9 @@ def per_kind(name: str, value: Any) -> tuple[Any, Any]:
 def _check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        got = "a nested one" if value.is_nested else f"one of layout {value.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {got}")
     if wrapped.is_distributed(value):
         raise TypeError(
             f"{name}: expected a plain tensor, got a DTensor; pass the part of this process ({name}.to_local()) or all of it "
@@ -327,9 +332,13 @@ def _check_normalizer(name: str, normalizer: Any, reduction: str) -> None:
     _check_number(name, normalizer)
     if normalizer <= 0:
         raise ValueError(f"{name}: expected a number > 0, got {normalizer}")
+    _check_reciprocal(name, normalizer)
+
+
+def _check_reciprocal(name: str, number: float) -> None:
     least = torch.finfo(torch.float32).tiny
-    if normalizer < least:
-        raise ValueError(f"{name}: expected a number >= {least}, whose reciprocal float32 holds, got {normalizer}")
+    if number < least:
+        raise ValueError(f"{name}: expected a number >= {least}, whose reciprocal float32 holds, got {number}")
 
 
 # --- checks that read values --------------------------------------------------------------------------------------------
@@ -345,18 +354,23 @@ def _may_read(tensor: Tensor | None) -> bool:
     return tensor.device.type == "cpu" or os.environ.get("COARSE_KERNELS_DEBUG") == "1"
 
 
-def _check_values(seg_logits: Tensor, drawings: Drawings, ignore_index: int, name: Names, complementary: bool) -> None:
+def _check_values(
+    seg_logits: Tensor, drawings: Drawings, ignore_index: int, name: Names, complementary: bool, dtype: torch.dtype
+) -> None:
     if torch.compiler.is_compiling():
         return
+    limits = torch.finfo(dtype)
     labels, normalizer = drawings.labels, drawings.normalizer
     if drawings.cm_logits is not None:
-        confusion.look_for_diagonal(name("cm_logits"), drawings.cm_logits)
+        notices.look_for_diagonal(name("cm_logits"), drawings.cm_logits)
     with wrapped.unseen(), torch.no_grad():
         if drawings.transition is not None and _may_read(drawings.transition):
             _check_probabilities(name("transition"), drawings.transition, complementary)
         # 0 is what a batch without labels has summed up: its mean is 0
-        if isinstance(normalizer, Tensor) and _may_read(normalizer) and not 0 <= normalizer.item() < math.inf:
-            raise ValueError(f"{name('normalizer')}: expected a finite number >= 0, got {normalizer.item()}")
+        if isinstance(normalizer, Tensor) and _may_read(normalizer) and (value := normalizer.item()) != 0:
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name('normalizer')}: expected a finite number >= 0, got {value}")
+            _check_reciprocal(name("normalizer"), value)
         if not _may_read(labels):
             return
         _check_label_range(name("labels"), labels, seg_logits.shape[1], ignore_index)
@@ -364,15 +378,15 @@ def _check_values(seg_logits: Tensor, drawings: Drawings, ignore_index: int, nam
         labelled: Tensor | None = None
         for part in ("class_weight", "pixel_weight"):
             weight = getattr(drawings, part)
-            if weight is None or not _may_read(weight) or not _may_be_bad(weight):
+            if weight is None or not _may_read(weight) or not _may_be_bad(weight, limits.max):
                 continue
             if labelled is None:
                 labelled = _labelled(labels, ignore_index)
             of_labels = weight[labels[labelled].long()] if part == "class_weight" else weight[labelled]
-            bad = of_labels[~((of_labels >= 0) & (of_labels < math.inf))]
+            bad = of_labels[~((of_labels >= 0) & (of_labels <= limits.max))]
             if bad.numel():
                 raise ValueError(
-                    f"{name(part)}: expected finite numbers >= 0 where there is a label, got {bad[0].item()}"
+                    f"{name(part)}: expected finite numbers >= 0 of {dtype} where there is a label, got {bad[0].item()}"
                 )
 
 
@@ -383,7 +397,7 @@ def _look_for_one_hot(name: str, labels: Tensor, seg_logits: Tensor) -> None:
         return
     first = labels[:1]  # an image tells
     if first.max().item() == 1 and bool((first.sum(1) == 1).all()):
-        confusion.warn(
+        notices.warn(
             f"{name}: expected class numbers, got as many layers as there are classes ({classes}), of 0 and 1 that sum to 1 at "
             "every pixel. If they are one-hot, labels.argmax(1) is what is meant."
         )
@@ -396,12 +410,12 @@ def _labelled(labels: Tensor, ignore_index: int) -> Tensor:
     return labels != ignore_index
 
 
-def _may_be_bad(weight: Tensor) -> bool:
-    """In one pass and without a temporary: whether any, labelled or not, is negative, infinite or NaN."""
+def _may_be_bad(weight: Tensor, most: float) -> bool:
+    """In one pass and without a temporary: whether any, labelled or not, is negative, above ``most`` or NaN."""
     if weight.numel() == 0:
         return False
-    least, most = weight.aminmax()
-    return not (least.item() >= 0 and most.item() < math.inf)
+    smallest, largest = weight.aminmax()
+    return not (smallest.item() >= 0 and largest.item() <= most)
 
 
 # Of a row's sum: 16 bits round each entry by up to 2^-9 of it.

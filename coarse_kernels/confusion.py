@@ -8,16 +8,14 @@ anywhere, and training ends, without an error, in classes that have changed plac
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
+from numbers import Integral
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import wrapped
+from .checks import check_classes
 
 DIAGONAL = 0.7  # 0.65 to 0.8 beat 0.9 and 0.99 on noisy MNIST digits
 _LEAST_LEFT = 1e-6  # for names that are no background's; 1 - 0.7 is above 0.3, by a rounding
@@ -40,7 +38,7 @@ def confusion_logits(num_classes: int, diagonal: float = DIAGONAL, missing: floa
     Raises:
         ValueError: naming the argument, what came and what was expected.
     """
-    check_diagonal(num_classes, diagonal)
+    num_classes = _check_diagonal(num_classes, diagonal)
     if missing is None:
         matrix = torch.full((num_classes, num_classes), (1 - diagonal) / (num_classes - 1))
         return matrix.fill_diagonal_(diagonal).log()
@@ -58,11 +56,12 @@ def confusion_logits(num_classes: int, diagonal: float = DIAGONAL, missing: floa
     return matrix.log()
 
 
-def check_diagonal(num_classes: int, diagonal: float) -> None:
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
-        raise ValueError(f"num_classes: expected an integer >= 2, got {num_classes!r}")
+def _check_diagonal(num_classes: int, diagonal: float) -> int:
+    """The number of classes, as an int."""
+    num_classes = check_classes(num_classes)
     if not 1 / num_classes <= diagonal < 1:
         raise ValueError(f"diagonal: expected a number from 1/{num_classes} to below 1, got {diagonal}")
+    return num_classes
 
 
 class ConfusionHead(nn.Module):
@@ -102,10 +101,10 @@ class ConfusionHead(nn.Module):
         spatial_dims: int = 2,
     ):
         super().__init__()
-        check_diagonal(num_classes, diagonal)
+        num_classes = _check_diagonal(num_classes, diagonal)
         for name, number in (("channels", channels), ("stride", stride)):
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-                raise ValueError(f"{name}: expected an integer >= 1, got {number!r}")
+            if number is not None and (isinstance(number, bool) or not isinstance(number, Integral) or number < 1):
+                raise ValueError(f"{name}: expected an int >= 1, got {number!r}")
         if spatial_dims not in (1, 2, 3):
             raise ValueError(f"spatial_dims: expected 1, 2 or 3, got {spatial_dims!r}")
         if channels is None and stride != 1:
@@ -147,68 +146,3 @@ class ConfusionHead(nn.Module):
             f"num_classes={self.num_classes}, channels={self.channels}, stride={self.stride}, "
             f"diagonal={self.diagonal:g}, missing={self.missing}"
         )
-
-
-# --- a start without a diagonal -----------------------------------------------------------------------------------------
-
-_PLACES = 64  # of one image that are looked at
-_looked_at: set[str] = set()  # names
-_pending: list[tuple[str, Tensor, torch.cuda.Event]] = []  # what a device has yet to say
-
-
-def look_for_diagonal(name: str, cm_logits: Tensor) -> None:
-    """Warn, once a process for each name, where training starts from matrices whose columns mostly have their largest entry
-    off the diagonal. ``cm_logits``: (B or 1, C, C, *G).
-
-    On a GPU nobody waits: what the first call finds is said in a later one.
-    """
-    if _pending:
-        _hear()
-    if name in _looked_at or not cm_logits.requires_grad or not torch.is_grad_enabled() or cm_logits.numel() == 0:
-        return
-    if torch.compiler.is_compiling() or not wrapped.readable(cm_logits):
-        return
-    on_gpu = cm_logits.is_cuda
-    if cm_logits.device.type not in ("cpu", "cuda") or (on_gpu and torch.cuda.is_current_stream_capturing()):
-        return
-    _looked_at.add(name)
-    with wrapped.unseen(), torch.no_grad():
-        places = cm_logits[0].flatten(2)  # (C, C, places)
-        places = places[..., :: max(1, places.shape[2] // _PLACES)]
-        own = torch.arange(places.shape[1], device=places.device)
-        share = (places.float().argmax(0) == own[:, None]).float().mean()
-        if not on_gpu:
-            _say(name, share.item())
-            return
-        found = torch.empty((), pin_memory=True)
-        found.copy_(share, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        _pending.append((name, found, event))
-
-
-def _hear() -> None:
-    for entry in list(_pending):
-        name, found, event = entry
-        if event.query():
-            _pending.remove(entry)
-            _say(name, found.item())
-
-
-def _say(name: str, share: float) -> None:
-    if share > 0.5:
-        return
-    warn(
-        f"{name}: only {100 * share:.0f} % of the columns have their largest entry on the diagonal. Where training starts so, "
-        "classes end up permuted, without an error. Start at coarse_kernels.confusion_logits(num_classes), as "
-        "coarse_kernels.ConfusionHead does."
-    )
-
-
-def warn(message: str) -> None:
-    """With the line of who called the library, whatever of it and of torch lies between."""
-    inside = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) + os.sep)
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)

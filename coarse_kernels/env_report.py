@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -44,18 +45,26 @@ def report() -> str:
         lines.append(f"built by             {build['compiler']} for {build['architecture']}")
     devices = ["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
     for device in devices:
-        lines += ["", f"{device}: {backends.available_backends(device)[0]!r} is chosen"]
+        lines += ["", f"{device}: {backends.available_backends(device)[0]!r} is tried first, unless one is named"]
         for name, reason in backends.explain(device).items():
             lines.append(f"  {name:<10} {'can run' if reason is None else 'cannot: ' + reason}")
     seg, cm = torch.zeros(1, 19, 64, 128), torch.zeros(1, 19, 19, 32, 64)
     labels = torch.zeros(1, 256, 512, dtype=torch.uint8)
     drawings = [Drawings(labels, cm), Drawings(labels)]
     lines += ["", "19 classes, 256x512: class logits at stride 4, a field at stride 8 and a trusted kind on the CPU:"]
-    lines += [f"  {line}" for line in explain(seg, drawings).splitlines()]
-    lines += ["", f"schedule: {schedule.current()}"]
+    lines += [f"  {line}" for line in _told(lambda: explain(seg, drawings)).splitlines()]
+    lines += ["", f"schedule: {_told(schedule.current)}"]
     lines += [f"pool of large CPU results: {pool.pool_bytes()} of at most {pool.pool_limit()} bytes wait"]
     lines += [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
     return "\n".join(lines)
+
+
+def _told(by: Callable[[], str]) -> str:
+    """Or why not: what is wrong with an environment is what a report is for."""
+    try:
+        return by()
+    except (RuntimeError, ValueError) as error:
+        return f"error: {error}"
 
 
 def _version(package: str) -> str:

@@ -225,7 +225,7 @@ def coarse_label_loss(
     pixel_weights = checks.per_kind("pixel_weight", pixel_weight)
     normalizers = checks.per_kind("normalizer", normalizer)
     if negative_labels is not None and transition is None:
-        dtype = compute_dtype(seg_logits.dtype)
+        dtype = compute_dtype(seg_logits)
         transition = uniform_transition(checks.num_classes(seg_logits), device=seg_logits.device, dtype=dtype)
     options: dict[str, Any] = {"trace_weight": trace_weight, "class_weight": class_weight}
     kinds: dict[str, Drawings] = {}
@@ -293,7 +293,8 @@ def annotation_posterior(
     Raises:
         ValueError, TypeError, RuntimeError: as `annotation_nll`.
     """
-    if not isinstance(cm_logits, (Drawings, Sequence)) or isinstance(cm_logits, str):
+    alone = cm_logits is None or isinstance(cm_logits, Tensor) or labels is not None
+    if (alone and not isinstance(cm_logits, (Drawings, Sequence))) or isinstance(cm_logits, str):
         drawings: Sequence[Drawings] = [Drawings(labels, cm_logits, transition)]  # type: ignore[arg-type]
         problem = checks.check_problem(seg_logits, drawings, ignore_index=ignore_index, names=[str], layers=[False])
     else:
@@ -301,7 +302,7 @@ def annotation_posterior(
             raise TypeError(
                 "labels, transition: are parts of the drawings where a sequence of them is given, expected None"
             )
-        problem = checks.check_problem(seg_logits, cm_logits, ignore_index=ignore_index)
+        problem = checks.check_problem(seg_logits, cm_logits, ignore_index=ignore_index)  # type: ignore[arg-type]
     with torch.no_grad():
         return backends.select(problem, backend).posterior(problem)
 
@@ -342,9 +343,11 @@ def explain(
         Lines of text: the backend, the kernel of each kind of drawings, and for every other backend why it cannot serve them.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as `annotation_nll`.
+        ValueError, TypeError, RuntimeError: as `annotation_nll`; also for tensors without values (fake, traced, transformed).
     """
     problem = checks.check_problem(seg_logits, drawings, ignore_index=ignore_index)
+    if not wrapped.readable(problem.seg_logits):
+        raise TypeError("seg_logits: expected a tensor with values, got one of a trace or a transform")
     chosen = backends.select(problem, backend)
     lines = [f"backend {chosen.name}"]
     lines += [f"  drawings[{k}]: {kernel}" for k, kernel in enumerate(chosen.kernels(problem))]
@@ -385,7 +388,11 @@ def _scale(problem: Problem, drawings: Drawings, count: Tensor) -> Tensor | None
     elif not isinstance(normalizer, Tensor):
         return torch.full_like(count, 1.0 / normalizer)
     else:
-        normalizer = normalizer.detach().to(count)  # a 0-d CPU tensor is welcome, but kernels read it on the device
+        if normalizer.device != count.device and wrapped.readable(normalizer):
+            # a 0-d CPU tensor is welcome; copied as it is, the host would wait for the device
+            value = normalizer.item()
+            return torch.full_like(count, 0.0 if value == 0 else 1.0 / value)
+        normalizer = normalizer.detach().to(count)
     if normalizer.device.type == "cpu" and wrapped.readable(normalizer):  # fewer steps, where the value is at hand
         return torch.zeros_like(normalizer) if normalizer.item() == 0 else normalizer.reciprocal()
     return torch.where(normalizer == 0, 0.0, 1.0 / torch.where(normalizer == 0, 1.0, normalizer))

@@ -198,7 +198,7 @@ class TransitionMatrix(nn.Module):
     def __init__(self, matrix: Tensor, *, learned: bool = False):
         super().__init__()
         checks.check_transition("matrix", matrix)
-        matrix = wrapped.plain(matrix).detach().to(compute_dtype(matrix.dtype))
+        matrix = wrapped.plain(matrix).detach().to(compute_dtype(matrix))
         self.is_learned = learned
         if learned:
             # a zero off the diagonal could never grow back from -inf

@@ -1,6 +1,7 @@
 """The compiled modules, if they were built: `_C` and `_cuda` (operators, LibTorch stable ABI), `_native` (pybind11, no torch).
 
-Nothing here raises on import: the reason why a module is missing is kept for `env_report` and for error messages.
+Nothing here raises on import but an instruction set that does not exist (COARSE_KERNELS_ISA): the reason why a module is
+missing is kept for `env_report` and for error messages.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -32,6 +34,12 @@ def _reason(name: str, error: str) -> str:
     except (OSError, ValueError, LookupError):  # COARSE_KERNELS_BUILD=0, Windows, or a copy of the sources
         return f"nothing was compiled: {error}"
 
+
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")  # dispatch.cpp takes another name for the first
+if (os.environ.get("COARSE_KERNELS_ISA") or "baseline") not in INSTRUCTION_SETS:
+    raise ValueError(
+        f"COARSE_KERNELS_ISA: expected one of {INSTRUCTION_SETS}, got {os.environ['COARSE_KERNELS_ISA']!r}"
+    )
 
 # torch is imported above: the operators link against its libraries.
 OPERATORS, OPERATORS_ERROR = _load("_C")

@@ -69,10 +69,8 @@ class Problem:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """dtype of the mathematics and of the loss: float64 if any logits are, else float32."""
-        fields = [d.cm_logits for d in self.drawings if d.cm_logits is not None]
-        wide = any(f.dtype == torch.float64 for f in (self.seg_logits, *fields))
-        return torch.float64 if wide else torch.float32
+        """dtype of the mathematics and of the loss."""
+        return compute_dtype(self.seg_logits, *(d.cm_logits for d in self.drawings if d.cm_logits is not None))
 
     def labelled(self, drawings: Drawings) -> Tensor:
         """(B, K, *S) bool: where there is a label. One out of range, where nobody looked (CUDA, compiled), is none."""
@@ -84,5 +82,6 @@ class Problem:
         return labelled & (labels != self.ignore_index) if 0 <= self.ignore_index <= 255 else labelled
 
 
-def compute_dtype(storage: torch.dtype) -> torch.dtype:
-    return torch.float64 if storage == torch.float64 else torch.float32
+def compute_dtype(*logits: Tensor) -> torch.dtype:
+    """float64 if any logits are, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in logits) else torch.float32

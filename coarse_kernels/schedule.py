@@ -3,7 +3,8 @@
 one_pass: in forward, in the pass that computes the loss. Logits are read once and the gradient written once; the gradient
     is held until backward instead of the logits (of several kinds of drawings beside them while somebody keeps the losses of
     the parts, which are differentiated from the logits: detach them, or keep the total alone). If backward then arrives with
-    a factor other than 1 (a scaled loss) or under retain_graph, the saved gradient is copied, never changed in place.
+    a factor other than 1 (a scaled loss) or under retain_graph, the saved gradient is copied; on a GPU, where the graph is
+    not kept, scaled in place, for nobody can ask for it again.
 recompute: in backward, from the logits. They are read twice, and nothing but the logits is held.
 
 ``reduction="none"``, torch.compile and gradients in float16 always recompute. In float16 the gradient of a mean over many

@@ -35,8 +35,12 @@ py::dict cpu_info() {
   supported.append("baseline");
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) supported.append("avx2");
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) supported.append("avx512");
+  // as cpu/dispatch.cpp asks
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2) supported.append("avx2");
+  if (avx512) supported.append("avx512");
 #endif
   info["supported"] = supported;
   return info;

@@ -73,6 +73,10 @@ CASES: list[tuple[str, Any, type[Exception], list[str]]] = [
     ("labels", None, TypeError, ["torch.Tensor", "NoneType"]),
     ("labels", torch.zeros(B, H, W), TypeError, ["integer", "torch.float32"]),
     ("labels", torch.zeros(B, H, W, dtype=torch.bool), TypeError, ["integer", "torch.bool"]),
+    ("seg_logits", torch.zeros(B, C, H, W).to_sparse(), TypeError, ["dense", "torch.sparse_coo"]),
+    ("cm_logits", torch.zeros(B, C, C, H, W).to_sparse(), TypeError, ["dense", "torch.sparse_coo"]),
+    ("labels", torch.zeros(B, H, W, dtype=torch.uint8).to_sparse(), TypeError, ["dense", "torch.sparse_coo"]),
+    ("transition", ck.uniform_transition(C).to_sparse(), TypeError, ["dense", "torch.sparse_coo"]),
     # label values
     ("labels", torch.full((B, H, W), C, dtype=torch.uint8), ValueError, ["[0, 3)", "255", "got 3"]),
     ("labels", torch.full((B, H, W), 254, dtype=torch.uint8), ValueError, ["[0, 3)", "got 254"]),
@@ -111,6 +115,14 @@ CASES: list[tuple[str, Any, type[Exception], list[str]]] = [
     ("pixel_weight", torch.full((B, H, W), -2.0), ValueError, [">= 0", "got -2.0"]),
     ("pixel_weight", torch.full((B, H, W), NAN), ValueError, ["finite", "got nan"]),
     ("pixel_weight", torch.full((B, H, W), INF).as_subclass(Mask), ValueError, ["finite", "got inf"]),
+    # they are float32 where the logits are: 1e200 would be inf there
+    (
+        "pixel_weight",
+        torch.full((B, H, W), 1e200, dtype=torch.float64),
+        ValueError,
+        ["finite", "float32", "got 1e+200"],
+    ),
+    ("class_weight", torch.full((C,), 1e39, dtype=torch.float64), ValueError, ["finite", "float32", "got 1e+39"]),
     # settings
     ("reduction", "avg", ValueError, ["mean", "sum", "none", "'avg'"]),
     ("reduction", None, ValueError, ["mean", "None"]),
@@ -127,6 +139,8 @@ CASES: list[tuple[str, Any, type[Exception], list[str]]] = [
     ("normalizer", torch.tensor(NAN), ValueError, ["finite", "nan"]),
     ("normalizer", torch.tensor(INF), ValueError, ["finite", "inf"]),
     ("normalizer", torch.tensor(-2.0).as_subclass(Mask), ValueError, [">= 0", "-2.0"]),
+    ("normalizer", torch.tensor(1e-40, dtype=torch.float64), ValueError, ["reciprocal float32 holds", "1e-40"]),
+    ("normalizer", 1e-40, ValueError, ["reciprocal float32 holds", "1e-40"]),
     ("normalizer", torch.tensor(True), TypeError, ["floats or ints", "torch.bool"]),
     ("normalizer", torch.ones((), requires_grad=True), ValueError, ["constant", "requires grad", "detach"]),
     ("trace_weight", "0.1", TypeError, ["number", "'0.1'"]),
@@ -153,6 +167,14 @@ def case_id(case: tuple[str, Any, type[Exception], list[str]]) -> str:
     if isinstance(given, torch.Tensor):
         return f"{case[0]}-{given.dtype}{list(given.shape)}-{given.device}-{case[3][-1]}".replace("torch.", "")
     return f"{case[0]}-{given!r}"
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors(layout: torch.layout) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(C, H, W)] * B, layout=layout)
+    arguments = {**good(), "seg_logits": nested}
+    assert is_told(TypeError, ["seg_logits", "dense", "nested"], lambda: ck.annotation_nll(**arguments))
 
 
 def test_annotation_nll_has_one_layer() -> None:
@@ -281,8 +303,9 @@ def test_drawings(case: tuple[str, Any, type[Exception], list[str]]) -> None:
         ([], ["at least one"]),
         (ck.Drawings(torch.zeros(B, H, W).long()), ["sequence", "Drawings"]),
         ([torch.zeros(B, H, W).long()], ["drawings[0]", "Drawings", "Tensor"]),
+        (iter([ck.Drawings(torch.zeros(B, H, W).long())]), ["sequence", "list_iterator"]),
     ],
-    ids=["None", "none", "not a sequence", "labels"],
+    ids=["None", "none", "not a sequence", "labels", "an iterator"],
 )
 def test_what_is_no_sequence_of_drawings(drawings: Any, parts: list[str]) -> None:
     seg = good()["seg_logits"]

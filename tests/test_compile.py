@@ -105,7 +105,7 @@ CHECKED = [
 
 
 def test_the_operators_have_the_schemas_that_every_namespace_shares() -> None:
-    """Python defines those of Triton, csrc/schema.h those of the compiled operators."""
+    """Of Triton, and of the compiled modules."""
     for text in (*operator.SCHEMAS, operator.SCALE):
         name = text[: text.index("(")]
         compiled = getattr(torch.ops.coarse_kernels, name).default._schema

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import coarse_kernels as ck
-from coarse_kernels import ConfusionHead, Drawings, confusion, confusion_logits
+from coarse_kernels import ConfusionHead, Drawings, confusion_logits, notices
 
 
 @pytest.fixture(autouse=True)
 def nothing_seen() -> Iterator[None]:
-    before = set(confusion._looked_at)
-    confusion._looked_at.clear()
+    before = set(notices._looked_at)
+    notices._looked_at.clear()
     yield
-    confusion._looked_at.clear()
-    confusion._looked_at.update(before)
+    notices._looked_at.clear()
+    notices._looked_at.update(before)
 
 
 @pytest.mark.parametrize(("size", "stride", "grid"), [((9, 14), 1, (9, 14)), ((9, 14), 4, (3, 4)), ((7,), 2, (4,))])
@@ -56,13 +59,13 @@ def test_missing_makes_the_background_another_matter() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"num_classes": 1}, "num_classes: expected an integer >= 2, got 1"),
-        ({"num_classes": True}, "num_classes: expected an integer >= 2"),
-        ({"num_classes": 5.0}, "num_classes: expected an integer >= 2, got 5.0"),
+        ({"num_classes": 1}, "num_classes: expected an int >= 2, got 1"),
+        ({"num_classes": True}, "num_classes: expected an int >= 2"),
+        ({"num_classes": 5.0}, "num_classes: expected an int >= 2, got 5.0"),
         ({"num_classes": 4, "diagonal": 0.2}, "diagonal: expected a number from 1/4"),
         ({"num_classes": 4, "diagonal": 1.0}, "diagonal: expected a number from 1/4"),
-        ({"num_classes": 4, "channels": 0}, "channels: expected an integer >= 1, got 0"),
-        ({"num_classes": 4, "channels": 3, "stride": 0}, "stride: expected an integer >= 1, got 0"),
+        ({"num_classes": 4, "channels": 0}, "channels: expected an int >= 1, got 0"),
+        ({"num_classes": 4, "channels": 3, "stride": 0}, "stride: expected an int >= 1, got 0"),
         ({"num_classes": 4, "stride": 2}, "stride: expected 1 where there are no features"),
         ({"num_classes": 4, "spatial_dims": 4}, "spatial_dims: expected 1, 2 or 3, got 4"),
         ({"num_classes": 4, "missing": 0.4}, "missing: expected None, or a number"),
@@ -73,6 +76,11 @@ def test_missing_makes_the_background_another_matter() -> None:
 def test_bad_arguments_are_named(options: dict[str, object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         ConfusionHead(**options)  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    head = ConfusionHead(np.int64(5), channels=np.int64(3), stride=np.int64(2))  # type: ignore[arg-type]
+    assert head(torch.zeros(1, 3, 8, 8)).shape == (1, 5, 5, 4, 4)
 
 
 def test_features_that_do_not_fit_are_named() -> None:
@@ -110,13 +118,50 @@ def test_no_warning_where_there_is_nothing_to_warn_of() -> None:
         warnings.simplefilter("always")
         for good in (ConfusionHead(4, channels=3, stride=2)(torch.randn(2, 3, 8, 8)), minority.view(1, 4, 4, 1, 1)):
             loss_with(good if good.requires_grad else good.requires_grad_())
-            assert confusion._looked_at  # it was looked at, and found good
-            confusion._looked_at.clear()
+            assert notices._looked_at  # it was looked at, and found good
+            notices._looked_at.clear()
         loss_with(bad)  # not trained
         with torch.no_grad():
             loss_with(bad.requires_grad_())
-        assert not confusion._looked_at
+        assert not notices._looked_at
     assert not said
+
+
+class Event:
+    """Of a device that has been heard of."""
+
+    def __init__(self, wait: float = 0.0) -> None:
+        self.wait, self.asked = wait, 0
+
+    def query(self) -> bool:
+        self.asked += 1
+        time.sleep(self.wait)
+        return True
+
+
+def test_no_event_is_asked_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would end the capture with an error: what the first call found is said after it."""
+    event = Event()
+    monkeypatch.setitem(notices._pending, "cm_logits", (torch.tensor(0.2), event))  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    loss_with(confusion_logits(4).view(1, 4, 4, 1, 1))
+    assert event.asked == 0
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with pytest.warns(UserWarning, match="cm_logits: only 20 % of the columns"):
+        loss_with(confusion_logits(4).view(1, 4, 4, 1, 1))
+    assert not notices._pending
+
+
+def test_two_threads_that_hear_of_it_at_once_say_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.nn.DataParallel has several; one of them found nothing to remove."""
+    event, said = Event(0.2), []
+    monkeypatch.setitem(notices._pending, "cm_logits", (torch.tensor(0.2), event))  # type: ignore[arg-type]
+    monkeypatch.setattr(notices, "_say", lambda *what: said.append(what))
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(notices._hear) for _ in range(2)]:
+            done.result()
+    assert event.asked == 2
+    assert len(said) == 1
 
 
 def test_a_start_without_a_diagonal_is_what_permutes_classes() -> None:

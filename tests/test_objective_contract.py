@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import coarse_kernels as ck
 from coarse_kernels import Drawings
@@ -280,6 +281,11 @@ def test_explain_says_who_computes_what_and_why_not_others() -> None:
         assert "strided" in text
         assert "trusted" in text
     assert "plain PyTorch" in ck.explain(seg, [Drawings(labels)], backend="reference")
+    with (
+        FakeTensorMode() as fake,
+        pytest.raises(TypeError, match="seg_logits: expected a tensor with values, got one of a"),
+    ):
+        ck.explain(fake.from_tensor(seg), [Drawings(fake.from_tensor(labels))])
     assert "no pixel" in ck.explain(seg[:0], [Drawings(labels[:0])]) or "cpu" not in ck.available_backends()
 
 

@@ -704,6 +704,32 @@ def test_the_total_and_its_parts_in_one_backward_or_in_several(backend: str, sch
         assert gradient_error(ours, truth) < GRADIENT_APART
 
 
+@pytest.mark.every
+@SCHEDULE
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("of", [0, 1])
+def test_a_part_alone_leaves_the_other_kind_without_a_gradient(
+    backend: str, schedule: str, reduction: str, of: int
+) -> None:
+    """Not zero: an optimizer moves what has one, by weight decay and by momentum."""
+    problem = make_problem(3, (4, 5), (2, 3), stream="random")
+    seg = leaf(problem.seg)
+    fields = [leaf(problem.cm) for _ in (0, 1)]
+    transitions = [leaf(problem.transition) for _ in (0, 1)]
+    assert seg is not None
+    with ck.use_schedule(schedule):
+        kinds = [ck.Drawings(problem.labels, *own) for own in zip(fields, transitions, strict=True)]
+        out = ck.annotation_objective(seg, kinds, reduction=reduction, backend=backend)
+    out.parts[of].loss.sum().backward()
+    for own in (fields, transitions):
+        assert own[1 - of].grad is None  # type: ignore[union-attr]
+        assert own[of].grad.abs().sum() > 0  # type: ignore[union-attr]
+    assert seg.grad is not None
+    alone = leaf(problem.seg)
+    ck.annotation_nll(alone, problem.cm, problem.labels, problem.transition, reduction=reduction).loss.sum().backward()  # type: ignore[arg-type]
+    assert gradient_error(seg.grad, alone.grad) < GRADIENT_APART  # type: ignore[union-attr, arg-type]
+
+
 # --- the operator itself ----------------------------------------------------------------------------------------------
 
 

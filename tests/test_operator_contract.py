@@ -251,6 +251,25 @@ def test_per_pixel_grad_output(
 @COMPILED
 @SCHEDULE
 @GRID
+@pytest.mark.parametrize("stream", ["positive", "random"])
+@pytest.mark.parametrize("cm_batch", [1, 2])
+def test_grad_outputs_that_cancel_one_another(
+    backend: str, schedule: str, size: tuple[int, int], grid: tuple[int, int] | None, stream: str, cm_batch: int
+) -> None:
+    """The loss of one region less that of another: weights that add up to 0 left a matrix of the image without a gradient."""
+    problem = make_problem(3, size, grid, stream=stream, cm_batch=cm_batch, reduction="none", trace_weight=0.1)
+    grad_output = torch.zeros(2, *size)
+    for image, labels in zip(grad_output, problem.labels, strict=True):
+        places = (labels.flatten() != 255).nonzero().flatten().cpu()
+        half = len(places) // 2
+        image.view(-1)[places[:half]], image.view(-1)[places[half : 2 * half]] = 1.0, -1.0
+        assert half > 20
+    check(problem, backend, schedule, grad_output)
+
+
+@COMPILED
+@SCHEDULE
+@GRID
 def test_expanded_grad_output(backend: str, schedule: str, size: tuple[int, int], grid: tuple[int, int] | None) -> None:
     """quack PR#126: the gradient of a sum arrives with stride 0; a slice's with holes; a permuted map's permuted."""
     problem = make_problem(3, size, grid, reduction="none")
@@ -603,6 +622,21 @@ def test_more_classes_than_the_label_type_can_name(backend: str, label_dtype: to
 
 
 @EVERY
+def test_trusted_kinds_have_any_number_of_classes(backend: str) -> None:
+    """Triton refused what its kernels can."""
+    seg = leaf(torch.randn(1, 300, 3, 4, generator=generator(0)).to(device()))
+    labels = torch.randint(0, 300, (1, 3, 4), generator=generator(1)).to(device())
+    assert seg is not None
+    loss = ck.annotation_objective(seg, [ck.Drawings(labels)], ignore_index=-1, backend=backend).loss
+    loss.backward()
+    expected = leaf(seg.double())
+    truth = torch.nn.functional.cross_entropy(expected, labels)  # type: ignore[arg-type]
+    truth.backward()
+    assert loss_error(loss, truth) < LOSS_APART
+    assert gradient_error(seg.grad, expected.grad) < GRADIENT_APART  # type: ignore[union-attr, arg-type]
+
+
+@EVERY
 @SCHEDULE
 @pytest.mark.parametrize("cm_batch", [0, 1])
 @pytest.mark.parametrize("grid", [None, (2, 3), (1, 1)], ids=["pixel", "strided", "one-point"])
@@ -635,6 +669,9 @@ def test_a_normalizer_on_the_cpu_follows_the_logits() -> None:
     scale = functional._scale(problem, drawings, torch.empty((), device="meta"))  # type: ignore[arg-type]
     assert scale is not None
     assert scale.device.type == "meta"
+    on_host = functional._scale(problem, drawings, torch.empty(()))  # type: ignore[arg-type]
+    assert on_host is not None
+    assert on_host.item() == 0.5
 
 
 # --- determinism, autocast, threads -----------------------------------------------------------------------------------

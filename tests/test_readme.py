@@ -18,6 +18,7 @@ import coarse_train.data
 import coarse_train.model
 import coarse_train.simulate
 from benchmarks import tables
+from coarse_kernels import env_report
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -201,7 +202,7 @@ def test_the_tables_are_those_of_the_committed_results() -> None:
 def test_env_report_says_which_backend_the_cpu_gets_and_why() -> None:
     run = [sys.executable, "-m", "coarse_kernels.env_report"]
     done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert re.search(r"cpu: '(cpu|reference)' is chosen", done.stdout)
+    assert re.search(r"cpu: '(cpu|reference)' is tried first, unless one is named", done.stdout)
     hidden = (
         "import runpy, sys; sys.modules['coarse_kernels._C'] = None; "
         "runpy.run_module('coarse_kernels.env_report', run_name='__main__')"
@@ -210,5 +211,39 @@ def test_env_report_says_which_backend_the_cpu_gets_and_why() -> None:
     done = subprocess.run(
         [sys.executable, "-c", hidden], capture_output=True, text=True, check=True, cwd=ROOT, env=environment
     )
-    assert "cpu: 'reference' is chosen" in done.stdout
+    assert "cpu: 'reference' is tried first" in done.stdout
     assert "cannot: the compiled extension is missing" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("BACKEND", "reference", "  backend reference"),
+        ("BACKEND", "triton", "  error: backend 'triton' cannot run: "),
+        ("BACKEND", "nope", "  error: backend: expected one of ("),
+        ("SCHEDULE", "nope", "schedule: error: schedule: expected one of ("),
+    ],
+)
+def test_env_report_says_what_is_wrong_with_the_environment(
+    variable: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended in a traceback where it was needed most."""
+    monkeypatch.setenv(f"COARSE_KERNELS_{variable}", value)
+    lines = env_report.report().splitlines()
+    assert any(line.startswith(said) for line in lines)
+    assert lines[-1] == f"COARSE_KERNELS_{variable}={value}"
+
+
+def test_an_instruction_set_that_does_not_exist_is_refused_by_name() -> None:
+    """The slowest kernels were taken instead, in silence."""
+    environment = {**os.environ, "COARSE_KERNELS_ISA": "avx-512"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import coarse_kernels"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=environment,
+    )
+    assert done.returncode != 0
+    assert "COARSE_KERNELS_ISA: expected one of ('baseline', 'avx2', 'avx512'), got 'avx-512'" in done.stderr

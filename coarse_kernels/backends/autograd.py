@@ -143,10 +143,16 @@ def _save(ctx: Any, call: Arguments, out: Outputs, of: _Of, anchor: Tensor | Non
     ctx.save_for_backward(*saved)
 
 
+def _kind(bit: int) -> tuple[int, bool]:
+    """Which kind's, and whether it is its transition's and not its field's."""
+    kind, transition = divmod(bit.bit_length() - 2, 2)
+    return kind, bool(transition)
+
+
 def _of(bit: int, out: Outputs) -> Tensor:
     if bit == SEG:
         return out.grad_seg
-    kind, transition = divmod(bit.bit_length() - 2, 2)
+    kind, transition = _kind(bit)
     return (out.grad_transition if transition else out.grad_cm)[kind]
 
 
@@ -156,6 +162,8 @@ def _gradients(
     """Those that are ``asked`` for, of grad_loss * loss + sum grad_losses * losses."""
     state: _State = ctx.state
     incoming = (grad_loss, *grad_losses)
+    if grad_loss is None:  # a kind whose part is not asked of has no gradient; a zero would set optimizers going
+        asked = [bit for bit in asked if bit == SEG or grad_losses[_kind(bit)[0]] is not None]
     if not asked or all(grad is None for grad in incoming):
         return {}
     if wrapped.has_tangent(incoming):
@@ -201,13 +209,13 @@ def _handed_out(operators: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, ke
         # The value is not known here without waiting for the device. A kernel looks, and mostly finds 1.
         saved = tuple(grad.clone() for grad in saved) if kept else saved
         for grad in saved:
-            operators.scale_(grad, grad_loss.detach().to(compute_dtype(grad.dtype)))
+            operators.scale_(grad, grad_loss.detach().to(compute_dtype(grad)))
         return saved
     return tuple(_times(grad, grad_loss) for grad in saved)
 
 
 def _times(grad: Tensor, factor: Tensor) -> Tensor:
-    dtype = compute_dtype(grad.dtype)
+    dtype = compute_dtype(grad)
     return (grad.to(dtype) * factor.to(dtype)).masked_fill(factor == 0, 0.0).to(grad.dtype)
 
 
@@ -233,7 +241,7 @@ def _recomputed(
     if state.call.per_pixel:
         # losses are the maps w (nll + ...): their gradient is that of the sum with weights w * grad
         factors = [
-            torch.zeros(labels.shape, dtype=_dtype_of(call), device=labels.device)
+            torch.zeros(labels.shape, dtype=call.compute_dtype, device=labels.device)
             if grad is None
             else grad.contiguous()
             for labels, grad in zip(call.labels, grad_losses, strict=True)
@@ -252,7 +260,7 @@ def _recomputed(
                 factor = own if grad_loss is None else grad_loss * weight[kind] + own
                 weight[kind] = 1.0
             if factor is None:
-                factor = torch.zeros((), dtype=_dtype_of(call), device=call.seg_logits.device)
+                factor = torch.zeros((), dtype=call.compute_dtype, device=call.seg_logits.device)
             scales.append(scale * factor if present(scale) else factor)
         call = call._replace(scale=scales, weight=weight)
     if torch.compiler.is_compiling():
@@ -261,11 +269,6 @@ def _recomputed(
         with torch.no_grad():
             out = run(operators, call, {})
     return {bit: _of(bit, out) for bit in asked}
-
-
-def _dtype_of(call: Arguments) -> torch.dtype:
-    wide = any(t.dtype == torch.float64 for t in (call.seg_logits, *call.cm_logits))
-    return torch.float64 if wide else torch.float32
 
 
 # --- the operator's own autograd, for torch.compile ---------------------------------------------------------------------

@@ -19,8 +19,10 @@ from .reference import Terms, label_weights
 class FusedBackend(abc.ABC):
     """A `Backend` whose work is done by the operators of ``torch.ops.<namespace>``."""
 
-    def __init__(self, name: str, device_types: tuple[str, ...], namespace: str):
+    def __init__(self, name: str, device_types: tuple[str, ...], namespace: str, *, most_classes: int | None = None):
+        """most_classes: of a kind with a matrix; trusted ones may have any number."""
         self.name, self.device_types, self.namespace = name, device_types, namespace
+        self.most_classes = most_classes
 
     def unavailable(self) -> str | None:
         return native.operators_reason()
@@ -28,6 +30,9 @@ class FusedBackend(abc.ABC):
     def unsupported(self, problem: Problem) -> str | None:
         if len(problem.drawings) > MAX_KINDS:
             return f"it serves up to {MAX_KINDS} kinds of drawings, got {len(problem.drawings)}"
+        trusted = all(drawings.cm_logits is None for drawings in problem.drawings)
+        if self.most_classes is not None and problem.num_classes > self.most_classes and not trusted:
+            return f"it serves up to {self.most_classes} classes, got {problem.num_classes}"
         fields = (t for d in problem.drawings for t in (d.cm_logits, d.transition))
         return _untransformed((problem.seg_logits, *fields))
 

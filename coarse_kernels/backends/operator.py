@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..problem import compute_dtype
+
 ONLY_REFERENCE = 'the fused operators do not know {}; use backend="reference", which is plain PyTorch'
 
 
@@ -37,6 +39,10 @@ class Arguments(NamedTuple):
     ignore_index: int
     per_pixel: bool
     wanted: int
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return compute_dtype(self.seg_logits, *filter(present, self.cm_logits))
 
 
 class Outputs(NamedTuple):
@@ -99,8 +105,7 @@ def differentiable(call: Arguments) -> Iterator[tuple[int, Tensor]]:
 
 def _objective_fake(*args: Any) -> Outputs:
     call = Arguments(*args)
-    wide = any(t.dtype == torch.float64 for t in (call.seg_logits, *call.cm_logits))
-    dtype = torch.float64 if wide else torch.float32
+    dtype = call.compute_dtype
 
     def absent() -> Tensor:
         return call.seg_logits.new_empty((0,), dtype=dtype)

@@ -217,7 +217,7 @@ class ReferenceBackend:
         return posterior.to(problem.seg_logits.dtype)
 
     def label_map(self, seg_logits: Tensor, size: tuple[int, ...]) -> Tensor:
-        labels = interpolate(seg_logits.to(compute_dtype(seg_logits.dtype)), size).argmax(1)
+        labels = interpolate(seg_logits.to(compute_dtype(seg_logits)), size).argmax(1)
         return labels.to(torch.uint8) if seg_logits.shape[1] <= 256 else labels
 
 

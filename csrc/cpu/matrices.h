@@ -14,6 +14,7 @@
 // U is not S / q: q may be 0 where T is, and the gradient of T is not.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -40,6 +41,7 @@ class Matrices {
     for (std::vector<double>* table : {&a_, &q_}) table->resize(n);
     for (std::vector<R>* table : {&own_q_, &log_q_}) table->resize(n);
     trace_.resize(static_cast<size_t>(images_));
+    labelled_.resize(static_cast<size_t>(images_));
     if (learned_) log_a_.resize(n);
     counts_.resize(counted() ? static_cast<size_t>(images_ * groups_ * chunks_ * slot()) : 0);
     if (kind_.field.gradient != nullptr) gradient_.resize(n);
@@ -116,7 +118,9 @@ class Matrices {
       const double* const from = sum + part * slot();
       for (int64_t k = 0; k < slot(); ++k) sum[k] += from[k];
     }
-    if (kind_.field.gradient == nullptr || kind_.transition == nullptr || !counts_for_something(image)) return;
+    // Not L alone: weights of a backward pass have either sign, and may add up to nothing.
+    labelled_[static_cast<size_t>(image)] = std::any_of(sum, sum + slot(), [](double x) { return x != 0; });
+    if (kind_.field.gradient == nullptr || kind_.transition == nullptr || !labelled(image)) return;
     // S becomes S / q, but where that is more than doubles hold
     double* const gradient = gradient_.data() + image * entries();
     for (int64_t j = 0; j < classes_; ++j) {
@@ -144,7 +148,7 @@ class Matrices {
   // Row i of the gradient of an image's matrix.
   void settle(int64_t row) {
     const int64_t image = row / classes_, i = row % classes_, c = classes_;
-    if (!counts_for_something(image)) return;  // the matrix may be anything
+    if (!labelled(image)) return;  // the matrix may be anything
     const double* const sum = counts(image);
     double* const gradient = gradient_.data() + row * c;
     if (kind_.transition == nullptr) {
@@ -170,7 +174,7 @@ class Matrices {
   void settle_transition(int64_t i, double* to) const {
     const int64_t c = classes_;
     for (int64_t image = 0; image < images_; ++image) {
-      if (!counts_for_something(image)) continue;
+      if (!labelled(image)) continue;
       const double* const sum = counts(image) + entries();
       for (int64_t j = 0; j < c; ++j)
         for (int64_t y = 0; y < c; ++y) to[i * c + y] -= entry(image, i, j) * sum[j * c + y];
@@ -191,7 +195,7 @@ class Matrices {
   double* counts(int64_t image) { return counts_.data() + image * groups_ * chunks_ * slot(); }
   const double* counts(int64_t image) const { return counts_.data() + image * groups_ * chunks_ * slot(); }
   double live(int64_t image) const { return counts(image)[slot() - 1]; }
-  bool counts_for_something(int64_t image) const { return live(image) != 0; }  // NaN does
+  bool labelled(int64_t image) const { return labelled_[static_cast<size_t>(image)] != 0; }
 
   double logit(int64_t image, int64_t i, int64_t j) const {
     const int64_t at = image * kind_.field.image_stride + i * classes_ + j;
@@ -223,6 +227,7 @@ class Matrices {
   std::vector<R> trace_;                  // (images)
   std::vector<double> counts_;            // (images, groups, chunks, slot): S, U where T is learned, L
   std::vector<double> gradient_;
+  std::vector<char> labelled_;  // (images): whether a pixel left anything, a NaN too
 };
 
 }  // namespace

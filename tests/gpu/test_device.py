@@ -260,6 +260,22 @@ def test_everything_runs_on_the_caller_s_stream(backend: str, schedule: str, gri
 
 @needs_cuda
 @FUSED
+def test_a_normalizer_on_the_host_does_not_wait_for_the_device(backend: str) -> None:
+    """Copied from pageable memory it did, and ended a capture."""
+    problem = make_problem(3, SIZE)
+    given = {"normalizer": torch.tensor(7.0), "backend": backend}
+    expected = ck.annotation_nll(problem.seg, problem.cm, problem.labels, **given).loss
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = ck.annotation_nll(problem.seg, problem.cm, problem.labels, **given).loss
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(loss, expected)
+
+
+@needs_cuda
+@FUSED
 @SCHEDULE
 @GRID
 @pytest.mark.parametrize("objective", [False, True], ids=["annotation_nll", "coarse_label_loss"])

@@ -116,11 +116,6 @@ class TritonBackend(FusedBackend):
     def unavailable(self) -> str | None:
         return _MISSING
 
-    def unsupported(self, problem: Problem) -> str | None:
-        if problem.num_classes > MAX_CLASSES:
-            return f"it serves up to {MAX_CLASSES} classes, got {problem.num_classes}"
-        return super().unsupported(problem)
-
     def kernels(self, problem: Problem) -> list[str]:
         if problem.seg_logits.shape[0] == 0 or problem.size.numel() == 0:
             return ["none: there is no pixel"] * len(problem.drawings)
@@ -171,4 +166,6 @@ def _define() -> torch.library.Library:
 
 
 _LIBRARY = _define()  # the operators live as long as this does
-BACKEND = TritonBackend("triton", ("cuda", "xpu", *(("cpu",) if INTERPRETED else ())), NAMESPACE)
+BACKEND = TritonBackend(
+    "triton", ("cuda", "xpu", *(("cpu",) if INTERPRETED else ())), NAMESPACE, most_classes=MAX_CLASSES
+)

@@ -108,7 +108,7 @@ class ClassLogits:
     def __init__(self, seg_logits: Tensor, size: Sequence[int], dtype: torch.dtype | None = None):
         self.device = seg_logits.device
         self.batch, self.classes = seg_logits.shape[:2]
-        self.dtype = dtype or compute_dtype(seg_logits.dtype)
+        self.dtype = dtype or compute_dtype(seg_logits)
         self.seg = seg_logits.contiguous()
         self.field = Field(torch.Size(size), seg_logits.shape[2:], "seg_logits")
         if self.field.pixels >= 2**31:

@@ -16,11 +16,6 @@ from . import matrix, trusted
 from .launch import ClassLogits
 
 
-def _compute_dtype(call: Arguments) -> torch.dtype:
-    wide = any(t.dtype == torch.float64 for t in (call.seg_logits, *call.cm_logits))
-    return torch.float64 if wide else torch.float32
-
-
 def _check(call: Arguments, dtype: torch.dtype) -> None:
     for name in ("transition", "class_weight", "pixel_weight", "scale"):
         for tensor in getattr(call, name):
@@ -36,7 +31,7 @@ def _kinds(call: Arguments) -> tuple[list[int], list[int]]:
 
 def annotation_objective(*args: Any) -> tuple[Any, ...]:
     call = Arguments(*args)
-    dtype = _compute_dtype(call)
+    dtype = call.compute_dtype
     _check(call, dtype)
     alone, with_matrix = _kinds(call)
     logits = ClassLogits(call.seg_logits, call.labels[0].shape[2:], dtype)
@@ -85,7 +80,7 @@ def objective_posterior(
         seg_logits, labels, cm_logits, transition, absent, absent, absent, [1.0] * kinds, [0.0] * kinds,
         ignore_index, False, 0,
     )  # fmt: skip
-    dtype = _compute_dtype(call)
+    dtype = call.compute_dtype
     _check(call, dtype)
     alone, with_matrix = _kinds(call)
     logits = ClassLogits(seg_logits, labels[0].shape[2:], dtype)
