@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from . import is_background
@@ -15,6 +17,7 @@ from .simulate import pair_counts
 _IMAGES = 32  # training images that are looked at
 _FEW = 0.2  # of what is positively drawn, with a negative drawing on it: below, the matrix loses to cross-entropy
 _CONTRADICTED = 0.005  # of where both kinds meet, the same name in both: below, nothing says that names are wrong
+_COPIED = 0.5  # likewise, above: negative drawings were made as positive ones are
 _SEEN = 500  # pixels of a name with a negative drawing, from which on a name that never comes is no chance
 _LISTED = 3
 _PAIRS = 8
@@ -31,10 +34,18 @@ def describe_risks(config: FitConfig, source: Source) -> list[str]:
             f"all drawings that there are ({', '.join(present)}) have a confusion matrix and none are trusted; nothing then "
             f"holds the matrix to the truth, and training may drift or flip classes; --{present[0]}.cm none trusts them"
         )
-    if "positive" in matrices and "negative" in present:
-        notes += _meeting(config, source)
+    if {"positive", "negative"} <= set(present):
+        notes += _meeting(config, source, matrix="positive" in matrices)
     if "positive" in present and config.positive.pen is None and config.data.dense_split == "train":
         notes += _outlines(config, source)
+    data = config.data
+    if data.dataset == "folder" and data.supervision == "drawings" and not data.dense_images and data.simulate is None:
+        unread = sum("mask" in source.kinds(index) for index in range(len(source)))
+        if unread:
+            notes.append(
+                f"{unread} training images have a dense mask, and none is learned from; --supervision mixed "
+                f"--dense-images {unread} learns from them, too"
+            )
     return [f"note: {note}" for note in notes]
 
 
@@ -65,11 +76,15 @@ def _outlines(config: FitConfig, source: Source) -> list[str]:
     if not off:
         return []
     how = "image" if report.differing else "auto"
-    return [f"outlines of positive drawings are off, pixels too far: {off}; --positive.pen {how} moves them back"]
+    return [
+        f"outlines of positive drawings are off, pixels too far (below 0: not far enough): {off}; --positive.pen {how} "
+        "moves them back"
+    ]
 
 
-def _meeting(config: FitConfig, source: Source) -> list[str]:
-    """What the pixels tell that have a positive and a negative drawing. A background is left out: it is what nobody drew."""
+def _meeting(config: FitConfig, source: Source, *, matrix: bool) -> list[str]:
+    """What the pixels tell that have a positive and a negative drawing, ``matrix``: on a confusion matrix of the positive ones.
+    A background is left out: it is what nobody drew."""
     names = source.classes.names
     objects = [label for label, name in enumerate(names) if not is_background(name)]
     counts, drawn, both = _counts(config, source)
@@ -77,10 +92,18 @@ def _meeting(config: FitConfig, source: Source) -> list[str]:
     if not own or len(objects) < 2:
         return []
     notes = []
+    if counts[objects, objects].sum() > _COPIED * counts[objects].sum():
+        notes.append(
+            "negative drawings mostly say 'not' what the positive ones on the same pixels say: one of the two contradicts the "
+            "images; a negative label is a class that a region is not"
+        )
+    if not matrix:
+        return notes
     if met < _FEW * own:
         notes.append(
-            f"only {100 * met / own:.0f} % of what is positively drawn has a negative drawing on it; below about "
-            f"{100 * _FEW:.0f} % cross-entropy was better than a confusion matrix; --positive.cm none, or --select-with N masks"
+            f"only {math.floor(100 * met / own)} % of what is positively drawn has a negative drawing on it; below about "
+            f"{100 * _FEW:.0f} % cross-entropy was better than a confusion matrix; --positive.cm none, or, where a validation "
+            "split has masks, --select-with N"
         )
     elif counts[objects, objects].sum() < _CONTRADICTED * counts[objects].sum():
         notes.append(

@@ -5,6 +5,7 @@ Written are check.txt, a table of what is in the files with what looks wrong, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,8 @@ from .data.sheet import save_sheet
 from .data.walk import listed
 from .distributed import World
 from .storage import printable, write_text
+
+_PADDED = 0.2  # of a crop, from which on it is worth a word
 
 
 def check_run(config: FitConfig, train: Source, world: World, *, report: bool = True) -> tuple[int, list[str]]:
@@ -41,6 +44,7 @@ def check_run(config: FitConfig, train: Source, world: World, *, report: bool = 
         _check_sizes(config, parts[0], world)
         _check_learned(config, parts)
         _check_possible(config, parts[0])
+        lines += _padding(config, parts[0])
     return count_channels(train, found), lines
 
 
@@ -99,13 +103,32 @@ def _check_sizes(config: FitConfig, part: Part, world: World) -> None:
         )
 
 
+def _padding(config: FitConfig, part: Part) -> list[str]:
+    """Where images do not fill a crop, what they are padded with is computed and not learned from."""
+    sizes, crop = [fact.size for fact in part.good()], config.data.crop
+    if crop is None or not sizes:
+        return []
+    largest = tuple(max(size[axis] for size in sizes) for axis in (0, 1))
+    filled = min(largest[0], crop[0]) * min(largest[1], crop[1]) / (crop[0] * crop[1])
+    if filled > 1 - _PADDED:
+        return []
+    return [
+        f"note: no image is larger than {largest[1]}x{largest[0]} pixels, and crops are {crop[1]}x{crop[0]}: at least "
+        f"{math.floor(100 * (1 - filled))} % of each is padding, unless it is enlarged; "
+        f"--crop {min(largest[0], crop[0])} {min(largest[1], crop[1])}"
+    ]
+
+
 def write_findings(out: Path, parts: Sequence[Part], *, own: bool) -> list[str]:
     """check.txt and the pictures; returns the lines for a log."""
     lines = [f"note: {line}" for part in parts for line in notes(part, own=own)]
     bad = [f"bad: {line}" for part in parts for line in part.bad()]
     write_text(out / "check.txt", printable("\n".join([*map(table, parts), *lines, *bad]) + "\n"))
-    whole = [part for part in parts if not part.bad()]
-    drawn = [name for part in whole if save_sheet(out / (name := f"check_{part.split}.png"), part.source)]
+    drawn = []
+    for part in parts:
+        unread = {index for index, fact in enumerate(part.facts) if isinstance(fact, str)}
+        if save_sheet(out / (name := f"check_{part.split}.png"), part.source, unread):
+            drawn.append(name)
     place = cache_file(parts[0].source)
     where = f"remembered in {place.parent}" if place.exists() else f"not remembered, since {place} cannot be written"
     return [*lines, f"every file has been read, {where}; what is in them: {', '.join(['check.txt', *drawn])} in {out}"]

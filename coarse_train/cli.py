@@ -30,7 +30,7 @@ from .engine import NonFiniteStep, fit
 from .experiments.demo import DemoConfig, run_demo
 from .experiments.experiment import ExperimentConfig, run_experiment
 from .model.networks import check_named
-from .run import CheckpointError
+from .run import CheckpointError, load
 from .storage import printable
 
 # the user's to mend: one line on stderr and exit status 1; anything else is a bug of ours and shows its traceback
@@ -52,7 +52,8 @@ def _fit(config: FitConfig) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     score = "" if math.isnan(result.score) else f", mean IoU {result.score:.2f}"
-    print(f"{result.checkpoint}: {result.steps} steps{score}")
+    kept = load(result.checkpoint)["step"]  # of best.pt an earlier one
+    print(f"{result.checkpoint}: step {kept} of {result.steps}{score}")
 
 
 def _simulate(config: SimulateConfig) -> None:

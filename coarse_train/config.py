@@ -101,9 +101,10 @@ class ModelConfig:
 class DrawingsConfig:
     """How one kind of drawings is explained: its annotation model and its weights."""
 
-    cm: Literal["none", "global", "image", "grid", "pixel"] = "none"
+    cm: Literal["none", "global", "image", "grid", "pixel", "auto"] = "none"
     """The confusion matrix: none (the drawings are trusted, A = I), one for all, one per image, a field on a grid of
-    every `stride` pixels, or one per pixel."""
+    every `stride` pixels, or one per pixel. auto: global where drawings of the other kind, or masks beside these, can be
+    trusted; else none."""
     stride: int = 8
     """cm=grid: pixels per grid point."""
     structure: Literal["full", "floor", "lowrank", "tied"] = "full"

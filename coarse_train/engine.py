@@ -39,7 +39,7 @@ from .pen import describe_pen
 from .progress import show_progress
 from .rules import check_config
 from .schedule import Phase, plan_phases
-from .selection import Splits, choose, describe_selection, open_splits
+from .selection import Splits, choose, describe_selection, open_splits, settled
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ def fit(config: FitConfig, splits: Splits | None = None, *, until: int | None = 
             torch.set_num_threads(config.threads)
         stack.enter_context(run.open_run(config, world))
         source = open_split(config.data, "train") if splits is None else splits.train
+        config, chosen_by_auto = settled(config, source)
         channels, checked = check_run(config, source, world, report=splits is None)
         config, selection = choose(config, source, world, fit)
         _, validation, masks = open_splits(config, source) if splits is None else splits
@@ -142,6 +143,7 @@ def fit(config: FitConfig, splits: Splits | None = None, *, until: int | None = 
         for line in (
             *changes,
             *checked,
+            *chosen_by_auto,
             *describe_selection(config, validation, selection),
             *(describe_risks(config, source) if world.is_main else ()),  # it reads drawings
             *describe_pen(pen, measured, source.classes.names),

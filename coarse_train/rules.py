@@ -85,7 +85,7 @@ def _check_drawings(config: FitConfig) -> None:
             raise ValueError(f"{side}.weight: expected a number >= 0, got {kind.weight}")
         if not math.isfinite(kind.trace_weight):
             raise ValueError(f"{side}.trace_weight: expected a finite number, got {kind.trace_weight}")
-        if kind.weight == 0 and kind.cm != "none":
+        if kind.weight == 0 and kind.cm not in ("none", "auto"):
             raise ValueError(f"{side}.cm: expected none where {side}.weight is 0, got {kind.cm!r}")
         if kind.missing is not None and kind.cm != "none" and kind.structure != "full":
             raise ValueError(f"{side}.missing: expected None with structure {kind.structure!r}, got {kind.missing}")
@@ -126,7 +126,9 @@ def _check_masks(config: FitConfig) -> None:
             "a number >= 1 with positive.pen auto or image, which is measured on images with a mask and a drawing"
         )
     elif dense > 0 and supervision == "drawings" and not measured:
-        expected = "0 with supervision drawings, unless positive.pen is auto or image"
+        expected = (
+            "0 with supervision drawings, unless positive.pen is auto or image; --supervision mixed learns from them"
+        )
     if expected is not None:
         raise ValueError(f"dense_images: expected {expected}, got {dense}")
     if config.data.dense_split == "val":

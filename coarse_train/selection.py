@@ -28,6 +28,7 @@ from .pen import measure, to_json
 from .run import check_same_run, is_run, load, save, write_text
 
 _FINALISTS = 3  # with two the best was left out too often, a fourth found little more: docs/experiments/index.md
+_FINE_TUNING = "fine-tuning on the masks"
 _CLOSE = 2.0  # points of mean IoU: a lead that another choice of masks may turn round
 
 
@@ -49,11 +50,12 @@ class Round(NamedTuple):
 
 @dataclass(frozen=True)
 class Selection:
-    """How the candidates did on so many masks, round by round, and which was taken."""
+    """How the candidates did on so many masks, round by round, and which was taken. left_out: what is no candidate here."""
 
     masks: int
     rounds: tuple[Round, ...]
     chosen: str
+    left_out: tuple[str, ...] = ()
 
     def last(self) -> dict[str, Round]:
         """Of every candidate the last round that it was in, best first."""
@@ -98,6 +100,27 @@ def kinds_of_drawings(config: FitConfig, source: Source) -> tuple[str, ...]:
     return tuple(kind for kind in ("positive", "negative") if kind in found and getattr(config, kind).weight > 0)
 
 
+def settled(config: FitConfig, source: Source) -> tuple[FitConfig, list[str]]:
+    """With what ``cm`` "auto" is for this data, and a line for the log where there was one."""
+    present, lines = kinds_of_drawings(config, source), []
+    for kind, other in (("positive", "negative"), ("negative", "positive")):
+        own = getattr(config, kind)
+        if own.cm != "auto":
+            continue
+        # of the only drawings there are, nothing would hold a matrix to the truth
+        trusted = other in present and getattr(config, other).cm in ("none", "auto")
+        held = kind in present and (trusted or config.data.supervision.startswith("mixed"))
+        config = replace(config, **{kind: replace(own, cm="global" if held else "none")})
+        if kind in present:
+            why = (
+                "with something beside them to trust"
+                if held
+                else "with nothing beside them to hold a matrix to the truth"
+            )
+            lines.append(f"{kind} drawings, {why}: --{kind}.cm {getattr(config, kind).cm}, as auto chooses")
+    return config, lines
+
+
 def candidates(
     config: FitConfig, present: tuple[str, ...], *, pen: Path | None = None, estimable: bool = False
 ) -> dict[str, FitConfig]:
@@ -133,7 +156,7 @@ def candidates(
         and config.positive.pen not in get_args(Measured)
     ):
         data = replace(bare.data, supervision="then-masks", dense_images=config.select_with, dense_split="val")
-        found["fine-tuning on the masks"] = replace(bare, data=data)
+        found[_FINE_TUNING] = replace(bare, data=data)
     return found
 
 
@@ -165,21 +188,25 @@ def choose(
                 shutil.rmtree(folder, ignore_errors=True)
     splits = open_splits(config, train)
     assert splits.validation is not None
-    pen = None
+    pen, left_out = None, []
     if "positive" in present and config.positive.pen is None:  # else all candidates keep that
-        pen = _measured(config, splits.validation, config.out / "pen.json", world)
+        pen, why_not = _measured(config, splits.validation, config.out / "pen.json", world)
+        left_out += [f"outlines moved back: {why_not}"] if why_not else []
     found = candidates(config, present, pen=pen, estimable=_estimable(config, train, present))
-    if not _labelled_in_both_halves(splits.validation) or config.steps < 2:  # it is two phases
-        found.pop("fine-tuning on the masks", None)
+    possible = _labelled_in_both_halves(splits.validation) and config.steps > 1  # it is two phases
+    if not possible and _FINE_TUNING in found:
+        del found[_FINE_TUNING]
+        left_out.append(f"{_FINE_TUNING}: no two halves of them, to learn from and to score, have labels")
     rounds = _rounds(config, found, splits, world, fit)
     last = rounds[-1].scores
-    selection = Selection(config.select_with, tuple(rounds), max(last, key=lambda name: last[name]))
+    selection = Selection(config.select_with, tuple(rounds), max(last, key=lambda name: last[name]), tuple(left_out))
     chosen = found[selection.chosen]
     if world.is_main:
         content = {
             "chosen": selection.chosen,
             "chosen_by": f"{config.select_with} dense validation masks",
             "cost_if_wrong": selection.lost(),
+            "left_out": left_out,
             **_told(config, rounds),
             "config": to_dict(chosen),
         }
@@ -236,7 +263,7 @@ def _labelled_in_both_halves(masks: Source) -> bool:
 
 def _score(row: FitConfig, splits: Splits, until: int, folder: Path, fit: Callable[..., Any]) -> float:
     """Mean IoU of the candidate after the step ``until`` of its run, which a later call takes up there."""
-    trial = replace(row, out=folder, select_steps=0, resume=True)
+    trial = replace(row, out=folder, select_steps=0, resume=(folder / "last.pt").exists())
     if row.data.dense_split != "val":
         return float(fit(trial, splits, until=until).last_score)
     masks = splits.validation
@@ -245,7 +272,9 @@ def _score(row: FitConfig, splits: Splits, until: int, folder: Path, fit: Callab
     found = []
     for number, (learned, scored) in enumerate((halves, halves[::-1])):
         data = replace(trial.data, dense_images=len(learned))
-        fold = replace(trial, data=data, out=folder / f"fold_{number}", select_with=0, select_steps=None)
+        own = folder / f"fold_{number}"
+        resume = (own / "last.pt").exists()
+        fold = replace(trial, data=data, out=own, select_with=0, select_steps=None, resume=resume)
         found.append(float(fit(fold, Splits(splits.train, scored, learned), until=until).last_score))
     return float(np.mean(found))
 
@@ -281,20 +310,27 @@ def _estimable(config: FitConfig, train: Source, present: tuple[str, ...]) -> bo
     return True
 
 
-def _measured(config: FitConfig, masks: Source, path: Path, world: World) -> Path | None:
-    """pen.json with what drawings of the images with ``masks`` say, where there are any and outlines are to be moved."""
+def _measured(config: FitConfig, masks: Source, path: Path, world: World) -> tuple[Path | None, str | None]:
+    """pen.json with what drawings of the images with ``masks`` say, where there are any and outlines are to be moved; else why
+    not."""
     pairs = list(pairs_of(masks, config.data, config.seed, range(len(masks))))
     report = measure(pairs, masks.classes.names) if pairs else None
     if world.is_main and report is not None:
         write_text(path, to_json(report, each=bool(report.differing)))
     world.wait()
-    return path if report is not None and report.pen(each=bool(report.differing)).moves else None
+    if report is None:
+        return None, f"none of the {len(masks)} images whose masks choose has a positive drawing to measure them on"
+    if not report.pen(each=bool(report.differing)).moves:
+        return None, "they are where the masks have them"
+    return path, None
 
 
 def read_selection(folder: Path, masks: int) -> Selection | None:
     """Of the run in ``folder``, which so many masks chose; None: they have not, or not yet."""
     content = _read(folder)
-    return Selection(masks, tuple(_rounds_of(content)), content["chosen"]) if "chosen" in content else None
+    if "chosen" not in content:
+        return None
+    return Selection(masks, tuple(_rounds_of(content)), content["chosen"], tuple(content.get("left_out", ())))
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -348,6 +384,7 @@ def describe_selection(config: FitConfig, validation: Source | None, selection: 
         scores = [one.scores.get(name) for one in selection.rounds]
         told = "".join(f"{'-' if score is None else f'{score:.2f}':>12}" for score in scores)
         lines.append(f"  {name:<{wide}}{told}{lost[name]:>10.2f}")
+    lines += [f"no candidate is {one}" for one in selection.left_out]
     close = [name for name in selection.rounds[-1].scores if name != selection.chosen and lost[name] < _CLOSE]
     doubt = f"; {', '.join(close)} might do as well, for {selection.masks} masks tell no better" if close else ""
     lines.append(f"taken: {selection.chosen}{doubt}")

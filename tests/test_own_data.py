@@ -64,7 +64,7 @@ def test_the_commands_of_the_page_lead_from_drawings_to_predictions_and_a_report
     with Image.open("runs/check/check_train.png") as sheet:
         assert sheet.width >= 3 * 240  # the photo, positives, negatives
 
-    score = re.search(r"runs/mine/last.pt: 2 steps, mean IoU ([\d.]+)", printed["fit"])
+    score = re.search(r"runs/mine/last.pt: step 2 of 2, mean IoU ([\d.]+)", printed["fit"])
     assert score is not None
     table = {row[0]: row[1] for line in printed["evaluate"].splitlines() if len(row := line.split()) == 3}
     assert table["mean"] == score[1]

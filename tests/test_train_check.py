@@ -160,7 +160,11 @@ def test_all_that_is_bad_is_listed_and_one_line_says_how_many(
     assert main(["check", "folder", "--root", str(root), "--out", str(tmp_path / "out")]) == 1
     out, err = capsys.readouterr()
     assert err.count("\n") == 1
-    assert "train2.png: expected labels among [0, 7, 9, 20, 255], got [1] (2 images are bad; " in err
+    assert (
+        "train2.png: expected labels among [0, 7, 9, 20, 255], got [1]; what stands for no class belongs in the" in err
+    )
+    assert "(2 images are bad; " in err
+    assert (tmp_path / "out" / "check_train.png").exists()  # of the others
     assert [line.split(":")[1].split("/")[-1] for line in out.splitlines() if line.startswith("bad: ")] == [
         "train2.png", "val1.png"
     ]  # fmt: skip
@@ -312,6 +316,38 @@ def test_drawings_in_which_nothing_is_undrawn_are_noticed(root: Path) -> None:
         "positives of train leave no pixel undrawn, and" in line and "`ignore = {positives = [0]}`" in line
         for line in lines
     )
+
+
+@pytest.mark.parametrize("kinds", [("positives", "negatives"), ("positives",), ("negatives",)])
+def test_nothing_that_was_written_as_a_class_is_noticed_whatever_its_share(
+    tmp_path: Path, kinds: tuple[str, ...]
+) -> None:
+    """As most tools write it, 0, which is a class here, too."""
+    root = write_folder_tree(tmp_path / "mine")
+    for kind in {"positives", "negatives"} - {*kinds}:
+        shutil.rmtree(root / "train" / kind)
+    for kind in kinds:
+        _change(root / "train" / kind, lambda ids: np.where(ids == 255, 0, ids).astype(np.uint8))
+    _, lines = _checked(_config(root))
+    for kind in kinds:
+        (line,) = [line for line in lines if f"{kind} of train leave no pixel undrawn, and" in line]
+        assert line.endswith(f"% are {FOLDER_CLASSES.names[FOLDER_CLASSES.file_ids.index(0)]}; if that is what nobody drew, "
+                             f"write `ignore = {{{kind} = [0]}}`")  # fmt: skip
+
+
+def test_a_label_map_that_was_resized_with_smoothing_says_so_in_short(root: Path) -> None:
+    save(root / "train/masks/day0/train2.png", np.arange(16 * 24).reshape(16, 24).astype(np.uint8))
+    with pytest.raises(ValueError, match=r"got \[1, 2, .*\] and \d+ more; values in between are what resizing leaves"):
+        _checked(_config(root))
+
+
+def test_crops_that_are_larger_than_any_image_are_noticed(root: Path) -> None:
+    _, lines = _checked(_config(root, crop=(32, 32)))
+    (note,) = [line for line in lines if "crops are" in line]
+    assert "no image is larger than 24x16 pixels, and crops are 32x32: at least 62 % of each is padding" in note
+    assert note.endswith("--crop 16 24")
+    _, lines = _checked(_config(root, crop=(16, 24)))
+    assert not any("crops are" in line for line in lines)
 
 
 def test_palettes_that_contradict_each_other_are_an_error_and_colours_of_the_table_settle_it(root: Path) -> None:

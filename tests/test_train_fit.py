@@ -139,7 +139,7 @@ def test_schedules(name: Any) -> None:
 def test_fit_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--out", str(tmp_path), "--steps", "2", "--limit", "16", "--widths", "4", "8", "--threads", "1"]
     assert main(["fit", "mnist", *arguments]) == 0
-    assert "last.pt: 2 steps, mean IoU" in capsys.readouterr().out
+    assert "last.pt: step 2 of 2, mean IoU" in capsys.readouterr().out
     assert main(["fit", "mnist", *arguments]) == 1
     assert "error: out: expected a new folder or --resume" in capsys.readouterr().err
     assert main(["fit", str(tmp_path / "config.toml"), "--resume"]) == 0

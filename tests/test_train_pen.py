@@ -611,7 +611,7 @@ def test_fit_says_what_it_moved_and_how_it_knows(tmp_path: Path, capsys: pytest.
     auto = ["--positive.pen", "auto", "--dense-images", "5", "--positive.cm", "none", "--out", str(tmp_path / "a")]
     assert main(["fit", "mnist", *arguments, *auto]) == 0
     said = capsys.readouterr().err
-    assert "outlines of positive drawings that are moved back, pixels too far: 0 +1, 3 +1, 4 +1, 7 +1" in said
+    assert "that are moved back, pixels too far (below 0: not far enough): 0 +1, 3 +1, 4 +1, 7 +1" in said
     assert "measured on 5 images with a mask and a drawing" in said
     assert load_toml(tmp_path / "a" / "config.toml").positive.pen == "auto"
     assert main(["pen", "mnist", "--variant", "thick", "--images", "4", "--out", str(tmp_path / "pen")]) == 0
@@ -622,11 +622,11 @@ def test_fit_says_what_it_moved_and_how_it_knows(tmp_path: Path, capsys: pytest.
     file = ["--positive.pen", str(tmp_path / "pen" / "pen.json"), "--positive.band", "1", "--out", str(tmp_path / "b")]
     assert main(["fit", "mnist", *arguments, *file, "--positive.doubt", "2"]) == 0
     said = capsys.readouterr().err
-    assert "pixels too far: 0 +1, 3 +1, 4 +1, 7 +1" in said
+    assert "pixels too far (below 0: not far enough): 0 +1, 3 +1, 4 +1, 7 +1" in said
     assert "left open: 1 pixels moved over, 2 pixels of what stays and is not proven" in said
     for number in ("-1.5", "None"):
         assert main(["fit", "mnist", *arguments, "--positive.pen", number, "--out", str(tmp_path / number)]) == 0
-    assert "pixels too far: 0 -1.5," in capsys.readouterr().err
+    assert "pixels too far (below 0: not far enough): 0 -1.5," in capsys.readouterr().err
     config = load_toml(tmp_path / "b" / "config.toml")
     (tmp_path / "again.toml").write_text(to_toml(config))
     assert load_toml(tmp_path / "again.toml") == config

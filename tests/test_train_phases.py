@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from coarse_train import advice, selection
 from coarse_train import run as run_folder
 from coarse_train.advice import describe_risks
 from coarse_train.cli import main
-from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, ModelConfig, OptimConfig, load_toml
+from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, ModelConfig, OptimConfig, load_toml, recipe
 from coarse_train.data import IGNORE, Subset, open_split
 from coarse_train.data.sampler import StepSampler
 from coarse_train.data.segmentation import choose_dense
@@ -323,9 +324,64 @@ def test_fit_warns_where_the_map_says_so() -> None:
     assert "never contradict each other" in _risks("thick")
     assert "no negative drawing says 'not' '3' on '0'" in _risks("alike")
     weak = DrawingsConfig(cm="global", diagonal=0.2)
+    assert _risks("majority", positive=DrawingsConfig()) == ""
     assert "starts with 0.2 on its diagonal and 0.2 beside it" in _risks("majority", positive=weak)
     both = _risks("majority", negative=DrawingsConfig(cm="global"))
     assert "all drawings that there are (positive, negative) have a confusion matrix" in both
+
+
+def test_fit_says_where_negative_drawings_were_made_as_positive_ones(tmp_path: Path) -> None:
+    root = data_trees.write_folder_tree(tmp_path / "mine")
+    shutil.rmtree(root / "train" / "negatives")
+    shutil.copytree(root / "train" / "positives", root / "train" / "negatives")
+    config = FitConfig(data=DataConfig(root=root), positive=DrawingsConfig())
+    notes = "\n".join(describe_risks(config, open_split(config.data, "train")))
+    assert "negative drawings mostly say 'not' what the positive ones on the same pixels say" in notes
+
+
+def test_fit_says_that_masks_of_one_s_own_are_not_learned_from(tmp_path: Path) -> None:
+    root = data_trees.write_folder_tree(tmp_path / "mine")
+    config = FitConfig(data=DataConfig(root=root), positive=DrawingsConfig())
+    source = open_split(config.data, "train")
+    note = f"{len(source)} training images have a dense mask, and none is learned from; --supervision mixed"
+    assert sum(note in line for line in describe_risks(config, source)) == 1
+    data = replace(config.data, supervision="mixed", dense_images=len(source))
+    assert not any(note in line for line in describe_risks(replace(config, data=data), source))
+
+
+@pytest.mark.parametrize(
+    ("left", "changes", "expected"),
+    [
+        (("positives", "negatives"), {}, ("global", "none")),
+        (("positives",), {}, ("none", "none")),
+        (("positives",), {"data": {"supervision": "mixed", "dense_images": 2}}, ("global", "none")),
+        (("positives", "negatives"), {"negative": DrawingsConfig(cm="global")}, ("none", "global")),
+        (("negatives",), {"positive": DrawingsConfig(), "negative": DrawingsConfig(cm="auto")}, ("none", "none")),
+        (("positives", "negatives"), {"negative": DrawingsConfig(cm="auto")}, ("global", "none")),
+        (("positives", "negatives"), {"negative": DrawingsConfig(weight=0.0)}, ("none", "none")),
+    ],
+)
+def test_a_matrix_is_chosen_where_something_holds_it(
+    tmp_path: Path,
+    left: tuple[str, ...],
+    changes: dict[str, Any],
+    expected: tuple[str, str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Positive drawings alone under a matrix, which was the default, train classes that may change places."""
+    root = data_trees.write_folder_tree(tmp_path / "mine")
+    for kind in {"positives", "negatives"} - {*left}:
+        shutil.rmtree(root / "train" / kind)
+    given = recipe("folder")
+    changes = dict(changes)
+    data = replace(given.data, root=root, workers=0, crop=(16, 24), **changes.pop("data", {}))
+    config = replace(given, data=data, model=ModelConfig(widths=(4, 8)), steps=1, batch_size=2, device="cpu")
+    config = replace(config, out=tmp_path / "run", **changes)
+    fit(config)
+    chosen = load_toml(tmp_path / "run" / "config.toml")
+    assert (chosen.positive.cm, chosen.negative.cm) == expected
+    assert "as auto chooses" in capsys.readouterr().err
+    fit(replace(config, resume=True))
 
 
 def test_fit_says_that_outlines_are_off_where_it_may_read_masks() -> None:
@@ -333,7 +389,10 @@ def test_fit_says_that_outlines_are_off_where_it_may_read_masks() -> None:
     config = FitConfig(data=data, positive=DrawingsConfig())
     source = open_split(data, "train")
     (note,) = describe_risks(config, source)
-    assert "outlines of positive drawings are off, pixels too far: 0 +1, 3 +1, 4 +1, 7 +1" in note
+    assert (
+        "outlines of positive drawings are off, pixels too far (below 0: not far enough): 0 +1, 3 +1, 4 +1, 7 +1"
+        in note
+    )
     assert describe_risks(replace(config, positive=DrawingsConfig(pen="auto")), source) == []
     right = replace(data, variant="majority")
     assert describe_risks(replace(config, data=right), open_split(right, "train")) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -154,6 +155,21 @@ def test_a_choice_that_was_killed_anywhere_goes_on_to_the_same_run(
     assert _rows(tmp_path) == _rows(chosen_run)
     assert read_selection(tmp_path, 4) == read_selection(chosen_run, 4)
     assert {path.name for path in tmp_path.glob("trial_*")} == {path.name for path in chosen_run.glob("trial_*")}
+
+
+def test_what_is_no_candidate_is_said_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = data_trees.write_folder_tree(tmp_path / "mine")
+    shutil.rmtree(root / "val" / "positives")
+    config = _config(tmp_path / "run", data=DataConfig(root=root, crop=(16, 24)), select_with=2, steps=2)
+    fit(config)
+    said = "no candidate is outlines moved back: none of the 2 images whose masks choose has a positive drawing"
+    assert said in capsys.readouterr().err
+    fit(replace(config, resume=True))
+    assert said in capsys.readouterr().err
+    fit(_config(tmp_path / "one", data=DataConfig(root=root, crop=(16, 24)), select_with=1, steps=2))
+    selection = read_selection(tmp_path / "one", 1)
+    assert selection is not None
+    assert not any("fine-tuning" in name for name in selection.last())
 
 
 def test_masks_can_choose_no_matrix_where_there_is_one_kind_of_drawings(

@@ -156,6 +156,12 @@ def _result(
     return without_nan(result)
 
 
+def _chosen(result: dict[str, Any]) -> str:
+    """By masks that a run was given to choose with. The last step is chosen by nobody."""
+    what = "what this run learned from" if Path(result["checkpoint"]).name == "last.pt" else "this checkpoint"
+    return f"{result['chosen_with']} masks of this split chose {what}"
+
+
 def table(result: dict[str, Any]) -> str:
     """The scores as text, in percent; "-" for a class that is neither in the masks nor predicted."""
     where = f"{result['dataset']} {result['split']}" + (f" in {result['root']}" if result["root"] else "")
@@ -169,7 +175,7 @@ def table(result: dict[str, Any]) -> str:
             if result["images_without_mask"]
             else []
         ),
-        *([f"{result['chosen_with']} masks of this split chose this checkpoint"] if result["chosen_with"] else []),
+        *([_chosen(result)] if result["chosen_with"] else []),
         *([f"{result['learned_from']} masks of this split were learned from"] if result["learned_from"] else []),
         "",
         f"{'':{wide}}     IoU    Dice",

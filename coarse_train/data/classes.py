@@ -34,6 +34,8 @@ OKABE_ITO = (
 
 
 RGB = tuple[int, int, int]
+_MANY = 8  # values that are in no table: resizing with smoothing makes as many
+_IS_NOTHING = "what stands for no class belongs in the table's `ignore`"
 _SLIP = 8  # by which a channel of a colour may be off that was meant
 KINDS = {"positives": "positive", "negatives": "negative", "masks": "mask"}  # as folders and tables call them
 
@@ -126,7 +128,10 @@ class Classes:
         decoded = table[labels]
         if (decoded < 0).any():
             unknown = np.unique(labels[decoded < 0]).tolist()
-            raise ValueError(f"{path}: expected labels among {np.flatnonzero(table >= 0).tolist()}, got {unknown}")
+            many = len(unknown) > _MANY
+            got = f"{unknown[:_MANY]} and {len(unknown) - _MANY} more" if many else f"{unknown}"
+            why = "values in between are what resizing leaves that is not `nearest`" if many else _IS_NOTHING
+            raise ValueError(f"{path}: expected labels among {np.flatnonzero(table >= 0).tolist()}, got {got}; {why}")
         return decoded.astype(np.uint8)
 
     @cached_property
@@ -152,7 +157,7 @@ class Classes:
         if unknown.any():
             found, counts = np.unique(numbers[unknown], return_counts=True)
             most = [f"{_colour(found[k])} at {counts[k]} pixels" for k in np.argsort(-counts, kind="stable")]
-            raise ValueError(f"{path}: expected the colours of the class table, got {listed(most)}")
+            raise ValueError(f"{path}: expected the colours of the class table, got {listed(most)}; {_IS_NOTHING}")
         return decoded
 
     def counts_by_colour(self, palette: np.ndarray, used: np.ndarray, path: Path | str, kind: str | None) -> bool:
@@ -284,7 +289,10 @@ def _row(entry: dict[str, Any], index: int, colour: RGB) -> tuple[str, list[int]
 def _known_keys(table: dict[str, Any], known: set[str], prefix: str) -> None:
     unknown = sorted(table.keys() - known)
     if unknown:
-        raise ValueError(f"{prefix}{unknown[0]}: expected one of the keys {', '.join(sorted(known))}, got this one")
+        where = "; it belongs above the first [[class]]" if prefix and unknown[0] == "ignore" else ""
+        raise ValueError(
+            f"{prefix}{unknown[0]}: expected one of the keys {', '.join(sorted(known))}, got this one{where}"
+        )
 
 
 def _is_byte(value: Any, largest: int) -> bool:

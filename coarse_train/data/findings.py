@@ -13,7 +13,6 @@ from .inspect import Facts
 from .walk import listed
 
 FOLDERS = {kind: folder for folder, kind in KINDS.items()}
-_MOSTLY = 0.5  # of all pixels are one class, where "nothing drawn" may have been written as that class
 
 
 class Part(NamedTuple):
@@ -117,12 +116,14 @@ def hint(part: Part, kind: str) -> str | None:
             f"here, add {value} to its `id = [...]`, and ignore it elsewhere alone: `ignore = {{{other} = [{value}]}}`"
         )
     full = all(fact.drawn[kind] == fact.size[0] * fact.size[1] for fact in part.good(kind))
-    if kind == "positive" and full and len(absent) < len(classes) - 1 and total[most] > _MOSTLY * total.sum():
-        return (
-            f"{what} leave no pixel undrawn, and {100 * total[most] / total.sum():.0f} % are {name}; if that is what nobody "
-            f"drew, write `ignore = {{positives = [{number}]}}`"
-        )
-    return None
+    if kind == "mask" or not full or len(absent) == len(classes) - 1:
+        return None
+    # most tools write 0 where nobody drew
+    blank = classes.file_ids.index(0) if 0 in classes.file_ids and total[classes.file_ids.index(0)] else most
+    return (
+        f"{what} leave no pixel undrawn, and {100 * total[blank] / total.sum():.0f} % are {classes.names[blank]}; if that is "
+        f"what nobody drew, write `ignore = {{{FOLDERS[kind]} = [{classes.file_ids[blank]}]}}`"
+    )
 
 
 def notes(part: Part, *, own: bool) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,11 @@ _LINE = 14  # of text
 _PAPER = (255, 255, 255)
 
 
-def draw_sheet(source: Source) -> Image.Image | None:
-    """Images from all over the source, a row each: as it is, and with each kind of label map. None without any."""
+def draw_sheet(source: Source, but: Container[int] = ()) -> Image.Image | None:
+    """Images from all over the source, a row each: as it is, and with each kind of label map. None without any. ``but``: images
+    that are left out."""
     kinds = [kind for kind in KINDS.values() if any(kind in source.kinds(index) for index in range(len(source)))]
-    having = [index for index in range(len(source)) if source.kinds(index)]
+    having = [index for index in range(len(source)) if source.kinds(index) and index not in but]
     if not having:
         return None
     chosen = [having[place] for place in np.linspace(0, len(having) - 1, min(_ROWS, len(having))).round().astype(int)]
@@ -34,9 +36,9 @@ def draw_sheet(source: Source) -> Image.Image | None:
     return sheet
 
 
-def save_sheet(path: Path, source: Source) -> bool:
+def save_sheet(path: Path, source: Source, but: Container[int] = ()) -> bool:
     """Whether there was anything to draw."""
-    sheet = draw_sheet(source)
+    sheet = draw_sheet(source, but)
     if sheet is not None:
         sheet.save(path, compress_level=1)
     return sheet is not None

@@ -163,7 +163,7 @@ def describe_pen(pen: Pen | None, report: PenReport | None, names: Sequence[str]
         moved += " where an image has no strokes of its own to tell; in all others by their thinnest ones"
     silent = {"moved over": pen.band, "of what stays and is not proven": pen.doubt}
     left_open = ", ".join(f"{pixels:g} pixels {where}" for where, pixels in silent.items() if pixels)
-    sentence = f"outlines of positive drawings that are moved back, pixels too far: {moved}"
+    sentence = f"outlines of positive drawings that are moved back, pixels too far (below 0: not far enough): {moved}"
     sentence += f"; left open: {left_open}" if left_open else ""
     if pen.moves and not any(map(is_background, names)) and len(set(pen.radii)) == 1:
         sentence += "; no class is called background: where two of these touch, their border stays"
