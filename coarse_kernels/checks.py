@@ -329,16 +329,15 @@ def _check_normalizer(name: str, normalizer: Any, reduction: str) -> None:
             raise TypeError(f"{name}: expected a number or a 0-d tensor of floats or ints, got {normalizer.dtype}")
         _check_detached(name, normalizer)
         return
-    _check_number(name, normalizer)
-    if normalizer <= 0:
-        raise ValueError(f"{name}: expected a number > 0, got {normalizer}")
+    check_weight(name, normalizer)
     _check_reciprocal(name, normalizer)
 
 
 def _check_reciprocal(name: str, number: float) -> None:
+    """0 is what batches without labels have summed up to, and their mean is 0."""
     least = torch.finfo(torch.float32).tiny
-    if number < least:
-        raise ValueError(f"{name}: expected a number >= {least}, whose reciprocal float32 holds, got {number}")
+    if 0 < number < least:
+        raise ValueError(f"{name}: expected 0 or a number >= {least}, whose reciprocal float32 holds, got {number}")
 
 
 # --- checks that read values --------------------------------------------------------------------------------------------
@@ -362,13 +361,13 @@ def _check_values(
     limits = torch.finfo(dtype)
     labels, normalizer = drawings.labels, drawings.normalizer
     if drawings.cm_logits is not None:
-        notices.look_for_diagonal(name("cm_logits"), drawings.cm_logits)
+        notices.look_at_matrices(name("cm_logits"), drawings.cm_logits)
     with wrapped.unseen(), torch.no_grad():
         if drawings.transition is not None and _may_read(drawings.transition):
             _check_probabilities(name("transition"), drawings.transition, complementary)
-        # 0 is what a batch without labels has summed up: its mean is 0
-        if isinstance(normalizer, Tensor) and _may_read(normalizer) and (value := normalizer.item()) != 0:
-            if not 0 < value < math.inf:
+        if isinstance(normalizer, Tensor) and _may_read(normalizer):
+            value = normalizer.item()
+            if not 0 <= value < math.inf:
                 raise ValueError(f"{name('normalizer')}: expected a finite number >= 0, got {value}")
             _check_reciprocal(name("normalizer"), value)
         if not _may_read(labels):

@@ -150,7 +150,7 @@ def annotation_nll(
         pixel_weight: (B, *S) weight of a pixel, >= 0; anything where there is no label. A constant: not differentiated.
         reduction: "mean" divides by the summed weight of the labelled pixels, or by ``normalizer``; "sum"; "none" gives
             the weighted map. Nothing labelled: the mean is 0 and so are its gradients.
-        normalizer: what "mean" divides by, a number > 0 or a 0-d tensor >= 0, such as the labelled weight over all ranks; the
+        normalizer: what "mean" divides by, a number or a 0-d tensor >= 0, such as the labelled weight over all ranks; the
             mean is 0 where the tensor is.
         backend: "reference", "cpu", ...; None takes the best that can run (`available_backends`).
 
@@ -378,6 +378,10 @@ def _evaluate(problem: Problem, backend: str | None) -> Objective:
     return Objective(loss, tuple(AnnotationLoss(*terms, count) for terms, count in zip(of_kinds, counts, strict=True)))
 
 
+def _reciprocal(number: float) -> float:
+    return 0.0 if number == 0 else 1.0 / number
+
+
 def _scale(problem: Problem, drawings: Drawings, count: Tensor) -> Tensor | None:
     """What the sums are multiplied with: None (1) for "sum", else 1 / normalizer, and 0 where nothing is labelled."""
     if problem.reduction == "sum":
@@ -386,12 +390,11 @@ def _scale(problem: Problem, drawings: Drawings, count: Tensor) -> Tensor | None
     if normalizer is None:
         normalizer = count
     elif not isinstance(normalizer, Tensor):
-        return torch.full_like(count, 1.0 / normalizer)
+        return torch.full_like(count, _reciprocal(normalizer))
     else:
         if normalizer.device != count.device and wrapped.readable(normalizer):
             # a 0-d CPU tensor is welcome; copied as it is, the host would wait for the device
-            value = normalizer.item()
-            return torch.full_like(count, 0.0 if value == 0 else 1.0 / value)
+            return torch.full_like(count, _reciprocal(normalizer.item()))
         normalizer = normalizer.detach().to(count)
     if normalizer.device.type == "cpu" and wrapped.readable(normalizer):  # fewer steps, where the value is at hand
         return torch.zeros_like(normalizer) if normalizer.item() == 0 else normalizer.reciprocal()

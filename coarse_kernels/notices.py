@@ -12,36 +12,40 @@ from torch import Tensor
 from . import wrapped
 
 _PLACES = 64  # of one image that are looked at
-_looked_at: set[str] = set()  # names
+_SUM_TOLERANCE = 1e-2  # of a column of probabilities in 16 bits
+_looked_at: set[tuple[str, bool]] = set()  # names, and whether it was trained
 _pending: dict[str, tuple[Tensor, torch.cuda.Event]] = {}  # what a device has yet to say, by name
 
 
-def look_for_diagonal(name: str, cm_logits: Tensor) -> None:
-    """Warn, once a process for each name, where training starts from matrices whose columns mostly have their largest entry
-    off the diagonal. ``cm_logits``: (B or 1, C, C, *G).
+def look_at_matrices(name: str, cm_logits: Tensor) -> None:
+    """Warn, once a process for each name, of probabilities in the place of logits, and where training starts from matrices
+    whose columns mostly have their largest entry off the diagonal. ``cm_logits``: (B or 1, C, C, *G).
 
     On a GPU nobody waits: what the first call finds is said in a later one.
     """
     if _pending and not torch.cuda.is_current_stream_capturing():  # where asking an event is an error
         _hear()
-    if name in _looked_at or not cm_logits.requires_grad or not torch.is_grad_enabled() or cm_logits.numel() == 0:
+    trained = cm_logits.requires_grad and torch.is_grad_enabled()
+    if (name, trained) in _looked_at or cm_logits.numel() == 0:
         return
     if torch.compiler.is_compiling() or not wrapped.readable(cm_logits):
         return
     on_gpu = cm_logits.is_cuda
     if cm_logits.device.type not in ("cpu", "cuda") or (on_gpu and torch.cuda.is_current_stream_capturing()):
         return
-    _looked_at.add(name)
+    _looked_at.add((name, trained))
     with wrapped.unseen(), torch.no_grad():
         places = cm_logits[0].flatten(2)  # (C, C, places)
-        places = places[..., :: max(1, places.shape[2] // _PLACES)]
+        places = places[..., :: max(1, places.shape[2] // _PLACES)].float()
         own = torch.arange(places.shape[1], device=places.device)
-        share = (places.float().argmax(0) == own[:, None]).float().mean()
+        share = (places.argmax(0) == own[:, None]).float().mean()
+        likely = ((places.sum(0) - 1).abs().max() < _SUM_TOLERANCE) & (places.min() >= 0)
+        told = torch.stack([share if trained else torch.ones_like(share), likely])
         if not on_gpu:
-            _say(name, share.item())
+            _say(name, *told.tolist())
             return
-        found = torch.empty((), pin_memory=True)
-        found.copy_(share, non_blocking=True)
+        found = torch.empty(2, pin_memory=True)
+        found.copy_(told, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(cm_logits.device))  # of the copy, not of the current device
         _pending[name] = found, event
@@ -51,10 +55,16 @@ def _hear() -> None:
     for name, (found, event) in list(_pending.items()):
         # one of several threads that hear it says it
         if event.query() and _pending.pop(name, None) is not None:
-            _say(name, found.item())
+            _say(name, *found.tolist())
 
 
-def _say(name: str, share: float) -> None:
+def _say(name: str, share: float, likely: float) -> None:
+    if likely:
+        warn(
+            f"{name}: expected logits, whose softmax over the first class axis is the matrix, got numbers >= 0 that sum to 1 "
+            f"in every column. If they are the matrix itself, {name}.log() is what is meant."
+        )
+        return
     if share > 0.5:
         return
     warn(

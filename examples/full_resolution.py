@@ -42,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> float:
     segmentation = encoder(CLASSES)
     annotation = encoder(16)  # another network: a shared one would let the matrices absorb the objects
     head = ConfusionHead(CLASSES, channels=16, stride=2)
-    optimizer = torch.optim.AdamW([*segmentation.parameters(), *annotation.parameters(), *head.parameters()], lr=1e-3)
+    networks = [*segmentation.parameters(), *annotation.parameters()]
+    optimizer = torch.optim.AdamW(
+        [{"params": networks}, {"params": head.parameters(), "weight_decay": 0.0}],  # it would pull the diagonal to 0
+        lr=1e-3,
+    )
 
     size = tuple(config.size)
     image = torch.randn(1, 3, *size)

@@ -123,7 +123,7 @@ def test_no_warning_where_there_is_nothing_to_warn_of() -> None:
         loss_with(bad)  # not trained
         with torch.no_grad():
             loss_with(bad.requires_grad_())
-        assert not notices._looked_at
+        assert not any(trained for _, trained in notices._looked_at)
     assert not said
 
 
@@ -142,7 +142,7 @@ class Event:
 def test_no_event_is_asked_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would end the capture with an error: what the first call found is said after it."""
     event = Event()
-    monkeypatch.setitem(notices._pending, "cm_logits", (torch.tensor(0.2), event))  # type: ignore[arg-type]
+    monkeypatch.setitem(notices._pending, "cm_logits", (torch.tensor([0.2, 0.0]), event))  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     loss_with(confusion_logits(4).view(1, 4, 4, 1, 1))
     assert event.asked == 0
@@ -155,13 +155,29 @@ def test_no_event_is_asked_while_a_graph_is_captured(monkeypatch: pytest.MonkeyP
 def test_two_threads_that_hear_of_it_at_once_say_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.nn.DataParallel has several; one of them found nothing to remove."""
     event, said = Event(0.2), []
-    monkeypatch.setitem(notices._pending, "cm_logits", (torch.tensor(0.2), event))  # type: ignore[arg-type]
+    monkeypatch.setitem(notices._pending, "cm_logits", (torch.tensor([0.2, 0.0]), event))  # type: ignore[arg-type]
     monkeypatch.setattr(notices, "_say", lambda *what: said.append(what))
     with ThreadPoolExecutor(2) as pool:
         for done in [pool.submit(notices._hear) for _ in range(2)]:
             done.result()
     assert event.asked == 2
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_probabilities_in_the_place_of_logits_are_warned_of_once(trained: bool) -> None:
+    """Their softmax is another, nearly uniform matrix: a loss comes out, and another one."""
+    matrix = confusion_logits(4).softmax(0).view(1, 4, 4, 1, 1).requires_grad_(trained)
+    with pytest.warns(
+        UserWarning, match=r"drawings\[0\]\.cm_logits: expected logits, .* sum to 1 .*cm_logits\.log\(\) is"
+    ):
+        loss_with(matrix)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_with(matrix)
+        notices._looked_at.clear()
+        loss_with(matrix.detach().log())
+        loss_with(torch.zeros(1, 4, 4, 1, 1))
 
 
 def test_a_start_without_a_diagonal_is_what_permutes_classes() -> None:
