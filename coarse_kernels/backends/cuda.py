@@ -29,10 +29,11 @@ _REFUSALS = (
     "one field on the pixel grid serves several images",
     "several layers add to a gradient in 16 bits",
 )
-MAX_CLASSES = 256  # columns of a pixel have to fit in shared memory
 
 
 class CudaBackend(FusedBackend):
+    most_classes = 256  # columns of a pixel have to fit in shared memory
+
     def unavailable(self) -> str | None:
         return native.cuda_reason()
 
@@ -58,4 +59,4 @@ class CudaBackend(FusedBackend):
         return super().unsupported(problem)
 
 
-BACKEND = CudaBackend("cuda", ("cuda",), compiled.NAMESPACE, most_classes=MAX_CLASSES)
+BACKEND = CudaBackend("cuda", ("cuda",), compiled.NAMESPACE)

@@ -19,10 +19,10 @@ from .reference import Terms, label_weights
 class FusedBackend(abc.ABC):
     """A `Backend` whose work is done by the operators of ``torch.ops.<namespace>``."""
 
-    def __init__(self, name: str, device_types: tuple[str, ...], namespace: str, *, most_classes: int | None = None):
-        """most_classes: of a kind with a matrix; trusted ones may have any number."""
+    most_classes: int | None = None  # of a kind with a matrix; trusted ones may have any number
+
+    def __init__(self, name: str, device_types: tuple[str, ...], namespace: str):
         self.name, self.device_types, self.namespace = name, device_types, namespace
-        self.most_classes = most_classes
 
     def unavailable(self) -> str | None:
         return native.operators_reason()

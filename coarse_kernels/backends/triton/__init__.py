@@ -113,6 +113,8 @@ ONE_TILE = 32  # classes whose matrix fits the registers of a program (`table.pi
 
 
 class TritonBackend(FusedBackend):
+    most_classes = MAX_CLASSES
+
     def unavailable(self) -> str | None:
         return _MISSING
 
@@ -166,6 +168,4 @@ def _define() -> torch.library.Library:
 
 
 _LIBRARY = _define()  # the operators live as long as this does
-BACKEND = TritonBackend(
-    "triton", ("cuda", "xpu", *(("cpu",) if INTERPRETED else ())), NAMESPACE, most_classes=MAX_CLASSES
-)
+BACKEND = TritonBackend("triton", ("cuda", "xpu", *(("cpu",) if INTERPRETED else ())), NAMESPACE)
