@@ -60,6 +60,7 @@ def _hear() -> None:
 
 def _say(name: str, share: float, likely: float) -> None:
     if likely:
+        _looked_at.add((name, True))
         warn(
             f"{name}: expected logits, whose softmax over the first class axis is the matrix, got numbers >= 0 that sum to 1 "
             f"in every column. If they are the matrix itself, {name}.log() is what is meant."

@@ -17,7 +17,10 @@ from .simulate import pair_counts
 _IMAGES = 32  # training images that are looked at
 _FEW = 0.2  # of what is positively drawn, with a negative drawing on it: below, the matrix loses to cross-entropy
 _CONTRADICTED = 0.005  # of where both kinds meet, the same name in both: below, nothing says that names are wrong
-_COPIED = 0.5  # likewise, above: negative drawings were made as positive ones are
+_COPIES, _COPIED = (
+    0.9,
+    0.5,
+)  # of what is positively drawn, and of where both meet, above: negatives were made as positives are
 _SEEN = 500  # pixels of a name with a negative drawing, from which on a name that never comes is no chance
 _LISTED = 3
 _PAIRS = 8
@@ -92,7 +95,8 @@ def _meeting(config: FitConfig, source: Source, *, matrix: bool) -> list[str]:
     if not own or len(objects) < 2:
         return []
     notes = []
-    if counts[objects, objects].sum() > _COPIED * counts[objects].sum():
+    # where they are few, somebody may have ruled out what is drawn wrongly
+    if met > _COPIES * own and counts[objects, objects].sum() > _COPIED * counts[objects].sum():
         notes.append(
             "negative drawings mostly say 'not' what the positive ones on the same pixels say: one of the two contradicts the "
             "images; a negative label is a class that a region is not"

@@ -16,7 +16,7 @@ import itertools
 import math
 from collections.abc import Generator
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from . import run
 from .advice import describe_risks
 from .checking import check_run
-from .config import FitConfig, anchored, from_dict, to_dict, to_toml
+from .config import FitConfig, anchored, from_dict, to_dict
 from .criterion import open_class_weights, open_transition
 from .data import Sample, describe_source, open_split
 from .data.sampler import StepSampler
@@ -39,7 +39,8 @@ from .pen import describe_pen
 from .progress import show_progress
 from .rules import check_config
 from .schedule import Phase, plan_phases
-from .selection import Splits, choose, describe_selection, open_splits, settled
+from .selection import choose, describe_selection, open_splits, settled
+from .trials import Splits
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ def fit(config: FitConfig, splits: Splits | None = None, *, until: int | None = 
         coarse_train.run.CheckpointError: a checkpoint cannot be written, and the last good one is intact; or the one to go on
             from cannot be read.
     """
+    if until is not None and until < 1:
+        raise ValueError(f"until: expected a step from 1 on, or None, got {until}")
     if config.out is None:
         raise ValueError("out: expected a folder for the run, got None")
     config = anchored(from_dict(to_dict(config)))  # paths that came as text, and types that do not fit
@@ -131,19 +134,18 @@ def fit(config: FitConfig, splits: Splits | None = None, *, until: int | None = 
             best_score, last_score = resumed["best_score"], resumed["last_score"]
             loss = resumed.get("loss", loss)  # which earlier versions did not keep
         if world.is_main and (not resumed or changes != resumed["changes"]):
-            written = to_toml(replace(config, resume=False, resume_changed=False))
-            run.write_text(config.out / "config.toml", "".join(f"# {line}\n" for line in changes) + written)
+            run.write_config(config, changes)
         log = stack.enter_context(run.RunLog(config, start, enabled=world.is_main))
         log.say(f"{describe_source(source)}, {classes} classes; {world.size} process(es) on {world.device.type}")
         if config.data.dense_images and config.data.supervision != "drawings":
             log.say(f"masks: learned from are those of {config.data.dense_images} images, chosen by the seed")
-        if config.resume and not resumed:
+        if config.resume and not resumed and until is None:
             log.say(f"no last.pt in {config.out}: a new run")
         log.say(f"{config.out}: {start} of {config.steps} steps done")
         for line in (
             *changes,
             *checked,
-            *chosen_by_auto,
+            *(chosen_by_auto if selection is None else ()),
             *describe_selection(config, validation, selection),
             *(describe_risks(config, source) if world.is_main else ()),  # it reads drawings
             *describe_pen(pen, measured, source.classes.names),
@@ -245,4 +247,4 @@ def _evaluate_every(config: FitConfig) -> int:
     return config.evaluate_every or max(1, config.steps // 5)
 
 
-__all__ = ["FitResult", "NonFiniteStep", "fit"]
+__all__ = ["FitResult", "NonFiniteStep", "Splits", "fit"]

@@ -13,8 +13,9 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,7 +24,7 @@ import torch
 from PIL.Image import Image
 from tqdm import tqdm
 
-from .config import FitConfig, Measured, anchored, from_dict, load_toml, to_dict
+from .config import FitConfig, Measured, anchored, from_dict, load_toml, to_dict, to_toml
 from .data import Source
 from .distributed import World
 from .storage import LFS_POINTER, CheckpointError, is_lfs_pointer, locked, write_text, write_whole
@@ -160,6 +161,12 @@ def _look_for_others(config: FitConfig, *, known: bool) -> None:
                 )
     if (folder / "best.pt").exists() and not config.resume:
         raise ValueError(f"out: expected a new folder or --resume, got {folder} with the checkpoint best.pt")
+
+
+def write_config(config: FitConfig, changes: Sequence[str]) -> None:
+    """config.toml, with a comment for everything that was changed on the way."""
+    written = to_toml(replace(config, resume=False, resume_changed=False))
+    write_text(config.out / "config.toml", "".join(f"# {line}\n" for line in changes) + written)
 
 
 # ---- the same run ------------------------------------------------------------------------------------------------

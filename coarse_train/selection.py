@@ -8,63 +8,26 @@ to the end, and the best of those is the run: successive halving (Karnin, Koren 
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 
 from . import IGNORE
-from .config import DrawingsConfig, FitConfig, Measured, from_dict, to_dict, to_toml
+from .config import FitConfig, Measured, from_dict, to_dict
 from .criterion import open_transition
 from .data import FolderNotFound, Source, Subset, open_split
 from .data.segmentation import NO_DRAWINGS, pairs_of
 from .distributed import World
 from .pen import measure, to_json
-from .run import check_same_run, is_run, load, save, write_text
+from .run import check_same_run, is_run, write_text
+from .trials import Selection, Splits, adopt, read_content, read_selection, run_rounds, write_content
 
-_FINALISTS = 3  # with two the best was left out too often, a fourth found little more: docs/experiments/index.md
 _FINE_TUNING = "fine-tuning on the masks"
 _CLOSE = 2.0  # points of mean IoU: a lead that another choice of masks may turn round
-
-
-class Splits(NamedTuple):
-    """What a run reads. validation: with masks that are scored; None: there are none. masks: of images outside the training
-    split, for the masks that come after drawings; None: they are of training images."""
-
-    train: Source
-    validation: Source | None
-    masks: Source | None = None
-
-
-class Round(NamedTuple):
-    """Mean IoU on the masks of the candidates that have done so many steps."""
-
-    steps: int
-    scores: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """How the candidates did on so many masks, round by round, and which was taken. left_out: what is no candidate here."""
-
-    masks: int
-    rounds: tuple[Round, ...]
-    chosen: str
-    left_out: tuple[str, ...] = ()
-
-    def last(self) -> dict[str, Round]:
-        """Of every candidate the last round that it was in, best first."""
-        found = {name: one for one in self.rounds for name in one.scores}
-        return dict(sorted(found.items(), key=lambda item: (-item[1].steps, -item[1].scores[item[0]])))
-
-    def lost(self) -> dict[str, float]:
-        """Of every candidate: points behind the chosen one, when it was last scored."""
-        return {name: one.scores[self.chosen] - one.scores[name] for name, one in self.last().items()}
 
 
 def open_splits(config: FitConfig, train: Source) -> Splits:
@@ -126,13 +89,13 @@ def candidates(
 ) -> dict[str, FitConfig]:
     """What there is to choose from, by name, where there are the kinds of drawings ``present``.
 
-    The matrix is the one of the config, or a global one where it has none. pen: a pen.json with radii that are not all 0; left
-    out where the config has a pen of its own, which all candidates then keep. estimable: both kinds meet; without a matrix
-    a uniform transition is then estimated, by which cross-entropy gains as much as by anything, and with one it is not.
+    The matrix is the one of the config, or a global one with the settings of the positive drawings where it has none.
+    pen: a pen.json with radii that are not all 0; left out where the config has a pen of its own, which all candidates then
+    keep. estimable: both kinds meet; without a matrix a uniform transition is then estimated, by which cross-entropy gains as
+    much as by anything, and with one it is not.
     """
-    given = next(
-        (kind for kind in (config.positive, config.negative) if kind.cm != "none"), DrawingsConfig(cm="global")
-    )
+    kinds = (config.positive, config.negative)
+    given = next((kind for kind in kinds if kind.cm != "none"), replace(config.positive, cm="global"))
     own = {"pen": config.positive.pen, "band": config.positive.band, "doubt": config.positive.doubt}
     bare = replace(
         config, positive=replace(config.positive, cm="none"), negative=replace(config.negative, cm="none", missing=None)
@@ -181,7 +144,7 @@ def choose(
         taken = _taken_up(config) if config.resume else None
         return (config, taken[1]) if taken else (config, None)
     if config.resume and (taken := _taken_up(config)):
-        return _adopted(*taken, world)
+        return adopt(*taken, world), taken[1]
     if not config.resume and world.is_main:
         for folder in config.out.glob("trial_*"):  # as above; a run that makes no trials has none to clear away
             if is_run(folder) or is_run(folder / "fold_0"):  # else it is none of ours
@@ -193,64 +156,30 @@ def choose(
         pen, why_not = _measured(config, splits.validation, config.out / "pen.json", world)
         left_out += [f"outlines moved back: {why_not}"] if why_not else []
     found = candidates(config, present, pen=pen, estimable=_estimable(config, train, present))
-    possible = _labelled_in_both_halves(splits.validation) and config.steps > 1  # it is two phases
-    if not possible and _FINE_TUNING in found:
+    halves = _labelled_in_both_halves(splits.validation)
+    if _FINE_TUNING in found and (not halves or config.steps < 2):
         del found[_FINE_TUNING]
-        left_out.append(f"{_FINE_TUNING}: no two halves of them, to learn from and to score, have labels")
-    rounds = _rounds(config, found, splits, world, fit)
+        why = (
+            "no two halves of them, to learn from and to score, have labels"
+            if not halves
+            else "a step has no two phases"
+        )
+        left_out.append(f"{_FINE_TUNING}: {why}")
+    rounds = run_rounds(config, found, splits, world, fit)
     last = rounds[-1].scores
     selection = Selection(config.select_with, tuple(rounds), max(last, key=lambda name: last[name]), tuple(left_out))
     chosen = found[selection.chosen]
     if world.is_main:
-        content = {
-            "chosen": selection.chosen,
-            "chosen_by": f"{config.select_with} dense validation masks",
-            "cost_if_wrong": selection.lost(),
-            "left_out": left_out,
-            **_told(config, rounds),
-            "config": to_dict(chosen),
-        }
-        write_text(path, json.dumps(content, indent=2) + "\n")
-    return _adopted(chosen, selection, world)
-
-
-def _rounds(
-    config: FitConfig, found: dict[str, FitConfig], splits: Splits, world: World, fit: Callable[..., Any]
-) -> list[Round]:
-    """All candidates to ``select_steps``, the best few of them to the end; where there are no more than few, all to the end."""
-    first = min(config.select_steps or max(1, config.steps // 5), config.steps)
-    ends = (first, config.steps) if first < config.steps and len(found) > _FINALISTS else (config.steps,)
-    rounds = _rounds_done(config) if config.resume else []
-    for end in ends[len(rounds) :]:
-        names = list(found)
-        if rounds:
-            names = sorted(names, key=lambda name: -rounds[-1].scores[name])[:_FINALISTS]
-        rounds.append(Round(end, {name: _score(found[name], splits, end, _trial(config, name), fit) for name in names}))
-        if world.is_main:
-            write_text(config.out / "selection.json", json.dumps(_told(config, rounds), indent=2) + "\n")
-    return rounds
-
-
-def _told(config: FitConfig, rounds: list[Round]) -> dict[str, Any]:
-    """For selection.json."""
-    return {"rounds": [{"steps": one.steps, "mean_iou": one.scores} for one in rounds], "given": to_dict(config)}
-
-
-def _rounds_done(config: FitConfig) -> list[Round]:
-    content = _read(config.out)
-    if not content:
-        return []
-    check_same_run(from_dict(content["given"]), config)
-    return _rounds_of(content)
-
-
-def _rounds_of(content: dict[str, Any]) -> list[Round]:
-    rounds = content.get("rounds", [content])  # without: of one round of shorter runs, as it was done before
-    return [Round(one["steps"], one["mean_iou"]) for one in rounds]
-
-
-def _trial(config: FitConfig, name: str) -> Path:
-    return config.out / f"trial_{name.replace(', ', '_').replace(' ', '_')}"
+        write_content(
+            config,
+            rounds,
+            chosen=selection.chosen,
+            chosen_by=f"{config.select_with} dense validation masks",
+            cost_if_wrong=selection.lost(),
+            left_out=left_out,
+            config=to_dict(chosen),
+        )
+    return adopt(chosen, selection, world), selection
 
 
 def _labelled_in_both_halves(masks: Source) -> bool:
@@ -259,45 +188,6 @@ def _labelled_in_both_halves(masks: Source) -> bool:
     if not labelled:
         raise ValueError(f"select_with: expected masks with labelled pixels to choose by, got {len(masks)} without")
     return len({k % 2 for k in labelled}) == 2
-
-
-def _score(row: FitConfig, splits: Splits, until: int, folder: Path, fit: Callable[..., Any]) -> float:
-    """Mean IoU of the candidate after the step ``until`` of its run, which a later call takes up there."""
-    trial = replace(row, out=folder, select_steps=0, resume=(folder / "last.pt").exists())
-    if row.data.dense_split != "val":
-        return float(fit(trial, splits, until=until).last_score)
-    masks = splits.validation
-    assert masks is not None
-    halves = [Subset(masks, range(part, len(masks), 2)) for part in (0, 1)]
-    found = []
-    for number, (learned, scored) in enumerate((halves, halves[::-1])):
-        data = replace(trial.data, dense_images=len(learned))
-        own = folder / f"fold_{number}"
-        resume = (own / "last.pt").exists()
-        fold = replace(trial, data=data, out=own, select_with=0, select_steps=None, resume=resume)
-        found.append(float(fit(fold, Splits(splits.train, scored, learned), until=until).last_score))
-    return float(np.mean(found))
-
-
-def _adopted(config: FitConfig, selection: Selection, world: World) -> tuple[FitConfig, Selection]:
-    """The trial of the chosen candidate is the run: its record and its checkpoints move to the run folder. last.pt comes last,
-    so that what was stopped in between is done again."""
-    trial, last = _trial(config, selection.chosen), config.out / "last.pt"
-    if world.is_main and not last.exists() and (trial / "last.pt").exists():
-        for name in ("tensorboard", "pictures", "metrics.jsonl"):
-            if (trial / name).exists():
-                if (config.out / name).is_dir():  # of a run that was given up
-                    shutil.rmtree(config.out / name)
-                os.replace(trial / name, config.out / name)
-        for name in ("best.pt", "last.pt"):
-            if (trial / name).exists():
-                content = load(trial / name)
-                own = replace(from_dict(content["config"]), out=config.out, select_steps=config.select_steps)
-                write_text(config.out / "config.toml", to_toml(replace(own, resume=False, resume_changed=False)))
-                save(config.out / name, {**content, "config": to_dict(own)})
-        shutil.rmtree(trial)
-    world.wait()
-    return (replace(config, resume=True) if last.exists() else config), selection
 
 
 def _estimable(config: FitConfig, train: Source, present: tuple[str, ...]) -> bool:
@@ -325,24 +215,10 @@ def _measured(config: FitConfig, masks: Source, path: Path, world: World) -> tup
     return path, None
 
 
-def read_selection(folder: Path, masks: int) -> Selection | None:
-    """Of the run in ``folder``, which so many masks chose; None: they have not, or not yet."""
-    content = _read(folder)
-    if "chosen" not in content:
-        return None
-    return Selection(masks, tuple(_rounds_of(content)), content["chosen"], tuple(content.get("left_out", ())))
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    path = folder / "selection.json"
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return content
-
-
 def _taken_up(config: FitConfig) -> tuple[FitConfig, Selection] | None:
     """What was chosen when the run began; ``config`` may be what was given then, or that of the run folder, which is what was
     chosen."""
-    selection, content = read_selection(config.out, config.select_with), _read(config.out)
+    selection, content = read_selection(config.out, config.select_with), read_content(config.out)
     if selection is None:
         return None
     given, chosen = from_dict(content["given"]), from_dict(content["config"])

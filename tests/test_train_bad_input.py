@@ -59,7 +59,7 @@ def test_a_last_step_that_overflows_is_neither_scored_nor_kept(tmp_path: Path, m
         patch.setattr(Learner, "step", step)
         with pytest.raises(
             NonFiniteStep,
-            match=r"^2 of the parameters are not finite after step 6, which is neither scored nor kept\. A lower",
+            match=r"^parameters became inf or NaN in step 6, which is neither scored nor kept\. A lower",
         ):
             fit(config)
     assert run_folder.load(tmp_path / "last.pt")["step"] == 4

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from coarse_train import advice, selection
+from coarse_train import advice, trials
 from coarse_train import run as run_folder
 from coarse_train.advice import describe_risks
 from coarse_train.cli import main
@@ -25,7 +25,8 @@ from coarse_train.distributed import join_world
 from coarse_train.engine import fit
 from coarse_train.rules import check_config
 from coarse_train.schedule import plan_phases
-from coarse_train.selection import Splits, candidates, choose, open_splits
+from coarse_train.selection import candidates, choose, open_splits
+from coarse_train.trials import Splits
 
 from . import data_trees
 
@@ -210,9 +211,7 @@ def test_fine_tuning_is_one_of_the_candidates(tmp_path: Path) -> None:
 def test_a_run_whose_masks_chose_the_pen_goes_on_where_it_was_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        selection, "_score", lambda row, splits, until, folder, fit: 90.0 * (folder.name == "trial_pen")
-    )
+    monkeypatch.setattr(trials, "_score", lambda row, splits, until, folder, fit: 90.0 * (folder.name == "trial_pen"))
     data = DataConfig(dataset="mnist", variant="thick", limit=24)
     config = _config(tmp_path / "here", data=data, select_with=4, steps=2)
     fit(config)

@@ -13,7 +13,7 @@ import torch
 from coarse_train.commands.evaluate import EvaluateConfig, run_evaluate
 from coarse_train.config import FitConfig, ModelConfig, OptimConfig, to_toml
 from coarse_train.engine import fit
-from coarse_train.selection import read_selection
+from coarse_train.trials import read_selection
 from tests.runs import ENVIRONMENT, _config, _losses, _rows, _state
 
 

@@ -7,17 +7,17 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 
 from coarse_train import run as run_folder
-from coarse_train import storage
+from coarse_train import selection, storage, trials
 from coarse_train.commands.evaluate import EvaluateConfig, run_evaluate
-from coarse_train.config import DataConfig, DrawingsConfig, OptimConfig, load_toml
+from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, OptimConfig, load_toml
 from coarse_train.engine import fit
-from coarse_train.selection import read_selection
 from coarse_train.storage import write_whole
+from coarse_train.trials import Round, Splits, read_selection
 from tests import data_trees
 from tests.runs import _assert_same_bits, _config, _rows, _state
 
@@ -32,7 +32,8 @@ def test_a_few_masks_choose_the_trusted_side_and_the_run_says_so(
     chosen = last["mean_iou"]
     assert (first["steps"], last["steps"]) == (2, config.steps)
     assert set(first["mean_iou"]) >= {"all trusted", "matrix on positive", "matrix on negative"}
-    assert set(chosen) == set(sorted(first["mean_iou"], key=lambda name: -first["mean_iou"][name])[:3])
+    best = sorted(first["mean_iou"], key=lambda name: -first["mean_iou"][name])[:2]
+    assert set(chosen) == {*best, "fine-tuning on the masks"}
     printed = capsys.readouterr().err
     assert "4 dense masks of the validation split choose what is learned from and how, and the checkpoint" in printed
     assert all(f"  {name}" in printed for name in first["mean_iou"])
@@ -45,16 +46,30 @@ def test_a_few_masks_choose_the_trusted_side_and_the_run_says_so(
     assert run_evaluate(EvaluateConfig(result.checkpoint, split="test", limit=5))["chosen_with"] == 0
 
 
+def _prefer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks that choose this candidate, whatever it learns."""
+    real = trials._score
+
+    def score(row: FitConfig, splits: Splits, until: int, folder: Path, fit: Any) -> float:
+        return real(row, splits, until, folder, fit) + 100 * (folder.name == f"trial_{name.replace(' ', '_')}")
+
+    monkeypatch.setattr(trials, "_score", score)
+
+
 @pytest.mark.parametrize("given", ["positive", "negative"])
-def test_the_side_that_masks_chose_stays_over_a_resume(tmp_path: Path, given: str) -> None:
+def test_the_side_that_masks_chose_stays_over_a_resume(
+    tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The config of the run folder already has the chosen side: taking it up again must not swap it back."""
+    _prefer("matrix on negative" if given == "positive" else "matrix on positive", monkeypatch)
     matrix = DrawingsConfig(cm="global", diagonal=0.6, missing=0.3 if given == "positive" else None)
     sides = {given: matrix, "negative" if given == "positive" else "positive": DrawingsConfig()}
     config = _config(tmp_path, select_with=4, select_steps=2, **sides)
     fit(config)
-    # what drawings leave out is no start for those that say what is not there
-    assert load_toml(tmp_path / "trial_matrix_on_negative" / "config.toml").negative.missing is None
     chosen = load_toml(tmp_path / "config.toml")
+    assert getattr(chosen, given).cm == "none"
+    assert (chosen.positive.cm, chosen.negative.cm).count("global") == 1
+    assert chosen.negative.missing is None  # what drawings leave out is no start for those that say what is not there
     before = _state(tmp_path)
     for again in (config, chosen):
         fit(replace(again, resume=True))
@@ -90,8 +105,11 @@ def test_trials_of_a_run_that_was_given_up_choose_nothing(tmp_path: Path) -> Non
     assert not before & after
 
 
-def test_the_run_that_masks_chose_is_the_candidate_s_own_bit_for_bit(tmp_path: Path) -> None:
+def test_the_run_that_masks_chose_is_the_candidate_s_own_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is not trained twice, and what was scored is what is delivered."""
+    _prefer("matrix on negative", monkeypatch)
     config = _config(tmp_path / "run", select_with=4, select_steps=3)
     result = fit(config)
     taken = load_toml(tmp_path / "run" / "config.toml")
@@ -104,12 +122,25 @@ def test_the_run_that_masks_chose_is_the_candidate_s_own_bit_for_bit(tmp_path: P
         one["config"]["select_steps"], one["config"]["resume"] = 0, False
         _assert_same_bits(one, other)
     assert _rows(tmp_path / "run") == _rows(tmp_path / "alone")
-    left = {path.name: run_folder.load(path / "last.pt")["step"] for path in (tmp_path / "run").glob("trial_matrix_*")}
-    assert set(left.values()) <= {3, 6}
     chosen = read_selection(tmp_path / "run", 4)
     assert chosen is not None
-    assert f"trial_{chosen.chosen.replace(' ', '_')}" not in left
-    assert len(chosen.rounds[1].scores) == 3 < len(chosen.rounds[0].scores)
+    assert chosen.chosen == "matrix on negative"
+    left = {path.name for path in (tmp_path / "run").glob("trial_*")}
+    assert left == {"trial_all_trusted", "trial_matrix_on_positive", "trial_fine-tuning_on_the_masks"}
+    # what learns from masks in the end is not judged before it has
+    first, last = chosen.rounds
+    assert set(first.scores) == {"all trusted", "matrix on positive", "matrix on negative"}
+    assert set(last.scores) == {
+        "matrix on negative",
+        _best(first, but="matrix on negative"),
+        "fine-tuning on the masks",
+    }
+    (ended,) = set(first.scores) - set(last.scores)
+    assert run_folder.load(tmp_path / "run" / f"trial_{ended.replace(' ', '_')}" / "last.pt")["step"] == 3
+
+
+def _best(one: Round, but: str) -> str:
+    return max(one.scores.keys() - {but}, key=lambda name: one.scores[name])
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +201,96 @@ def test_what_is_no_candidate_is_said_with_its_reason(tmp_path: Path, capsys: py
     selection = read_selection(tmp_path / "one", 1)
     assert selection is not None
     assert not any("fine-tuning" in name for name in selection.last())
+
+
+@pytest.mark.parametrize("changed", [{}, {"resume_changed": True}, {"resume_changed": True, "steps": 8}])
+def test_a_trial_that_was_killed_between_its_checkpoints_goes_on(tmp_path: Path, changed: dict[str, Any]) -> None:
+    """The best comes before the last, which a folder without one had to have; and other trials have not begun."""
+    config = _config(tmp_path, select_with=4, select_steps=3, save_every=100, evaluate_every=2)
+    real = run_folder.save
+
+    def save(path: Path, content: dict[str, Any]) -> None:
+        if path == tmp_path / "trial_matrix_on_positive" / "last.pt":
+            raise KeyboardInterrupt
+        real(path, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config)
+    assert not (tmp_path / "trial_matrix_on_positive" / "last.pt").exists()
+    assert (tmp_path / "trial_matrix_on_positive" / "best.pt").exists()
+    steps = changed.get("steps", 6)
+    assert fit(replace(config, resume=True, **changed)).steps == steps
+    assert load_toml(tmp_path / "config.toml").steps == steps
+    fit(replace(load_toml(tmp_path / "config.toml"), resume=True))
+
+
+def test_a_run_that_is_chosen_after_it_was_moved_is_where_it_is_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = data_trees.write_folder_tree(tmp_path / "data")
+    config = _config(tmp_path / "run", data=DataConfig(root=root, crop=(16, 24)), select_with=2, steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "adopt", _interrupted)
+        patch.setattr(selection, "adopt", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config)
+    root.rename(tmp_path / "moved")
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    moved = replace(config, data=replace(config.data, root=tmp_path / "moved"), out=tmp_path / "elsewhere", resume=True)
+    result = fit(moved)
+    assert load_toml(tmp_path / "elsewhere" / "config.toml").data.root == tmp_path / "moved"
+    assert run_evaluate(EvaluateConfig(result.checkpoint, device="cpu"))["images"] > 0
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_choice_whose_candidates_have_changed_says_so(tmp_path: Path) -> None:
+    root = data_trees.write_folder_tree(tmp_path / "data")
+    config = _config(
+        tmp_path / "run", data=DataConfig(root=root, crop=(16, 24)), select_with=2, select_steps=1, steps=2
+    )
+    fit(config)
+    path = tmp_path / "run" / "selection.json"
+    content = json.loads(path.read_text())
+    first = {**content["rounds"][0]["mean_iou"], "nobody": 99.0}
+    path.write_text(json.dumps({"rounds": [{"steps": 1, "mean_iou": first}], "given": content["given"]}))
+    for name in ("last.pt", "best.pt"):
+        (tmp_path / "run" / name).unlink()
+    with pytest.raises(
+        ValueError, match=r"resume: expected the candidates that .*, got none called 'nobody', since drawings"
+    ):
+        fit(replace(config, resume=True))
+
+
+def test_the_settings_of_a_matrix_that_auto_leaves_out_are_those_of_its_candidate(tmp_path: Path) -> None:
+    root = data_trees.write_folder_tree(tmp_path / "data")
+    shutil.rmtree(root / "train" / "negatives")
+    auto = DrawingsConfig(cm="auto", diagonal=0.6, missing=0.3)
+    config = _config(tmp_path / "run", data=DataConfig(root=root, crop=(16, 24)), positive=auto, select_with=2, steps=1)
+    fit(config)
+    folders = [path for path in (tmp_path / "run").rglob("config.toml")]
+    matrices = [one.positive for one in map(load_toml, folders) if one.positive.cm == "global"]
+    assert matrices
+    assert all((one.diagonal, one.missing) == (0.6, 0.3) for one in matrices)
+
+
+def test_trials_of_an_earlier_version_are_no_run(tmp_path: Path) -> None:
+    """They were shorter than it, and became it."""
+    config = _config(tmp_path, select_with=4, select_steps=3)
+    fit(config)
+    content = json.loads((tmp_path / "selection.json").read_text())
+    first = content.pop("rounds")[0]
+    (tmp_path / "selection.json").write_text(json.dumps({**content, **first}))
+    taken = tmp_path / f"trial_{content['chosen'].replace(' ', '_')}"
+    fit(replace(load_toml(tmp_path / "config.toml"), select_steps=0, out=taken, steps=2))
+    for name in ("last.pt", "best.pt"):
+        (tmp_path / name).unlink()
+    assert fit(replace(config, resume=True)).steps == 6
+    assert (taken / "last.pt").exists()
 
 
 def test_masks_can_choose_no_matrix_where_there_is_one_kind_of_drawings(

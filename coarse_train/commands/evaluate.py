@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from ..config import FitConfig
 from ..data import Record, Subset
 from ..distributed import World, join_world
 from ..inference import InferenceConfig, LoadedModel, load_model, open_trained_split, score
@@ -142,7 +143,7 @@ def _result(
         "pixels": int(meter.counts.sum()),
         "inference": str(config.inference),
         # of the same split, `limit` or not: a score on them is no score on unseen images
-        "chosen_with": loaded.config.select_with if own else 0,
+        "chosen_with": loaded.config.select_with if own and _was_chosen(config.checkpoint, loaded.config) else 0,
         "learned_from": loaded.config.data.dense_images if own and loaded.config.data.dense_split == "val" else 0,
         "mean_iou": meter.mean_iou(),
         "mean_dice": meter.mean_dice(),
@@ -156,8 +157,12 @@ def _result(
     return without_nan(result)
 
 
+def _was_chosen(checkpoint: Path, config: FitConfig) -> bool:
+    """By the masks of ``select_with``: the last step is not, but what the run is may be."""
+    return checkpoint.name != "last.pt" or config.select_steps != 0
+
+
 def _chosen(result: dict[str, Any]) -> str:
-    """By masks that a run was given to choose with. The last step is chosen by nobody."""
     what = "what this run learned from" if Path(result["checkpoint"]).name == "last.pt" else "this checkpoint"
     return f"{result['chosen_with']} masks of this split chose {what}"
 

@@ -25,8 +25,8 @@ from PIL import Image
 
 from ..config import FitConfig, load_toml
 from ..metrics import describe_collapse, largest_confusions
-from ..selection import read_selection
 from ..storage import look_at_file, printable, write_text
+from ..trials import read_selection
 
 _POINTS = 400  # of a curve: of longer ones the means of so many parts are drawn
 _CURVES = {  # title -> (row of metrics.jsonl has this, what is drawn)

@@ -130,7 +130,11 @@ class Classes:
             unknown = np.unique(labels[decoded < 0]).tolist()
             many = len(unknown) > _MANY
             got = f"{unknown[:_MANY]} and {len(unknown) - _MANY} more" if many else f"{unknown}"
-            why = "values in between are what resizing leaves that is not `nearest`" if many else _IS_NOTHING
+            why = (
+                f"{_IS_NOTHING}; values in between are what resizing leaves that is not `nearest`"
+                if many
+                else _IS_NOTHING
+            )
             raise ValueError(f"{path}: expected labels among {np.flatnonzero(table >= 0).tolist()}, got {got}; {why}")
         return decoded.astype(np.uint8)
 

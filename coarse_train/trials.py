@@ -1,0 +1,173 @@
+"""The runs that masks choose from, which begin as one for each candidate, and of which the best goes on as the run itself.
+
+selection.json in the run folder says how far they came, for a run that was stopped to go on:
+
+    rounds, given          after each round: the scores so far, and the config that they are for
+    chosen, config, ...    when a candidate has been taken
+
+Trials are runs like any other, in folders of their own, trial_NAME.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .config import FitConfig, from_dict, to_dict
+from .data import Source, Subset
+from .distributed import World
+from .run import check_same_run, load, save, write_config, write_text
+
+_FINALISTS = 3  # with two the best was left out too often, a fourth found little more: docs/experiments/index.md
+
+
+class Splits(NamedTuple):
+    """What a run reads. validation: with masks that are scored; None: there are none. masks: of images outside the training
+    split, for the masks that come after drawings; None: they are of training images."""
+
+    train: Source
+    validation: Source | None
+    masks: Source | None = None
+
+
+class Round(NamedTuple):
+    """Mean IoU on the masks of the candidates that have done so many steps."""
+
+    steps: int
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How the candidates did on so many masks, round by round, and which was taken. left_out: what is no candidate here."""
+
+    masks: int
+    rounds: tuple[Round, ...]
+    chosen: str
+    left_out: tuple[str, ...] = ()
+
+    def last(self) -> dict[str, Round]:
+        """Of every candidate the last round that it was in, best first."""
+        found = {name: one for one in self.rounds for name in one.scores}
+        return dict(sorted(found.items(), key=lambda item: (-item[1].steps, -item[1].scores[item[0]])))
+
+    def lost(self) -> dict[str, float]:
+        """Of every candidate: points behind the chosen one when it was last scored, or, where that was not scored then, behind
+        the best."""
+        return {
+            name: one.scores.get(self.chosen, max(one.scores.values())) - one.scores[name]
+            for name, one in self.last().items()
+        }
+
+
+def read_selection(folder: Path, masks: int) -> Selection | None:
+    """Of the run in ``folder``, which so many masks chose; None: they have not, or not yet."""
+    content = read_content(folder)
+    if "chosen" not in content:
+        return None
+    return Selection(masks, tuple(_rounds_of(content)), content["chosen"], tuple(content.get("left_out", ())))
+
+
+def read_content(folder: Path) -> dict[str, Any]:
+    """What is in selection.json; nothing where there is none."""
+    path = folder / "selection.json"
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return content
+
+
+def write_content(given: FitConfig, rounds: list[Round], /, **more: Any) -> None:
+    told = {"rounds": [{"steps": one.steps, "mean_iou": one.scores} for one in rounds], "given": to_dict(given), **more}
+    write_text(given.out / "selection.json", json.dumps(told, indent=2) + "\n")
+
+
+def run_rounds(
+    config: FitConfig, found: dict[str, FitConfig], splits: Splits, world: World, fit: Callable[..., Any]
+) -> list[Round]:
+    """All candidates to ``select_steps``, the best few of them to the end; where there are no more than few, all to the end.
+    One that learns from the masks in the end is not judged before it has: it is one of the few."""
+    first = min(config.select_steps or max(1, config.steps // 5), config.steps)
+    ends = (first, config.steps) if first < config.steps and len(found) > _FINALISTS else (config.steps,)
+    late = [name for name, row in found.items() if row.data.dense_split == "val"]
+    rounds = _rounds_done(config) if config.resume else []
+    for end in ends[len(rounds) :]:
+        names = [name for name in found if end == config.steps or name not in late]
+        if rounds:
+            before = rounds[-1].scores
+            best = sorted(before, key=lambda name: -before[name])[: _FINALISTS - len(late)]
+            names = [*best, *late]
+        if missing := [name for name in names if name not in found]:
+            raise ValueError(
+                f"resume: expected the candidates that {config.out / 'selection.json'} has scores of, got none called "
+                f"{missing[0]!r}, since drawings or masks have changed; without the file the choice begins anew"
+            )
+        rounds.append(Round(end, {name: _score(found[name], splits, end, _trial(config, name), fit) for name in names}))
+        if world.is_main:
+            write_content(config, rounds)
+    return rounds
+
+
+def _rounds_done(config: FitConfig) -> list[Round]:
+    content = read_content(config.out)
+    if not content:
+        return []
+    check_same_run(from_dict(content["given"]), config)
+    return _rounds_of(content)
+
+
+def _rounds_of(content: dict[str, Any]) -> list[Round]:
+    rounds = content.get("rounds", [content])  # without: of one round of shorter runs, as it was done before
+    return [Round(one["steps"], one["mean_iou"]) for one in rounds]
+
+
+def _trial(config: FitConfig, name: str) -> Path:
+    return config.out / f"trial_{name.replace(', ', '_').replace(' ', '_')}"
+
+
+def _score(row: FitConfig, splits: Splits, until: int, folder: Path, fit: Callable[..., Any]) -> float:
+    """Mean IoU of the candidate after the step ``until`` of its run, which a later call takes up there."""
+    trial = replace(row, out=folder, select_steps=0, resume=True)
+    if row.data.dense_split != "val":
+        return float(fit(trial, splits, until=until).last_score)
+    masks = splits.validation
+    assert masks is not None
+    halves = [Subset(masks, range(part, len(masks), 2)) for part in (0, 1)]
+    found = []
+    for number, (learned, scored) in enumerate((halves, halves[::-1])):
+        data = replace(trial.data, dense_images=len(learned))
+        fold = replace(trial, data=data, out=folder / f"fold_{number}", select_with=0, select_steps=None)
+        found.append(float(fit(fold, Splits(splits.train, scored, learned), until=until).last_score))
+    return float(np.mean(found))
+
+
+def adopt(config: FitConfig, selection: Selection, world: World) -> FitConfig:
+    """The trial of the chosen candidate, whose run ``config`` is, is that run: its record and its checkpoints move to the run
+    folder. last.pt comes last, so that what was stopped in between is done again. Returns the config to go on with.
+
+    Raises ValueError where the trial is another run, which stays where it is.
+    """
+    trial, last = _trial(config, selection.chosen), config.out / "last.pt"
+    new = "rounds" in read_content(config.out)  # trials of earlier versions were shorter than the run
+    if world.is_main and new and not last.exists() and (trial / "last.pt").exists():
+        content = load(trial / "last.pt")
+        before = replace(from_dict(content["config"]), select_with=config.select_with, select_steps=config.select_steps)
+        # what may differ is as it is now; what has been changed on the way `read_resume` has to see
+        own = replace(before, out=config.out) if check_same_run(before, config) else config
+        for name in ("tensorboard", "pictures", "metrics.jsonl"):
+            if (trial / name).exists():
+                if (config.out / name).is_dir():  # of a run that was given up
+                    shutil.rmtree(config.out / name)
+                os.replace(trial / name, config.out / name)
+        write_config(own, content["changes"])
+        for name in ("best.pt", "last.pt"):
+            if (trial / name).exists():
+                save(config.out / name, {**load(trial / name), "config": to_dict(own)})
+        shutil.rmtree(trial)
+    world.wait()
+    return replace(config, resume=True) if last.exists() else config
