@@ -175,6 +175,7 @@ def test_probabilities_in_the_place_of_logits_are_warned_of_once(trained: bool) 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loss_with(matrix)
+        loss_with(matrix.detach().requires_grad_())  # trained or not
         notices._looked_at.clear()
         loss_with(matrix.detach().log())
         loss_with(torch.zeros(1, 4, 4, 1, 1))

@@ -67,6 +67,39 @@ def test_a_last_step_that_overflows_is_neither_scored_nor_kept(tmp_path: Path, m
     assert not math.isnan(fit(replace(config, resume=True)).score)
 
 
+def test_a_matrix_that_started_at_0_is_no_parameter_that_overflowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs that began with 1 - diagonal = missing, which is refused now, go on: a logit of -inf."""
+    config = _config(tmp_path, steps=2)
+    real = Learner.step
+
+    def step(self: Learner, number: int, *rest: Any) -> Any:
+        taken = real(self, number, *rest)
+        dict(self.networks.model.named_parameters())["positive.field.free"].data[0, 7] = -torch.inf
+        return taken
+
+    monkeypatch.setattr(Learner, "step", step)
+    assert fit(config).steps == 2
+
+
+@pytest.mark.parametrize("until", [0, -1])
+def test_a_run_until_no_step_is_refused(tmp_path: Path, until: int) -> None:
+    with pytest.raises(ValueError, match=f"until: expected a step from 1 on, or None, got {until}"):
+        fit(_config(tmp_path), until=until)
+
+
+def test_a_run_goes_as_far_as_it_is_told_and_on_from_there(tmp_path: Path) -> None:
+    part = fit(_config(tmp_path / "parts"), until=4)
+    assert part.steps == 4
+    assert run_folder.load(part.checkpoint)["step"] == 4
+    rest = fit(_config(tmp_path / "parts", resume=True), until=100)
+    whole = fit(_config(tmp_path / "whole"))
+    assert (rest.steps, rest.loss, rest.last_score) == (6, whole.loss, whole.last_score)
+    again = fit(_config(tmp_path / "parts", resume=True))
+    assert again.loss == whole.loss  # kept
+
+
 def test_a_disk_that_is_full_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     run_folder.save(path, {"step": 1})

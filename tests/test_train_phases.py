@@ -334,8 +334,12 @@ def test_fit_says_where_negative_drawings_were_made_as_positive_ones(tmp_path: P
     shutil.rmtree(root / "train" / "negatives")
     shutil.copytree(root / "train" / "positives", root / "train" / "negatives")
     config = FitConfig(data=DataConfig(root=root), positive=DrawingsConfig())
-    notes = "\n".join(describe_risks(config, open_split(config.data, "train")))
-    assert "negative drawings mostly say 'not' what the positive ones on the same pixels say" in notes
+    said = "negative drawings mostly say 'not' what the positive ones on the same pixels say"
+    assert said in "\n".join(describe_risks(config, open_split(config.data, "train")))
+    for number, path in enumerate(sorted((root / "train" / "negatives").rglob("*.png"))):
+        if number % 2:  # where there are fewer, somebody may have ruled out what is drawn wrongly
+            path.unlink()
+    assert said not in "\n".join(describe_risks(config, open_split(config.data, "train")))
 
 
 def test_fit_says_that_masks_of_one_s_own_are_not_learned_from(tmp_path: Path) -> None:

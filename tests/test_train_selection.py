@@ -44,6 +44,12 @@ def test_a_few_masks_choose_the_trusted_side_and_the_run_says_so(
     assert run_evaluate(EvaluateConfig(result.checkpoint, limit=5))["chosen_with"] == 4
     assert "4 masks of this split chose this checkpoint" in capsys.readouterr().out
     assert run_evaluate(EvaluateConfig(result.checkpoint, split="test", limit=5))["chosen_with"] == 0
+    assert run_evaluate(EvaluateConfig(tmp_path / "last.pt", limit=5))["chosen_with"] == 4
+    assert "4 masks of this split chose what this run learned from" in capsys.readouterr().out
+    (trial, *_) = tmp_path.glob("trial_[am]*")
+    assert (
+        run_evaluate(EvaluateConfig(trial / "last.pt", limit=5))["chosen_with"] == 0
+    )  # the last step is chosen by nobody
 
 
 def _prefer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
