@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from coarse_train.cli import main
 from coarse_train.commands.import_ import ImportConfig, run_import
-from coarse_train.config import DataConfig
+from coarse_train.config import DataConfig, FitConfig
 from coarse_train.data import IGNORE, Record, open_split
 from coarse_train.data.classes import read_classes
 from coarse_train.exports.coco import decode_counts
@@ -597,6 +597,7 @@ def test_the_commands_of_the_page_are_understood() -> None:
     lines = [line for line in page.splitlines() if line.startswith("    coarse-train import ")]
     read = [tyro.cli(ImportConfig, args=shlex.split(line, comments=True)[2:]) for line in lines]
     assert {config.tool for config in read} == set(TOOLS)
-    options = set(re.findall(r"`(--[a-z-]+)", page)) - {"--positive", "--labelflags", "--steps"}
-    known = {f"--{field.name.replace('_', '-')}" for field in fields(ImportConfig)} | {"--as"}
+    options = set(re.findall(r"`(--[a-z-]+)", page)) - {"--labelflags"}  # labelme's
+    configs = (ImportConfig, FitConfig, DataConfig)
+    known = {f"--{field.name.replace('_', '-')}" for one in configs for field in fields(one)} | {"--as"}
     assert options <= known
