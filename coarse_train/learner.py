@@ -98,10 +98,13 @@ class Learner:
     def check(self, number: int) -> None:
         """Before step ``number`` is scored or kept: raises `NonFiniteStep` where a finite gradient has driven a parameter out
         of its range, which the next loss would show, if there were one. Every process has to call."""
-        own = [getattr(p, "to_local", lambda p=p: p)().detach() for p in self.networks.model.parameters()]
-        # an older matrix may have started at -inf, an entry that is 0
-        bad = torch.stack([(~(p < math.inf)).any() for p in own]).any()
-        if self._world.sum(bad.double()):
+        bad = []
+        for name, parameter in self.networks.model.named_parameters():
+            own = getattr(parameter, "to_local", lambda p=parameter: p)().detach()
+            # a matrix of an earlier version may have started at -inf, an entry that is 0
+            fine = own.isfinite() if name.startswith("segmentation.") else own < math.inf
+            bad.append((~fine).any())
+        if self._world.sum(torch.stack(bad).any().double()):
             raise NonFiniteStep(
                 f"parameters became inf or NaN in step {number}, which is neither scored nor kept. {_ADVICE}"
             )

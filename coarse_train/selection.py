@@ -259,9 +259,11 @@ def describe_selection(config: FitConfig, validation: Source | None, selection: 
     for name in last:
         scores = [one.scores.get(name) for one in selection.rounds]
         told = "".join(f"{'-' if score is None else f'{score:.2f}':>12}" for score in scores)
-        lines.append(f"  {name:<{wide}}{told}{lost[name]:>10.2f}")
+        points = lost[name]
+        lines.append(f"  {name:<{wide}}{told}{'-' if points is None else f'{points:.2f}':>10}")
     lines += [f"no candidate is {one}" for one in selection.left_out]
-    close = [name for name in selection.rounds[-1].scores if name != selection.chosen and lost[name] < _CLOSE]
+    final = selection.rounds[-1].scores
+    close = [name for name in final if name != selection.chosen and final[selection.chosen] - final[name] < _CLOSE]
     doubt = f"; {', '.join(close)} might do as well, for {selection.masks} masks tell no better" if close else ""
     lines.append(f"taken: {selection.chosen}{doubt}")
     if len(selection.rounds) > 1:

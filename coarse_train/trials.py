@@ -58,11 +58,10 @@ class Selection:
         found = {name: one for one in self.rounds for name in one.scores}
         return dict(sorted(found.items(), key=lambda item: (-item[1].steps, -item[1].scores[item[0]])))
 
-    def lost(self) -> dict[str, float]:
-        """Of every candidate: points behind the chosen one when it was last scored, or, where that was not scored then, behind
-        the best."""
+    def lost(self) -> dict[str, float | None]:
+        """Of every candidate: points behind the chosen one when it was last scored; None where that was not scored then."""
         return {
-            name: one.scores.get(self.chosen, max(one.scores.values())) - one.scores[name]
+            name: one.scores[self.chosen] - one.scores[name] if self.chosen in one.scores else None
             for name, one in self.last().items()
         }
 
@@ -100,7 +99,8 @@ def run_rounds(
         names = [name for name in found if end == config.steps or name not in late]
         if rounds:
             before = rounds[-1].scores
-            best = sorted(before, key=lambda name: -before[name])[: _FINALISTS - len(late)]
+            others = [name for name in before if name not in late]
+            best = sorted(others, key=lambda name: -before[name])[: _FINALISTS - len(late)]
             names = [*best, *late]
         if missing := [name for name in names if name not in found]:
             raise ValueError(

@@ -44,7 +44,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(tmp_path: Path) ->
     assert all(x.isfinite().all() for x in run_folder.load(tmp_path / "last.pt")["model"].values())
 
 
-def test_a_last_step_that_overflows_is_neither_scored_nor_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("values", [(torch.inf, torch.nan), (-torch.inf, 0.0)])
+def test_a_last_step_that_overflows_is_neither_scored_nor_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: tuple[float, float]
+) -> None:
     """No loss comes after it that would show it: such a network was scored, as all background."""
     config = _config(tmp_path)
     real = Learner.step
@@ -52,7 +55,7 @@ def test_a_last_step_that_overflows_is_neither_scored_nor_kept(tmp_path: Path, m
     def step(self: Learner, number: int, *rest: Any) -> Any:
         taken = real(self, number, *rest)
         if number == config.steps:
-            next(self.networks.model.parameters()).data.view(-1)[:2] = torch.tensor([torch.inf, torch.nan])
+            next(self.networks.model.parameters()).data.view(-1)[:2] = torch.tensor(values)
         return taken
 
     with monkeypatch.context() as patch:

@@ -263,6 +263,8 @@ def test_regret_is_told_by_seed_and_a_missed_bar_is_said() -> None:
     assert "3.0 points on average over 1 noises, NOT within the 1 point" in first
     assert "whole runs: 0.5 points on average over 1 noises, within the 1 point" in whole
     assert "regret +3.0 (+3.0, +3.0), with whole runs +0.5 (+0.5, +0.5); best pen" in second
+    luck = {**scores, select.CHOSEN: 95.0}
+    assert select.regrets(result("thick", luck), select.CHOSEN) == [0.0, 0.0]  # makes up for no other seed
 
 
 # ---- drawings that they make ----------------------------------------------------------------------------------------

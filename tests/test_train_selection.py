@@ -17,7 +17,7 @@ from coarse_train.commands.evaluate import EvaluateConfig, run_evaluate
 from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, OptimConfig, load_toml
 from coarse_train.engine import fit
 from coarse_train.storage import write_whole
-from coarse_train.trials import Round, Splits, read_selection
+from coarse_train.trials import Round, Selection, Splits, read_selection
 from tests import data_trees
 from tests.runs import _assert_same_bits, _config, _rows, _state
 
@@ -314,3 +314,21 @@ def test_masks_can_choose_no_matrix_where_there_is_one_kind_of_drawings(
     assert "2 dense masks of the validation split choose the checkpoint, and nothing else" in printed
     assert "note: all drawings that there are (positive) have a confusion matrix and none are trusted" in printed
     assert not (tmp_path / "alone" / "selection.json").exists()
+
+
+def test_what_a_candidate_would_have_cost_is_not_told_where_the_chosen_one_was_not_scored() -> None:
+    """Fine-tuning comes in for the last round: those that had ended looked cheaper than those that went on."""
+    rounds = (Round(2, {"a": 30.0, "b": 36.0}), Round(10, {"b": 40.0, "fine-tuning on the masks": 55.0}))
+    assert Selection(4, rounds, "fine-tuning on the masks").lost() == {
+        "fine-tuning on the masks": 0.0,
+        "b": 15.0,
+        "a": None,
+    }
+    assert Selection(4, rounds, "b").lost() == {"fine-tuning on the masks": -15.0, "b": 0.0, "a": 6.0}
+
+
+def test_masks_that_chose_nothing_but_the_checkpoint_did_not_choose_the_last_step(tmp_path: Path) -> None:
+    data = DataConfig(dataset="mnist", limit=24, supervision="masks")
+    fit(_config(tmp_path, data=data, select_with=4))
+    assert run_evaluate(EvaluateConfig(tmp_path / "last.pt", limit=5))["chosen_with"] == 0
+    assert run_evaluate(EvaluateConfig(tmp_path / "best.pt", limit=5))["chosen_with"] == 4

@@ -159,7 +159,9 @@ def _result(
 
 def _was_chosen(checkpoint: Path, config: FitConfig) -> bool:
     """By the masks of ``select_with``: the last step is not, but what the run is may be."""
-    return checkpoint.name != "last.pt" or config.select_steps != 0
+    if checkpoint.name != "last.pt":
+        return True
+    return config.select_steps != 0 and checkpoint.with_name("selection.json").exists()
 
 
 def _chosen(result: dict[str, Any]) -> str:

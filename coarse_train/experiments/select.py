@@ -53,11 +53,12 @@ def _alone(row: FitConfig) -> FitConfig:
 
 
 def regrets(result: Result, chosen: str) -> list[float]:
-    """Of each seed."""
+    """Of each seed; 0 where the chosen run is better than every candidate alone."""
     found = []
     for seed in sorted({cell.seed for cell in result.cells}):
         own = {cell.method: cell.miou for cell in result.cells if cell.seed == seed}
-        found.append(max(score for row, score in own.items() if row not in CHOOSERS) - own[chosen])
+        best = max(score for row, score in own.items() if row not in CHOOSERS)
+        found.append(max(0.0, best - own[chosen]))
     return found
 
 
