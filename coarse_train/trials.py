@@ -25,7 +25,7 @@ from .data import Source, Subset
 from .distributed import World
 from .run import check_same_run, load, save, write_config, write_text
 
-_FINALISTS = 3  # with two the best was left out too often, a fourth found little more: docs/experiments/index.md
+_FINALISTS = 3  # two cost 1 to 3 points more, a fourth saves 0.1: docs/experiments/index.md
 
 
 class Splits(NamedTuple):
