@@ -17,10 +17,8 @@ from .simulate import pair_counts
 _IMAGES = 32  # training images that are looked at
 _FEW = 0.2  # of what is positively drawn, with a negative drawing on it: below, the matrix loses to cross-entropy
 _CONTRADICTED = 0.005  # of where both kinds meet, the same name in both: below, nothing says that names are wrong
-_COPIES, _COPIED = (
-    0.9,
-    0.5,
-)  # of what is positively drawn, and of where both meet, above: negatives were made as positives are
+_COPIES = 0.9  # of what is positively drawn, with a negative drawing on it, and
+_COPIED = 0.5  # of where both meet, the same name in both: above, negative drawings were made as positive ones are
 _SEEN = 500  # pixels of a name with a negative drawing, from which on a name that never comes is no chance
 _LISTED = 3
 _PAIRS = 8

@@ -147,7 +147,8 @@ def fit(config: FitConfig, splits: Splits | None = None, *, until: int | None = 
             *checked,
             *(chosen_by_auto if selection is None else ()),
             *describe_selection(config, validation, selection),
-            *(describe_risks(config, source) if world.is_main else ()),  # it reads drawings
+            # it reads drawings; those of a trial are those of the run
+            *(describe_risks(config, source) if world.is_main and until is None else ()),
             *describe_pen(pen, measured, source.classes.names),
         ):
             log.say(line)
@@ -178,7 +179,8 @@ def fit(config: FitConfig, splits: Splits | None = None, *, until: int | None = 
 
             # ---- score and keep
             improved = False
-            if step % _evaluate_every(config) == 0 or step == end:
+            evaluated = step % _evaluate_every(config) == 0 or step == end
+            if evaluated:
                 learner.check(step)
                 kept, scored = learner.networks.scored().eval(), None
                 if validation is not None:
@@ -192,7 +194,8 @@ def fit(config: FitConfig, splits: Splits | None = None, *, until: int | None = 
                     show_progress(log, config, step, kept, datasets[0], scored, world)
             stop, due = watch.look()
             if improved or due or stop or step % config.save_every == 0 or step == end:
-                learner.check(step)
+                if not evaluated:
+                    learner.check(step)
                 scores = {"best_score": best_score, "last_score": last_score, "loss": loss}
                 content = {**lasting, "step": step, **scores, **learner.state()}
                 if world.is_main and improved:  # before last.pt, which says how good it is

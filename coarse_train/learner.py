@@ -20,8 +20,6 @@ from .schedule import Phase, make_optimizer, set_rates
 
 _LEAST_SCALE = 2.0**-10  # of float16 losses: it begins at 65536, and such a gradient is no accident any more
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 _ADVICE = "A lower --lr or --cm-lr, or --precision bf16 instead of fp16, may help"
 
 

@@ -155,8 +155,10 @@ def adopt(config: FitConfig, selection: Selection, world: World) -> FitConfig:
     trial, last = _trial(config, selection.chosen), config.out / "last.pt"
     new = "rounds" in read_content(config.out)  # trials of earlier versions were shorter than the run
     if world.is_main and new and not last.exists() and (trial / "last.pt").exists():
-        content = load(trial / "last.pt")
-        before = replace(from_dict(content["config"]), select_with=config.select_with, select_steps=config.select_steps)
+        made = {name: load(trial / name) for name in ("best.pt", "last.pt") if (trial / name).exists()}
+        before = replace(
+            from_dict(made["last.pt"]["config"]), select_with=config.select_with, select_steps=config.select_steps
+        )
         # what may differ is as it is now; what has been changed on the way `read_resume` has to see
         own = replace(before, out=config.out) if check_same_run(before, config) else config
         for name in ("tensorboard", "pictures", "metrics.jsonl"):
@@ -164,10 +166,9 @@ def adopt(config: FitConfig, selection: Selection, world: World) -> FitConfig:
                 if (config.out / name).is_dir():  # of a run that was given up
                     shutil.rmtree(config.out / name)
                 os.replace(trial / name, config.out / name)
-        write_config(own, content["changes"])
-        for name in ("best.pt", "last.pt"):
-            if (trial / name).exists():
-                save(config.out / name, {**load(trial / name), "config": to_dict(own)})
+        write_config(own, made["last.pt"]["changes"])
+        for name, content in made.items():
+            save(config.out / name, {**content, "config": to_dict(own)})
         shutil.rmtree(trial)
     world.wait()
     return replace(config, resume=True) if last.exists() else config
