@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 
 import torch
 import torch.distributed as dist
@@ -167,6 +169,7 @@ def largest_confusions(counts: Tensor, names: Sequence[str], most: int = 5) -> l
 
 
 def _mean_percent(scores: Tensor) -> float:
-    # one after the other, as the official evaluator adds them up: a vectorised sum may differ in the last bit
+    # one after the other, as the official evaluator adds them up: a vectorised sum, and sum() from Python 3.12 on, may differ
+    # in the last bit
     valid = [score for score in scores.tolist() if not math.isnan(score)]
-    return 100.0 * (sum(valid) / len(valid)) if valid else math.nan
+    return 100.0 * (reduce(add, valid) / len(valid)) if valid else math.nan

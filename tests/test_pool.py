@@ -222,7 +222,7 @@ seg, cm, labels = inputs((448, 448))
 gradient((256, 256)), gradient((192, 192))
 assert ck.pool_bytes() > 140 << 20
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.getrlimit(resource.RLIMIT_AS)[1]))
 try:
     ck.annotation_nll(seg, cm, labels, backend="cpu")
 except RuntimeError as error:

@@ -67,9 +67,11 @@ def test_it_learns(tmp_path: Path) -> None:
 
 
 def test_accumulation_changes_nothing(tmp_path: Path) -> None:
-    """Drawings differ in area from image to image: a mean of means would be another loss."""
-    fit(_config(tmp_path / "whole"))
-    fit(_config(tmp_path / "parts", accumulate=4))
+    """Drawings differ in area from image to image: a mean of means would be another loss. By SGD: the first steps of AdamW are
+    signs of gradients, whichever way rounding turns the small ones."""
+    sgd = OptimConfig(optimizer="sgd", lr=1e-2)
+    fit(_config(tmp_path / "whole", optim=sgd))
+    fit(_config(tmp_path / "parts", optim=sgd, accumulate=4))
     assert _losses(tmp_path / "parts") == pytest.approx(_losses(tmp_path / "whole"), abs=1e-5)
     for name, value in _state(tmp_path / "whole")["model"].items():
         torch.testing.assert_close(_state(tmp_path / "parts")["model"][name], value, atol=1e-5, rtol=0)

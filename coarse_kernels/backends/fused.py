@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,10 +52,10 @@ class FusedBackend(abc.ABC):
 
     def nll_sums(self, problem: Problem, scales: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Terms, ...]]:
         out = self._run(problem, scales, per_pixel=False)
-        return out.loss, tuple(_terms(out))
+        return out.loss, _terms(out)
 
     def nll_maps(self, problem: Problem) -> tuple[Terms, ...]:
-        return tuple(_terms(self._run(problem, [None] * len(problem.drawings), per_pixel=True)))
+        return _terms(self._run(problem, [None] * len(problem.drawings), per_pixel=True))
 
     def posterior(self, problem: Problem) -> Tensor:
         call = self._call(problem)
@@ -95,8 +95,8 @@ def _untransformed(tensors: Sequence[Tensor | None]) -> str | None:
     return None if transform is None else ONLY_REFERENCE.format(transform)
 
 
-def _terms(out: Outputs) -> Iterator[Terms]:
-    yield from zip(out.losses, out.nll, out.trace, strict=True)
+def _terms(out: Outputs) -> tuple[Terms, ...]:
+    return tuple(zip(out.losses, out.nll, out.trace, strict=True))  # no generator: torch 2.14 cannot trace `yield from`
 
 
 def _arguments(problem: Problem, scales: Sequence[Tensor | None]) -> Arguments:
