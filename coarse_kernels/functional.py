@@ -144,7 +144,7 @@ def annotation_nll(
         labels: (B, *S) integer class of the drawing at each pixel. uint8 and int64 are read as they are.
         transition: (C, C), entry [i, y] the probability that class i is reported as label y: None for positive
             drawings (identity), a matrix with zero diagonal for negative ones (`uniform_transition`). Rows sum to 1.
-        trace_weight: weight of ``tr(A)`` in the loss. Above about 1/C, of fine fields from 0.01 on, classes can flip.
+        trace_weight: weight of ``tr(A)`` in the loss. Too much and classes flip: of fine fields from 0.01 on (docs/method.md).
         ignore_index: label of pixels that nobody drew on; they count in no sum and get zero gradient.
         class_weight: (C,) weight of a pixel by its label, >= 0. A constant: not differentiated.
         pixel_weight: (B, *S) weight of a pixel, >= 0; anything where there is no label. A constant: not differentiated.
@@ -206,7 +206,7 @@ def coarse_label_loss(
     Args:
         seg_logits: (B, C, *s), shared by both. See `annotation_nll` for every argument not listed here.
         positive_cm, negative_cm: CM logits of each kind; None trusts those drawings (A = I). Give the confusion matrix to
-            the drawings that are known to be worse and trust the others: free matrices on both are degenerate.
+            the drawings that are known to be worse and trust the others: what two free matrices mean, only their start says.
         positive_labels: (B, *S), "this region is class y"; None: no positive drawings.
         negative_labels: (B, *S) or, several of them over one pixel, (B, K, *S), "this region is not class y"; None: no
             negative drawings. Not both may be None.

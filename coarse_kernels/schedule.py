@@ -28,7 +28,8 @@ _forced: str | None = None
 
 @contextlib.contextmanager
 def use_schedule(name: str | None) -> Iterator[None]:
-    """Take schedule ``name`` ("one_pass" or "recompute") in this block; None is the default. Process-wide while it lasts.
+    """Take schedule ``name`` ("one_pass" or "recompute") in this block; None: that of COARSE_KERNELS_SCHEDULE, or
+    the default. Process-wide while it lasts.
 
     Raises:
         ValueError: there is no such schedule.

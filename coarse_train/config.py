@@ -65,7 +65,8 @@ class DataConfig:
     """List and leave out images whose files are missing, damaged or inconsistent; without it the first is an error."""
     check: Literal["error", "note", "off"] = "error"
     """Every file is read once before the first step, and remembered. error: a class of your own table of which there is not one
-    pixel to learn from stops the run; note: it is told; off: nothing is read beforehand."""
+    pixel to learn from stops the run, where there are no negative drawings and no `limit`; note: it is told; off: nothing is
+    read beforehand."""
     max_pixels: int = MAX_PIXELS
     """Images and label maps of more pixels are an error: a small file may be made to fill the memory."""
     crop: tuple[int, int] | None = None
@@ -120,7 +121,8 @@ class DrawingsConfig:
     rank: int = 2
     """structure=lowrank: rank of the change, from 1 to C."""
     trace_weight: float = 0.0
-    """Weight of tr(A). Above about 1/C classes flip; start at 0."""
+    """Weight of tr(A); start at 0. Too much and classes flip: of five classes 0.01 did matrices of an image or a pixel harm, 0.1
+    those every 8 pixels; one for all images stood 1."""
     weight: float = 1.0
     """Weight of these drawings in the loss, >= 0; 0 leaves them out."""
     pen: float | Measured | Path | None = None
@@ -227,11 +229,11 @@ class FitConfig:
     """Of the classes' colours in them, over the image: from 0 to 1."""
     select_with: int = 0
     """Use so many dense masks of the validation split to choose: both kinds trusted, a matrix on either, outlines moved back,
-    both, or fine-tuning on these masks; then the checkpoint; and nothing else. 0: masks choose nothing, the last step
-    counts."""
+    both, or fine-tuning on these masks; then the checkpoint. Nothing else is done with them, unless fine-tuning wins: they are
+    learned from then, and the last step counts. 0: masks choose nothing, the last step counts."""
     select_steps: int | None = None
-    """Steps after which the masks keep the best three of up to six candidates; those go on, and the best of them at the end is
-    the run. Without it a fifth of the run; as many as `steps`: all go on to the end. 0: masks choose the checkpoint
+    """Steps after which the masks keep three of up to six candidates, fine-tuning and the best two; those go on, and the best of
+    them at the end is the run. Without it a fifth of the run; as many as `steps`: all go on to the end. 0: masks choose the checkpoint
     alone."""
 
 

@@ -87,7 +87,8 @@ def explain(device: torch.device | str = "cpu") -> dict[str, str | None]:
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Take backend ``name`` in this block wherever no ``backend=`` is given; None lets the library choose.
+    """Take backend ``name`` in this block wherever no ``backend=`` is given; None: that of
+    COARSE_KERNELS_BACKEND, or the library chooses.
 
     Process-wide while it lasts, like `torch.set_default_dtype`; not meant for threads that disagree.
 

@@ -8,7 +8,7 @@ An experiment is a module beside this one with
     conclude(results) -> [str]   what holds and what does not, from the cells alone
     draw(results, figure)        the figure
 
-and a line in `EXPERIMENTS`. All parts are trained as one table, tuned rows first on the validation split, each with the same
+and its name in `Name`. All parts are trained as one table, tuned rows first on the validation split, each with the same
 number of trials, which the report prints. Whatever was interrupted goes on when the command is called again.
 """
 
