@@ -121,8 +121,8 @@ class DrawingsConfig:
     rank: int = 2
     """structure=lowrank: rank of the change, from 1 to C."""
     trace_weight: float = 0.0
-    """Weight of tr(A); start at 0. Too much and classes flip: of five classes 0.01 did matrices of an image or a pixel harm, 0.1
-    those every 8 pixels; one for all images stood 1."""
+    """Weight of tr(A); start at 0. With too much classes flip: with five classes, matrices of an image or a pixel lose from
+    0.01 on, those every 8 pixels from 0.1; one for all images stood 1."""
     weight: float = 1.0
     """Weight of these drawings in the loss, >= 0; 0 leaves them out."""
     pen: float | Measured | Path | None = None
@@ -232,9 +232,9 @@ class FitConfig:
     both, or fine-tuning on these masks; then the checkpoint. Nothing else is done with them, unless fine-tuning wins: they are
     learned from then, and the last step counts. 0: masks choose nothing, the last step counts."""
     select_steps: int | None = None
-    """Steps after which the masks keep three of up to six candidates, fine-tuning and the best two; those go on, and the best of
-    them at the end is the run. Without it a fifth of the run; as many as `steps`: all go on to the end. 0: masks choose the checkpoint
-    alone."""
+    """Steps after which the masks keep three of up to six candidates, fine-tuning and the best two; those go on, and the best
+    of them at the end is the run. Without it a fifth of the run; as many as `steps`: all go on to the end. 0: masks choose
+    the checkpoint alone."""
 
 
 RECIPES = Path(__file__).parent / "recipes"

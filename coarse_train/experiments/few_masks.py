@@ -120,7 +120,9 @@ def _vessels(config: ExperimentConfig, out: Path) -> list[Part]:
     ):
         own = replace(base, data=replace(base.data, positives=drawings))
         found.append(_part(title, own, out, tuned_as=None if title == tuned else tuned))
-        if title == tuned:  # what few masks teach is learned soon, what all drawings teach is not; five times as long: one seed
+        if (
+            title == tuned
+        ):  # what few masks teach is learned soon, what all drawings teach is not; five times as long: one seed
             own = replace(own, steps=_LONG, evaluate_every=_LONG // 2)
             title = f"chase brush at {_LONG} steps, 2 masks"
             found.append(replace(_part(title, own, out, tuned_as=tuned, only=_ROWS_WHEN_LONG), seeds=1))
@@ -304,8 +306,8 @@ def conclude(results: Sequence[Result]) -> list[str]:
         if "pen_nothing" in means:
             lead = means["pen"] - means["pen_nothing"]
             sentences.append(
-                f"{result.title}: what outlines were moved over given to what lies there (pen), {lead:+.1f} over saying nothing "
-                "(pen_nothing)."
+                f"{result.title}: what outlines were moved over given to what lies there (pen), {lead:+.1f} over saying "
+                "nothing (pen_nothing)."
             )
         if "pen_doubt" in means:
             leads = [f"{means[row] - means[than]:+.1f} ({row})" for row, than in _DOUBTING if row in means]
