@@ -17,6 +17,7 @@ from .problem import Drawings, Problem, compute_dtype
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 REDUCTIONS = ("mean", "sum", "none")
+_LARGEST = torch.finfo(torch.float32).max
 
 Names = Callable[[str], str]  # part of Drawings -> what the caller's user knows it as
 
@@ -147,11 +148,13 @@ def _check_drawings(
         _check_normalizer(name("normalizer"), normalizer, reduction)
     _check_number(name("trace_weight"), given.trace_weight)
     check_weight(name("weight"), given.weight)
+    if not torch.compiler.is_compiling():
+        labels = wrapped.underneath(labels)  # integers have no derivative
     if labels.dtype not in (torch.uint8, torch.int64):
-        labels = labels.long()  # an int8 label would compare equal to an ignore_index of 255
+        labels = _constant(Tensor.long, labels)  # an int8 label would compare equal to an ignore_index of 255
     if not layered:
-        labels = labels.unsqueeze(1)
-        pixel_weight = None if pixel_weight is None else pixel_weight.unsqueeze(1)
+        labels = _constant(_with_layer, labels)
+        pixel_weight = None if pixel_weight is None else _constant(_with_layer, pixel_weight)
     checked = Drawings(
         labels,
         cm_logits,
@@ -165,6 +168,18 @@ def _check_drawings(
     )
     _check_values(seg_logits, checked, ignore_index, name, complementary, dtype)
     return checked
+
+
+def _constant(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """function(tensor): in torch.func still a plain tensor where it was one, whose values can be looked at."""
+    if not wrapped.readable(tensor):
+        return function(tensor)
+    with wrapped.unseen():
+        return function(tensor)
+
+
+def _with_layer(tensor: Tensor) -> Tensor:
+    return tensor.unsqueeze(1)
 
 
 def check_objective(
@@ -197,9 +212,9 @@ def check_size(seg_logits: Tensor, size: Any) -> tuple[int, ...]:
         size = size.tolist()  # numpy's
     if isinstance(size, Tensor) or not isinstance(size, Sequence) or len(size) != rank:
         raise ValueError(f"size: expected {rank} numbers, one for each spatial axis of seg_logits, got {size!r}")
-    if not all(isinstance(s, numbers.Integral) and not isinstance(s, bool) for s in size):
+    if not all(isinstance(s, (numbers.Integral, torch.SymInt)) and not isinstance(s, bool) for s in size):
         raise TypeError(f"size: expected integers, got {size!r}")
-    size = tuple(int(s) for s in size)
+    size = tuple(s if type(s) in (int, torch.SymInt) else int(s) for s in size)  # int() of a traced one would fix it
     _check_grid("seg_logits", seg_logits, torch.Size(size), "size")
     return size
 
@@ -261,11 +276,13 @@ def _check_float(name: str, value: Any) -> None:
 
 
 def _check_number(name: str, value: Any) -> None:
-    # an abstract base class takes a microsecond to ask
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not -math.inf < value < math.inf:  # type: ignore[operator]  # torch 2.11 cannot trace isfinite of a number that is dynamic
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+    if type(value) is not float:  # an abstract base class takes a microsecond to ask
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name}: expected a number, got {value!r}")
+        if not isinstance(value, numbers.Integral):
+            value = float(value)  # numpy's float16 would be compared in float16
+    if not -_LARGEST <= value <= _LARGEST:  # NaN, too
+        raise ValueError(f"{name}: expected a finite number that float32 holds (up to 3.4e38), got {value}")
 
 
 def check_weight(name: str, value: Any) -> None:
@@ -333,6 +350,16 @@ def _check_normalizer(name: str, normalizer: Any, reduction: str) -> None:
     _check_reciprocal(name, normalizer)
 
 
+def check_count(count: float, dtype: torch.dtype) -> None:
+    """That a mean can be divided by the summed weight of the labelled pixels."""
+    limits = torch.finfo(dtype)
+    if 0 < count < limits.tiny or not count <= limits.max:
+        raise ValueError(
+            f"class_weight, pixel_weight: expected weights that sum up to 0, or to a number from {limits.tiny:.2g} to "
+            f"{limits.max:.2g} ({dtype}), over the labelled pixels, got {count}"
+        )
+
+
 def _check_reciprocal(name: str, number: float) -> None:
     """0 is what batches without labels have summed up to, and their mean is 0."""
     least = torch.finfo(torch.float32).tiny
@@ -343,14 +370,16 @@ def _check_reciprocal(name: str, number: float) -> None:
 # --- checks that read values --------------------------------------------------------------------------------------------
 
 
-def _may_read(tensor: Tensor | None) -> bool:
-    """Values are looked at on the CPU in eager mode; elsewhere that would wait for the device or break the graph.
-
-    COARSE_KERNELS_DEBUG=1 looks at them on every device.
+def _to_read(tensor: Any) -> Tensor | None:
+    """The tensor whose values are looked at: on the CPU in eager mode; elsewhere that would wait for the device or break the
+    graph. COARSE_KERNELS_DEBUG=1 looks at them on every device.
     """
-    if tensor is None or not wrapped.readable(tensor):
-        return False
-    return tensor.device.type == "cpu" or os.environ.get("COARSE_KERNELS_DEBUG") == "1"
+    if not isinstance(tensor, Tensor):
+        return None
+    tensor = wrapped.underneath(tensor)
+    if not wrapped.readable(tensor):
+        return None
+    return tensor if tensor.device.type == "cpu" or os.environ.get("COARSE_KERNELS_DEBUG") == "1" else None
 
 
 def _check_values(
@@ -359,25 +388,27 @@ def _check_values(
     if torch.compiler.is_compiling():
         return
     limits = torch.finfo(dtype)
-    labels, normalizer = drawings.labels, drawings.normalizer
+    classes, rank = seg_logits.shape[1], seg_logits.dim() - 2
+    labels, normalizer, transition = map(_to_read, (drawings.labels, drawings.normalizer, drawings.transition))
     if drawings.cm_logits is not None:
         notices.look_at_matrices(name("cm_logits"), drawings.cm_logits)
     with wrapped.unseen(), torch.no_grad():
-        if drawings.transition is not None and _may_read(drawings.transition):
-            _check_probabilities(name("transition"), drawings.transition, complementary)
-        if isinstance(normalizer, Tensor) and _may_read(normalizer):
+        if transition is not None:
+            _check_probabilities(name("transition"), transition, complementary)
+        if normalizer is not None:
             value = normalizer.item()
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name('normalizer')}: expected a finite number >= 0, got {value}")
             _check_reciprocal(name("normalizer"), value)
-        if not _may_read(labels):
+        if labels is None:
             return
-        _check_label_range(name("labels"), labels, seg_logits.shape[1], ignore_index)
-        _look_for_one_hot(name("labels"), labels, seg_logits)
+        _check_label_range(name("labels"), labels, classes, ignore_index)
+        if labels.dim() == rank + 2:
+            _look_for_one_hot(name("labels"), labels, classes)
         labelled: Tensor | None = None
         for part in ("class_weight", "pixel_weight"):
-            weight = getattr(drawings, part)
-            if weight is None or not _may_read(weight) or not _may_be_bad(weight, limits.max):
+            weight = _to_read(getattr(drawings, part))
+            if weight is None or not _may_be_bad(weight, limits.max):
                 continue
             if labelled is None:
                 labelled = _labelled(labels, ignore_index)
@@ -389,10 +420,9 @@ def _check_values(
                 )
 
 
-def _look_for_one_hot(name: str, labels: Tensor, seg_logits: Tensor) -> None:
+def _look_for_one_hot(name: str, labels: Tensor, classes: int) -> None:
     """Warn where what are taken for C layers of labels is one label a pixel, one-hot: a loss comes out, and another one."""
-    classes = seg_logits.shape[1]
-    if labels.dim() != seg_logits.dim() or labels.shape[1] != classes or labels.numel() == 0:
+    if labels.shape[1] != classes or labels.numel() == 0:
         return
     first = labels[:1]  # an image tells
     if first.max().item() == 1 and bool((first.sum(1) == 1).all()):

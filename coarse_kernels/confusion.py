@@ -8,7 +8,7 @@ anywhere, and training ends, without an error, in classes that have changed plac
 
 from __future__ import annotations
 
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -36,19 +36,20 @@ def confusion_logits(num_classes: int, diagonal: float = DIAGONAL, missing: floa
         missing: p(drawn as background | object), above 0 and below ``1 - diagonal``; needs 3 classes. None: no background.
 
     Raises:
-        ValueError: naming the argument, what came and what was expected.
+        ValueError, TypeError: naming the argument, what came and what was expected.
     """
     num_classes = _check_diagonal(num_classes, diagonal)
     if missing is None:
-        matrix = torch.full((num_classes, num_classes), (1 - diagonal) / (num_classes - 1))
+        matrix = _full(num_classes, (1 - diagonal) / (num_classes - 1))
         return matrix.fill_diagonal_(diagonal).log()
+    _check_real("missing", missing)
     left = 1 - diagonal - missing  # for wrong names: an entry that starts at 0 stays there
     if num_classes < 3 or not missing > 0 or not left > _LEAST_LEFT:
         raise ValueError(
             f"missing: expected None, or a number above 0 and below 1 - diagonal = {1 - diagonal:g} "
             f"and at least 3 classes, got {missing} and {num_classes} classes"
         )
-    matrix = torch.full((num_classes, num_classes), left / (num_classes - 2))
+    matrix = _full(num_classes, left / (num_classes - 2))
     matrix.fill_diagonal_(diagonal)
     matrix[0] = missing
     matrix[:, 0] = 0.03 / (num_classes - 1)
@@ -56,9 +57,19 @@ def confusion_logits(num_classes: int, diagonal: float = DIAGONAL, missing: floa
     return matrix.log()
 
 
+def _full(num_classes: int, value: float) -> Tensor:
+    return torch.full((num_classes, num_classes), value, dtype=torch.float32)
+
+
+def _check_real(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
 def _check_diagonal(num_classes: int, diagonal: float) -> int:
     """The number of classes, as an int."""
     num_classes = check_classes(num_classes)
+    _check_real("diagonal", diagonal)
     if not 1 / num_classes <= diagonal < 1:
         raise ValueError(f"diagonal: expected a number from 1/{num_classes} to below 1, got {diagonal}")
     return num_classes
@@ -87,7 +98,8 @@ class ConfusionHead(nn.Module):
     absorb the objects. The parameters want no weight decay that would pull the diagonal to 0.
 
     Raises:
-        ValueError: naming the argument, what came and what was expected; in forward, features of other channels or rank.
+        ValueError, TypeError: naming the argument, what came and what was expected; in forward, features of other channels
+            or rank.
     """
 
     def __init__(
@@ -102,7 +114,7 @@ class ConfusionHead(nn.Module):
     ):
         super().__init__()
         num_classes = _check_diagonal(num_classes, diagonal)
-        for name, number in (("channels", channels), ("stride", stride)):
+        for name, number in (("channels", channels), ("stride", stride), ("spatial_dims", spatial_dims)):
             if number is not None and (isinstance(number, bool) or not isinstance(number, Integral) or number < 1):
                 raise ValueError(f"{name}: expected an int >= 1, got {number!r}")
         if spatial_dims not in (1, 2, 3):
@@ -129,13 +141,14 @@ class ConfusionHead(nn.Module):
             if features is not None:
                 raise ValueError("features: expected none, as the head has no channels")
             return self.bias.view(1, classes, classes, *[1] * self.spatial_dims)
+        if features is not None and not isinstance(features, Tensor):
+            raise TypeError(f"features: expected a torch.Tensor, got {type(features).__name__}")
         if features is None or not 3 <= features.dim() <= 5 or features.shape[1] != self.channels:
             got = None if features is None else tuple(features.shape)
             raise ValueError(f"features: expected (B, {self.channels}, *g) with 1, 2 or 3 spatial axes, got {got}")
         rank = features.dim() - 2
         if self.stride > 1:
-            pool: Any = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[rank - 1]
-            features = pool(features, self.stride, ceil_mode=True, count_include_pad=False)
+            features = _averaged(features, self.stride)
         convolution = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
         weight = self.weight.view(*self.weight.shape, *[1] * rank)
         logits = convolution(features, weight, self.bias)
@@ -146,3 +159,14 @@ class ConfusionHead(nn.Module):
             f"num_classes={self.num_classes}, channels={self.channels}, stride={self.stride}, "
             f"diagonal={self.diagonal:g}, missing={self.missing}"
         )
+
+
+def _averaged(features: Tensor, stride: int) -> Tensor:
+    """(B, K, *g) -> (B, K, *ceil(g / stride)), means over what there is of each window."""
+    if features.dim() < 5:
+        pool: Any = F.avg_pool1d if features.dim() == 3 else F.avg_pool2d
+        return pool(features, stride, ceil_mode=True, count_include_pad=False)
+    # PyTorch's of volumes refuses axes shorter than the window, and 16 bits on a CPU
+    window = [min(stride, points) for points in features.shape[2:]]
+    wide = features.float() if features.device.type == "cpu" and features.element_size() == 2 else features
+    return F.avg_pool3d(wide, window, stride, ceil_mode=True, count_include_pad=False).to(features.dtype)

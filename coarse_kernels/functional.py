@@ -365,9 +365,9 @@ def _evaluate(problem: Problem, backend: str | None) -> Objective:
         parts = []
         for drawings, layered, of_kind, count in zip(problem.drawings, problem.layered, maps, counts, strict=True):
             loss, nll, trace = of_kind
-            own = loss if drawings.weight == 1.0 else loss * drawings.weight
-            if drawings.weight == 0:  # counts for nothing, even where the loss is inf
-                own = torch.where(loss.isinf(), 0.0, loss) * 0.0
+            own = loss * drawings.weight  # by 1, too: what a caller writes into the whole is not to be seen in a part
+            if drawings.weight == 0:  # counts for nothing, even where the loss is inf or NaN
+                own = torch.where(loss.isfinite(), loss, 0.0) * 0.0
             summed = own.sum(1) if layered else own.squeeze(1)
             total = summed if total is None else total + summed
             parts.append(AnnotationLoss(*(t if layered else t.squeeze(1) for t in (loss, nll, trace, count))))
@@ -396,6 +396,10 @@ def _scale(problem: Problem, drawings: Drawings, count: Tensor) -> Tensor | None
             # a 0-d CPU tensor is welcome; copied as it is, the host would wait for the device
             return torch.full_like(count, _reciprocal(normalizer.item()))
         normalizer = normalizer.detach().to(count)
-    if normalizer.device.type == "cpu" and wrapped.readable(normalizer):  # fewer steps, where the value is at hand
-        return torch.zeros_like(normalizer) if normalizer.item() == 0 else normalizer.reciprocal()
+    # fewer steps, where the value is at hand
+    if normalizer.device.type == "cpu" and wrapped.readable(normalizer) and not wrapped.seen():
+        value = normalizer.item()
+        if drawings.normalizer is None:
+            checks.check_count(value, count.dtype)
+        return torch.zeros_like(normalizer) if value == 0 else normalizer.reciprocal()
     return torch.where(normalizer == 0, 0.0, 1.0 / torch.where(normalizer == 0, 1.0, normalizer))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -186,7 +186,8 @@ class TransitionMatrix(nn.Module):
     parameter: logits (C, C) of the off-diagonal softmax, ``M[i, y] = softmax over y != i``.
 
     Args:
-        matrix: (C, C) with zero diagonal and rows that sum to 1; kept in float32 (float64 for float64).
+        matrix: (C, C) with zero diagonal and rows that sum to 1; kept in float32 (float64 for float64), and so it stays where
+            the module is cast to 16 bits, in which rows do not sum to 1. Rows that came in 16 bits are divided by their sums.
         learned: train it from there.
 
     Raises:
@@ -198,7 +199,7 @@ class TransitionMatrix(nn.Module):
     def __init__(self, matrix: Tensor, *, learned: bool = False):
         super().__init__()
         checks.check_transition("matrix", matrix)
-        matrix = wrapped.plain(matrix).detach().to(compute_dtype(matrix))
+        matrix = _with_unit_rows(wrapped.plain(matrix).detach())
         self.is_learned = learned
         if learned:
             # a zero off the diagonal could never grow back from -inf
@@ -233,9 +234,29 @@ class TransitionMatrix(nn.Module):
             )
         return cls(uniform if initial is None else initial, learned=True)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TransitionMatrix:
+        exact = None if self.is_learned else self.matrix
+        super()._apply(fn, recurse)
+        if (
+            exact is not None and self.matrix.element_size() == 2
+        ):  # .half(), .to(torch.bfloat16): where it is, as it was
+            self.matrix = exact.to(self.matrix.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if not self.is_learned and isinstance(stored := state_dict.get(f"{prefix}matrix"), Tensor):
+            state_dict = {**state_dict, f"{prefix}matrix": _with_unit_rows(stored)}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def forward(self) -> Tensor:
         """(C, C) [true, named]; differentiable where it is learned."""
         if not self.is_learned:
             return self.matrix
         diagonal = torch.eye(self.logits.shape[0], dtype=torch.bool, device=self.logits.device)
         return self.logits.masked_fill(diagonal, -torch.inf).softmax(1)
+
+
+def _with_unit_rows(matrix: Tensor) -> Tensor:
+    """In the compute dtype; of 16 bits rows that sum to 1 as exactly as they can there."""
+    exact = matrix.to(compute_dtype(matrix))
+    return exact if matrix.element_size() > 2 else exact / exact.sum(1, keepdim=True)

@@ -10,6 +10,7 @@ PyTorch's other CPU tensors cannot use what waits: see `empty_pool`. The storage
 
 from __future__ import annotations
 
+import numbers
 import os
 
 from . import native
@@ -34,7 +35,7 @@ def set_pool_limit(megabytes: float) -> None:
     Raises:
         ValueError: for what is no number >= 0.
     """
-    if isinstance(megabytes, bool) or not isinstance(megabytes, (int, float)) or not 0 <= megabytes < 1 << 40:
+    if isinstance(megabytes, bool) or not isinstance(megabytes, numbers.Real) or not 0 <= megabytes < 1 << 40:
         raise ValueError(f"megabytes: expected a number >= 0, got {megabytes!r}")
     if native.OPERATORS is not None:
         native.OPERATORS.pool_limit(int(megabytes * _MB))

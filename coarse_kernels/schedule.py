@@ -22,6 +22,7 @@ from collections.abc import Iterator
 
 SCHEDULES = ("one_pass", "recompute")
 DEFAULT = "one_pass"
+VARIABLE = "COARSE_KERNELS_SCHEDULE"
 
 _forced: str | None = None
 
@@ -46,10 +47,10 @@ def current() -> str:
     """`use_schedule`, else environment variable COARSE_KERNELS_SCHEDULE, else the default."""
     if _forced is not None:
         return _forced
-    return _checked(os.environ.get("COARSE_KERNELS_SCHEDULE") or None) or DEFAULT
+    return _checked(os.environ.get(VARIABLE) or None, VARIABLE) or DEFAULT
 
 
-def _checked(name: str | None) -> str | None:
+def _checked(name: str | None, said: str = "schedule") -> str | None:
     if name is not None and name not in SCHEDULES:
-        raise ValueError(f"schedule: expected one of {SCHEDULES}, got {name!r}")
+        raise ValueError(f"{said}: expected one of {SCHEDULES}, got {name!r}")
     return name

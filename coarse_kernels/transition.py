@@ -61,8 +61,8 @@ def estimate_transition(
     for name, labels in (("positive_labels", positive_labels), ("negative_labels", negative_labels)):
         if not isinstance(labels, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(labels).__name__}")
-        if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-            raise TypeError(f"{name}: expected an integer tensor, got {labels.dtype}")
+        if labels.dtype not in checks.INT_DTYPES:
+            raise TypeError(f"{name}: expected an integer tensor (uint8 or signed), got {labels.dtype}")
     if positive_labels.shape != negative_labels.shape:
         raise ValueError(
             f"negative_labels: expected the shape of positive_labels {tuple(positive_labels.shape)}, "
@@ -88,5 +88,5 @@ def estimate_transition(
     counts = torch.bincount(observed * num_classes + reported, minlength=num_classes**2)
     counts = (counts.reshape(num_classes, num_classes).to(torch.float64) + float(smoothing)).fill_diagonal_(0.0)
     total = counts.sum(1, keepdim=True)
-    estimate = torch.where(total > 0, counts / total.clamp_min(1e-300), fallback.to(torch.float64))
+    estimate = torch.where(total > 0, counts / torch.where(total > 0, total, 1.0), fallback.to(torch.float64))
     return estimate.to(torch.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -50,9 +50,30 @@ def of_transform(tensor: Tensor) -> bool:
     return _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
 
 
-def unseen() -> contextlib.AbstractContextManager[object]:
-    """Where values are looked at: no mode (of a trace, say, which would make them symbols) sees it."""
-    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else contextlib.nullcontext()
+def seen() -> bool:
+    """Whether a mode (of a trace, say) sees operators: a value that is looked at then is in no trace."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def underneath(tensor: Tensor) -> Tensor:
+    """Without the wrappers of torch.func's derivatives (grad, jvp), which have the same values; vmap's stays."""
+    while _functorch.is_gradtrackingtensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+@contextlib.contextmanager
+def unseen() -> Iterator[None]:
+    """Where values are looked at, or constants prepared, of tensors that belong to no transform: no mode (of a trace, say,
+    which would make them symbols) and no transform (which would make even theirs its own) sees it."""
+    with contextlib.ExitStack() as stack:
+        if seen():
+            stack.enter_context(_disable_current_modes())
+        if _inside_a_transform():
+            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+            stack.enter_context(temporarily_clear_interpreter_stack())
+        yield
 
 
 def _inside_a_transform() -> bool:

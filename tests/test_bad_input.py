@@ -393,7 +393,47 @@ def test_unknown_backend_in_the_context_and_schedule() -> None:
 
 def test_unknown_backend_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COARSE_KERNELS_BACKEND", "gpu")
-    assert is_told(ValueError, ["'gpu'", "reference"], lambda: ck.annotation_nll(**good()))
+    assert is_told(ValueError, ["COARSE_KERNELS_BACKEND", "'gpu'", "reference"], lambda: ck.annotation_nll(**good()))
+
+
+@pytest.mark.parametrize("part", ["labels", "transition", "pixel_weight", "class_weight"])
+@pytest.mark.parametrize("inside", [False, True], ids=["made outside", "made inside"])
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
+def test_nonsense_is_refused_inside_torch_func_too(part: str, inside: bool, transform: str) -> None:
+    """What is no tensor of vmap's has values there, too."""
+
+    def nonsense() -> dict[str, Any]:
+        labels = torch.zeros(B, H, W, dtype=torch.int32)
+        return {
+            "labels": {"labels": labels + 99},
+            "transition": {"labels": labels, "transition": torch.full((C, C), 7.0)},
+            "pixel_weight": {"labels": labels, "pixel_weight": torch.full((B, H, W), -7.0)},
+            "class_weight": {"labels": labels, "class_weight": torch.full((C,), -7.0)},
+        }[part]
+
+    before = nonsense()
+
+    def loss(seg: torch.Tensor) -> torch.Tensor:
+        return ck.annotation_nll(seg, None, **(nonsense() if inside else before)).loss
+
+    seg = good()["seg_logits"]
+    call = {
+        "grad": lambda: torch.func.grad(loss)(seg),
+        "jvp": lambda: torch.func.jvp(loss, (seg,), (seg,)),
+        "vmap": lambda: torch.func.vmap(loss)(seg[None]),
+    }[transform]
+    assert is_told(ValueError, [part, "expected"], call)
+
+
+@pytest.mark.parametrize("name", ["trace_weight", "weight"])
+@pytest.mark.parametrize("number", [1e39, -1e39, 10**400, np.float64(1e300)], ids=str)
+def test_a_number_that_float32_does_not_hold_is_not_infinity_in_the_gradients(name: str, number: Any) -> None:
+    drawings = ck.Drawings(good()["labels"], good()["cm_logits"], **{name: number})
+    assert is_told(
+        ValueError,
+        [f"drawings[0].{name}", "float32"],
+        lambda: ck.annotation_objective(good()["seg_logits"], [drawings]),
+    )
 
 
 TRANSITION_CASES: list[tuple[Callable[[], Any], type[Exception], list[str]]] = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -218,3 +218,41 @@ def test_one_hot_labels_are_no_layers(ignored: bool) -> None:
         warnings.simplefilter("always")
         ck.annotation_objective(torch.randn(2, 3, 4, 4), [ck.Drawings(layers)])
     assert [str(one.message).split(":")[0] for one in said] == ([] if ignored else ["drawings[0].labels"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_head_on_a_volume_shorter_than_its_stride(dtype: torch.dtype) -> None:
+    """Two slices at stride 4: the mean of the two."""
+    head = ConfusionHead(3, channels=2, stride=4).to(dtype)
+    features = torch.randn(1, 2, 2, 8, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits = head(features)
+    assert logits.shape == (1, 3, 3, 1, 2, 3)
+    assert logits.dtype == dtype
+    assert head.weight is not None
+    first = features[0, :, :, :4, :4].float().mean((1, 2, 3))
+    expected = head.weight.float() @ first + head.bias.float()
+    torch.testing.assert_close(logits[0, :, :, 0, 0, 0].flatten().float(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("diagonal", lambda: confusion_logits(3, "0.7")),
+        ("diagonal", lambda: ConfusionHead(3, diagonal=None)),
+        ("missing", lambda: confusion_logits(3, missing="0.1")),
+        ("features", lambda: ConfusionHead(3, channels=2)(np.zeros((1, 2, 4, 4)))),
+        ("spatial_dims", lambda: ConfusionHead(3, spatial_dims=2.0)),
+    ],
+)
+def test_what_is_no_number_or_tensor_is_named(name: str, call: Callable[[], object]) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"{name}: expected .*, got"):
+        call()
+
+
+def test_where_matrices_start_is_float32_whatever_the_default() -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert confusion_logits(3).dtype == confusion_logits(3, 0.6, 0.3).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)

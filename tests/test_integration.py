@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -263,6 +264,47 @@ def test_an_exported_program_computes_what_the_module_does(backend: str, tmp_pat
         loaded = torch.export.load(tmp_path / "program.pt2").module()
         for one, other in zip(loaded(*arguments), module(*arguments), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+class _Mapped(nn.Module):
+    def __init__(self, backend: str):
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, logits: Tensor, image: Tensor) -> Tensor:
+        return ck.label_map(logits, image.shape[2:], backend=self.backend)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_label_map_is_exported_for_images_of_any_size(backend: str, strict: bool) -> None:
+    logits, sizes = (
+        torch.randn(1, 3, 4, 4, generator=generator(0)),
+        {2: Dim("H", min=8, max=64), 3: Dim("W", min=8, max=64)},
+    )
+    shapes = {"logits": None, "image": sizes}
+    example = (logits, torch.zeros(1, 1, 9, 10))
+    program = torch.export.export(_Mapped(backend), example, dynamic_shapes=shapes, strict=strict).module()
+    assert torch.equal(program(logits, torch.zeros(1, 1, 20, 30)), ck.label_map(logits, (20, 30), backend=backend))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_label_map_of_many_sizes_is_compiled_once_or_twice(backend: str) -> None:
+    compiled = 0
+
+    def counting(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        nonlocal compiled
+        compiled += 1
+        return graph
+
+    function = torch.compile(_Mapped(backend), fullgraph=True, backend=counting)
+    logits = torch.randn(1, 3, 4, 4, generator=generator(0))
+    for height in range(8, 18):
+        expected = ck.label_map(logits, (height, 8), backend=backend)
+        assert torch.equal(function(logits, torch.zeros(1, 1, height, 8)), expected)
+    assert compiled <= 2
 
 
 @pytest.mark.usefixtures("fresh_compiler")

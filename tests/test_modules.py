@@ -76,6 +76,31 @@ def test_transition_matrix_kinds() -> None:
     torch.testing.assert_close(ck.TransitionMatrix.learned(3, matrix)(), matrix)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("way", ["given", "cast", "cast and back", "loaded"])
+def test_a_transition_of_nineteen_classes_survives_16_bits(dtype: torch.dtype, way: str) -> None:
+    """A row of eighteen times 1/18 in bfloat16 sums up to 1.002; training stopped at the first step."""
+    module = ck.TransitionMatrix.uniform(19)
+    if way == "given":
+        module = ck.TransitionMatrix.fixed(ck.uniform_transition(19, dtype=dtype))
+    elif way == "loaded":
+        module.load_state_dict({"matrix": ck.uniform_transition(19, dtype=dtype)})
+    else:
+        module = nn.Sequential(module).to(dtype)[0]
+        module = module.float() if way == "cast and back" else module
+    assert module().dtype == torch.float32
+    torch.testing.assert_close(module(), ck.uniform_transition(19), rtol=1e-6, atol=0)
+    labels = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    assert ck.coarse_label_loss(torch.zeros(1, 19, 4, 4), None, None, None, labels, module()).loss.isfinite()
+
+
+@pytest.mark.parametrize("smoothing", [1e-320, 1e38])
+def test_estimated_rows_sum_to_1_whatever_is_added(smoothing: float) -> None:
+    labels = torch.zeros(1, 3, 3, dtype=torch.uint8)
+    rows = ck.estimate_transition(labels, labels, 4, smoothing=smoothing).sum(1)
+    torch.testing.assert_close(rows, torch.ones(4), rtol=1e-6, atol=0)
+
+
 def test_learned_transition_stays_a_transition_and_trains() -> None:
     """Negative drawings from a known matrix, true classes known: the learned matrix goes to it."""
     gen = generator(1)

@@ -289,6 +289,58 @@ def test_explain_says_who_computes_what_and_why_not_others() -> None:
     assert "no pixel" in ck.explain(seg[:0], [Drawings(labels[:0])]) or "cpu" not in ck.available_backends()
 
 
+@EVERY
+def test_a_map_that_is_written_into_leaves_its_part_alone(backend: str) -> None:
+    """`loss[mask] = 0` of one kind in one layer, which weighs 1."""
+    seg, labels = put(torch.randn(1, 3, 4, 5, generator=generator(0))), put(torch.zeros(1, 4, 5, dtype=torch.uint8))
+    out = ck.annotation_objective(seg, [Drawings(labels)], reduction="none", backend=backend)
+    before = out.parts[0].loss.clone()
+    out.loss.zero_()
+    assert torch.equal(out.parts[0].loss, before)
+
+
+@EVERY
+@pytest.mark.parametrize("weight", [3e38, 1e-39], ids=["beyond float32", "below its normal numbers"])
+def test_weights_whose_sum_float32_does_not_hold_are_no_batch_without_labels(backend: str, weight: float) -> None:
+    """Each of them is a finite number; the loss was 0, or inf, and the gradients NaN."""
+    seg, labels = torch.randn(1, 3, 4, 5, generator=generator(0)), torch.zeros(1, 4, 5, dtype=torch.uint8)
+    labels[:, 1:] = 255 if weight < 1 else 0
+    labels[:, :, 2:] = 255 if weight < 1 else 0
+    pixel_weight = torch.full((1, 4, 5), weight)
+    with pytest.raises(ValueError, match=r"class_weight, pixel_weight: expected weights that sum up to .* got"):
+        ck.annotation_objective(seg, [Drawings(labels, pixel_weight=pixel_weight)], backend=backend)
+    exact = ck.annotation_objective(seg.double(), [Drawings(labels, pixel_weight=pixel_weight)], backend=backend)
+    expected = ck.annotation_objective(seg.double(), [Drawings(labels)], backend=backend)
+    torch.testing.assert_close(exact.loss, expected.loss, rtol=1e-12, atol=0)
+
+
+@EVERY
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_kind_that_weighs_nothing_shows_nothing_of_its_nan(backend: str, reduction: str) -> None:
+    seg, labels = put(torch.randn(1, 3, 4, 5, generator=generator(0))), put(torch.zeros(1, 4, 5, dtype=torch.uint8))
+    cm = put(torch.full((1, 3, 3, 1, 1), torch.nan))
+    kinds = [Drawings(labels), Drawings(labels, cm, weight=0.0)]
+    out = ck.annotation_objective(seg, kinds, reduction=reduction, backend=backend)
+    alone = ck.annotation_objective(seg, kinds[:1], reduction=reduction, backend=backend)
+    assert torch.equal(out.loss, alone.loss)
+
+
+@EVERY
+def test_pixels_that_weigh_nothing_give_no_nan_to_gradients(backend: str) -> None:
+    seg = torch.randn(1, 3, 4, 5, generator=generator(0))
+    seg[:, :, 2] = torch.nan
+    weight = torch.ones(1, 4, 5)
+    weight[:, 2] = 0
+    cm = put(torch.randn(1, 3, 3, 4, 5, generator=generator(1))).requires_grad_()
+    leaf_seg, labels = put(seg).requires_grad_(), put(torch.zeros(1, 4, 5, dtype=torch.uint8))
+    ck.annotation_nll(leaf_seg, cm, labels, pixel_weight=put(weight), backend=backend).loss.backward()
+    assert leaf_seg.grad is not None
+    assert cm.grad is not None
+    assert bool(leaf_seg.grad.isfinite().all())
+    assert bool(cm.grad.isfinite().all())
+    assert bool((leaf_seg.grad[:, :, 2] == 0).all())
+
+
 @pytest.mark.skipif("cpu" not in ck.available_backends(), reason="not built")
 def test_class_logits_without_a_class_do_not_end_the_process() -> None:
     """The operator itself, which the door does not guard: it divided by their number."""

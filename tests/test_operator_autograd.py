@@ -360,6 +360,21 @@ def test_columns_and_rows_of_a_jacobian_agree() -> None:
     assert gradient_error(vectorized, rows) < 1e-12
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_linearize_finds_no_value_to_read_in_its_trace(reduction: str) -> None:
+    problem = make_problem(3, (6, 9), (2, 3))
+
+    seg, cm = problem.seg.double(), problem.cm.double()
+
+    def loss(seg: Tensor) -> Tensor:
+        return ck.annotation_nll(seg, cm, problem.labels, reduction=reduction).loss
+
+    towards = torch.randn(seg.shape, generator=generator(3), dtype=torch.float64)
+    value, slope = torch.func.linearize(loss, seg)
+    expected = torch.func.jvp(loss, (seg,), (towards,))
+    torch.testing.assert_close((value, slope(towards)), expected, rtol=1e-12, atol=1e-14)
+
+
 @FUSED
 @pytest.mark.parametrize("of", NAMES)
 def test_forward_mode_of_a_fused_backend_names_the_reference(backend: str, of: str) -> None:

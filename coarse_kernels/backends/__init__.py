@@ -62,6 +62,8 @@ class Backend(Protocol):
 
 
 # In the order in which an automatic choice tries them.
+VARIABLE = "COARSE_KERNELS_BACKEND"
+
 _REGISTRY: dict[str, Backend] = {
     backend.name: backend for backend in (cpu.BACKEND, cuda.BACKEND, triton.BACKEND, reference.BACKEND)
 }
@@ -117,10 +119,11 @@ def select_for(tensor: Tensor, name: str | None) -> Backend:
 
 def _first(name: str | None, kind: str, unsupported: Callable[[Backend], str | None]) -> Backend:
     name = name if name is not None else _forced
+    said = "backend"
     if name is None:
-        name = _from_environment()
+        name, said = _from_environment(), VARIABLE
     if name is not None:
-        backend = _lookup(name)
+        backend = _lookup(name, said)
         reason = _reason(backend, kind) or unsupported(backend)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run: {reason}")
@@ -144,9 +147,9 @@ def refusals(problem: Problem) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _lookup(name: str) -> Backend:
+def _lookup(name: str, said: str = "backend") -> Backend:
     if not isinstance(name, str) or name not in _REGISTRY:
-        raise ValueError(f"backend: expected one of {tuple(_REGISTRY)}, got {name!r}")
+        raise ValueError(f"{said}: expected one of {tuple(_REGISTRY)}, got {name!r}")
     return _REGISTRY[name]
 
 
@@ -157,7 +160,7 @@ def _reason(backend: Backend, kind: str) -> str | None:
 
 
 def _from_environment() -> str | None:
-    return os.environ.get("COARSE_KERNELS_BACKEND") or None
+    return os.environ.get(VARIABLE) or None
 
 
 @functools.cache

@@ -84,7 +84,7 @@ SCHEMAS = (
     "-> Tensor",
     "labelled_weight(Tensor labels, Tensor? class_weight, Tensor? pixel_weight, int num_classes, int ignore_index) "
     "-> Tensor",
-    "label_map(Tensor seg_logits, int[] size) -> Tensor",
+    "label_map(Tensor seg_logits, SymInt[] size) -> Tensor",
 )
 # And where gradients of 3 GB are formed on a device that the host must not wait for (`_handed_out`):
 SCALE = "scale_(Tensor(a!) gradient, Tensor factor) -> ()"

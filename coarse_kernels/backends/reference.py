@@ -77,15 +77,15 @@ def label_weights(problem: Problem, drawings: Drawings) -> Tensor:
 
 
 class _Pixels:
-    """The per-pixel quantities of the module `functional` for one layer of drawings, (B, C, *S) and (B, *S). Unlabelled
-    pixels: label 0, logits 0.
+    """The per-pixel quantities of the module `functional` for one layer of drawings, (B, C, *S) and (B, *S). Where not
+    ``counts`` (B, K, *S), of unlabelled pixels: label 0, logits 0.
 
     Their logits are replaced, not masked afterwards, so that a NaN there reaches neither the sums nor the gradients.
     """
 
-    def __init__(self, problem: Problem, drawings: Drawings, layer: int):
+    def __init__(self, problem: Problem, drawings: Drawings, layer: int, counts: Tensor):
         size, dtype, classes = problem.size, problem.compute_dtype, problem.num_classes
-        valid = problem.labelled(drawings)[:, layer]
+        valid = counts[:, layer]
         labels = torch.where(valid, drawings.labels[:, layer], 0).long()
         seg = interpolate(problem.seg_logits.to(dtype), size)
         log_p = F.log_softmax(torch.where(valid.unsqueeze(1), seg, 0.0), dim=1)
@@ -175,9 +175,9 @@ class ReferenceBackend:
         return tuple(self._maps(problem, drawings) for drawings in problem.drawings)
 
     def _maps(self, problem: Problem, drawings: Drawings) -> Terms:
-        layers = [_Pixels(problem, drawings, layer) for layer in range(drawings.labels.shape[1])]
         weight = label_weights(problem, drawings)
-        weighs = weight != 0  # 0 * inf is not 0
+        weighs = weight != 0  # 0 * inf is not 0, nor 0 * NaN
+        layers = [_Pixels(problem, drawings, layer, weighs) for layer in range(drawings.labels.shape[1])]
 
         # without a layer there is nothing to sum, but a gradient all the same: zeros
         inputs = (problem.seg_logits, drawings.cm_logits, drawings.transition)
@@ -197,8 +197,8 @@ class ReferenceBackend:
             loss, nll, trace = (term.sum() for term in self._maps(problem, drawings))
             if scale is not None:
                 loss, nll, trace = (torch.where(scale == 0, 0.0, term) * scale for term in (loss, nll, trace))
-            # a weight of 0 counts for nothing, even if the sum is inf
-            own = torch.where(loss.isinf(), 0.0, loss) * 0.0 if drawings.weight == 0 else loss * drawings.weight
+            # a weight of 0 counts for nothing, even if the sum is inf or NaN
+            own = torch.where(loss.isfinite(), loss, 0.0) * 0.0 if drawings.weight == 0 else loss * drawings.weight
             total = own if total is None else total + own
             parts.append((loss, nll, trace))
         assert total is not None  # there is at least one kind
@@ -209,9 +209,10 @@ class ReferenceBackend:
         joint = F.log_softmax(seg, 1)
         drawn = torch.zeros_like(joint[:, :1], dtype=torch.bool)
         for drawings in problem.drawings:
+            valid = problem.labelled(drawings)
             for layer in range(drawings.labels.shape[1]):
-                labelled = problem.labelled(drawings)[:, layer].unsqueeze(1)
-                joint = joint + torch.where(labelled, _Pixels(problem, drawings, layer).log_q, 0.0)
+                labelled = valid[:, layer].unsqueeze(1)
+                joint = joint + torch.where(labelled, _Pixels(problem, drawings, layer, valid).log_q, 0.0)
                 drawn = drawn | labelled
         posterior = torch.where(drawn & _possible(joint), F.softmax(joint, 1), F.softmax(seg, 1))
         return posterior.to(problem.seg_logits.dtype)
