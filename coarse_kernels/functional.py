@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, wrapped
+from . import backends, checks, values, wrapped
 from .problem import Drawings, Problem, compute_dtype
 from .transition import uniform_transition
 
@@ -400,6 +400,6 @@ def _scale(problem: Problem, drawings: Drawings, count: Tensor) -> Tensor | None
     if normalizer.device.type == "cpu" and wrapped.readable(normalizer) and not wrapped.seen():
         value = normalizer.item()
         if drawings.normalizer is None:
-            checks.check_count(value, count.dtype)
+            values.check_count(value, count.dtype)
         return torch.zeros_like(normalizer) if value == 0 else normalizer.reciprocal()
     return torch.where(normalizer == 0, 0.0, 1.0 / torch.where(normalizer == 0, 1.0, normalizer))

@@ -62,32 +62,32 @@ def underneath(tensor: Tensor) -> Tensor:
     return tensor
 
 
-@contextlib.contextmanager
-def unseen() -> Iterator[None]:
+def unseen() -> contextlib.AbstractContextManager[object]:
     """Where values are looked at, or constants prepared, of tensors that belong to no transform: no mode (of a trace, say,
     which would make them symbols) and no transform (which would make even theirs its own) sees it."""
-    with contextlib.ExitStack() as stack:
-        if seen():
-            stack.enter_context(_disable_current_modes())
-        if _inside_a_transform():
-            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+    return _unseen() if seen() or inside_a_transform() else contextlib.nullcontext()
 
-            stack.enter_context(temporarily_clear_interpreter_stack())
+
+@contextlib.contextmanager
+def _unseen() -> Iterator[None]:
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with _disable_current_modes(), temporarily_clear_interpreter_stack():
         yield
 
 
-def _inside_a_transform() -> bool:
+def inside_a_transform() -> bool:
     return _functorch.get_dynamic_layer_stack_depth() > 0
 
 
 # torch 2.11 cannot trace it; tensors of a transform are guarded on as such. What torch.compiler.assume_constant_result does,
 # without its import of the compiler, which takes seconds.
-_inside_a_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+inside_a_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def transformed(tensors: Iterable[Tensor | None]) -> str | None:
     """The transform that a fused operator would not be seen by, or None."""
-    if _inside_a_transform():
+    if inside_a_transform():
         return "torch.func (vmap, grad, jvp, ...)"
     if has_tangent(tensors):
         return "forward-mode derivatives"
