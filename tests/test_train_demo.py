@@ -242,6 +242,29 @@ def test_a_table_that_is_stopped_leaves_no_process_behind(tmp_path: Path, how: s
     _until(lambda: not any(_alive(child) for child in children))
 
 
+@pytest.mark.slow
+def test_a_table_whose_process_is_killed_says_so_and_ends(tmp_path: Path) -> None:
+    """For want of memory, say. The other one, in the middle of a run, takes its SIGTERM for a wish to stop after the step, and
+    waited for another run then, for ever."""
+    command = [sys.executable, "-m", "coarse_train", "demo", "--jobs", "2", "--out", str(tmp_path / "demo")]
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as table:
+        try:
+            _until(lambda: sum(path.stat().st_size > 0 for path in tmp_path.glob("demo/cells/*/metrics.jsonl")) == 2)
+            trains = [pid for pid in _children(table.pid) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+            assert len(trains) == 2
+            os.kill(trains[0], signal.SIGKILL)
+            said, _ = table.communicate(timeout=90)
+        finally:
+            table.kill()
+    assert table.returncode == 1
+    assert "a process of the table ended by itself" in said
+    assert not any(_alive(child) for child in trains)
+    assert len(list(tmp_path.glob("demo/cells/*/last.pt"))) >= 1  # of the other one
+
+
 def _until(reached: Callable[[], bool], seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while not reached():

@@ -23,12 +23,14 @@ import multiprocessing
 import os
 import statistics
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -46,6 +48,7 @@ from .cell import Cell, Scores, read_cell, scored
 _FORMAT = 2  # of a cell; another one is another folder
 # in no hash: where a run lies, what it may be interrupted by, what it draws
 _UNNAMED = ("out", "resume", "save_every", "pictures", "opacity")
+_GRACE = 30.0  # seconds that a run has for the checkpoint, when it is stopped
 _HASHED_IMAGES = 16  # of the training split, whose content, drawings included, is part of the hash
 
 
@@ -145,12 +148,13 @@ def _all_cells(runs: Sequence[FitConfig], split: str, jobs: int) -> Iterator[tup
         running: dict[Future[Cell], Path] = {}
         # No more at a time than there are processes: what waits in a queue would be trained after an error or Ctrl-C.
         for config in itertools.islice(left, jobs):
-            running[pool.submit(_run, to_dict(config), split)] = config.out
+            running[pool.submit(_run_alone, to_dict(config), split)] = config.out
         try:
             while running:
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
                     folder = running.pop(done)
                     if isinstance(done.exception(), BrokenProcessPool):
+                        _end(set(multiprocessing.active_children()) - others)  # or the pool may wait for them for ever
                         raise ChildProcessError(
                             f"{folder}: a process of the table ended by itself; was it killed for want of memory, or has the "
                             'script no `if __name__ == "__main__":` around `run_table`? The table goes on from what is there'
@@ -159,12 +163,31 @@ def _all_cells(runs: Sequence[FitConfig], split: str, jobs: int) -> Iterator[tup
                         yield folder, failure
                         return
                     for config in itertools.islice(left, 1):
-                        running[pool.submit(_run, to_dict(config), split)] = config.out
+                        running[pool.submit(_run_alone, to_dict(config), split)] = config.out
                     yield folder, done.result()
         except KeyboardInterrupt:
-            for process in set(multiprocessing.active_children()) - others:  # the signal may have come to us alone
-                process.terminate()
+            _end(set(multiprocessing.active_children()) - others)  # the signal may have come to us alone
             raise
+
+
+def _end(processes: Collection[BaseProcess]) -> None:
+    """What they have is kept: a run that is told to stop writes a checkpoint. One that was told between two runs, where nobody
+    listens, is killed."""
+    for process in processes:
+        process.terminate()
+    late = time.monotonic() + _GRACE
+    for process in processes:
+        process.join(max(0.0, late - time.monotonic()))
+    for process in processes:
+        process.kill()
+
+
+def _run_alone(content: dict[str, object], split: str) -> Cell:
+    """In a process of the pool, which ends with a run that was stopped: it would wait for another one."""
+    try:
+        return _run(content, split)
+    except KeyboardInterrupt:
+        os._exit(1)
 
 
 def _end_with_parent() -> None:
