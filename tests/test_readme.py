@@ -220,8 +220,8 @@ def test_env_report_says_which_backend_the_cpu_gets_and_why() -> None:
     [
         ("BACKEND", "reference", "  backend reference"),
         ("BACKEND", "triton", "  error: backend 'triton' cannot run: "),
-        ("BACKEND", "nope", "  error: backend: expected one of ("),
-        ("SCHEDULE", "nope", "schedule: error: schedule: expected one of ("),
+        ("BACKEND", "nope", "  error: COARSE_KERNELS_BACKEND: expected one of ("),
+        ("SCHEDULE", "nope", "schedule: error: COARSE_KERNELS_SCHEDULE: expected one of ("),
     ],
 )
 def test_env_report_says_what_is_wrong_with_the_environment(
