@@ -23,7 +23,10 @@ NAMES = ("a.png", "deep/er/b.v2.bmp", "deep/c.TIF")  # lossless: JPEG would chan
 
 
 def _files(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    """Without the mark that says what has written them."""
+    return {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != ".predict"
+    }
 
 
 @pytest.fixture
@@ -72,7 +75,7 @@ def test_pictures_are_the_image_and_beside_it_the_colours_as_opaque_as_asked(
 
 def test_pictures_can_be_left_out(config: PredictConfig) -> None:
     run_predict(replace(config, overlays=False))
-    assert {path.name for path in config.out.iterdir()} == {"labels"}
+    assert {path.name for path in config.out.iterdir()} == {"labels", ".predict"}
 
 
 def test_without_images_the_split_of_the_data_set_is_taken(config: PredictConfig, tmp_path: Path) -> None:
@@ -131,6 +134,14 @@ def test_predictions_inside_the_folder_of_images_are_not_taken_for_images(config
     run_predict(inside)
     assert _files(inside.out) == before
     assert len(before) == 6
+
+
+def test_what_an_earlier_run_predicted_among_the_photos_is_no_photo(config: PredictConfig) -> None:
+    """`--images photos --out photos/first`, then the next checkpoint's into photos/second."""
+    assert config.images is not None
+    for out in ("first", "second"):
+        run_predict(replace(config, out=config.images / out))
+        assert len(list((config.images / out / "labels").rglob("*.png"))) == 3
 
 
 def test_photos_are_found_where_predictions_go_into_their_folder_or_the_one_above(config: PredictConfig) -> None:

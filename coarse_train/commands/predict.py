@@ -25,6 +25,7 @@ from ..run import claim_folder
 from .options import check_reading
 
 _LABELS, _OVERLAYS = "labels", "overlays"
+_MADE = ".predict"  # an empty file in the folder that they are in
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class PredictConfig:
     """Folder of the data set; without it that of the run."""
     out: Path = Path("predictions")
     """labels/NAME.png has the values of the data set's label files, overlays/NAME.png the image and beside it its classes in
-    colour, with their names. labels can be given to the official Cityscapes evaluator as CITYSCAPES_RESULTS."""
+    colour, with their names; an empty file .predict says that they are no photos. labels can be given to the official
+    Cityscapes evaluator as CITYSCAPES_RESULTS."""
     overlays: bool = True
     """Write the pictures too."""
     opacity: float = 0.5
@@ -73,6 +75,7 @@ def run_predict(config: PredictConfig) -> Path:
             limit = config.max_pixels or loaded.config.data.max_pixels
             source = ImageFiles(find_images(config.images, but=config.out), loaded.classes, limit)
         claim_folder("out", config.out, world, overwrite=config.overwrite)
+        (config.out / _MADE).touch()
         own = range(world.rank, len(source), world.size)
         found = predictions(
             loaded.model.segmentation,
@@ -121,14 +124,15 @@ class ImageFiles:
 
 
 def find_images(images: Path, *, but: Path | None = None) -> list[tuple[str, Path]]:
-    """Relative path without suffix, and path, of one image or of all in a folder, in alphabetical order. What the last
-    call has written into the folder ``but`` is left out."""
+    """Relative path without suffix, and path, of one image or of all in a folder, in alphabetical order. What this command
+    has written there is left out, and what would lie where it writes into the folder ``but``."""
     if images.is_file():
         return [(images.stem, images)]
     if not images.is_dir():
         raise FileNotFoundError(f"images: expected an image or a folder of images, got {images}, which does not exist")
     faults: list[Fault] = []
-    made = [] if but is None else [(but / name).resolve() for name in (_LABELS, _OVERLAYS)]
+    outs = [mark.parent for mark in images.rglob(_MADE)] + ([] if but is None else [but])
+    made = [(out / name).resolve() for out in outs for name in (_LABELS, _OVERLAYS)]
     outside = [
         (name, path)
         for name, path in find_pictures(images, faults).items()
