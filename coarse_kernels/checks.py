@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,6 @@ from .values import Names
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 REDUCTIONS = ("mean", "sum", "none")
-_LARGEST = torch.finfo(torch.float32).max
 
 
 def num_classes(seg_logits: Tensor) -> int:
@@ -142,9 +142,9 @@ def _check_drawings(
                 continue  # PyTorch's own rule: a 0-d CPU tensor goes with any device
             raise ValueError(f"{name(part)}: expected on {device}, where seg_logits is, got {tensor.device}")
     if normalizer is not None:
-        _check_normalizer(name("normalizer"), normalizer, reduction)
-    _check_number(name("trace_weight"), given.trace_weight)
-    check_weight(name("weight"), given.weight)
+        _check_normalizer(name("normalizer"), normalizer, reduction, dtype)
+    _check_number(name("trace_weight"), given.trace_weight, dtype)
+    check_weight(name("weight"), given.weight, dtype)
     if not torch.compiler.is_compiling():
         labels = wrapped.underneath(labels)  # integers have no derivative
     if labels.dtype not in (torch.uint8, torch.int64):
@@ -272,18 +272,21 @@ def _check_float(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
 
 
-def _check_number(name: str, value: Any) -> None:
+def _check_number(name: str, value: Any, dtype: torch.dtype = torch.float64) -> None:
     if type(value) is not float:  # an abstract base class takes a microsecond to ask
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name}: expected a number, got {value!r}")
-        if not isinstance(value, numbers.Integral):
+        try:
             value = float(value)  # numpy's float16 would be compared in float16
-    if not -_LARGEST <= value <= _LARGEST:  # NaN, too
-        raise ValueError(f"{name}: expected a finite number that float32 holds (up to 3.4e38), got {value}")
+        except OverflowError:
+            value = math.inf if value > 0 else -math.inf
+    most = torch.finfo(dtype).max
+    if not -most <= value <= most:  # NaN, too
+        raise ValueError(f"{name}: expected a finite number of {dtype}, got {value}")
 
 
-def check_weight(name: str, value: Any) -> None:
-    _check_number(name, value)
+def check_weight(name: str, value: Any, dtype: torch.dtype = torch.float64) -> None:
+    _check_number(name, value, dtype)
     if value < 0:
         raise ValueError(f"{name}: expected a number >= 0, got {value}")
 
@@ -333,7 +336,7 @@ def _check_detached(name: str, constant: Tensor) -> None:
         raise ValueError(f"{name}: is a constant of the loss, got a tensor that requires grad; pass {name}.detach()")
 
 
-def _check_normalizer(name: str, normalizer: Any, reduction: str) -> None:
+def _check_normalizer(name: str, normalizer: Any, reduction: str, dtype: torch.dtype) -> None:
     if reduction != "mean":
         raise ValueError(f'{name}: belongs to reduction="mean", got reduction={reduction!r}')
     if isinstance(normalizer, Tensor):
@@ -343,7 +346,7 @@ def _check_normalizer(name: str, normalizer: Any, reduction: str) -> None:
             raise TypeError(f"{name}: expected a number or a 0-d tensor of floats or ints, got {normalizer.dtype}")
         _check_detached(name, normalizer)
         return
-    check_weight(name, normalizer)
+    check_weight(name, normalizer, dtype)
     values.check_reciprocal(name, normalizer)
 
 

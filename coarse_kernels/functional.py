@@ -144,7 +144,7 @@ def annotation_nll(
         labels: (B, *S) integer class of the drawing at each pixel. uint8 and int64 are read as they are.
         transition: (C, C), entry [i, y] the probability that class i is reported as label y: None for positive
             drawings (identity), a matrix with zero diagonal for negative ones (`uniform_transition`). Rows sum to 1.
-        trace_weight: weight of ``tr(A)`` in the loss. Too much and classes flip: of fine fields from 0.01 on (docs/method.md).
+        trace_weight: weight of ``tr(A)`` in the loss, 0 at first; with too much classes flip (docs/method.md).
         ignore_index: label of pixels that nobody drew on; they count in no sum and get zero gradient.
         class_weight: (C,) weight of a pixel by its label, >= 0. A constant: not differentiated.
         pixel_weight: (B, *S) weight of a pixel, >= 0; anything where there is no label. A constant: not differentiated.
@@ -373,6 +373,8 @@ def _evaluate(problem: Problem, backend: str | None) -> Objective:
             parts.append(AnnotationLoss(*(t if layered else t.squeeze(1) for t in (loss, nll, trace, count))))
         assert total is not None  # there is at least one kind
         return Objective(total, tuple(parts))
+    if problem.reduction == "mean":
+        values.check_counts(problem, counts)
     scales = [_scale(problem, drawings, count) for drawings, count in zip(problem.drawings, counts, strict=True)]
     loss, of_kinds = chosen.nll_sums(problem, scales)
     return Objective(loss, tuple(AnnotationLoss(*terms, count) for terms, count in zip(of_kinds, counts, strict=True)))
@@ -397,9 +399,6 @@ def _scale(problem: Problem, drawings: Drawings, count: Tensor) -> Tensor | None
             return torch.full_like(count, _reciprocal(normalizer.item()))
         normalizer = normalizer.detach().to(count)
     # fewer steps, where the value is at hand
-    if normalizer.device.type == "cpu" and wrapped.readable(normalizer) and not wrapped.seen():
-        value = normalizer.item()
-        if drawings.normalizer is None:
-            values.check_count(value, count.dtype)
-        return torch.zeros_like(normalizer) if value == 0 else normalizer.reciprocal()
+    if normalizer.device.type == "cpu" and wrapped.readable(normalizer) and not wrapped.mode_active():
+        return torch.zeros_like(normalizer) if normalizer.item() == 0 else normalizer.reciprocal()
     return torch.where(normalizer == 0, 0.0, 1.0 / torch.where(normalizer == 0, 1.0, normalizer))

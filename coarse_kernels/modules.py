@@ -187,7 +187,8 @@ class TransitionMatrix(nn.Module):
 
     Args:
         matrix: (C, C) with zero diagonal and rows that sum to 1; kept in float32 (float64 for float64), and so it stays where
-            the module is cast to 16 bits, in which rows do not sum to 1. Rows that came in 16 bits are divided by their sums.
+            the module is cast to 16 bits, in which rows do not sum to 1 (the logits of a learned one are cast). Rows that
+            came in 16 bits are divided by their sums.
         learned: train it from there.
 
     Raises:
@@ -214,7 +215,7 @@ class TransitionMatrix(nn.Module):
 
     @classmethod
     def fixed(cls, matrix: Tensor) -> TransitionMatrix:
-        """``matrix`` as it is, not trained."""
+        """``matrix``, not trained."""
         return cls(matrix)
 
     @classmethod
@@ -244,7 +245,8 @@ class TransitionMatrix(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        if not self.is_learned and isinstance(stored := state_dict.get(f"{prefix}matrix"), Tensor):
+        stored = None if self.is_learned else state_dict.get(f"{prefix}matrix")
+        if isinstance(stored, Tensor) and stored.shape == self.matrix.shape:  # else PyTorch says what is wrong
             state_dict = {**state_dict, f"{prefix}matrix": _with_unit_rows(stored)}
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -259,4 +261,5 @@ class TransitionMatrix(nn.Module):
 def _with_unit_rows(matrix: Tensor) -> Tensor:
     """In the compute dtype; of 16 bits rows that sum to 1 as exactly as they can there."""
     exact = matrix.to(compute_dtype(matrix))
-    return exact if matrix.element_size() > 2 else exact / exact.sum(1, keepdim=True)
+    sums = exact.sum(1, keepdim=True)
+    return exact if matrix.element_size() > 2 else exact / torch.where(sums > 0, sums, 1.0)

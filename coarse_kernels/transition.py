@@ -73,7 +73,7 @@ def estimate_transition(
             f"negative_labels: expected on {positive_labels.device}, where positive_labels is, got {negative_labels.device}"
         )
     num_classes, ignore_index = checks.check_classes(num_classes), checks.check_ignore_index(ignore_index)
-    checks.check_weight("smoothing", smoothing)
+    checks.check_weight("smoothing", smoothing, torch.float32)
     fallback = uniform_transition(num_classes, device=positive_labels.device)
     # 255 must not wrap in int8
     positive_labels, negative_labels = (wrapped.plain(labels).long() for labels in (positive_labels, negative_labels))

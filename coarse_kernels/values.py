@@ -1,18 +1,17 @@
-"""Checks that look at values, where and when they may: what has none, or has them where the host would have to wait for them,
-passes."""
+"""Checks that look at values, where they can be had at once: on a CPU, outside of a trace. Elsewhere everything passes."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import notices, wrapped
-from .problem import Drawings
+from .problem import Drawings, Problem
 
 Names = Callable[[str], str]  # part of Drawings -> what the caller's user knows it as
 
@@ -124,14 +123,23 @@ def _check_label_range(name: str, labels: Tensor, classes: int, ignore_index: in
         raise ValueError(f"{name}: expected labels in [0, {classes}) or ignore_index {ignore_index}, got {bad}")
 
 
-def check_count(count: float, dtype: torch.dtype) -> None:
-    """That a mean can be divided by the summed weight of the labelled pixels."""
-    limits = torch.finfo(dtype)
-    if 0 < count < limits.tiny or not count <= limits.max:
-        raise ValueError(
-            f"class_weight, pixel_weight: expected weights that sum up to 0, or to a number from {limits.tiny:.2g} to "
-            f"{limits.max:.2g} ({dtype}), over the labelled pixels, got {count}"
-        )
+def check_counts(problem: Problem, counts: Sequence[Tensor]) -> None:
+    """That means can be divided by the summed weights of the labelled pixels, where they are."""
+    if torch.compiler.is_compiling():
+        return
+    for k, (drawings, count) in enumerate(zip(problem.drawings, counts, strict=True)):
+        known = _to_read(count) if drawings.normalizer is None else None
+        if known is None:
+            continue
+        with wrapped.unseen():
+            value = known.item()
+        limits = torch.finfo(count.dtype)
+        if 0 < value < limits.tiny or not value <= limits.max:
+            which = "" if len(counts) == 1 else f"drawings[{k}]."
+            raise ValueError(
+                f"{which}class_weight, {which}pixel_weight: expected weights that sum up to 0, or to a number from "
+                f"{limits.tiny:.2g} to {limits.max:.2g} ({count.dtype}), over the labelled pixels, got {value}"
+            )
 
 
 def check_reciprocal(name: str, number: float) -> None:

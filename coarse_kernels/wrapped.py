@@ -50,7 +50,7 @@ def of_transform(tensor: Tensor) -> bool:
     return _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
 
 
-def seen() -> bool:
+def mode_active() -> bool:
     """Whether a mode (of a trace, say) sees operators: a value that is looked at then is in no trace."""
     return torch._C._len_torch_dispatch_stack() > 0
 
@@ -65,7 +65,7 @@ def underneath(tensor: Tensor) -> Tensor:
 def unseen() -> contextlib.AbstractContextManager[object]:
     """Where values are looked at, or constants prepared, of tensors that belong to no transform: no mode (of a trace, say,
     which would make them symbols) and no transform (which would make even theirs its own) sees it."""
-    return _unseen() if seen() or inside_a_transform() else contextlib.nullcontext()
+    return _unseen() if mode_active() or inside_a_transform() else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -121,8 +121,8 @@ class DrawingsConfig:
     rank: int = 2
     """structure=lowrank: rank of the change, from 1 to C."""
     trace_weight: float = 0.0
-    """Weight of tr(A); start at 0. With too much classes flip: of five, matrices of an image or a pixel lose from 0.01 on,
-    those every 8 pixels from 0.1; of two, all but one matrix for all images at 1, and 0.1 was best."""
+    """Weight of tr(A); start at 0. With too much classes flip: of five, matrices of an image or a pixel lose from 0.001 or
+    0.01 on, those every 8 pixels from 0.1; of two, all but one matrix for all images at 1, and 0.1 was best."""
     weight: float = 1.0
     """Weight of these drawings in the loss, >= 0; 0 leaves them out."""
     pen: float | Measured | Path | None = None

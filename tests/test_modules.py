@@ -94,6 +94,12 @@ def test_a_transition_of_nineteen_classes_survives_16_bits(dtype: torch.dtype, w
     assert ck.coarse_label_loss(torch.zeros(1, 19, 4, 4), None, None, None, labels, module()).loss.isfinite()
 
 
+def test_a_stored_transition_that_does_not_fit_is_told_by_pytorch() -> None:
+    module = ck.TransitionMatrix.uniform(3)
+    with pytest.raises(RuntimeError, match="size mismatch for matrix"):
+        module.load_state_dict({"matrix": torch.zeros(3, dtype=torch.bfloat16)})
+
+
 @pytest.mark.parametrize("smoothing", [1e-320, 1e38])
 def test_estimated_rows_sum_to_1_whatever_is_added(smoothing: float) -> None:
     labels = torch.zeros(1, 3, 3, dtype=torch.uint8)

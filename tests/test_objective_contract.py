@@ -309,9 +309,36 @@ def test_weights_whose_sum_float32_does_not_hold_are_no_batch_without_labels(bac
     pixel_weight = torch.full((1, 4, 5), weight)
     with pytest.raises(ValueError, match=r"class_weight, pixel_weight: expected weights that sum up to .* got"):
         ck.annotation_objective(seg, [Drawings(labels, pixel_weight=pixel_weight)], backend=backend)
+    with pytest.raises(ValueError, match=r"drawings\[1\]\.class_weight, drawings\[1\]\.pixel_weight: expected"):
+        ck.annotation_objective(seg, [Drawings(labels), Drawings(labels, pixel_weight=pixel_weight)], backend=backend)
     exact = ck.annotation_objective(seg.double(), [Drawings(labels, pixel_weight=pixel_weight)], backend=backend)
     expected = ck.annotation_objective(seg.double(), [Drawings(labels)], backend=backend)
     torch.testing.assert_close(exact.loss, expected.loss, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
+@pytest.mark.parametrize("weight", [3e38, 1e-39])
+def test_weights_whose_sum_float32_does_not_hold_are_refused_inside_torch_func(transform: str, weight: float) -> None:
+    seg, labels = torch.randn(1, 3, 1, 2, generator=generator(0)), torch.zeros(1, 1, 2, dtype=torch.uint8)
+
+    def loss(seg: Tensor) -> Tensor:
+        return ck.annotation_nll(seg, None, labels, pixel_weight=torch.full((1, 1, 2), weight)).loss
+
+    call = {
+        "grad": lambda: torch.func.grad(loss)(seg),
+        "jvp": lambda: torch.func.jvp(loss, (seg,), (seg,)),
+        "vmap": lambda: torch.func.vmap(loss)(seg[None]),
+    }[transform]
+    with pytest.raises(ValueError, match="class_weight, pixel_weight: expected weights that sum up to"):
+        call()
+
+
+def test_numbers_that_float64_holds_serve_float64() -> None:
+    seg, labels = torch.randn(1, 3, 1, 2, generator=generator(0)).double(), torch.zeros(1, 1, 2, dtype=torch.uint8)
+    cm = torch.zeros(1, 3, 3, 1, 1, dtype=torch.float64)
+    one = ck.annotation_objective(seg, [Drawings(labels, cm, trace_weight=1.0)]).loss
+    large = ck.annotation_objective(seg, [Drawings(labels, cm, weight=1e39, trace_weight=1.0, normalizer=2e0)]).loss
+    torch.testing.assert_close(large / 1e39, one, rtol=1e-12, atol=0)
 
 
 @EVERY

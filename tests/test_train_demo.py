@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +246,91 @@ def test_a_table_that_is_stopped_leaves_no_process_behind(tmp_path: Path, how: s
         table_process.send_signal(how)
         table_process.wait(60)
     _until(lambda: not any(_alive(child) for child in children))
+
+
+class _Pool:
+    """In the place of a `ProcessPoolExecutor`: each run has ended when it is handed in, with the next outcome."""
+
+    def __init__(self, outcomes: list[Cell | BaseException]):
+        self.outcomes = iter(outcomes)
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, *_: object) -> Future[Cell]:
+        outcome = next(self.outcomes)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        future: Future[Cell] = Future()
+        future.set_result(outcome)
+        return future
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the table does with its processes."""
+    calls: list[str] = []
+    monkeypatch.setattr(table, "_end", lambda processes: calls.append("ended"))
+    return calls
+
+
+def _three_rows() -> dict[str, FitConfig]:
+    row = _as_run(rows_of("hasty")["ce_both"])
+    return {f"row {k}": replace(row, steps=k) for k in (2, 3, 4)}
+
+
+def test_a_pool_that_breaks_as_the_next_run_is_handed_in_is_told_as_any_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ended: list[str]
+) -> None:
+    """A process was killed while the table wrote a line: a traceback of the pool's came, and its other processes stayed."""
+    pool = _Pool([cell("", 0, 50.0), cell("", 0, 60.0), BrokenProcessPool("abruptly")])
+    monkeypatch.setattr(table, "ProcessPoolExecutor", lambda *_, **__: pool)
+    with pytest.raises(ChildProcessError, match="a process of the table ended by itself"):
+        run_table(_three_rows(), (0,), tmp_path, jobs=2, said=lambda _: None)
+    assert ended == ["ended"]
+
+
+def test_ctrl_c_while_the_table_writes_a_line_ends_its_processes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ended: list[str]
+) -> None:
+    """They trained on, and it waited for them."""
+    pool = _Pool([cell("", 0, 50.0) for _ in range(3)])
+    monkeypatch.setattr(table, "ProcessPoolExecutor", lambda *_, **__: pool)
+
+    def said(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_table(_three_rows(), (0,), tmp_path, jobs=2, said=said)
+    assert ended == ["ended"]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["waited for", "Ctrl-C again"])
+def test_a_process_that_does_not_hear_is_killed_in_the_end(monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    ready = spawn.Event()
+    deaf = spawn.Process(target=_deaf, args=(ready,))
+    deaf.start()
+    try:
+        assert ready.wait(90)
+        monkeypatch.setattr(table, "_GRACE", 60.0 if again else 0.2)
+        if again:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt) if again else nullcontext():
+            table._end([deaf])
+        deaf.join(20)
+        assert deaf.exitcode == -signal.SIGKILL
+    finally:
+        deaf.kill()
+
+
+def _deaf(ready: Event) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ready.set()
+    time.sleep(600)
 
 
 @pytest.mark.slow

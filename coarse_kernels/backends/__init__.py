@@ -61,9 +61,9 @@ class Backend(Protocol):
         """(B, *S) uint8, int64 above 256 classes."""
 
 
-# In the order in which an automatic choice tries them.
 VARIABLE = "COARSE_KERNELS_BACKEND"
 
+# In the order in which an automatic choice tries them.
 _REGISTRY: dict[str, Backend] = {
     backend.name: backend for backend in (cpu.BACKEND, cuda.BACKEND, triton.BACKEND, reference.BACKEND)
 }

@@ -120,9 +120,8 @@ def _vessels(config: ExperimentConfig, out: Path) -> list[Part]:
     ):
         own = replace(base, data=replace(base.data, positives=drawings))
         found.append(_part(title, own, out, tuned_as=None if title == tuned else tuned))
-        if (
-            title == tuned
-        ):  # what few masks teach is learned soon, what all drawings teach is not; five times as long: one seed
+        if title == tuned:
+            # what few masks teach is learned soon, what all drawings teach is not; it takes five times as long, so one seed
             own = replace(own, steps=_LONG, evaluate_every=_LONG // 2)
             title = f"chase brush at {_LONG} steps, 2 masks"
             found.append(replace(_part(title, own, out, tuned_as=tuned, only=_ROWS_WHEN_LONG), seeds=1))

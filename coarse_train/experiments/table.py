@@ -24,7 +24,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr
@@ -112,14 +112,18 @@ def run_table(
             cells[folder] = elsewhere
     left = [config for folder, config in runs.items() if folder not in cells]
     before = {config.out for config in left if _kept(config.out, split).exists()}
-    for folder, cell in _all_cells(left, split, jobs or _cores()):
-        names = ", ".join(row for (row, _), config in configs.items() if config.out == folder)
-        if isinstance(cell, BaseException):
-            said(f"{names}, seed {runs[folder].seed}: failed")
-            raise cell
-        cells[folder] = cell
-        when = "kept from before" if folder in before else f"after {cell.seconds:.0f} s"
-        said(f"{names}, seed {cell.seed}: mean IoU {cell.miou:.1f} {when}")
+    as_they_end = _all_cells(left, split, jobs or _cores())
+    try:
+        for folder, cell in as_they_end:
+            names = ", ".join(row for (row, _), config in configs.items() if config.out == folder)
+            if isinstance(cell, Exception):
+                said(f"{names}, seed {runs[folder].seed}: failed")
+                raise cell
+            cells[folder] = cell
+            when = "kept from before" if folder in before else f"after {cell.seconds:.0f} s"
+            said(f"{names}, seed {cell.seed}: mean IoU {cell.miou:.1f} {when}")
+    except KeyboardInterrupt as stop:
+        as_they_end.throw(stop)  # where it came between two cells, the processes have to hear of it, too
     return [replace(cells[config.out], method=row, folder=str(config.out)) for (row, _), config in configs.items()]
 
 
@@ -129,7 +133,9 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _all_cells(runs: Sequence[FitConfig], split: str, jobs: int) -> Iterator[tuple[Path, Cell | Exception]]:
+def _all_cells(
+    runs: Sequence[FitConfig], split: str, jobs: int
+) -> Generator[tuple[Path, Cell | Exception], None, None]:
     """As they end; an exception is the last."""
     if min(jobs, len(runs)) <= 1:
         for config in runs:
@@ -144,42 +150,52 @@ def _all_cells(runs: Sequence[FitConfig], split: str, jobs: int) -> Iterator[tup
     # spawned, not forked: a fork of a process that has threads may hang
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(jobs, len(runs)), mp_context=spawn, initializer=_end_with_parent) as pool:
-        left = iter(runs)
-        running: dict[Future[Cell], Path] = {}
-        # No more at a time than there are processes: what waits in a queue would be trained after an error or Ctrl-C.
-        for config in itertools.islice(left, jobs):
-            running[pool.submit(_run_alone, to_dict(config), split)] = config.out
         try:
-            while running:
-                for done in wait(running, return_when=FIRST_COMPLETED).done:
-                    folder = running.pop(done)
-                    if isinstance(done.exception(), BrokenProcessPool):
-                        _end(set(multiprocessing.active_children()) - others)  # or the pool may wait for them for ever
-                        raise ChildProcessError(
-                            f"{folder}: a process of the table ended by itself; was it killed for want of memory, or has the "
-                            'script no `if __name__ == "__main__":` around `run_table`? The table goes on from what is there'
-                        )
-                    if isinstance(failure := done.exception(), Exception):
-                        yield folder, failure
-                        return
-                    for config in itertools.islice(left, 1):
-                        running[pool.submit(_run_alone, to_dict(config), split)] = config.out
-                    yield folder, done.result()
+            yield from _as_they_end(pool, runs, split, jobs)
+        except BrokenProcessPool as error:
+            _end(set(multiprocessing.active_children()) - others)
+            raise ChildProcessError(
+                f"{runs[0].out.parent}: a process of the table ended by itself; was it killed for want of memory, or has the "
+                'script no `if __name__ == "__main__":` around `run_table`? The table goes on from what is there'
+            ) from error
         except KeyboardInterrupt:
             _end(set(multiprocessing.active_children()) - others)  # the signal may have come to us alone
             raise
 
 
+def _as_they_end(
+    pool: ProcessPoolExecutor, runs: Sequence[FitConfig], split: str, jobs: int
+) -> Iterator[tuple[Path, Cell | Exception]]:
+    left = iter(runs)
+    running: dict[Future[Cell], Path] = {}
+    # No more at a time than there are processes: what waits in a queue would be trained after an error or Ctrl-C.
+    for config in itertools.islice(left, jobs):
+        running[pool.submit(_run_alone, to_dict(config), split)] = config.out
+    while running:
+        for done in wait(running, return_when=FIRST_COMPLETED).done:
+            folder = running.pop(done)
+            failure = done.exception()
+            if isinstance(failure, Exception) and not isinstance(failure, BrokenProcessPool):
+                yield folder, failure
+                return
+            cell = done.result()
+            for config in itertools.islice(left, 1):
+                running[pool.submit(_run_alone, to_dict(config), split)] = config.out
+            yield folder, cell
+
+
 def _end(processes: Collection[BaseProcess]) -> None:
-    """What they have is kept: a run that is told to stop writes a checkpoint. One that was told between two runs, where nobody
-    listens, is killed."""
+    """Where there are signals (not on Windows) a run that is told to stop writes a checkpoint first. A process that was told
+    while nothing would look for it, after the last step of its run, waits for another run: it is killed."""
     for process in processes:
         process.terminate()
     late = time.monotonic() + _GRACE
-    for process in processes:
-        process.join(max(0.0, late - time.monotonic()))
-    for process in processes:
-        process.kill()
+    try:
+        for process in processes:
+            process.join(max(0.0, late - time.monotonic()))
+    finally:  # Ctrl-C again ends the wait
+        for process in processes:
+            process.kill()
 
 
 def _run_alone(content: dict[str, object], split: str) -> Cell:
