@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, redirect_stderr
+from contextlib import closing, contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from multiprocessing.process import BaseProcess
@@ -112,18 +112,20 @@ def run_table(
             cells[folder] = elsewhere
     left = [config for folder, config in runs.items() if folder not in cells]
     before = {config.out for config in left if _kept(config.out, split).exists()}
-    as_they_end = _all_cells(left, split, jobs or _cores())
-    try:
-        for folder, cell in as_they_end:
-            names = ", ".join(row for (row, _), config in configs.items() if config.out == folder)
-            if isinstance(cell, Exception):
-                said(f"{names}, seed {runs[folder].seed}: failed")
-                raise cell
-            cells[folder] = cell
-            when = "kept from before" if folder in before else f"after {cell.seconds:.0f} s"
-            said(f"{names}, seed {cell.seed}: mean IoU {cell.miou:.1f} {when}")
-    except KeyboardInterrupt as stop:
-        as_they_end.throw(stop)  # where it came between two cells, the processes have to hear of it, too
+    with closing(
+        _all_cells(left, split, jobs or _cores())
+    ) as as_they_end:  # after an error those beside it end, and are kept
+        try:
+            for folder, cell in as_they_end:
+                names = ", ".join(row for (row, _), config in configs.items() if config.out == folder)
+                if isinstance(cell, Exception):
+                    said(f"{names}, seed {runs[folder].seed}: failed")
+                    raise cell
+                cells[folder] = cell
+                when = "kept from before" if folder in before else f"after {cell.seconds:.0f} s"
+                said(f"{names}, seed {cell.seed}: mean IoU {cell.miou:.1f} {when}")
+        except KeyboardInterrupt as stop:
+            as_they_end.throw(stop)  # where it came between two cells, the processes have to hear of it, too
     return [replace(cells[config.out], method=row, folder=str(config.out)) for (row, _), config in configs.items()]
 
 
