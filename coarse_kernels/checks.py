@@ -143,7 +143,7 @@ def _check_drawings(
             raise ValueError(f"{name(part)}: expected on {device}, where seg_logits is, got {tensor.device}")
     if normalizer is not None:
         _check_normalizer(name("normalizer"), normalizer, reduction, dtype)
-    _check_number(name("trace_weight"), given.trace_weight, dtype)
+    check_number(name("trace_weight"), given.trace_weight, dtype)
     check_weight(name("weight"), given.weight, dtype)
     if not torch.compiler.is_compiling():
         labels = wrapped.underneath(labels)  # integers have no derivative
@@ -272,7 +272,8 @@ def _check_float(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
 
 
-def _check_number(name: str, value: Any, dtype: torch.dtype = torch.float64) -> None:
+def check_number(name: str, value: Any, dtype: torch.dtype = torch.float64) -> None:
+    """Finite in ``dtype``. By comparisons: torch 2.11 cannot trace isfinite of a number that is dynamic."""
     if type(value) is not float:  # an abstract base class takes a microsecond to ask
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name}: expected a number, got {value!r}")
@@ -286,7 +287,7 @@ def _check_number(name: str, value: Any, dtype: torch.dtype = torch.float64) -> 
 
 
 def check_weight(name: str, value: Any, dtype: torch.dtype = torch.float64) -> None:
-    _check_number(name, value, dtype)
+    check_number(name, value, dtype)
     if value < 0:
         raise ValueError(f"{name}: expected a number >= 0, got {value}")
 

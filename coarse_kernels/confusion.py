@@ -8,14 +8,14 @@ anywhere, and training ends, without an error, in classes that have changed plac
 
 from __future__ import annotations
 
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_classes
+from .checks import check_classes, check_number
 
 DIAGONAL = 0.7  # 0.65 to 0.8 beat 0.9 and 0.99 on noisy MNIST digits
 _LEAST_LEFT = 1e-6  # for names that are no background's; 1 - 0.7 is above 0.3, by a rounding
@@ -42,7 +42,7 @@ def confusion_logits(num_classes: int, diagonal: float = DIAGONAL, missing: floa
     if missing is None:
         matrix = _full(num_classes, (1 - diagonal) / (num_classes - 1))
         return matrix.fill_diagonal_(diagonal).log()
-    _check_real("missing", missing)
+    check_number("missing", missing)
     left = 1 - diagonal - missing  # for wrong names: an entry that starts at 0 stays there
     if num_classes < 3 or not missing > 0 or not left > _LEAST_LEFT:
         raise ValueError(
@@ -61,15 +61,10 @@ def _full(num_classes: int, value: float) -> Tensor:
     return torch.full((num_classes, num_classes), value, dtype=torch.float32)
 
 
-def _check_real(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-
-
 def _check_diagonal(num_classes: int, diagonal: float) -> int:
     """The number of classes, as an int."""
     num_classes = check_classes(num_classes)
-    _check_real("diagonal", diagonal)
+    check_number("diagonal", diagonal)
     if not 1 / num_classes <= diagonal < 1:
         raise ValueError(f"diagonal: expected a number from 1/{num_classes} to below 1, got {diagonal}")
     return num_classes

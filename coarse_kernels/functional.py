@@ -365,9 +365,9 @@ def _evaluate(problem: Problem, backend: str | None) -> Objective:
         parts = []
         for drawings, layered, of_kind, count in zip(problem.drawings, problem.layered, maps, counts, strict=True):
             loss, nll, trace = of_kind
-            own = loss * drawings.weight  # by 1, too: what a caller writes into the whole is not to be seen in a part
-            if drawings.weight == 0:  # counts for nothing, even where the loss is inf or NaN
-                own = torch.where(loss.isfinite(), loss, 0.0) * 0.0
+            # a weight of 0 counts for nothing, even where the loss is inf or NaN
+            counted = torch.where(loss.isfinite(), loss, 0.0) if drawings.weight == 0 else loss
+            own = counted * drawings.weight  # by 1, too: what is written into the whole is not to be seen in a part
             summed = own.sum(1) if layered else own.squeeze(1)
             total = summed if total is None else total + summed
             parts.append(AnnotationLoss(*(t if layered else t.squeeze(1) for t in (loss, nll, trace, count))))

@@ -238,9 +238,7 @@ class TransitionMatrix(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TransitionMatrix:
         exact = None if self.is_learned else self.matrix
         super()._apply(fn, recurse)
-        if (
-            exact is not None and self.matrix.element_size() == 2
-        ):  # .half(), .to(torch.bfloat16): where it is, as it was
+        if exact is not None and self.matrix.element_size() == 2:  # .half(): on its new device, as exact as it was
             self.matrix = exact.to(self.matrix.device)
         return self
 

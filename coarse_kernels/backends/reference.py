@@ -198,7 +198,7 @@ class ReferenceBackend:
             if scale is not None:
                 loss, nll, trace = (torch.where(scale == 0, 0.0, term) * scale for term in (loss, nll, trace))
             # a weight of 0 counts for nothing, even if the sum is inf or NaN
-            own = torch.where(loss.isfinite(), loss, 0.0) * 0.0 if drawings.weight == 0 else loss * drawings.weight
+            own = (torch.where(loss.isfinite(), loss, 0.0) if drawings.weight == 0 else loss) * drawings.weight
             total = own if total is None else total + own
             parts.append((loss, nll, trace))
         assert total is not None  # there is at least one kind

@@ -131,18 +131,23 @@ def find_images(images: Path, *, but: Path | None = None) -> list[tuple[str, Pat
     if not images.is_dir():
         raise FileNotFoundError(f"images: expected an image or a folder of images, got {images}, which does not exist")
     faults: list[Fault] = []
-    outs = [mark.parent for mark in images.rglob(_MADE)] + ([] if but is None else [but])
-    made = [(out / name).resolve() for out in outs for name in (_LABELS, _OVERLAYS)]
+    made = [] if but is None else [(but / name).resolve() for name in (_LABELS, _OVERLAYS)]
     outside = [
         (name, path)
         for name, path in find_pictures(images, faults).items()
-        if not any(folder in path.resolve().parents for folder in made)
+        if not any(folder in path.resolve().parents for folder in made) and not _predicted(path, images)
     ]
     for fault in faults:
         print(f"note: left out: {listed(fault.names)}; expected {fault.expected}", file=sys.stderr)
     if not outside:
         raise FileNotFoundError(f"images: expected images ({', '.join(IMAGE_SUFFIXES)}) in {images}, found none")
     return outside
+
+
+def _predicted(path: Path, images: Path) -> bool:
+    """Whether an earlier call has written this file, somewhere below ``images``."""
+    folders = path.relative_to(images).parents
+    return any(folder.name in (_LABELS, _OVERLAYS) and (images / folder.parent / _MADE).exists() for folder in folders)
 
 
 def write_labels(folder: Path, name: str, predicted: np.ndarray, classes: Classes) -> None:
