@@ -130,7 +130,7 @@ auto unlocked(double (*limit)(const coarse::Kernels&, Arguments...)) {
 
 }  // namespace
 
-PYBIND11_MODULE(_native, m) {
+PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "Native code of coarse_kernels seen from NumPy: facts, limits, and the shared per-pixel mathematics.";
   m.attr("EXP_ULP") = coarse::kExpUlp;
   m.attr("LOG_ULP") = coarse::kLogUlp;

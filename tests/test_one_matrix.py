@@ -14,7 +14,7 @@ import torch
 import coarse_kernels as ck
 from coarse_kernels import Drawings
 from tests import test_objective_differential as objectives
-from tests.contract import FLOAT16_LOSS_SCALE, GRADIENT_FLOOR, LARGEST_SCALE_OF_A_LEARNED_TRANSITION, gradient_floor
+from tests.contract import FLOAT16_LOSS_SCALE, GRADIENT_FLOOR, LARGEST_SCALE_OF_WHAT_IS_RULED_OUT, gradient_floor
 from tests.helpers import (
     SCHEDULES,
     Problem,
@@ -59,7 +59,7 @@ def test_classes_and_scales(classes: int, stream: str, scale: float, schedule: s
     the gradients there. T is learned while its gradient, of quotients A / q, stays in float32.
     """
     size = (7, 33) if classes < 100 else (3, 21)
-    learned = scale <= LARGEST_SCALE_OF_A_LEARNED_TRANSITION
+    learned = scale <= LARGEST_SCALE_OF_WHAT_IS_RULED_OUT
     problem = make_problem(
         classes, size, ONE, stream=stream, scale=scale, trace_weight=0.1, learn_transition=learned, seed=classes
     )

@@ -13,9 +13,12 @@ from tests.contract import (
     EXTREME_FLOOR,
     GRADIENT_APART,
     GRADIENT_FLOOR,
-    LARGEST_SCALE_OF_A_LEARNED_TRANSITION,
+    LARGEST_RULED_OUT,
+    LARGEST_SCALE_OF_WHAT_IS_RULED_OUT,
+    SCALES,
     gradient_floor,
     loss_floor,
+    transition_floor,
 )
 from tests.helpers import (
     SCHEDULES,
@@ -44,12 +47,77 @@ GRID = pytest.mark.parametrize(
 @SCHEDULE
 @GRID
 @pytest.mark.parametrize("stream", ["positive", "uniform", "random"])
-@pytest.mark.parametrize("scale", [10.0, 30.0, 120.0])
+@pytest.mark.parametrize("scale", SCALES)
 def test_logit_scale(backend: str, schedule: str, grid: tuple[int, int] | None, stream: str, scale: float) -> None:
     """log(p + 1e-30) loses most of these gradients from scale 30 on, and p without log space is NaN."""
-    learned = scale <= LARGEST_SCALE_OF_A_LEARNED_TRANSITION
+    learned = scale <= LARGEST_SCALE_OF_WHAT_IS_RULED_OUT  # beyond, the next test
     problem = make_problem(5, (16, 28), grid, stream=stream, scale=scale, trace_weight=0.1, learn_transition=learned)
-    check(problem, backend, schedule, gradient_floor=gradient_floor(torch.float32, scale))
+    floors = {"loss_floor": loss_floor(torch.float32, scale), "gradient_floor": gradient_floor(torch.float32, scale)}
+    check(problem, backend, schedule, **floors)
+
+
+FORMS = pytest.mark.parametrize(
+    "grid", [None, (1, 1), (4, 7), (8, 20)], ids=["trusted", "one-point", "strided", "pixel"]
+)
+
+
+def _sure(
+    grid: tuple[int, int] | None, scale: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, ck.Drawings, ck.TransitionMatrix]:
+    """Class logits, drawings and their transition, which is learned: no class is ever drawn as itself."""
+    gen = generator(5)
+    seg = scale * torch.randn(2, 5, 8, 20, generator=gen)
+    cm = None if grid is None else scale * torch.randn(2, 5, 5, *grid, generator=gen)
+    labels = torch.randint(0, 5, (2, 8, 20), generator=gen, dtype=torch.uint8)
+    transition = ck.TransitionMatrix.learned(5)
+    with torch.no_grad():
+        transition.logits.copy_(torch.randn(5, 5, generator=gen))
+    transition.to(device(), dtype)
+    seg, cm = put(seg).to(dtype).requires_grad_(), None if cm is None else put(cm).to(dtype)
+    return seg, ck.Drawings(put(labels), cm, transition=transition()), transition
+
+
+@EVERY
+@SCHEDULE
+@FORMS
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_learned_transition_learns_whatever_the_network_is_sure_of(
+    backend: str, schedule: str, grid: tuple[int, int] | None, scale: float
+) -> None:
+    """It was NaN from a margin of 90 on: p / D of what the transition rules out left float32, and its softmax multiplies that
+    with 0."""
+    grads = []
+    for name, dtype in (("reference", torch.float64), (backend, torch.float32)):
+        seg, drawings, transition = _sure(grid, scale, dtype)
+        with ck.use_schedule(schedule):
+            (3.0 * ck.annotation_objective(seg, [drawings], reduction="sum", backend=name).loss).backward()
+        assert transition.logits.grad is not None
+        grads.append(transition.logits.grad)
+    assert gradient_error(grads[1], grads[0]) <= transition_floor(torch.float32, scale)
+
+
+@EVERY
+@FORMS
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_learned_transition_gets_numbers_from_losses_weighted_with_two_signs(
+    backend: str, grid: tuple[int, int] | None, scale: float
+) -> None:
+    """Infinities of both signs would add up to NaN."""
+    seg, drawings, transition = _sure(grid, scale, torch.float32)
+    losses = ck.annotation_objective(seg, [drawings], reduction="none", backend=backend).loss
+    (losses * put(torch.randn(losses.shape, generator=generator(6)))).sum().backward()
+    assert transition.logits.grad is not None
+    assert transition.logits.grad.isfinite().all()
+
+
+@COMPILED
+def test_an_entry_that_a_transition_rules_out_has_a_bounded_gradient(backend: str) -> None:
+    seg, drawings, transition = _sure(None, 1e3, torch.float32)
+    matrix = transition().detach().requires_grad_()
+    drawings = dataclasses.replace(drawings, transition=matrix)
+    ck.annotation_objective(seg, [drawings], reduction="sum", backend=backend).loss.backward()
+    assert matrix.grad is not None
+    assert float(matrix.grad.diagonal().abs().max()) == pytest.approx(LARGEST_RULED_OUT[torch.float32])
 
 
 @COMPILED

@@ -50,7 +50,7 @@ struct Cpu {
       }
       R* const out = data_of<R>(call.transition_gradient[k]);
       for (size_t n = 0; n < totals[k].transition_gradient.size(); ++n)
-        out[n] = static_cast<R>(totals[k].transition_gradient[n]);
+        out[n] = coarse::transition_entry(totals[k].transition_gradient[n], call.kinds[k].transition[n]);
     }
     if (!call.per_pixel) *data_of<R>(call.loss) = static_cast<R>(total);
   }
@@ -142,6 +142,10 @@ PyMODINIT_FUNC PyInit__C() {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, kMethods, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
   if (module == nullptr) return nullptr;
+#ifdef Py_GIL_DISABLED  // a free-threaded Python would take its lock back: the operators share the pool alone, which
+                        // has its own
+  PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
+#endif
   void* kernels = const_cast<void*>(static_cast<const void*>(&coarse::kernels()));
   PyObject* capsule = PyCapsule_New(kernels, "coarse_kernels._C.kernels", nullptr);
   if (capsule == nullptr || PyModule_AddObject(module, "kernels", capsule) < 0) return nullptr;

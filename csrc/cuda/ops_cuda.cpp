@@ -77,6 +77,10 @@ COARSE_OPERATORS {
 PyMODINIT_FUNC PyInit__cuda() {
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&definition);
+  PyObject* module = PyModule_Create(&definition);
+#ifdef Py_GIL_DISABLED  // as in _C
+  if (module != nullptr) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
+#endif
+  return module;
 }
 #endif

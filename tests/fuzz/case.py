@@ -27,8 +27,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeVar
 
-from tests.contract import LARGEST_SCALE_OF_A_LEARNED_TRANSITION
-
 X = TypeVar("X")
 Grid = tuple[int, ...]
 STREAMS = ("positive", "uniform", "random", "fixed", "partial")
@@ -118,9 +116,6 @@ class Case:
         """Whether it is a problem that may be asked, and whose answer float32 can hold."""
         grids = [self.seg, *(kind.grid for kind in self.kinds if kind.grid is not None)]
         if any(len(g) != len(self.size) or any(p > s for p, s in zip(g, self.size, strict=True)) for g in grids):
-            return False
-        learned = any(kind.stream == "random" for kind in self.kinds)
-        if learned and self.scale > LARGEST_SCALE_OF_A_LEARNED_TRANSITION:
             return False
         # F.interpolate makes NaN of -inf between points, and the neighbours of NaN are NaN
         exact = all(g == self.size or math.prod(g) == 1 for g in grids)
@@ -254,9 +249,6 @@ def draw(choose: Chooser, relations: Sequence[str]) -> Case:
     )
     if case.reduction == "mean" and choose.integer(0, 4) == 4:
         case = replace(case, normalizer=choose.of((3.5, 1000.0)))
-    if not case.fits():
-        kinds = tuple(replace(k, stream="fixed") if k.stream == "random" else k for k in case.kinds)
-        case = replace(case, kinds=kinds if case.scale > LARGEST_SCALE_OF_A_LEARNED_TRANSITION else case.kinds)
     return case if case.fits() else replace(case, holes=False, junk=False)
 
 

@@ -21,6 +21,7 @@ from .relations import RELATIONS, weighted
 from .tensors import STORAGE, Array, Found, moved, poisoned, tensors_of
 
 _LARGEST_FLOAT16 = 6e4
+_LARGEST_RULED_OUT = 1e25  # of a quotient where a transition is 0; from 1e30 on it is bounded
 _LARGEST_TRANSITION = 1e30  # of a quotient that float32 holds
 _MOVES = 8  # random ones, of which the largest counts
 _FLUSHED = 2e-8  # of a pixel's weight: 2^-126, below which an exponential is 0, over 1e-30, below which evidence is a logarithm
@@ -108,12 +109,30 @@ def check(case: Case, backend: str, tally: Tally | None = None) -> None:
         wide = torch.float64 in (STORAGE[case.dtype], STORAGE[case.cm_dtype or case.dtype])
         by = contract.unit_roundoff(torch.float64 if wide else torch.float32)
         want = _gradient(truth, name)
-        moves = (_distance(_gradient(solve(moved(tensors, by, seed), incoming), name), want) for seed in range(_MOVES))
+        beyond = _beyond(name, want, truth)
+        moves = (
+            _distance(
+                _without(_gradient(solve(moved(tensors, by, seed), incoming), name), beyond), _without(want, beyond)
+            )
+            for seed in range(_MOVES)
+        )
         return max(_relative(*move) for move in moves)
 
     asked = None if measure else usual
     for message in differences(case, found, truth, asked, condition, tally):
         raise Wrong(message)
+
+
+def _beyond(name: str, want: Array, truth: Truth) -> Array:
+    """Entries of a transition that are 0 and whose quotients p / D, which nothing bounds there, leave float32: whatever made
+    the transition multiplies them with that 0. All that is asked of them is that they are numbers."""
+    return (
+        truth.ruled_out[name] & ~(np.abs(want) < _LARGEST_RULED_OUT) if name[0] == "t" else np.zeros(want.shape, bool)
+    )
+
+
+def _without(gradient: Array, beyond: Array) -> Array:
+    return np.where(beyond, 0.0, gradient)
 
 
 def _gradient(truth: Truth, name: str) -> Array:
@@ -152,7 +171,13 @@ def differences(
             yield f"{name}: {off / max(1.0, size):.2e} > {bound:.2e}: {_short(got)} for {_short(want)}"
     for name, got in found.gradients.items():
         tally.comparisons += 1
-        want = _gradient(truth, name)
+        want, natural_of = _gradient(truth, name), truth.sizes.get(name, 0.0)
+        beyond = _beyond(name, want, truth)
+        if name[0] == "t":
+            if not np.isfinite(got[beyond]).all():
+                yield f"an entry of the gradient of {name} where it is 0: expected a number, got {_short(got[beyond])}"
+            got, want = _without(got, beyond), _without(want, beyond)
+            natural_of = float(np.linalg.norm(_without(truth.shares[name][0], beyond)))
         own = stored["seg" if name == "posterior" else name.rstrip("0123456789")] if name[0] != "t" else compute
         largest = float(np.abs(want).max()) if want.size else 0.0
         if (own == torch.float16 and largest > _LARGEST_FLOAT16) or (name[0] == "t" and largest > _LARGEST_TRANSITION):
@@ -164,7 +189,7 @@ def differences(
                 continue
             floor *= 2
         # each pixel adds differences of probabilities, that are known to so much of 1, however small what is left
-        natural = math.sqrt(got.size) if name == "posterior" else truth.sizes[name]
+        natural = math.sqrt(got.size) if name == "posterior" else natural_of
         if name[0] == "t":
             yield from _entries(name, got, want, truth.shares[name], floor, plain)
         if off <= floor * max(size, natural):
@@ -173,6 +198,7 @@ def differences(
         if plain:
             measure = plain().gradients[name]
             if name[0] == "t":
+                measure = _without(measure, beyond)
                 # a quotient beyond float32 is inf, and 0 times that NaN: for everybody, but not the quotients beside it
                 held = np.isfinite(measure)
                 got, want, measure = got[held], want[held], measure[held]

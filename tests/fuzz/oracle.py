@@ -26,12 +26,13 @@ class Truth:
     """sizes: of each gradient the 2-norm of the weights of the pixels that it is a sum over, each of which adds differences of
     probabilities; of a transition's, whose pixels add quotients, what it would be if none of them cancelled another; of each
     loss the sum of these weights, each of which adds differences of logits. shares: what `sizes` has of a transition, entry by
-    entry, and the sum of the pixels' weights. counts: labelled weight of each kind."""
+    entry, and the sum of the pixels' weights. ruled_out: where a transition is 0. counts: labelled weight of each kind."""
 
     losses: dict[str, Array]
     gradients: dict[str, Array]
     sizes: dict[str, float]
     shares: dict[str, tuple[Array, float]]
+    ruled_out: dict[str, Array]
     counts: list[float]
     posterior: Array
 
@@ -63,6 +64,7 @@ def _solve(tensors: Tensors, incoming: float | Array) -> Truth:
     gradients: dict[str, Array] = {}
     sizes: dict[str, float] = {"seg": 0.0}
     shares: dict[str, tuple[Array, float]] = {}
+    ruled_out: dict[str, Array] = {}
     counts = []
     for number, kind in enumerate(tensors.kinds):
         cm_own = None if kind.cm is None else numbers(kind.cm)
@@ -139,13 +141,15 @@ def _solve(tensors: Tensors, incoming: float | Array) -> Truth:
             gradients[f"transition{number}"] = grad_t
             sizes[f"transition{number}"] = float(np.linalg.norm(shares_t))
             shares[f"transition{number}"] = shares_t, float(np.abs(factor).sum())
+            assert transition is not None
+            ruled_out[f"transition{number}"] = transition == 0
     losses["loss"] = np.asarray(total).reshape((batch, *size) if per_pixel else ())
     gradients["seg"] = _gathered(grad_p.reshape(batch, classes, *size), seg_own.shape[2:])
     top = joint.max(1, keepdims=True)
     possible = top > -math.inf
     posterior = np.exp(joint - np.where(possible, top, 0.0))
     posterior = np.where(possible, posterior / posterior.sum(1, keepdims=True), p)
-    return Truth(losses, gradients, sizes, shares, counts, posterior.reshape(batch, classes, *size))
+    return Truth(losses, gradients, sizes, shares, ruled_out, counts, posterior.reshape(batch, classes, *size))
 
 
 def _pixels(log_p: Array, p: Array, log_a: Array | None, transition: Array | None, y: Array) -> Any:

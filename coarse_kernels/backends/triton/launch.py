@@ -128,6 +128,14 @@ class ClassLogits:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
 
+def transition_entries(sums: Tensor, transition: Tensor) -> Tensor:
+    """The gradient of a transition (C, C) from ``sums`` (C label, C class) in float64, as `transition_entry` of
+    csrc/coarse_math.h."""
+    largest = torch.full_like(sums, torch.finfo(transition.dtype).max)
+    largest.masked_fill_(~(transition > 0), 1e270 if transition.dtype == torch.float64 else 1e30)
+    return sums.t().clamp(-largest, largest).to(transition.dtype).contiguous()
+
+
 def labelled_weight(
     labels: Tensor, class_weight: Tensor | None, pixel_weight: Tensor | None, num_classes: int, ignore_index: int
 ) -> Tensor:

@@ -116,7 +116,9 @@ class TrustedKinds(ClassLogits):
                 *(f[kind] for f in self.factors), **self.sizes, layers=self.layers[kind], shares=shares,
                 C=self.classes, CB=tile.columns, BLOCK=tile.pixels, **self.shape, num_warps=tile.warps, **OPTIONS,
             )  # fmt: skip
-        return partials.sum(0).t().to(self.dtype).contiguous()
+        transition = self.transition[kind]
+        assert transition is not None
+        return launch.transition_entries(partials.sum(0), transition)
 
 
 class Result(NamedTuple):
