@@ -107,7 +107,7 @@ def _check_drawings(
     normalizer = _plain(given.normalizer)
     labels_name, cm_name = name("labels"), name("cm_logits")
 
-    _check_tensor(labels_name, labels)
+    check_tensor(labels_name, labels)
     if labels.dtype not in INT_DTYPES:
         raise TypeError(f"{labels_name}: expected an integer tensor (uint8 or int64 at best), got {labels.dtype}")
     layered = layers and labels.dim() == rank + 2
@@ -253,7 +253,7 @@ def per_kind(name: str, value: Any) -> tuple[Any, Any]:
 # --- one argument at a time ---------------------------------------------------------------------------------------------
 
 
-def _check_tensor(name: str, value: Any) -> None:
+def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.layout is not torch.strided or value.is_nested:
@@ -267,7 +267,7 @@ def _check_tensor(name: str, value: Any) -> None:
 
 
 def _check_float(name: str, value: Any) -> None:
-    _check_tensor(name, value)
+    check_tensor(name, value)
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
 
@@ -341,6 +341,7 @@ def _check_normalizer(name: str, normalizer: Any, reduction: str, dtype: torch.d
     if reduction != "mean":
         raise ValueError(f'{name}: belongs to reduction="mean", got reduction={reduction!r}')
     if isinstance(normalizer, Tensor):
+        check_tensor(name, normalizer)
         if normalizer.dim() != 0:
             raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {_shape(normalizer)}")
         if normalizer.dtype not in FLOAT_DTYPES + INT_DTYPES:  # a count of labels is an int

@@ -59,8 +59,7 @@ def estimate_transition(
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
     for name, labels in (("positive_labels", positive_labels), ("negative_labels", negative_labels)):
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(labels).__name__}")
+        checks.check_tensor(name, labels)
         if labels.dtype not in checks.INT_DTYPES:
             raise TypeError(f"{name}: expected an integer tensor (uint8 or signed), got {labels.dtype}")
     if positive_labels.shape != negative_labels.shape:

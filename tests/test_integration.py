@@ -366,29 +366,37 @@ def alone() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("name", ["seg_logits", "cm_logits", "labels", "transition"])
+@pytest.mark.parametrize(
+    "name", ["seg_logits", "cm_logits", "labels", "transition", "class_weight", "pixel_weight", "normalizer"]
+)
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
 def test_a_distributed_tensor_is_named_and_what_to_pass_instead(name: str, backend: str | None) -> None:
     """It ended in "no sharding strategy registered", or in a fake result."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, distribute_tensor
 
     problem = make_problem(3, (4, 5), (2, 3), stream="random")
-    given = {
+    given: dict[str, Any] = {
         "seg_logits": problem.seg,
         "cm_logits": problem.cm,
         "labels": problem.labels,
         "transition": problem.transition,
+        "class_weight": torch.ones(3),
+        "pixel_weight": torch.ones(problem.labels.shape),
+        "normalizer": torch.tensor(3.0),
     }
-    given[name] = distribute_tensor(given[name], init_device_mesh("cpu", (1,)), [Shard(0)])  # type: ignore[arg-type]
+    given[name] = distribute_tensor(given[name], init_device_mesh("cpu", (1,)), [Replicate()])
     wanted = rf"{name}: expected a plain tensor, got a DTensor; .*\.to_local\(\).*\.full_tensor\(\)"
     with pytest.raises(TypeError, match=wanted):
         ck.annotation_nll(**given, backend=backend)
     if name == "seg_logits":
         with pytest.raises(TypeError, match=wanted):
-            ck.label_map(given[name], (8, 10), backend=backend)  # type: ignore[arg-type]
+            ck.label_map(given[name], (8, 10), backend=backend)
         with pytest.raises(TypeError, match=wanted):
-            ck.annotation_posterior(**given, backend=backend)
+            ck.annotation_posterior(*(given[one] for one in ("seg_logits", "cm_logits", "labels")), backend=backend)
+    if name == "labels":
+        with pytest.raises(TypeError, match="positive_labels: expected a plain tensor, got a DTensor"):
+            ck.estimate_transition(given[name], problem.labels, 3)
 
 
 @pytest.mark.usefixtures("alone")
