@@ -252,9 +252,23 @@ def leave_out(module: str, reason: str) -> None:
     REASONS[module] = reason
     said = f"coarse_kernels: installing without compiled code ({module}): {reason}"
     if module == "_C":
-        warnings.warn(f"{said}. The reference backend serves; with GCC or Clang the same again compiles", stacklevel=2)
+        said += ". The reference backend serves; with GCC or Clang the same again compiles"
+        warnings.warn(said, stacklevel=2)
+        tell_who_installs(said)
     else:
         print(said, file=sys.stderr)
+
+
+def tell_who_installs(line: str) -> None:
+    """At the terminal, if there is one: pip before 26.3 swallows whatever a build prints or warns of, and then says
+    "Successfully installed"."""
+    if sys.stderr.isatty():
+        return
+    try:
+        with open("/dev/tty", "w", encoding="utf-8", errors="replace") as terminal:
+            print(f"\r{line}", file=terminal)  # over the spinner
+    except OSError:  # none, as in CI, or Windows
+        pass
 
 
 ext_modules, cmdclass = extensions()

@@ -190,9 +190,36 @@ def test_a_build_in_isolation_takes_the_torch_around_it(tmp_path: Path) -> None:
     assert "coarse_kernels._C" in done.stdout.splitlines()[0].split()
 
 
+WINDOWS = "import setuptools.command.build_ext, torch.utils.cpp_extension; sys.platform = 'win32'"
+AT_A_TERMINAL = """
+import os, pty, subprocess, sys
+child, terminal = pty.fork()
+if child == 0:
+    os._exit(subprocess.run([sys.executable, "-c", {code!r}], capture_output=True).returncode)
+said = b""
+try:
+    while part := os.read(terminal, 4096):
+        said += part
+except OSError:  # its other end is closed
+    pass
+print(said.decode())
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal of its own")
+def test_who_installs_is_told_that_nothing_was_compiled_whatever_pip_swallows() -> None:
+    """pip before 26.3 shows nothing that a build prints, and ends with "Successfully installed"."""
+    code = AT_A_TERMINAL.format(code=SHOWN.format(before=WINDOWS))
+    done = run_python(code, COARSE_KERNELS_BUILD="auto")
+    assert done.returncode == 0, done.stderr
+    (line,) = filter(None, map(str.strip, done.stdout.splitlines()))
+    assert "installing without compiled code" in line
+    assert "with GCC or Clang the same again compiles" in line
+
+
 def test_windows_gets_the_reference_backend_and_is_told_so() -> None:
-    before = "import setuptools.command.build_ext, torch.utils.cpp_extension; sys.platform = 'win32'"
-    done = shown(before)
+    done = shown(WINDOWS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == ""
     assert "MSVC" in done.stderr
