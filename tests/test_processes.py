@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.machinery
 import os
-import sys
 import sysconfig
 import textwrap
 import threading
@@ -115,8 +114,8 @@ def _together(work: list[Callable[[], None]]) -> None:
 
 
 def test_an_interpreter_without_its_lock_does_not_get_it_back() -> None:
-    """A wheel is for the limited API, which a free-threaded Python does not load: the reference serves there, and says why. What
-    it compiles itself says that it needs no lock, or Python would turn its own on again, with a warning."""
+    """A wheel is for the limited API, which a free-threaded Python does not load: the reference serves there, and says why.
+    What it compiles itself says that it needs no lock, or Python would turn its own on again, with a warning."""
     if native.OPERATORS is None:
         pytest.skip("not built")
     name = os.path.basename(str(native.OPERATORS.__file__))
