@@ -9,7 +9,7 @@ Prints the seconds of a step and the peak memory of the process, which has to be
 from __future__ import annotations
 
 import argparse
-import resource
+import sys
 import time
 from collections.abc import Sequence
 
@@ -62,9 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> float:
     loss.backward()
     optimizer.step()
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB, on Linux
-    print(f"{size[0]}x{size[1]}: loss {loss.item():.3f}, {seconds:.2f} s, peak {peak:.2f} GiB")
+    print(f"{size[0]}x{size[1]}: loss {loss.item():.3f}, {seconds:.2f} s, peak {peak()}")
     return loss.item()
+
+
+def peak() -> str:
+    if sys.platform == "win32":
+        return "unknown"
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
 
 
 if __name__ == "__main__":

@@ -7,9 +7,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 Load = Callable[[str], ModuleType]
@@ -42,9 +46,26 @@ def test_the_plain_loop_learns(example: Load) -> None:
 @pytest.mark.slow
 def test_segformer_never_has_logits_at_full_resolution(example: Load) -> None:
     pytest.importorskip("transformers")
-    losses = example("segformer").main(["--small", "--steps", "2", "--size", "64", "96"])
+    with _Results() as results:
+        losses = example("segformer").main(["--small", "--steps", "2", "--size", "64", "96"])
     assert len(losses) == 2
     assert torch.tensor(losses).isfinite().all()
+    channels = {shape[1:-2] for shape in results.shapes if shape[-2:] == (64, 96)}
+    assert channels <= {(), (3,)}, "the image, and nothing that has more channels"
+    assert (2, 19, 16, 24) in results.shapes
+
+
+class _Results(TorchDispatchMode):
+    """Shapes of the floating-point results of every operator, those of backward among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        self.shapes |= {tuple(t.shape) for t in tree_leaves(results) if isinstance(t, Tensor) and t.is_floating_point()}
+        return results
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
