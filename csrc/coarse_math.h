@@ -231,16 +231,16 @@ COARSE_HD V scaled_exp(V factor, V x) {
   return select(product > largest, largest, select(product < -largest, -largest, product));  // a NaN stays one
 }
 
-// An entry of the gradient of T, from its sum over pixels of p[j] A[i,j] / D, in the range of R. Where T is 0 nothing
-// bounds that quotient: a network that is sure of what T rules out has 1e50, and more. Whatever made T multiplies it
-// with that very 0, and of inf that would be NaN; the bound leaves room for what a loss is multiplied with on the way.
+// An entry of the gradient of T, from its sum over pixels of p[j] A[i,j] / D, in the range of R, with room for a few
+// such entries to be added up. Where T is 0 nothing bounds that quotient: a network that is sure of what T rules out
+// has 1e50, and more. Whatever made T multiplies it with that very 0, and of inf that would be NaN.
 template <class R>
-constexpr double kLargestRuledOut = sizeof(R) == 4 ? 1e30 : 1e270;
+constexpr double kLargestEntry = sizeof(R) == 4 ? 1e37 : 1e300;
 
 template <class R>
-COARSE_HD R transition_entry(double sum, R t) {
-  const double largest = t > R(0) ? static_cast<double>(std::numeric_limits<R>::max()) : kLargestRuledOut<R>;
-  return static_cast<R>(sum > largest ? largest : sum < -largest ? -largest : sum);
+COARSE_HD R transition_entry(double sum) {
+  constexpr double largest = kLargestEntry<R>;
+  return static_cast<R>(sum > largest ? largest : sum < -largest ? -largest : sum);  // a NaN stays one
 }
 
 template <class V>

@@ -13,7 +13,7 @@ from tests.contract import (
     EXTREME_FLOOR,
     GRADIENT_APART,
     GRADIENT_FLOOR,
-    LARGEST_RULED_OUT,
+    LARGEST_ENTRY_OF_A_TRANSITION,
     LARGEST_SCALE_OF_WHAT_IS_RULED_OUT,
     SCALES,
     gradient_floor,
@@ -111,13 +111,20 @@ def test_a_learned_transition_gets_numbers_from_losses_weighted_with_two_signs(
 
 
 @COMPILED
-def test_an_entry_that_a_transition_rules_out_has_a_bounded_gradient(backend: str) -> None:
+@SCHEDULE
+@pytest.mark.parametrize("factor", [1.0, 65536.0])
+def test_an_entry_that_a_transition_rules_out_has_a_bounded_gradient(
+    backend: str, schedule: str, factor: float
+) -> None:
+    """Whatever the loss is multiplied with, as a GradScaler does."""
     seg, drawings, transition = _sure(None, 1e3, torch.float32)
     matrix = transition().detach().requires_grad_()
     drawings = dataclasses.replace(drawings, transition=matrix)
-    ck.annotation_objective(seg, [drawings], reduction="sum", backend=backend).loss.backward()
+    with ck.use_schedule(schedule):
+        (factor * ck.annotation_objective(seg, [drawings], reduction="sum", backend=backend).loss).backward()
     assert matrix.grad is not None
-    assert float(matrix.grad.diagonal().abs().max()) == pytest.approx(LARGEST_RULED_OUT[torch.float32])
+    largest = LARGEST_ENTRY_OF_A_TRANSITION[torch.float32]
+    assert matrix.grad.diagonal().abs().max().item() == pytest.approx(largest)
 
 
 @COMPILED

@@ -114,9 +114,9 @@ struct AllSums {
 };
 template <class R>
 Error finish(const AllSums<R>& sums, void* stream);
-// out[k] = sum over slices of in[slice * n + k], as `transition_entry` of transition[k].
+// out[k] = sum over slices of in[slice * n + k], in the range of a `transition_entry`.
 template <class R>
-Error sum_slices(const double* in, int64_t slices, int64_t n, const R* transition, R* out, void* stream);
+Error sum_slices(const double* in, int64_t slices, int64_t n, R* out, void* stream);
 // out[k] = sum over copies of in[copy * n + k], rounded to storage.
 template <class R>
 Error sum_copies(const R* in, int64_t copies, int64_t n, void* out, Storage storage, void* stream);

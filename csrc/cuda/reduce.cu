@@ -54,11 +54,11 @@ __device__ __forceinline__ int64_t index_step() { return static_cast<int64_t>(gr
 
 template <class R>
 __global__ void __launch_bounds__(kSmallBlock)
-    sum_slices_kernel(const double* slices, int64_t count, int64_t n, const R* transition, R* out) {
+    sum_slices_kernel(const double* slices, int64_t count, int64_t n, R* out) {
   for (int64_t k = first_index(); k < n; k += index_step()) {
     double sum = 0;
     for (int64_t slice = 0; slice < count; ++slice) sum += slices[slice * n + k];
-    out[k] = transition_entry(sum, transition[k]);
+    out[k] = transition_entry<R>(sum);
   }
 }
 
@@ -114,8 +114,8 @@ Error finish(const AllSums<R>& sums, void* stream) {
 }
 
 template <class R>
-Error sum_slices(const double* in, int64_t slices, int64_t n, const R* transition, R* out, void* stream) {
-  return launch(sum_slices_kernel<R>, blocks_for(n), kSmallBlock, 0, stream, in, slices, n, transition, out);
+Error sum_slices(const double* in, int64_t slices, int64_t n, R* out, void* stream) {
+  return launch(sum_slices_kernel<R>, blocks_for(n), kSmallBlock, 0, stream, in, slices, n, out);
 }
 
 template <class R>
@@ -155,8 +155,8 @@ Error fill_zero(void* p, int64_t bytes, void* stream) {
 
 template Error finish(const AllSums<float>&, void*);
 template Error finish(const AllSums<double>&, void*);
-template Error sum_slices(const double*, int64_t, int64_t, const float*, float*, void*);
-template Error sum_slices(const double*, int64_t, int64_t, const double*, double*, void*);
+template Error sum_slices(const double*, int64_t, int64_t, float*, void*);
+template Error sum_slices(const double*, int64_t, int64_t, double*, void*);
 template Error sum_copies(const float*, int64_t, int64_t, void*, Storage, void*);
 template Error sum_copies(const double*, int64_t, int64_t, void*, Storage, void*);
 template Error scale(void*, Storage, int64_t, const float*, void*);

@@ -245,8 +245,8 @@ class Run {
       const Tensor partial = zeros(slices * entries());
       if (!nothing && t.layers > 0)
         check(cuda::trusted_transition(t, static_cast<int>(n), slices, data_of<double>(partial), stream_));
-      check(cuda::sum_slices(data_of<double>(partial), slices, entries(), call_.kinds[k].transition,
-                             data_of<R>(call_.transition_gradient[k]), stream_));
+      check(cuda::sum_slices(data_of<double>(partial), slices, entries(), data_of<R>(call_.transition_gradient[k]),
+                             stream_));
     }
     release();
   }
@@ -294,8 +294,8 @@ class Run {
       run_regions(kind);
     }
     if (kind.want_transition) {
-      check(cuda::sum_slices(kind.transition_gradient, kind.slices, entries(), drawings.transition,
-                             data_of<R>(call_.transition_gradient[k]), stream_));
+      check(cuda::sum_slices(kind.transition_gradient, kind.slices, entries(), data_of<R>(call_.transition_gradient[k]),
+                             stream_));
     }
     release();
   }

@@ -21,7 +21,7 @@ from .relations import RELATIONS, weighted
 from .tensors import STORAGE, Array, Found, moved, poisoned, tensors_of
 
 _LARGEST_FLOAT16 = 6e4
-_LARGEST_RULED_OUT = 1e25  # of a quotient where a transition is 0; from 1e30 on it is bounded
+_LARGEST_RULED_OUT = 1e25  # where a transition is 0: from 1e30 on the reference bounds what a pixel adds
 _LARGEST_TRANSITION = 1e30  # of a quotient that float32 holds
 _MOVES = 8  # random ones, of which the largest counts
 _FLUSHED = 2e-8  # of a pixel's weight: 2^-126, below which an exponential is 0, over 1e-30, below which evidence is a logarithm

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...problem import compute_dtype
-from ..operator import present
+from ..operator import bounded_entries, present
 from . import kernels, table
 
 EQUAL, ONE_POINT, LINEAR = range(3)  # as in `kernels`
@@ -128,12 +128,9 @@ class ClassLogits:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
 
-def transition_entries(sums: Tensor, transition: Tensor) -> Tensor:
-    """The gradient of a transition (C, C) from ``sums`` (C label, C class) in float64, as `transition_entry` of
-    csrc/coarse_math.h."""
-    largest = torch.full_like(sums, torch.finfo(transition.dtype).max)
-    largest.masked_fill_(~(transition > 0), 1e270 if transition.dtype == torch.float64 else 1e30)
-    return sums.t().clamp(-largest, largest).to(transition.dtype).contiguous()
+def transition_entries(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of a transition (C, C) from ``sums`` (C label, C class) in float64."""
+    return bounded_entries(sums.t(), dtype).contiguous()
 
 
 def labelled_weight(

@@ -116,9 +116,7 @@ class TrustedKinds(ClassLogits):
                 *(f[kind] for f in self.factors), **self.sizes, layers=self.layers[kind], shares=shares,
                 C=self.classes, CB=tile.columns, BLOCK=tile.pixels, **self.shape, num_warps=tile.warps, **OPTIONS,
             )  # fmt: skip
-        transition = self.transition[kind]
-        assert transition is not None
-        return launch.transition_entries(partials.sum(0), transition)
+        return launch.transition_entries(partials.sum(0), self.dtype)
 
 
 class Result(NamedTuple):
