@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -262,13 +263,16 @@ def leave_out(module: str, reason: str) -> None:
 def tell_who_installs(line: str) -> None:
     """At the terminal, if there is one: pip before 26.3 swallows whatever a build prints or warns of, and then says
     "Successfully installed"."""
-    if sys.stderr.isatty():
+    if os.name != "posix" or sys.stderr.isatty():
         return
+    asked = signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # `stty tostop` would stop an install in the background
     try:
         with open("/dev/tty", "w", encoding="utf-8", errors="replace") as terminal:
             print(f"\r{line}", file=terminal)  # over the spinner
-    except OSError:  # none, as in CI, or Windows
+    except OSError:  # none, as in CI
         pass
+    finally:
+        signal.signal(signal.SIGTTOU, asked)
 
 
 ext_modules, cmdclass = extensions()

@@ -249,11 +249,14 @@ class TransitionMatrix(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self) -> Tensor:
-        """(C, C) [true, named]; differentiable where it is learned."""
+        """(C, C) [true, named]; differentiable where it is learned, and not 0."""
         if not self.is_learned:
             return self.matrix
         diagonal = torch.eye(self.logits.shape[0], dtype=torch.bool, device=self.logits.device)
-        return self.logits.masked_fill(diagonal, -torch.inf).softmax(1)
+        matrix = self.logits.masked_fill(diagonal, -torch.inf).softmax(1)
+        # Where it is 0 nothing bounds p / D, of which its gradient is a sum: a network that is sure of what it rules out has
+        # 1e50, inf in float32. That is dropped here; softmax would multiply it with the 0, and give NaN to the whole row.
+        return matrix.masked_fill(matrix == 0, 0.0)
 
 
 def _with_unit_rows(matrix: Tensor) -> Tensor:

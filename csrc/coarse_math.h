@@ -216,31 +216,14 @@ COARSE_HD V exp_wide(V x) {
   return select(x > limit, broadcast<V>(std::numeric_limits<R>::infinity()), exp_v(select(x > limit, limit, x)));
 }
 
-// factor * exp(x), where the exponential alone may leave the range: what is beyond e^60 is multiplied last. Where the
-// product leaves it, too, it is kLargestTerm: infinities of both signs would add up to NaN, as many of these do not.
-template <class R>
-constexpr R kLargestTerm = sizeof(R) == 4 ? R(1e36) : R(1e290);
-
+// factor * exp(x), where the exponential alone may leave the range: what is beyond e^60 is multiplied last.
 template <class V>
 COARSE_HD V scaled_exp(V factor, V x) {
   using R = typename Lanes<V>::Scalar;
   const V zero = broadcast<V>(R(0)), most = broadcast<V>(R(sizeof(R) == 4 ? 88.0 : 709.0));
   const V over = x - broadcast<V>(R(sizeof(R) == 4 ? 60.0 : 600.0));
   const V beyond = select(over > zero, select(over > most, most, over), zero);
-  const V product = factor * exp_wide(x - beyond) * exp_v(beyond), largest = broadcast<V>(kLargestTerm<R>);
-  return select(product > largest, largest, select(product < -largest, -largest, product));  // a NaN stays one
-}
-
-// An entry of the gradient of T, from its sum over pixels of p[j] A[i,j] / D, in the range of R, with room for a few
-// such entries to be added up. Where T is 0 nothing bounds that quotient: a network that is sure of what T rules out
-// has 1e50, and more. Whatever made T multiplies it with that very 0, and of inf that would be NaN.
-template <class R>
-constexpr double kLargestEntry = sizeof(R) == 4 ? 1e37 : 1e300;
-
-template <class R>
-COARSE_HD R transition_entry(double sum) {
-  constexpr double largest = kLargestEntry<R>;
-  return static_cast<R>(sum > largest ? largest : sum < -largest ? -largest : sum);  // a NaN stays one
+  return factor * exp_wide(x - beyond) * exp_v(beyond);
 }
 
 template <class V>

@@ -20,12 +20,9 @@ namespace {
 
 using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
 
-// The kernels that `_C` chose for this machine; this module holds none of its own.
-const coarse::Kernels& kernels() {
-  static const auto* chosen = static_cast<const coarse::Kernels*>(PyCapsule_Import("coarse_kernels._C.kernels", 0));
-  if (chosen == nullptr) throw py::error_already_set();
-  return *chosen;
-}
+// The kernels that `_C` chose for this machine; this module holds none of its own. Asked for as the module is imported.
+const coarse::Kernels* chosen_kernels = nullptr;
+const coarse::Kernels& kernels() { return *chosen_kernels; }
 
 py::dict cpu_info() {
   py::dict info;
@@ -131,6 +128,8 @@ auto unlocked(double (*limit)(const coarse::Kernels&, Arguments...)) {
 }  // namespace
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
+  chosen_kernels = static_cast<const coarse::Kernels*>(PyCapsule_Import("coarse_kernels._C.kernels", 0));
+  if (chosen_kernels == nullptr) throw py::error_already_set();
   m.doc() = "Native code of coarse_kernels seen from NumPy: facts, limits, and the shared per-pixel mathematics.";
   m.attr("EXP_ULP") = coarse::kExpUlp;
   m.attr("LOG_ULP") = coarse::kLogUlp;

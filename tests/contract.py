@@ -30,11 +30,9 @@ SCALES = (10.0, 30.0, 120.0, 1e3, 1e4)
 # Logits of +-1e4 beside ordinary ones, on the pixel grid: where two explanations of a label, each a sum of such logits,
 # compete, their ratio is known to a few times 1e-3, which is how far float32 numbers of that size are apart.
 EXTREME_FLOOR = 4e-3
-# Where a transition is 0 nothing bounds the quotients p / D that its gradient adds up: beyond this scale they may leave
-# float32 there. What its parameters get is not concerned, for whatever made the 0 multiplies them with it.
+# Where a transition is 0 nothing bounds the quotients p / D that its gradient adds up: from logits of this scale on, which
+# are 88 apart here and there, they leave float32. A `TransitionMatrix` lets nothing of them through to its parameters.
 LARGEST_SCALE_OF_WHAT_IS_RULED_OUT = 30.0
-# By absolute value, of any entry.
-LARGEST_ENTRY_OF_A_TRANSITION = {torch.float32: 1e37, torch.float64: 1e300}
 # float16 gradients of a mean fall among its subnormals unless the loss is scaled, as documented.
 FLOAT16_LOSS_SCALE = 1024.0
 
@@ -81,14 +79,13 @@ def table() -> str:
     for scale in SCALES:
         cells = [f"{loss_floor(dtype, scale):.0e}, {gradient_floor(dtype, scale):.0e}" for dtype in dtypes]
         lines.append(f"| {f'up to {scale:.0f}' if scale == SCALES[0] else f'{scale:.0f}'} | {' | '.join(cells)} |")
-    scale, largest = LARGEST_SCALE_OF_WHAT_IS_RULED_OUT, LARGEST_ENTRY_OF_A_TRANSITION
     words = (
         f"loss, gradients; beside {LOSS_FACTOR:.0f}x and {GRADIENT_FACTOR:.0f}x the error of plain PyTorch, or, where that is "
         "lucky, the move of the exact result when every input is rounded once.",
-        f"Logits of +-1e4 or -inf beside ordinary ones, gradients at each pixel: {EXTREME_FLOOR:.0e}. The gradient of a "
-        "learned transition's parameters by the bounds of four times the scale, since a quotient of exponentials of logits may "
-        f"be most of it; its entries where it is 0 are held up to a scale of {scale:.0f}, and beyond it are numbers of at most "
-        f"{largest[torch.float32]:.0e} (float64: {largest[torch.float64]:.0e}).",
+        f"Logits of +-1e4 or -inf beside ordinary ones, gradients at each pixel: {EXTREME_FLOOR:.0e}. The parameters of a "
+        "`TransitionMatrix` by the bounds of four times the scale, since a quotient of exponentials of logits may be most of "
+        "their gradient. That of a transition itself may be inf or NaN in float32 where it is 0 and class logits contradict it "
+        "by a margin of 88 or more.",
     )
     return "\n".join([*lines, "", *words])
 

@@ -20,17 +20,7 @@ from torch import Tensor
 
 from .. import wrapped
 from ..problem import compute_dtype
-from .operator import (
-    ONLY_REFERENCE,
-    SEG,
-    Arguments,
-    Outputs,
-    bounded_entries,
-    cm_bit,
-    differentiable,
-    present,
-    transition_bit,
-)
+from .operator import ONLY_REFERENCE, SEG, Arguments, Outputs, cm_bit, differentiable, present, transition_bit
 
 _SECOND_DERIVATIVE = (
     "coarse_kernels: the fused operator has no second derivatives; "
@@ -191,9 +181,6 @@ def _gradients(
         assert grad_loss is not None
         kept = anchor is None or _graph_is_kept()  # without an anchor: who called the operator has the gradients, too
         grads = dict(zip(state.formed, _handed_out(operators, tuple(formed), grad_loss, kept), strict=True))
-        for bit in state.formed:  # the factor may have led them out of the range
-            if bit != SEG and _kind(bit)[1]:
-                grads[bit] = bounded_entries(grads[bit], grads[bit].dtype)
     else:
         grads = _recomputed(operators, state, inputs, grad_loss, grad_losses, asked)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -60,16 +60,6 @@ def present(t: Tensor) -> bool:
     return t.dim() != 1 or t.numel() > 0
 
 
-# kLargestEntry of csrc/coarse_math.h
-_LARGEST_ENTRY = {torch.float32: 1e37, torch.float64: 1e300}
-
-
-def bounded_entries(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of a transition, in the range of ``dtype`` with room for a few to be added up. Where the transition is 0 nothing bounds
-    what its pixels add, and whatever made it multiplies the gradient with that very 0, which of inf would be NaN."""
-    return gradient.clamp(-_LARGEST_ENTRY[dtype], _LARGEST_ENTRY[dtype]).to(dtype)
-
-
 # Bits of ``wanted``.
 SEG = 1
 

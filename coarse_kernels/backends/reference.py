@@ -143,9 +143,8 @@ def _log_weighted_sum(weight: Tensor, log_x: Tensor, dim: int) -> Tensor:
     """
     shift = torch.where(weight > 0, log_x, -math.inf).amax(dim, keepdim=True).detach()
     shift = torch.where(shift == -math.inf, 0.0, shift)
-    # Above 0 only where the weight is 0; the bound keeps 0 * inf out of the sum, and of what a softmax makes of the weight's
-    # gradient, a sum of terms that are as large.
-    bound = math.log(1e270 if log_x.dtype == torch.float64 else 1e30)
+    # Above 0 only where the weight is 0; the bound keeps 0 * inf out of the sum.
+    bound = 0.9 * math.log(torch.finfo(log_x.dtype).max)
     total = (weight * (log_x - shift).clamp_max(bound).exp()).sum(dim)
     return torch.where(total == 0, -math.inf, torch.where(total == 0, 1.0, total).log() + shift.squeeze(dim))
 

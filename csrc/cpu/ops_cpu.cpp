@@ -50,7 +50,7 @@ struct Cpu {
       }
       R* const out = data_of<R>(call.transition_gradient[k]);
       for (size_t n = 0; n < totals[k].transition_gradient.size(); ++n)
-        out[n] = coarse::transition_entry<R>(totals[k].transition_gradient[n]);
+        out[n] = static_cast<R>(totals[k].transition_gradient[n]);
     }
     if (!call.per_pixel) *data_of<R>(call.loss) = static_cast<R>(total);
   }

@@ -114,7 +114,7 @@ struct AllSums {
 };
 template <class R>
 Error finish(const AllSums<R>& sums, void* stream);
-// out[k] = sum over slices of in[slice * n + k], in the range of a `transition_entry`.
+// out[k] = sum over slices of in[slice * n + k].
 template <class R>
 Error sum_slices(const double* in, int64_t slices, int64_t n, R* out, void* stream);
 // out[k] = sum over copies of in[copy * n + k], rounded to storage.

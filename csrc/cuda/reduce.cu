@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kSmallBlock)
   for (int64_t k = first_index(); k < n; k += index_step()) {
     double sum = 0;
     for (int64_t slice = 0; slice < count; ++slice) sum += slices[slice * n + k];
-    out[k] = transition_entry<R>(sum);
+    out[k] = static_cast<R>(sum);
   }
 }
 

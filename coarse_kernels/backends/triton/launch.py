@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...problem import compute_dtype
-from ..operator import bounded_entries, present
+from ..operator import present
 from . import kernels, table
 
 EQUAL, ONE_POINT, LINEAR = range(3)  # as in `kernels`
@@ -126,11 +126,6 @@ class ClassLogits:
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
-
-
-def transition_entries(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient of a transition (C, C) from ``sums`` (C label, C class) in float64."""
-    return bounded_entries(sums.t(), dtype).contiguous()
 
 
 def labelled_weight(

@@ -381,5 +381,5 @@ def run(
     return Terms(
         *maps,
         logits.new(0) if grad_cm is None else grad_cm.rounded(),
-        logits.new(0) if columns is None else launch.transition_entries(columns, kind.dtype),
+        logits.new(0) if columns is None else columns.t().to(kind.dtype).contiguous(),
     )

@@ -110,12 +110,9 @@ def add_exp(top, total, x):
 
 @triton.jit
 def scaled_exp(factor, x):
-    """factor * exp(x), where the exponential alone may leave the range: what is beyond e^60 is multiplied last. Bounded where
-    the product leaves it, as kLargestTerm of csrc/coarse_math.h."""
+    """factor * exp(x), where the exponential alone may leave the range: what is beyond e^60 is multiplied last."""
     beyond = tl.maximum(x - 60.0, 0.0)
-    product = factor * tl.exp(x - beyond) * tl.exp(beyond)
-    largest: tl.constexpr = 1e290 if x.dtype == tl.float64 else 1e36
-    return tl.where(product > largest, largest, tl.where(product < -largest, -largest, product))  # a NaN stays one
+    return factor * tl.exp(x - beyond) * tl.exp(beyond)
 
 
 # --- interpolation: linear, align_corners=False; `linear_tap` of csrc/grid.h -------------------------------------

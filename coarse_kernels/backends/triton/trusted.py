@@ -116,7 +116,7 @@ class TrustedKinds(ClassLogits):
                 *(f[kind] for f in self.factors), **self.sizes, layers=self.layers[kind], shares=shares,
                 C=self.classes, CB=tile.columns, BLOCK=tile.pixels, **self.shape, num_warps=tile.warps, **OPTIONS,
             )  # fmt: skip
-        return launch.transition_entries(partials.sum(0), self.dtype)
+        return partials.sum(0).t().to(self.dtype).contiguous()
 
 
 class Result(NamedTuple):
