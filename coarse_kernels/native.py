@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import json
 import os
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,10 @@ from torch import Tensor
 
 
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
+    spec = importlib.util.find_spec(f"coarse_kernels.{name}")
+    limited = spec is not None and (spec.origin or "").endswith(".abi3.so")
+    if limited and sysconfig.get_config_var("Py_GIL_DISABLED"):  # 3.13.0 loads it, and crashes
+        return None, _reason(name, "it is for the limited API, which a free-threaded Python lacks")
     try:
         return importlib.import_module(f"coarse_kernels.{name}"), None
     except ImportError as error:  # not built, or built against another Python or torch

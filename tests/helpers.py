@@ -275,16 +275,20 @@ def make_problem(
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """``code`` in a fresh interpreter that sees this repository."""
+    return run_here("-c", code, **{"PYTHONPATH": str(ROOT), **environment})
+
+
+def run_here(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """This Python in the repository's folder, without a terminal that setup.py could write to."""
     import os
 
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
-        [sys.executable, "-c", code],
-        env=env,
+        [sys.executable, *arguments],
+        env={**os.environ, **environment},
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
-        start_new_session=True,  # without a terminal that setup.py could write to
+        start_new_session=True,
     )

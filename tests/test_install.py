@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import torch
 import coarse_kernels as ck
 from coarse_kernels import backends, native
 from tests.contract import LOSS_APART
-from tests.helpers import ROOT, loss_error, make_problem, oracle, run_python
+from tests.helpers import loss_error, make_problem, oracle, run_here, run_python
 
 HIDDEN = "import sys; sys.modules['coarse_kernels._C'] = None; sys.modules['coarse_kernels._native'] = None\n"
 STEP = """
@@ -197,17 +195,8 @@ def test_fallback_logger_is_the_library_s(caplog: pytest.LogCaptureFixture, monk
 
 
 def build(tmp_path: Path, mode: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "COARSE_KERNELS_BUILD": mode, **environment}
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path / "lib")]
-    return subprocess.run(
-        [*command, "--build-temp", str(tmp_path / "temp")],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    folders = ("--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"))
+    return run_here("setup.py", "build_ext", *folders, **{"COARSE_KERNELS_BUILD": mode, **environment})
 
 
 NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}

@@ -55,7 +55,7 @@ def test_logit_scale(backend: str, schedule: str, grid: tuple[int, int] | None, 
     check(problem, backend, schedule, **floors)
 
 
-FORMS = pytest.mark.parametrize(
+MATRICES = pytest.mark.parametrize(
     "grid", [None, (1, 1), (4, 7), (8, 20)], ids=["trusted", "one-point", "strided", "pixel"]
 )
 
@@ -78,7 +78,7 @@ def _sure(
 
 @EVERY
 @SCHEDULE
-@FORMS
+@MATRICES
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_learned_transition_learns_whatever_the_network_is_sure_of(
     backend: str, schedule: str, grid: tuple[int, int] | None, scale: float
@@ -121,7 +121,7 @@ def _parameter_gradient(
 
 
 @EVERY
-@FORMS
+@MATRICES
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_learned_transition_gets_numbers_from_losses_weighted_with_two_signs(
     backend: str, grid: tuple[int, int] | None, scale: float

@@ -126,6 +126,28 @@ def test_an_interpreter_without_its_lock_does_not_get_it_back() -> None:
         assert done.stdout == "False\n", done.stderr
 
 
+def test_a_free_threaded_interpreter_does_not_load_what_was_built_for_the_limited_api() -> None:
+    """Python 3.13 looks for ``.abi3.so`` there too: importing it, from a folder that another Python had built in, was a
+    segmentation fault."""
+    if native.OPERATORS is None or not str(native.OPERATORS.__file__).endswith(".abi3.so"):
+        pytest.skip("nothing was built for the limited API")
+    code = """
+        import sysconfig
+        of = sysconfig.get_config_var
+        sysconfig.get_config_var = lambda name: name == "Py_GIL_DISABLED" or of(name)
+        import torch
+        import coarse_kernels as ck
+        from coarse_kernels import native
+        assert native.OPERATORS is None
+        assert ck.available_backends("cpu") == ("reference",)
+        print(native.operators_reason())
+    """
+    done = run_python(textwrap.dedent(code))
+    assert (
+        "it was built, but does not load: it is for the limited API, which a free-threaded Python lacks" in done.stdout
+    ), done.stderr
+
+
 @pytest.mark.slow
 def test_nothing_is_fetched_at_run_time(tmp_path: Path) -> None:
     """The operator, a table of runs with their figure, and what it writes, in a process that cannot connect to anything."""
