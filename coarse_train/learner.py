@@ -15,7 +15,6 @@ from .criterion import Counts, Criterion
 from .data import Sample
 from .distributed import World
 from .model import CoarseModel
-from .parallel import Networks
 from .schedule import Phase, make_optimizer, set_rates
 
 _LEAST_SCALE = 2.0**-10  # of float16 losses: it begins at 65536, and such a gradient is no accident any more
@@ -44,9 +43,11 @@ class Learner:
     """What the steps of a run change, and how: networks, optimizer, and the scale of float16 losses."""
 
     def __init__(self, config: FitConfig, world: World, model: CoarseModel, class_weights: Mapping[str, Tensor]):
+        from .parallel import Networks  # takes a second, which commands that do not train need not wait for
+
         self.networks = Networks(model, config, world)
         self._config, self._world = config, world
-        self._optimizer = make_optimizer(self.networks, config.optim)
+        self._optimizer = make_optimizer(model, config.optim)
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
         self._criterion = Criterion(config, class_weights)
 

@@ -10,8 +10,7 @@ import torch
 from .config import DataConfig, FitConfig, OptimConfig
 from .data import Source, Subset
 from .data.segmentation import choose_dense
-from .model import parameter_groups
-from .parallel import Networks
+from .model import CoarseModel, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,9 @@ def plan_phases(config: FitConfig, source: Source, masks: Source | None = None) 
     return [Phase(0, first, source, before), Phase(first, steps, of_masks, on_masks, rate)]
 
 
-def make_optimizer(networks: Networks, config: OptimConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: CoarseModel, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW or SGD with Nesterov momentum. Each group keeps its own rate as ``base_lr``, which `set_rates` scales."""
-    groups = [{**group, "base_lr": group["lr"]} for group in parameter_groups(networks.model, config)]
+    groups = [{**group, "base_lr": group["lr"]} for group in parameter_groups(model, config)]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)
     return torch.optim.AdamW(groups)

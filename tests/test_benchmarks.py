@@ -879,6 +879,7 @@ def test_against_what_is_no_checkout(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "OTHER_CHECKOUT" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_against_a_checkout_that_does_not_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     package = tmp_path / "coarse_kernels"
     package.mkdir()

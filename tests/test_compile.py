@@ -243,6 +243,7 @@ def test_seg_logits_on_a_coarser_grid_and_a_trusted_source() -> None:
     assert_compiled_as_eager(use, problem.seg, problem.cm, problem.labels, backend="aot_eager")
 
 
+@pytest.mark.slow
 @pytest.mark.every
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("seg_grid", [None, (2, 5)], ids=["pixel", "strided"])

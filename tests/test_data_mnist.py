@@ -206,6 +206,7 @@ def test_a_drawing_that_was_handed_out_may_be_written_to() -> None:
     np.testing.assert_array_equal(source.load(0).positive, before)
 
 
+@pytest.mark.slow
 def test_every_process_is_a_variant_of_the_same_digits() -> None:
     for variant, process in PROCESSES.items():
         source = open_split(DataConfig(dataset="mnist", variant=variant), "train")

@@ -75,6 +75,7 @@ def test_folders_called_trial_and_files_called_part_are_not_all_ours(tmp_path: P
     assert (tmp_path / ".video.part").read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("taken", ["last.pt", "config.toml", "metrics.jsonl", "notes.json"])
 def test_scores_and_reports_take_the_place_of_their_own_kind_alone(
     taken: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -225,6 +225,7 @@ def test_the_command_counts_and_says_what_it_found(tmp_path: Path, monkeypatch: 
     assert json.loads((tmp_path / "fuzz.json").read_text())["cases"] == 40
 
 
+@pytest.mark.slow
 def test_a_worker_that_crashes_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = command._in_a_process("none", "", 0, 0.1)  # no such backend: every case fails, and none is counted as held
     assert part["failures"] or "crash" in part

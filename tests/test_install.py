@@ -104,6 +104,7 @@ def test_what_can_run_is_said_with_reasons() -> None:
     assert set(backends.explain("cpu")) == set(backends._REGISTRY)
 
 
+@pytest.mark.slow
 def test_without_the_extension_the_reference_serves_and_the_reason_is_logged_once() -> None:
     code = (
         HIDDEN
@@ -151,6 +152,7 @@ print("done")
     assert "LOG coarse_kernels backend 'cpu' is not used" in logged[0]
 
 
+@pytest.mark.slow
 def test_an_environment_variable_that_cannot_run_raises_with_the_reason() -> None:
     done = run_python(HIDDEN + STEP + "ck.annotation_nll(seg, cm, labels)", COARSE_KERNELS_BACKEND="cpu")
     assert done.returncode != 0
@@ -206,6 +208,7 @@ def binaries(tmp_path: Path) -> list[Path]:
     return [path for path in tmp_path.rglob("*") if path.suffix in (".so", ".pyd", ".dylib")]
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_build_goes_on_and_says_why(tmp_path: Path) -> None:
     done = build(tmp_path, "auto", **NO_COMPILER)
     assert done.returncode == 0, done.stderr
@@ -215,6 +218,7 @@ def test_without_a_compiler_the_build_goes_on_and_says_why(tmp_path: Path) -> No
     assert binaries(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_without_a_compiler_a_forced_build_fails(tmp_path: Path) -> None:
     done = build(tmp_path, "1", **NO_COMPILER)
     assert done.returncode != 0
@@ -270,6 +274,7 @@ def toolkit(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_cuda_is_built_where_torch_has_it_and_nvcc_is_found(toolkit: Path) -> None:
     done = setup("13.0", toolkit)
     assert done.returncode == 0, done.stderr
@@ -279,6 +284,7 @@ def test_cuda_is_built_where_torch_has_it_and_nvcc_is_found(toolkit: Path) -> No
     assert f"{settings.split()[1]} compile jobs at a time" in done.stderr
 
 
+@pytest.mark.slow
 def test_architectures_and_jobs_of_the_environment_are_kept(toolkit: Path) -> None:
     done = setup("13.0", toolkit, TORCH_CUDA_ARCH_LIST="9.0", MAX_JOBS="3")
     assert done.stdout.splitlines()[1] == "9.0 3", done.stderr
@@ -307,6 +313,7 @@ def test_cuda_that_cannot_be_built_is_left_out_or_fails_loudly(
     assert f"COARSE_CUDA=1, but the CUDA kernels cannot be built: {reason}" in forced.stderr
 
 
+@pytest.mark.slow
 def test_cuda_can_be_forbidden(toolkit: Path) -> None:
     done = setup("13.0", toolkit, COARSE_CUDA="0")
     assert done.returncode == 0, done.stderr

@@ -184,7 +184,8 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_that_is_compiled_as_a_whole_trains_as_one_that_is_not(backend: str, compiler: str) -> None:
     """Forward, loss with a matrix, backward and optimizer in one function."""
@@ -216,6 +217,7 @@ def test_a_step_that_is_compiled_as_a_whole_trains_as_one_that_is_not(backend: s
     assert largest_difference(trained[0], networks()[0]) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("points", [(4, 4), (8, 8), (1, 1)], ids=["strided", "pixel", "one-point"])
 def test_who_compiles_the_reference_is_told_once_that_inductor_may_lose_gradients(

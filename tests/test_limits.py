@@ -181,6 +181,7 @@ def test_buffers_are_larger_than_the_caches(monkeypatch: pytest.MonkeyPatch) -> 
 # --- the GPU's kernels, without one -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_kernels_interpreted() -> None:
     """Both go to their fixed points, x = exp(-x) and x = x / 2 + 1."""
@@ -196,6 +197,7 @@ for kernel, point in ((limits._exp_kernel, 0.5671433), (limits._fma_kernel, 2.0)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_kernels_work_in_registers(tmp_path: Path) -> None:
     """Compiled for sm_90: one instruction for each operation that is counted, and no memory but for the sum."""

@@ -467,6 +467,7 @@ def test_a_tangent_that_comes_in_with_the_gradient_names_the_reference(backend: 
             torch.autograd.grad(loss, seg, grad_outputs=factor)
 
 
+@pytest.mark.slow
 def test_transforms_inside_and_around_a_compiled_function() -> None:
     problem = make_problem(3, (4, 5)).to(F64)
 

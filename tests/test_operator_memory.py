@@ -81,6 +81,7 @@ def test_pixel_grid_costs_its_gradients(schedule: str) -> None:
     assert found["cm"] <= found["peak"] <= found["cm"] + found["seg"] + SLACK, found
 
 
+@pytest.mark.slow
 def test_no_grad_forward_costs_nothing() -> None:
     assert measure((320, 320), None, False)["peak"] <= SLACK
 
@@ -93,15 +94,18 @@ def test_strided_grid_never_makes_the_field(schedule: str) -> None:
     assert found["peak"] < 19 * 19 * 256 * 512 * 4 / 5
 
 
+@pytest.mark.slow
 def test_strided_no_grad_forward_costs_nothing() -> None:
     assert measure((256, 512), (32, 64), False)["peak"] <= SLACK
 
 
+@pytest.mark.slow
 def test_one_matrix_for_the_image_costs_the_class_gradient() -> None:
     found = measure((512, 1024), (1, 1), True)
     assert found["peak"] <= found["seg"] + 2 * SLACK, found
 
 
+@pytest.mark.slow
 def test_class_logits_never_exist_at_full_resolution() -> None:
     """40 MB they would be, and as much their gradient."""
     inputs = """
@@ -121,6 +125,7 @@ def step(seg, cm, positive, negative):
     assert found["peak"] <= found["gradients"] + 2 * SLACK, found
 
 
+@pytest.mark.slow
 def test_a_learned_transition_of_many_classes_does_not_cost_a_gradient_for_each_task() -> None:
     """1024 tasks, 184 MB."""
     inputs = """
@@ -138,12 +143,10 @@ def step(seg, transition, labels):
     assert found["peak"] <= found["gradients"] + (32 << 20) + SLACK, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "grid", "batch", "fields"),
-    [
-        ((1024, 256), (1, 256), 64, 64),
-        pytest.param((32, 64, 128), (2, 64, 128), 16, 1, marks=pytest.mark.slow),
-    ],
+    [((1024, 256), (1, 256), 64, 64), ((32, 64, 128), (2, 64, 128), 16, 1)],
     ids=str,
 )
 def test_seams_between_tasks_do_not_grow_with_the_batch(

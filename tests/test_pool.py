@@ -142,6 +142,7 @@ def test_a_gradient_is_a_tensor_like_any_other() -> None:
     assert posterior.sum(1).allclose(torch.ones(()))
 
 
+@pytest.mark.slow
 def test_half_storage_and_coarse_grids() -> None:
     seg, _, labels = inputs((256, 256))
     cm = torch.randn(1, 19, 19, 64, 64).bfloat16().requires_grad_()
@@ -170,6 +171,7 @@ def test_threads_do_not_get_the_same_memory() -> None:
     assert wrong == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_has_its_own() -> None:
     code = """
@@ -187,6 +189,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), same)
     assert run_python(code).stdout.split() == ["0", "True"]
 
 
+@pytest.mark.slow
 def test_a_gradient_outlives_the_end_of_the_interpreter() -> None:
     code = "from tests.test_pool import gradient; import builtins; builtins.kept = gradient(); print('made')"
     done = run_python(code)
@@ -211,6 +214,7 @@ def test_a_storage_that_has_to_be_resized_needs_the_pool_switched_off() -> None:
     gradient().untyped_storage().resize_(0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no way to limit memory and to look at it")
 def test_out_of_memory_says_how_much_and_gives_back_what_waits() -> None:
     code = """

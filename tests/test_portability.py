@@ -26,6 +26,7 @@ def test_a_system_without_affinity_counts_its_cores(monkeypatch: pytest.MonkeyPa
     assert run.cores(2) == [0, 1]
 
 
+@pytest.mark.slow
 def test_time_is_measured_where_page_faults_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows has no module resource; whoever imports it at the top of a module cannot be imported there."""
     monkeypatch.setitem(sys.modules, "resource", None)

@@ -46,6 +46,7 @@ def _as_it_is(items: list[Any]) -> Any:
     return items[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_of_a_data_loader_compute_the_same_bits(start: str) -> None:
     """After the parent has used the operator on two threads, whose pool a forked child does not have."""
@@ -61,6 +62,7 @@ def test_workers_of_a_data_loader_compute_the_same_bits(start: str) -> None:
             assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_child_that_is_forked_between_forward_and_backward_has_its_own_graph() -> None:
     code = """
@@ -126,6 +128,7 @@ def test_an_interpreter_without_its_lock_does_not_get_it_back() -> None:
         assert done.stdout == "False\n", done.stderr
 
 
+@pytest.mark.slow
 def test_a_free_threaded_interpreter_does_not_load_what_was_built_for_the_limited_api() -> None:
     """Python 3.13 looks for ``.abi3.so`` there too: importing it, from a folder that another Python had built in, was a
     segmentation fault."""

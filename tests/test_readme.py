@@ -199,6 +199,7 @@ def test_the_tables_are_those_of_the_committed_results() -> None:
 # ---- env_report ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_env_report_says_which_backend_the_cpu_gets_and_why() -> None:
     run = [sys.executable, "-m", "coarse_kernels.env_report"]
     done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT)
@@ -234,6 +235,7 @@ def test_env_report_says_what_is_wrong_with_the_environment(
     assert lines[-1] == f"COARSE_KERNELS_{variable}={value}"
 
 
+@pytest.mark.slow
 def test_an_instruction_set_that_does_not_exist_is_refused_by_name() -> None:
     """The slowest kernels were taken instead, in silence."""
     environment = {**os.environ, "COARSE_KERNELS_ISA": "avx-512"}

@@ -154,6 +154,7 @@ def shown(before: str = "", **environment: str) -> subprocess.CompletedProcess[s
     return run_python(SHOWN.format(before=before), COARSE_KERNELS_BUILD="auto", **environment)
 
 
+@pytest.mark.slow
 def test_a_wheel_is_for_every_python_and_built_on_every_core_where_memory_is_not_told() -> None:
     """Windows has no os.sysconf."""
     done = shown(
@@ -166,6 +167,7 @@ def test_a_wheel_is_for_every_python_and_built_on_every_core_where_memory_is_not
     assert jobs == str(os.cpu_count() or 1)
 
 
+@pytest.mark.slow
 def test_a_python_without_the_limited_api_is_not_promised_it() -> None:
     before = (
         "import sysconfig; of = sysconfig.get_config_var\n"
@@ -174,6 +176,7 @@ def test_a_python_without_the_limited_api_is_not_promised_it() -> None:
     assert shown(before).stdout.splitlines()[1] == "{}"
 
 
+@pytest.mark.slow
 def test_a_build_in_isolation_takes_the_torch_around_it(tmp_path: Path) -> None:
     """What pip does: no site-packages but its own, by a sitecustomize that PYTHONPATH leads to."""
     for name in ("setuptools", "_distutils_hack"):
@@ -207,6 +210,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="a terminal of its own")
 def test_who_installs_is_told_that_nothing_was_compiled_whatever_pip_swallows() -> None:
     """pip before 26.3 shows nothing that a build prints, and ends with "Successfully installed"."""
@@ -218,6 +222,7 @@ def test_who_installs_is_told_that_nothing_was_compiled_whatever_pip_swallows() 
     assert "with GCC or Clang the same again compiles" in line
 
 
+@pytest.mark.slow
 def test_windows_gets_the_reference_backend_and_is_told_so() -> None:
     done = shown(WINDOWS)
     assert done.returncode == 0, done.stderr
@@ -225,6 +230,7 @@ def test_windows_gets_the_reference_backend_and_is_told_so() -> None:
     assert "MSVC" in done.stderr
 
 
+@pytest.mark.slow
 def test_what_pip_shows_of_a_build_is_for_who_installs() -> None:
     """pip replays warnings: torch's about a NumPy that is not there yet, setuptools' about being editable, help nobody."""
     shows = (

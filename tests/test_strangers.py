@@ -93,6 +93,7 @@ def _evil_net(channels_in: int, num_classes: int) -> torch.nn.Module:
     return torch.nn.Conv2d(channels_in, num_classes, 1)
 
 
+@pytest.mark.slow
 def test_a_network_that_a_checkpoint_names_is_imported_only_if_it_is_named_again(tmp_path: Path) -> None:
     """A folder with a module and a checkpoint that names it: `evaluate` there would have run the module."""
     network = "tests.test_strangers:_evil_net"
@@ -141,6 +142,7 @@ def test_a_network_that_a_config_names_is_imported_only_if_it_is_named_on_the_co
     assert cli.main(["fit", str(path), "--network", network, "--resume"]) == 0
 
 
+@pytest.mark.slow
 def test_weights_of_a_backbone_with_code_in_them_are_refused_before_it_runs(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     data_trees.save_small_segformer(tmp_path / "weights", 3)

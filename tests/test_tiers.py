@@ -42,6 +42,7 @@ def test_the_commands_share_all_tests_and_every_change_runs_all_commands() -> No
     assert {"make test", "make test-slow", "make test-kernels", "make sanitize"} <= set(change)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(native.TOOLS is None, reason="no compiler built anything here")
 def test_the_program_that_sanitizers_run_compiles() -> None:
     """It broke, unseen, when the operators named a function that its shim lacked; here it is seen in a second."""

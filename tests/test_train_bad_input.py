@@ -92,6 +92,7 @@ def test_a_run_until_no_step_is_refused(tmp_path: Path, until: int) -> None:
         fit(_config(tmp_path), until=until)
 
 
+@pytest.mark.slow
 def test_a_run_goes_as_far_as_it_is_told_and_on_from_there(tmp_path: Path) -> None:
     part = fit(_config(tmp_path / "parts"), until=4)
     assert part.steps == 4

@@ -95,6 +95,7 @@ def test_demo_writes_results_and_figure(tmp_path: Path, task: str, capsys: pytes
     assert results["conclusion"][0] in printed
 
 
+@pytest.mark.slow
 def test_a_table_goes_on_where_it_was_and_shares_rows(tmp_path: Path) -> None:
     row = replace(rows_of("hasty")["ce_both"], steps=2)
     row = replace(row, data=replace(row.data, limit=16))
@@ -112,6 +113,7 @@ def test_a_table_goes_on_where_it_was_and_shares_rows(tmp_path: Path) -> None:
     assert len(said) == 4
 
 
+@pytest.mark.slow
 def test_scores_go_to_another_machine_in_one_file_and_are_not_trained_again(tmp_path: Path) -> None:
     row = replace(rows_of("hasty")["ce_both"], steps=2)
     row = replace(row, data=replace(row.data, limit=16))
@@ -308,6 +310,7 @@ def test_ctrl_c_while_the_table_writes_a_line_ends_its_processes(
     assert ended == ["ended"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True], ids=["waited for", "Ctrl-C again"])
 def test_a_process_that_does_not_hear_is_killed_in_the_end(monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
     spawn = multiprocessing.get_context("spawn")
@@ -376,6 +379,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_damaged_cell_is_named(tmp_path: Path) -> None:
     row = _as_run(rows_of("hasty")["ce_both"])
     (first,) = run_table({"one": row}, (0,), tmp_path, jobs=1, said=lambda line: None)

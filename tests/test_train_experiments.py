@@ -341,6 +341,7 @@ def test_photographs_are_left_out_where_they_are_not_there(tmp_path: Path) -> No
     assert sum("chase" in part.title for part in found) == 4
 
 
+@pytest.mark.slow
 def test_names_first_trains_twice(tmp_path: Path) -> None:
     base = replace(
         noise_map.canvases("thick_names"),

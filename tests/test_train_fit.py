@@ -227,6 +227,7 @@ def test_a_toml_file_changes_what_it_names_and_nothing_else(tmp_path: Path) -> N
     assert load_toml(tmp_path / "again.toml") == config
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     hold = (
         "import sys; from pathlib import Path; import torch; from coarse_train.config import FitConfig\n"

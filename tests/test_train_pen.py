@@ -606,6 +606,7 @@ def test_a_radius_for_each_image_is_measured_on_the_masks_that_may_be_read_and_u
     assert "vessel +1 where an image has no strokes of its own to tell; in all others by their thinnest ones" in said
 
 
+@pytest.mark.slow
 def test_fit_says_what_it_moved_and_how_it_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--variant", "thick", "--limit", "24", "--steps", "1", "--widths", "4", "8", "--threads", "1"]
     auto = ["--positive.pen", "auto", "--dense-images", "5", "--positive.cm", "none", "--out", str(tmp_path / "a")]

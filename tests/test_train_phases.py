@@ -64,6 +64,7 @@ def test_drawings_come_first_and_then_masks_alone(tmp_path: Path) -> None:
     assert [row["lr"] for row in rows] == [1e-2] * 4 + [pytest.approx(2.5e-3)] * 4
 
 
+@pytest.mark.slow
 def test_each_phase_has_a_warm_up_and_a_fall_of_its_own(tmp_path: Path) -> None:
     optim = OptimConfig(lr=1e-2, finetune=0.5, finetune_lr=1e-3, warmup=0.25, schedule="cosine")
     fit(_config(tmp_path, optim=optim, steps=16))
@@ -190,6 +191,7 @@ def test_fine_tuning_is_scored_on_masks_it_did_not_learn_from(tmp_path: Path) ->
     assert not folds[0][1] & folds[1][1]
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_one_of_the_candidates(tmp_path: Path) -> None:
     data = DataConfig(dataset="mnist", variant="thick", limit=24)
     fit(_config(tmp_path, data=data, select_with=6, select_steps=2, steps=2))

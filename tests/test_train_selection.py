@@ -62,6 +62,7 @@ def _prefer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "_score", score)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["positive", "negative"])
 def test_the_side_that_masks_chose_stays_over_a_resume(
     tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch
@@ -89,6 +90,7 @@ def test_the_side_that_masks_chose_stays_over_a_resume(
     fit(replace(longer, resume=True))
 
 
+@pytest.mark.slow
 def test_a_choice_without_a_checkpoint_is_not_taken_up_with_other_settings(tmp_path: Path) -> None:
     config = _config(tmp_path, select_with=4, select_steps=2)
     fit(config)
@@ -99,6 +101,7 @@ def test_a_choice_without_a_checkpoint_is_not_taken_up_with_other_settings(tmp_p
     fit(replace(config, resume=True))
 
 
+@pytest.mark.slow
 def test_trials_of_a_run_that_was_given_up_choose_nothing(tmp_path: Path) -> None:
     config = _config(tmp_path, select_with=4, select_steps=2)
     fit(config)
@@ -111,6 +114,7 @@ def test_trials_of_a_run_that_was_given_up_choose_nothing(tmp_path: Path) -> Non
     assert not before & after
 
 
+@pytest.mark.slow
 def test_the_run_that_masks_chose_is_the_candidate_s_own_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +160,7 @@ def chosen_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment",
     [
@@ -209,6 +214,7 @@ def test_what_is_no_candidate_is_said_with_its_reason(tmp_path: Path, capsys: py
     assert not any("fine-tuning" in name for name in selection.last())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", [{}, {"resume_changed": True}, {"resume_changed": True, "steps": 8}])
 def test_a_trial_that_was_killed_between_its_checkpoints_goes_on(tmp_path: Path, changed: dict[str, Any]) -> None:
     """The best comes before the last, which a folder without one had to have; and other trials have not begun."""
@@ -284,6 +290,7 @@ def test_the_settings_of_a_matrix_that_auto_leaves_out_are_those_of_its_candidat
     assert all((one.diagonal, one.missing) == (0.6, 0.3) for one in matrices)
 
 
+@pytest.mark.slow
 def test_trials_of_an_earlier_version_are_no_run(tmp_path: Path) -> None:
     """They were shorter than it, and became it."""
     config = _config(tmp_path, select_with=4, select_steps=3)

@@ -23,6 +23,7 @@ def test_importing_the_library_does_not_import_triton() -> None:
     assert "it serves cuda, xpu tensors, got cpu None" in rest
 
 
+@pytest.mark.slow
 def test_on_the_cpu_it_is_interpreted_and_never_chosen() -> None:
     code = (
         "import coarse_kernels as ck\n"

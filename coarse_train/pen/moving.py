@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage, signal
+from scipy import ndimage
 
 from .. import IGNORE, is_background
 from ..storage import read_text
@@ -153,6 +153,8 @@ def _around(box: tuple[slice, ...], margin: float, shape: tuple[int, ...]) -> tu
 def _proven(left: np.ndarray, unknown: np.ndarray, moved: np.ndarray, radius: float) -> np.ndarray:
     """Pixels of ``left`` without which the outline would not have come so far: one of ``moved`` has no other of them within
     ``radius``, none of ``unknown``, and not the border of the image, beyond which may be others."""
+    from scipy import signal  # takes half a second, and few runs come here
+
     reach = min(int(radius), max(left.shape))
     squares = np.arange(-reach, reach + 1) ** 2
     disc = np.sqrt(np.add.outer(squares, squares)) <= radius  # as distances are computed
