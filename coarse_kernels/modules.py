@@ -28,6 +28,9 @@ class AnnotationObjective(nn.Module):
         ignore_index, reduction, backend: as in `annotation_objective`.
 
     Shape: ``forward(seg_logits (B, C, *s), drawings)`` -> `Objective`.
+
+    Raises:
+        ValueError, TypeError: where it is called, as `annotation_objective`.
     """
 
     def __init__(self, *, ignore_index: int = 255, reduction: str = "mean", backend: str | None = None):
@@ -54,6 +57,9 @@ class AnnotationNLL(nn.Module):
 
     Shape: ``forward(seg_logits (B, C, *s), cm_logits (B or 1, C, C, *G) | None, labels (B, *S), transition (C, C) | None,
     pixel_weight (B, *S) | None, normalizer)`` -> `AnnotationLoss`.
+
+    Raises:
+        ValueError, TypeError: where it is called, as `annotation_nll`.
     """
 
     class_weight: Tensor | None
@@ -113,6 +119,10 @@ class CoarseLabelCriterion(nn.Module):
 
     Shape: ``forward(seg_logits, positive_cm | None, positive_labels | None, negative_cm=None, negative_labels=None)``
     -> `CoarseLabelLoss`; shapes as in `coarse_label_loss`.
+
+    Raises:
+        TypeError: ``transition`` is no module.
+        ValueError, TypeError: where it is called, as `coarse_label_loss`.
     """
 
     class_weight: Tensor | None

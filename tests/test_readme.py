@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import os
 import re
 import subprocess
 import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -249,3 +253,40 @@ def test_an_instruction_set_that_does_not_exist_is_refused_by_name() -> None:
     )
     assert done.returncode != 0
     assert "COARSE_KERNELS_ISA: expected one of ('baseline', 'avx2', 'avx512'), got 'avx-512'" in done.stderr
+
+
+def raised_by(function: Callable[..., Any]) -> set[str]:
+    """Names of the errors that its own lines raise; of what it calls, nothing."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    errors = [node.exc for node in ast.walk(body) if isinstance(node, ast.Raise) and node.exc is not None]
+    return {ast.unparse(error.func if isinstance(error, ast.Call) else error).split(".")[-1] for error in errors}
+
+
+def public_things() -> list[Any]:
+    """Functions and classes that the pages of the API show."""
+    things = [getattr(coarse_kernels, name) for name in coarse_kernels.__all__]
+    for module in (coarse_train.model, coarse_train.simulate):
+        things += [getattr(module, name) for name in module.__all__]
+    page = (ROOT / "docs" / "api" / "training.md").read_text()
+    for module, name in re.findall(r"^\.\. auto(?:function|class):: ([\w.]+)\.(\w+)", page, re.M):
+        things.append(getattr(importlib.import_module(module), name))
+    return [one for one in things if getattr(one, "__module__", "").startswith("coarse_")]
+
+
+def test_help_names_the_errors_that_a_public_function_raises() -> None:
+    found = 0
+    for thing in public_things():
+        about = inspect.getdoc(thing) or ""
+        described = [(thing, about)] if inspect.isfunction(thing) else []
+        for name, one in vars(thing).items() if inspect.isclass(thing) else ():
+            method = inspect.unwrap(getattr(one, "__func__", one))
+            building = name in ("__init__", "__post_init__")  # what it raises stands with the class
+            if not inspect.isfunction(method) or (name.startswith("_") and not building):
+                continue
+            if method.__code__.co_filename == inspect.getfile(thing):  # not one that `dataclasses` wrote
+                described.append((method, about + (inspect.getdoc(method) or "")))
+        for function, text in described:
+            for error in raised_by(function):
+                assert error in text, f"{function.__qualname__} raises {error}, which its docstring does not say"
+                found += 1
+    assert found > 20

@@ -31,6 +31,9 @@ class Pen:
     widths: where radii differ between images: half of the width, in pixels, that the thinnest strokes of a class would have
         with a radius of 0. An image's radius is, in whole pixels, what its own have beyond that; None, and in an image without
         that class: ``radii``.
+
+    Raises:
+        ValueError: more ``widths`` than ``radii``, or a number of them is not finite.
     """
 
     radii: tuple[float, ...]
