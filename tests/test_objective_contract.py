@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import coarse_kernels as ck
 from coarse_kernels import Drawings
-from tests.contract import GRADIENT_APART
+from tests.contract import GRADIENT_APART, LOSS_APART, gradient_floor
 from tests.helpers import (
     SCHEDULES,
     generator,
@@ -188,7 +188,7 @@ def test_a_trace_weight_of_minus_one_keeps_the_gradient_of_large_logits(backend:
     kinds = [Drawings(put(torch.randint(0, 3, (1, 4, 16), generator=gen)), put(cm), trace_weight=-1.0)]
     _, ours = evaluate(put(seg), kinds, backend, torch.float32)
     _, truth = evaluate(put(seg), kinds, "reference", torch.float64)
-    assert gradient_error(ours[1], truth[1]) < 1e-4
+    assert gradient_error(ours[1], truth[1]) < gradient_floor(torch.float32, 60.0)
 
 
 @EVERY
@@ -235,7 +235,7 @@ def test_minus_infinity_on_a_grid_is_lost_at_most_where_interpolation_loses_it(b
     assert truth.isnan().any()
     assert not truth.isnan().all()
     assert not ours[~truth.isnan()].isnan().any()
-    assert torch.allclose(ours[~truth.isnan()], truth[~truth.isnan()], rtol=1e-6)
+    assert loss_error(ours[~truth.isnan()], truth[~truth.isnan()]) < LOSS_APART
 
 
 @EVERY

@@ -749,4 +749,4 @@ def test_a_convolution_under_autocast_feeds_bfloat16_logits(backend: str) -> Non
     ck.annotation_nll(exact[:, :3], exact[:, 3:], labels, backend="reference").loss.backward()
     assert ours is not None
     assert head.weight.grad is not None
-    assert gradient_error(ours, head.weight.grad) < 2e-2
+    assert gradient_error(ours, head.weight.grad) < GRADIENT_FLOOR[torch.bfloat16]

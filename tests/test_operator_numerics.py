@@ -14,6 +14,7 @@ from tests.contract import (
     GRADIENT_APART,
     GRADIENT_FLOOR,
     LARGEST_SCALE_OF_WHAT_IS_RULED_OUT,
+    LOSS_APART,
     SCALES,
     gradient_floor,
     loss_floor,
@@ -27,6 +28,7 @@ from tests.helpers import (
     evaluate,
     generator,
     gradient_error,
+    loss_error,
     make_problem,
     oracle,
     put,
@@ -242,7 +244,7 @@ def test_nan_logits_of_ignored_pixels_reach_nothing(backend: str, schedule: str,
         seg = problem.seg.masked_fill(ignored.unsqueeze(1), bad)
         cm = problem.cm.masked_fill(ignored[:, None, None], bad)
         ours = evaluate(dataclasses.replace(problem, seg=seg, cm=cm), backend, schedule)
-        assert abs(ours.loss.item() - expected.loss.item()) < 1e-6 * abs(expected.loss.item())
+        assert loss_error(ours.loss, expected.loss) < LOSS_APART
         for name, grad in ours.gradients.items():
             assert gradient_error(grad, expected.gradients[name]) < GRADIENT_APART
 
@@ -270,7 +272,7 @@ def test_a_nan_grid_point_under_ignored_pixels_reaches_nothing(
     expected = oracle(problem)
     problem.cm[..., node[0], node[1]] = torch.nan
     ours = evaluate(problem, backend, schedule)
-    assert abs(ours.loss.item() - expected.loss.item()) < 1e-6 * abs(expected.loss.item())
+    assert loss_error(ours.loss, expected.loss) < LOSS_APART
     for name, grad in ours.gradients.items():
         assert gradient_error(grad, expected.gradients[name]) < GRADIENT_APART
 
@@ -287,7 +289,7 @@ def test_minus_infinity_on_a_grid_that_equals_the_image_in_one_axis(backend: str
     outside = truth.isfinite()
     assert outside.sum() >= truth.numel() - 2 * 6
     assert found[outside].isfinite().all()
-    torch.testing.assert_close(found[outside].double(), truth[outside], rtol=1e-5, atol=1e-6)
+    assert loss_error(found[outside], truth[outside]) < LOSS_APART
 
 
 @EVERY
@@ -298,11 +300,11 @@ def test_a_structural_zero_in_a_global_matrix_is_not_nan(backend: str) -> None:
     problem.cm[:, 0, 1] = -torch.inf
     result, truth = evaluate(problem, backend), oracle(problem)
     assert result.loss.isfinite().all()
-    torch.testing.assert_close(result.loss.double().cpu(), truth.loss, rtol=1e-5, atol=1e-6)
+    assert loss_error(result.loss, truth.loss) < LOSS_APART
     gradient = result.gradients["cm"]
     assert gradient.isfinite().all()
     assert (gradient[:, 0, 1] == 0).all()
-    torch.testing.assert_close(gradient.double().cpu(), truth.gradients["cm"], rtol=1e-4, atol=1e-6)
+    assert gradient_error(gradient, truth.gradients["cm"]) < GRADIENT_APART
 
 
 @EVERY
@@ -338,7 +340,7 @@ def test_float16_gradients_need_loss_scaling(backend: str) -> None:
     problem = make_problem(2, (128, 128), batch=1, ignored="none", scale=0.1).to(torch.float16)
     scaled = evaluate(problem, backend, grad_output=2.0**14)
     truth = oracle(problem, 2.0**14)
-    assert gradient_error(scaled.gradients["cm"], truth.gradients["cm"]) < 2e-3
+    assert gradient_error(scaled.gradients["cm"], truth.gradients["cm"]) < GRADIENT_FLOOR[torch.float16]
 
 
 @COMPILED
@@ -414,7 +416,7 @@ def wrong_with_entry(backend: str, form: str, entry: float) -> list[str]:
     problem = Problem(seg, cm, labels, transition, {"reduction": "none", "trace_weight": 0.1}, learn_transition=False)
     ours, truth = evaluate(problem, backend), oracle(problem)
     exact = {
-        "nll": torch.allclose(ours.nll.cpu().double(), truth.nll, rtol=1e-5, atol=1e-4),
+        "nll": loss_error(ours.nll, truth.nll) < LOSS_APART,
         "gradient of seg": gradient_error(ours.gradients["seg"], truth.gradients["seg"])
         < GRADIENT_FLOOR[torch.float32],
     }
@@ -427,7 +429,7 @@ def wrong_with_entry(backend: str, form: str, entry: float) -> list[str]:
     wide = [ck.Drawings(labels, None if cm is None else cm.double(), transition.double())]
     posterior = ck.annotation_posterior(seg, kinds, backend=backend)
     wanted = ck.annotation_posterior(seg.double(), wide, backend="reference")
-    exact["posterior"] = gradient_error(posterior, wanted) < 1e-4
+    exact["posterior"] = gradient_error(posterior, wanted) < gradient_floor(torch.float32, 150.0)
     return [name for name, holds in exact.items() if not holds]
 
 
@@ -446,7 +448,9 @@ def test_the_gradient_of_a_transition_is_finite_where_only_its_weight_makes_it_s
     problem = Problem(seg, cm, labels, transition, {"normalizer": 1e8})
     ours, truth = evaluate(problem, backend), oracle(problem)
     assert truth.gradients["transition"].abs().max() < 1e38
-    assert gradient_error(ours.gradients["transition"], truth.gradients["transition"]) < 2e-5
+    assert gradient_error(ours.gradients["transition"], truth.gradients["transition"]) < gradient_floor(
+        torch.float32, 100.0
+    )
 
 
 @EVERY
@@ -522,5 +526,5 @@ def test_of_a_part_that_counts_for_nothing_nothing_is_left(backend: str, form: s
     (alone,) = torch.autograd.grad(ck.annotation_objective(seg, [trusted], backend=backend).loss, seg)
     for retained in (True, False):
         got, *others = torch.autograd.grad(0 * one.loss + two.loss, wanted, retain_graph=retained)
-        torch.testing.assert_close(got, alone, rtol=1e-6, atol=0)
+        assert gradient_error(got, alone) < GRADIENT_APART
         assert all((gradient == 0).all() for gradient in others)
