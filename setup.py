@@ -96,6 +96,10 @@ def extensions() -> tuple[list, dict]:
                 for one in self.extensions:
                     self.failed(one, error)
             note_reasons(package)
+            wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
+            if wheel is not None and not self.inplace and all(module_of(one) in REASONS for one in self.extensions):
+                # without a binary it is for every system, and must not pass for one that has it
+                self.distribution.ext_modules, wheel.root_is_pure = [], True
 
         def build_extension(self, extension: Extension) -> None:
             try:
@@ -112,9 +116,13 @@ def extensions() -> tuple[list, dict]:
             reason = f"{type(error).__name__}: {error}; -v shows what the compiler said"
             if shutil.which(compiler) is None:
                 reason = f"there is no C++ compiler: {compiler} was not found"
-            leave_out(extension.name.rpartition(".")[2], reason)
+            leave_out(module_of(extension), reason)
 
     return modules, {"build_ext": Build.with_options(no_python_abi_suffix=False)}
+
+
+def module_of(extension: Extension) -> str:
+    return extension.name.rpartition(".")[2]
 
 
 def torch_lacking() -> str | None:

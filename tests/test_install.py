@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,21 @@ def test_without_a_compiler_the_build_goes_on_and_says_why(tmp_path: Path) -> No
     assert "there is no C++ compiler: /nonexistent/c++ was not found" in done.stderr
     assert "with GCC or Clang the same again compiles" in done.stderr
     assert binaries(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_wheel_in_which_nothing_was_compiled_does_not_pass_for_one_with_binaries(tmp_path: Path) -> None:
+    """It had the tag of one for this system, under which pip would keep and hand it on."""
+    folders = ("build", "--build-base", str(tmp_path / "build"), "egg_info", "--egg-base", str(tmp_path))
+    places = ("bdist_wheel", "--bdist-dir", str(tmp_path / "wheel"), "--dist-dir", str(tmp_path))
+    done = run_here("setup.py", "-q", *folders, *places, COARSE_KERNELS_BUILD="auto", **NO_COMPILER)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {"coarse_kernels/__init__.py", "coarse_kernels/not_built.json"} < {*names}
+    assert not [name for name in names if ".data/" in name or name.endswith(".so")]
 
 
 @pytest.mark.slow
