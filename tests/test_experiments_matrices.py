@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
 from coarse_train.config import FitConfig
-from coarse_train.data import mnist
 from coarse_train.data.mnist import PROCESSES
-from coarse_train.experiments import experiment, sanity, structure, table, trace_weight
+from coarse_train.experiments import sanity, structure, trace_weight
 from coarse_train.experiments.cell import Cell
-from coarse_train.experiments.experiment import ExperimentConfig, Part, Result, run_experiment
-from coarse_train.experiments.table import Row, config_of
+from coarse_train.experiments.experiment import ExperimentConfig, Result
+from coarse_train.experiments.table import config_of
 from coarse_train.rules import check_config
 
 
@@ -28,63 +24,6 @@ def _cell(row: str, miou: float, cm_error: float | None = None, *, seed: int = 0
 
 def _result(title: str, cells: Sequence[Cell]) -> Result:
     return Result(title, {cell.method: FitConfig() for cell in cells}, cells, "test")
-
-
-def _tiny(part: Part) -> Part:
-    def smaller(row: Row) -> FitConfig:
-        config = config_of(row, 0)
-        return replace(config, steps=2, evaluate_every=2, data=replace(config.data, limit=16))
-
-    return replace(
-        part,
-        rows={
-            name: {setting: smaller(one) for setting, one in row.items()} if isinstance(row, Mapping) else smaller(row)
-            for name, row in part.rows.items()
-        },
-    )
-
-
-@pytest.fixture
-def few_digits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """To validate and score on: drawing them takes longer than the steps do."""
-    whole = mnist.read_split
-
-    def some(folder: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-        images, labels = whole(folder, split)
-        return images[:300], labels[:300]
-
-    monkeypatch.setattr(mnist, "read_split", some)
-    table._content.cache_clear()
-    yield
-    table._content.cache_clear()
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("few_digits")
-@pytest.mark.parametrize(
-    ("name", "kept", "titles"),
-    [
-        ("sanity", ("PRESETS", ("binary_names", "alike")), ["binary_names", "alike"]),
-        ("trace-weight", ("FIELDS", ("global", "grid")), ["majority"]),
-        ("structure", ("STRUCTURES", ("grid 16", "floor, grid 8", "tied, global")), ["spots"]),
-    ],
-)
-def test_an_experiment_writes_report_results_and_figure(
-    name: Any, kept: tuple[str, tuple[str, ...]], titles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = {"sanity": sanity, "trace-weight": trace_weight, "structure": structure}[name]
-    settings, keys = kept
-    monkeypatch.setattr(module, settings, {key: getattr(module, settings)[key] for key in keys})
-    monkeypatch.setattr(experiment, "quick", _tiny)
-    results = run_experiment(ExperimentConfig(name, quick=True, out=tmp_path, jobs=1))
-    assert [result.title for result in results] == titles
-    written = json.loads((tmp_path / "results.json").read_text())
-    assert written["experiment"] == name
-    assert written["conclusion"] == module.conclude(results)
-    assert len(written["rows"]) == sum(len(result.rows) for result in results)
-    words = (tmp_path / "report.md").read_text()
-    assert all(f"- {sentence}" in words for sentence in written["conclusion"])
-    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("module", [sanity, trace_weight, structure])

@@ -160,36 +160,6 @@ def test_a_table_alone_is_tuned_where_it_takes_its_settings_from(
         run_parts(parts, (0,), tmp_path, tables=("one", "five"))
 
 
-@pytest.mark.slow
-def test_a_report_has_the_question_the_tables_and_how_to_run_it_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    parts = noise_map.parts
-
-    def fewer(config: ExperimentConfig) -> list[Part]:
-        (part, *_) = parts(config)
-        return [
-            replace(part, rows={row: part.rows[row] for row in ("ce_both_tuned", "method", "method_pen", "supervised")})
-        ]
-
-    monkeypatch.setattr(noise_map, "parts", fewer)
-    monkeypatch.setattr(noise_map, "draw", lambda results, figure: figure.subplots())
-    out = tmp_path / "map"
-    assert main(["experiment", "noise-map", "--quick", "--jobs", "1", "--out", str(out)]) == 0
-    report = (out / "report.md").read_text()
-    assert report in capsys.readouterr().out
-    assert noise_map.QUESTION in report
-    assert "`coarse-train experiment noise-map --seeds 0 --quick`" in report
-    assert "Its figures mean nothing" in report
-    assert "Tuned here on validation masks, seed 0, 1 setting a row: ce_both_tuned: objects, weight 0.3." in report
-    results = json.loads((out / "results.json").read_text())
-    assert [row["method"] for row in results["rows"]] == [
-        f"majority | {row}" for row in ("ce_both_tuned", "method", "method_pen", "supervised")
-    ]
-    assert results["tuned"] == {"majority": {"ce_both_tuned": "objects, weight 0.3"}}
-    assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
-
-
 def test_a_report_of_one_table_says_so_and_takes_no_other_experiments_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

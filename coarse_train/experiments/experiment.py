@@ -39,6 +39,7 @@ from .table import Row, Summary, config_of, read_results, run_table, text, write
 Name = Literal["noise-map", "few-masks", "select", "negatives", "annotators", "sanity", "trace-weight", "structure"]
 EXPERIMENTS = {name: name.replace("-", "_") for name in get_args(Name)}  # name -> module
 _TUNING_SEED = 0
+_QUICK_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -259,11 +260,12 @@ def _changed(part: Part, change: Callable[[FitConfig], FitConfig]) -> Part:
 
 
 def quick(part: Part) -> Part:
-    """The first setting of each row, 10 steps, 64 training images."""
+    """The first setting of each row, 10 steps, 64 training images, and one look at the validation masks."""
 
     def smaller(config: FitConfig) -> FitConfig:
         data = replace(config.data, limit=min(config.data.limit or 64, 64))
-        return replace(config, steps=10, select_steps=None if config.select_steps is None else 2, data=data)
+        short = replace(config, steps=_QUICK_STEPS, evaluate_every=_QUICK_STEPS, data=data)
+        return replace(short, select_steps=None if config.select_steps is None else 2)
 
     part = _changed(part, smaller)
     rows = {
