@@ -72,14 +72,17 @@ def _outlines(config: FitConfig, source: Source) -> list[str]:
         return []
     names = source.classes.names
     report = measure(pairs, names)
-    radii = report.radii()
-    off = ", ".join(f"{name} {radius:+g}" for name, radius in zip(names, radii, strict=True) if radius)
+    off = [
+        f"{name} {radius:+g} (spread {one.spread:.1f}, {100 * one.missed:.0f} % missed, {100 * one.added:.0f} % added)"
+        for name, radius, one in zip(names, report.radii(), report.classes, strict=True)
+        if radius
+    ]
     if not off:
         return []
     how = "image" if report.differing else "auto"
     return [
-        f"outlines of positive drawings are off, pixels too far (below 0: not far enough): {off}; --positive.pen {how} "
-        "moves them back"
+        f"outlines of positive drawings are off, pixels too far (below 0: not far enough): {', '.join(off)}; --positive.pen "
+        f"{how} moves them back, `coarse-train pen` shows them"
     ]
 
 
@@ -90,7 +93,9 @@ def _meeting(config: FitConfig, source: Source, *, matrix: bool) -> list[str]:
     objects = [label for label, name in enumerate(names) if not is_background(name)]
     counts, drawn, both = _counts(config, source)
     own, met = drawn[objects].sum(), both[objects].sum()
-    if not own or len(objects) < 2:
+    if (
+        not own or len(objects) < 2
+    ):  # of one class on a background no name can be wrong, and a matrix did help with outlines
         return []
     notes = []
     # where they are few, somebody may have ruled out what is drawn wrongly

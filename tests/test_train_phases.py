@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -394,10 +395,10 @@ def test_fit_says_that_outlines_are_off_where_it_may_read_masks() -> None:
     config = FitConfig(data=data, positive=DrawingsConfig())
     source = open_split(data, "train")
     (note,) = describe_risks(config, source)
-    assert (
-        "outlines of positive drawings are off, pixels too far (below 0: not far enough): 0 +1, 3 +1, 4 +1, 7 +1"
-        in note
-    )
+    off = re.findall(r"(\d) \+1 \(spread 0\.\d, 0 % missed, (\d+) % added\)", note)
+    assert [name for name, _ in off] == ["0", "3", "4", "7"]
+    assert all(int(added) > 30 for _, added in off)
+    assert "--positive.pen auto moves them back, `coarse-train pen` shows them" in note
     assert describe_risks(replace(config, positive=DrawingsConfig(pen="auto")), source) == []
     right = replace(data, variant="majority")
     assert describe_risks(replace(config, data=right), open_split(right, "train")) == []
