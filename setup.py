@@ -95,6 +95,10 @@ def extensions() -> tuple[list, dict]:
             except Exception as error:  # whatever a compiler, or its absence, may raise
                 for one in self.extensions:
                     self.failed(one, error)
+            if not self.inplace:
+                for one in self.extensions:
+                    if module_of(one) in REASONS:  # what an earlier build has left in this folder is not of this one
+                        Path(self.get_ext_fullpath(one.name)).unlink(missing_ok=True)
             note_reasons(package)
             wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
             if wheel is not None and not self.inplace and all(module_of(one) in REASONS for one in self.extensions):

@@ -93,9 +93,8 @@ def _meeting(config: FitConfig, source: Source, *, matrix: bool) -> list[str]:
     objects = [label for label, name in enumerate(names) if not is_background(name)]
     counts, drawn, both = _counts(config, source)
     own, met = drawn[objects].sum(), both[objects].sum()
-    if (
-        not own or len(objects) < 2
-    ):  # of one class on a background no name can be wrong, and a matrix did help with outlines
+    # of one class on a background no name can be wrong, and a matrix did help with its outlines
+    if not own or len(objects) < 2:
         return []
     notes = []
     # where they are few, somebody may have ruled out what is drawn wrongly

@@ -222,9 +222,14 @@ def test_without_a_compiler_the_build_goes_on_and_says_why(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_wheel_in_which_nothing_was_compiled_does_not_pass_for_one_with_binaries(tmp_path: Path) -> None:
     """It had the tag of one for this system, under which pip would keep and hand it on."""
-    folders = ("build", "--build-base", str(tmp_path / "build"), "egg_info", "--egg-base", str(tmp_path))
+    # pip builds in the folder itself, where what an earlier one has made stays
+    stale = tmp_path / "lib" / "coarse_kernels" / "_C.abi3.so"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    folders = ("build", "--build-base", str(tmp_path), "--build-lib", str(tmp_path / "lib"))
+    info = ("egg_info", "--egg-base", str(tmp_path))
     places = ("bdist_wheel", "--bdist-dir", str(tmp_path / "wheel"), "--dist-dir", str(tmp_path))
-    done = run_here("setup.py", "-q", *folders, *places, COARSE_KERNELS_BUILD="auto", **NO_COMPILER)
+    done = run_here("setup.py", "-q", *folders, *info, *places, COARSE_KERNELS_BUILD="auto", **NO_COMPILER)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")

@@ -191,7 +191,7 @@ def test_quick_is_small() -> None:
     part = quick(Part("one", {"plain": base, "seeded": lambda seed: base, "tuned": {"a": base, "b": base}}))
     for each in part.rows.values():
         for row in each.values() if isinstance(each, Mapping) else (each,):
-            assert config_of(row, 3).steps == 10
+            assert (config_of(row, 3).steps, config_of(row, 3).evaluate_every) == (10, 10)
             assert config_of(row, 3).data.limit == 64
     assert list(part.rows["tuned"]) == ["a"]  # type: ignore[arg-type]
 
