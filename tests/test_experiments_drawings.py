@@ -264,3 +264,10 @@ def test_annotators_conclude_whether_the_second_observer_is_surpassed(chasedb1: 
     assert ("ce_mixed" in above, "ce_mixed" in below) == (shift > 0, shift < 0)
     assert "nothing" in (below if shift > 0 else above)
     assert "+2.0 (no masks), +0.0 (no masks, on a grid), -1.0 (3 masks)" in matrix
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_folder_without_the_observers_is_named_and_nothing_is_made_up_instead(tmp_path: Path, quick: bool) -> None:
+    with pytest.raises(ValueError, match=r"data: expected a folder with chasedb1, .*, got "):
+        annotators.parts(ExperimentConfig("annotators", quick=quick, data=tmp_path, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -477,9 +477,8 @@ def test_transforms_inside_and_around_a_compiled_function() -> None:
     towards = put(torch.randn(problem.seg.shape, generator=generator(0), dtype=F64))
     expected = torch.func.grad(loss)(problem.seg)
     compiled = torch.compile(loss, backend="aot_eager")
-    assert (
-        loss_error(compiled(problem.seg), loss(problem.seg)) < LOSS_FLOOR[F64]
-    )  # and again under each transform: guarded
+    # and again under each transform: guarded
+    assert loss_error(compiled(problem.seg), loss(problem.seg)) < LOSS_FLOOR[F64]
     assert (
         gradient_error(torch.compile(torch.func.grad(loss), backend="aot_eager")(problem.seg), expected)
         < GRADIENT_FLOOR[torch.float64]

@@ -47,7 +47,7 @@ _PAIRS = {
 
 def parts(config: ExperimentConfig) -> list[Part]:
     root, title = config.root("chasedb1"), "CHASE_DB1"
-    if root is None and config.quick:
+    if config.data is None and config.quick:
         root, title = _made_up((config.out or Path("runs") / f"{config.name}-quick") / "made-up"), "made-up eyes"
     if root is None:
         raise ValueError(f"data: expected a folder with chasedb1, whose two observers this is about, got {config.data}")
@@ -97,7 +97,7 @@ def rows_of(base: FitConfig) -> dict[str, FitConfig]:
 
 def _made_up(root: Path) -> Path:
     """What CHASE_DB1 looks like: both eyes of 14 children, whose second observer leaves out thin vessels. So that a quick run
-    runs where there is no data."""
+    needs no data."""
     root.mkdir(parents=True, exist_ok=True)
     for number in range(28):
         rng, name = np.random.default_rng(number), f"Image_{number // 2 + 1:02d}{'LR'[number % 2]}"

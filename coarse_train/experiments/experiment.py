@@ -61,8 +61,8 @@ class ExperimentConfig:
     """Of the networks, the order of the batches and the choice of masks."""
     data: Path | None = None
     """Folder of data sets: DATA/mnist, DATA/camvid, DATA/cityscapes, DATA/chasedb1. What needs one that is not there is left
-    out and named; canvases of digits are made of the sample in the package, and eyes of a quick run are made up where
-    there are none."""
+    out and named; canvases of digits are made of the sample in the package, and without DATA the eyes of a quick run
+    are made up."""
     out: Path | None = None
     """Without it runs/NAME, or runs/NAME-quick. Runs whose scores are there, in a cells.json from elsewhere too, are not
     trained again, where DATA and OUT are named as they were there."""
