@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from coarse_train.cli import main
 from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, ModelConfig, recipe
 from coarse_train.data import open_split
-from coarse_train.experiments import experiment, few_masks, noise_map, select
+from coarse_train.experiments import experiment, few_masks, few_masks_verdicts, noise_map, select
 from coarse_train.experiments.cell import Cell
 from coarse_train.experiments.corrector import corrected
 from coarse_train.experiments.experiment import ExperimentConfig, Name, Part, Result, quick, run_parts
@@ -217,14 +217,31 @@ def test_the_map_says_where_the_method_loses() -> None:
 def test_few_masks_names_the_best_use_of_both_sides() -> None:
     scores = {"masks": 60.0, "finetune": 70.0, "corrector": 75.0, "mixed": 50.0, "pen": 80.0, "pen_nothing": 79.0}
     scores |= {"supervised": 90.0, "drawings": 40.0}
-    one, nothing, dice = few_masks.conclude([result("thick, 6 masks", scores)])
+    one, nothing, dice = few_masks.conclude([result("thick, 10 masks", scores)])
     assert "the best row with a matrix or a pen, pen, has 80.0, the best without, corrector, 75.0 (+5.0)" in one
     assert "given to what lies there (pen), +1.0 over saying nothing" in nothing
     assert "pen 88.9, finetune 82.4" in dice  # 2 I / (1 + I)
     scores |= {"pen_alone": 81.0, "pen_doubt": 82.5, "pen_doubt_alone": 80.0}
-    one, _, doubt, _ = few_masks.conclude([result("thick, 6 masks", scores)])
+    one, _, doubt, _ = few_masks.conclude([result("thick, 10 masks", scores)])
     assert "pen_doubt, has 82.5" in one
     assert "near the outline saying nothing: +2.5 (pen_doubt) and -1.0 (pen_doubt_alone)" in doubt
+
+
+def test_few_masks_says_what_was_hoped_for_and_what_was_missed() -> None:
+    scores = {"masks": 60.0, "finetune": 82.0, "corrector": 75.0, "mixed": 50.0, "pen": 84.0, "supervised": 88.0}
+    of_twenty = few_masks.conclude([result("thick, 20 masks", scores)])[1]
+    assert (
+        "HOPED FOR: 1 points over the best of masks, finetune, corrector, mixed; pen is +2.00 over finetune: reac"
+        in of_twenty
+    )
+    assert "within 3 of all masks, it is 4.00 behind: NOT reached." in of_twenty
+    of_six = few_masks.conclude([result("thick, 6 masks", {**scores, "supervised": 86.0})])[1]
+    assert "HOPED FOR: 5 points over" in of_six
+    assert "pen is +2.00 over finetune: NOT reached; within 3 of all masks, it is 2.00 behind: reached." in of_six
+    of_names = few_masks.conclude([result("majority, 20 masks", {**scores, "mixed": 84.0})])[1]
+    assert of_names.endswith("masks, finetune, corrector; mixed is +2.00 over finetune: reached.")  # and not the pen
+    of_thin = few_masks.conclude([result("thin, 20 masks", {**scores, "corrector": 99.0})])[1]
+    assert "HOPED FOR: 10 points over the best of finetune; pen is +2.00 over finetune: NOT reached." in of_thin
 
 
 def test_regret_is_told_by_seed_and_a_missed_bar_is_said() -> None:
@@ -297,7 +314,7 @@ def test_it_is_said_how_far_drawings_that_were_moved_back_are_from_the_masks(tmp
     rows["finetune"] = rows["supervised"] = rows["masks"]
     fake = result("chase brush, 2 masks", dict.fromkeys(rows, 50.0), seeds=1)
     fake = replace(fake, rows=rows)
-    before, after = (few_masks.mended_dice(fake, row) for row in ("drawings", "pen"))
+    before, after = (few_masks_verdicts.mended_dice(fake, row) for row in ("drawings", "pen"))
     assert before < 75
     assert after > 90
     assert f"as each row reads them: drawings {before:.1f}, pen {after:.1f}." in few_masks.conclude([fake])[-1]

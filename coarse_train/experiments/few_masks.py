@@ -7,7 +7,6 @@ Every row sees the same masks and as many steps; each has one number that matter
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,17 +19,18 @@ from matplotlib.figure import Figure
 
 from ..config import DrawingsConfig, FitConfig, recipe
 from ..data import IGNORE, open_split
-from ..data.segmentation import open_pen
 from ..engine import fit
 from ..inference import load_model
-from ..pen import LARGEST, undo
+from ..pen import LARGEST
 from ..progress import posterior
 from ..simulate import Mix, Process, Strokes, draw_coarse, others, swapped
 from .corrector import corrected
 from .experiment import ExperimentConfig, Part, Result
+from .few_masks_verdicts import BY_IMAGE, OTHERS, OURS
+from .few_masks_verdicts import conclude as conclude
 from .noise_map import LEFT_OUT, STEPS, TRUSTED, at_rate, by_masks, canvases
 from .redrawn import made_once, redrawn, widened, write_map
-from .table import Row, config_of, digest
+from .table import Row, digest
 
 QUESTION = "With drawings of every image and dense masks of N: which use of both learns most?"
 MASKS = (20, 6, 5, 10, 50, 100)
@@ -48,32 +48,15 @@ _WEIGHTS = (0.3, 1.0, 3.0, 10.0)
 _TRACE = 0.01
 _DOUBT = 1.0  # pixels; with 2 too little is left in some seeds to learn all classes in time
 _FINETUNED = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
-_BY_IMAGE = ("pen_image", "pen_image_finetune")  # of a brush that differs between images, which that of digits does not
-_OURS = (
-    "mixed",
-    "mixed_trace",
-    "pen",
-    "pen_alone",
-    "pen_nothing",
-    "pen_doubt",
-    "pen_doubt_alone",
-    "pen_finetune",
-    "pen_mixed",
-    "pen_mixed_trace",
-    "all",
-    *_BY_IMAGE,
-)
 # Left out where there is no such noise.
 _OF_NAMES = ("mixed_trace", "all")
 _OF_OUTLINES = ("pen_alone", "pen_nothing", "pen_doubt", "pen_doubt_alone")
 _OF_BOTH = ("pen_mixed_trace", "names_first")
-_DOUBTING = (("pen_doubt", "pen"), ("pen_doubt_alone", "pen_alone"))
-_OTHERS = ("masks", "ce_mixed", "finetune", "corrector")
 # On photographs: what is too slow, or without a reason where all names are right, is left out.
-_ON_PHOTOGRAPHS = ("drawings", "masks", "ce_mixed", "finetune", "pen", "pen_finetune", *_BY_IMAGE, "supervised")
+_ON_PHOTOGRAPHS = ("drawings", "masks", "ce_mixed", "finetune", "pen", "pen_finetune", *BY_IMAGE, "supervised")
 _ON_ALL_DIGITS = (
     "drawings",
-    *_OTHERS,
+    *OTHERS,
     "mixed",
     "pen",
     "pen_alone",
@@ -100,7 +83,7 @@ def parts(config: ExperimentConfig) -> list[Part]:
             title = _title(noise, count)
             tuned_as = None if count == _TUNED_AT else _title(noise, _TUNED_AT)
             rows = rows_of(base, count, recipe("mnist").positive, out / title, steps)
-            without = {*_BY_IMAGE, *(_OF_NAMES if noise in ("thick", "thin") else _OF_OUTLINES)}
+            without = {*BY_IMAGE, *(_OF_NAMES if noise in ("thick", "thin") else _OF_OUTLINES)}
             if noise != "thick_names":
                 without |= {*_OF_BOTH}
             rows = {row: one for row, one in rows.items() if row not in without}
@@ -201,7 +184,7 @@ def _part(
     only: Sequence[str] = _ON_PHOTOGRAPHS,
 ) -> Part:
     rows = rows_of(base, int(title.split()[-2]), TRUSTED, out, 0)
-    wanted = [row for row in only if "chase" in title or row not in _BY_IMAGE]
+    wanted = [row for row in only if "chase" in title or row not in BY_IMAGE]
     return Part(title, {row: rows[row] for row in wanted}, split, tuned_as)
 
 
@@ -311,71 +294,8 @@ def _names_first(first: FitConfig, then: FitConfig, out: Path, seed: int) -> Fit
     return replace(then, mask_weight=first.mask_weight, data=replace(then.data, positives=believed))
 
 
-def conclude(results: Sequence[Result]) -> list[str]:
-    sentences = []
-    for result in results:
-        means = {row: result.mean(row) for row in result.rows}
-        ours, other = (max((row for row in rows if row in means), key=means.__getitem__) for rows in (_OURS, _OTHERS))
-        sentences.append(
-            f"{result.title}: the best row with a matrix or a pen, {ours}, has {means[ours]:.1f}, the best without, {other}, "
-            f"{means[other]:.1f} ({means[ours] - means[other]:+.1f}); fine-tuning {means['finetune']:.1f}, masks alone "
-            f"{means['masks']:.1f}, all masks {means['supervised']:.1f}."
-        )
-        if "names_first" in means:
-            lead = means["pen_mixed"] - means["names_first"]
-            sentences.append(
-                f"{result.title}: outlines first and then names (pen_mixed), {lead:+.1f} over the other order (names_first)."
-            )
-        if "pen_nothing" in means:
-            lead = means["pen"] - means["pen_nothing"]
-            sentences.append(
-                f"{result.title}: what outlines were moved over given to what lies there (pen), {lead:+.1f} over saying "
-                "nothing (pen_nothing)."
-            )
-        if "pen_doubt" in means:
-            leads = [f"{means[row] - means[than]:+.1f} ({row})" for row, than in _DOUBTING if row in means]
-            sentences.append(
-                f"{result.title}: what the drawing does not prove near the outline saying nothing: "
-                f"{' and '.join(leads)} over keeping it."
-            )
-        if "vessel" in result.cells[0].iou:
-            told_of = ("pen", *_BY_IMAGE, "finetune", "masks", "drawings", "supervised")
-            dice = {row: _dice(result, row) for row in told_of if row in means}
-            told = ", ".join(f"{row} {value:.1f}" for row, value in dice.items())
-            sentences.append(f"{result.title}: Dice of vessels: {told}.")
-        if result.title.startswith("chase"):
-            mended = {row: mended_dice(result, row) for row in ("drawings", "pen", "pen_image") if row in means}
-            told = ", ".join(f"{row} {value:.1f}" for row, value in mended.items())
-            sentences.append(
-                f"{result.title}: Dice of the training drawings themselves, as each row reads them: {told}."
-            )
-    return sentences
-
-
 def _count(result: Result) -> int:
     return int(result.title.split()[-2])
-
-
-def _dice(result: Result, row: str) -> float:
-    """Of vessels, in percent, over the seeds."""
-    values = [cell.iou["vessel"] or 0.0 for cell in result.cells if cell.method == row]
-    return statistics.fmean(200 * value / (100 + value) for value in values)
-
-
-def mended_dice(result: Result, row: str) -> float:
-    """Of vessels in the training drawings, as the row reads them, with the masks: in percent, over images and seeds."""
-    values = []
-    for seed in sorted({cell.seed for cell in result.cells}):
-        config = config_of(result.rows[row], seed)
-        source = open_split(config.data, "train")
-        pen, _ = open_pen(config, source)
-        for index in range(len(source)):
-            record = source.load(index)
-            assert record.positive is not None
-            assert record.mask is not None
-            drawn = (record.positive if pen is None else undo(record.positive, pen)) == 1
-            values.append(200 * np.count_nonzero(drawn & (record.mask == 1)) / (drawn.sum() + (record.mask == 1).sum()))
-    return statistics.fmean(values)
 
 
 def draw(results: Sequence[Result], figure: Figure) -> None:
@@ -394,7 +314,7 @@ def draw(results: Sequence[Result], figure: Figure) -> None:
         own.sort(key=_count)
         counts = [_count(result) for result in own]
         for row in own[-1].rows:
-            style = "-" if row in _OURS else ":" if row in ("drawings", "supervised") else "--"
+            style = "-" if row in OURS else ":" if row in ("drawings", "supervised") else "--"
             axis.plot(
                 counts,
                 [result.mean(row) for result in own],
