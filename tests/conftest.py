@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
+from zlib import crc32
 
 import hypothesis
 import pytest
@@ -33,6 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "kernels: of kernels that no CPU runs as they are, tests/kernels.py; make test-kernels"
     )
+    config.addinivalue_line(
+        "markers", "sampled(n): of its cases make test runs one in n, and make test-slow the others"
+    )
     config.addinivalue_line("markers", "fused: once per fused backend of the collecting module's DEVICE, as `backend`")
     config.addinivalue_line("markers", "every: the same, and on the CPU the reference as well")
     # Threads of two processes on two cores wait for each other. Tests that are about threads ask for their number.
@@ -42,11 +47,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test of each backend is one of the kernels where that backend is emulated or interpreted."""
+    """A test of each backend is one of the kernels where that backend is emulated or interpreted; of one that is sampled most
+    cases are slow."""
+    sampled: dict[str, list[pytest.Item]] = {}
     for item in items:
         case = getattr(item, "callspec", None)
         if case is not None and case.params.get("backend") in (cuda_emulation.NAME, "triton"):
             item.add_marker("kernels")
+        elif item.get_closest_marker("sampled") and not item.get_closest_marker("slow"):
+            sampled.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in sampled.values():
+        marker = cases[0].get_closest_marker("sampled")
+        assert marker is not None
+        kept = math.ceil(len(cases) / marker.args[0])
+        # by a number that has nothing to do with their order, in which the innermost parameter comes round and round
+        for item in sorted(cases, key=lambda item: crc32(item.nodeid.encode()))[kept:]:
+            item.add_marker("slow")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

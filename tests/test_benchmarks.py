@@ -148,6 +148,7 @@ def test_data_do_not_depend_on_threads() -> None:
 # ---- right or wrong --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("line", SMALL)
 def test_everybody_is_right(line: str) -> None:
     problem = parse(line)
@@ -183,6 +184,7 @@ def test_what_float32_cannot_tell_is_allowed_and_no_more() -> None:
     assert complaint(problem, {"field": math.nan}, {"field": 1e-5}) is not None
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("line", [one for one in SMALL if "map" not in one])
 def test_bands_add_up_to_the_whole(line: str) -> None:
     """In float64, however thin: nothing is lost where they meet."""
@@ -300,6 +302,7 @@ def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "sample_truth", lambda problem, inputs: verify.sample_truth(problem, inputs, 1))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("small_is_large")
 @pytest.mark.parametrize("line", ["c3 64x40 cm8", "c3 64x40 seg4 cm8 positive+trusted", "c3 32x40", "c3 32x40 b"])
 def test_what_is_too_large_is_verified_small_and_in_bands(line: str) -> None:
@@ -311,6 +314,7 @@ def test_what_is_too_large_is_verified_small_and_in_bands(line: str) -> None:
     assert notes == {f"on {dataclasses.replace(parse(line), height=8, width=16)}"}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.usefixtures("small_is_large")
 @pytest.mark.parametrize("group", ["ours", "autograd"])
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo.testing
 from torch import Tensor
 
 import coarse_kernels as ck
@@ -118,6 +117,7 @@ def on_device(sample: Arguments) -> Arguments:
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: leaf(put(t), t.requires_grad), sample)
 
 
+@pytest.mark.sampled(14)
 @pytest.mark.fused
 @pytest.mark.parametrize("sample", CHECKED)
 def test_opcheck_annotation_objective(backend: str, sample: Arguments) -> None:
@@ -127,6 +127,7 @@ def test_opcheck_annotation_objective(backend: str, sample: Arguments) -> None:
     assert set(result.values()) == {"SUCCESS"}, result
 
 
+@pytest.mark.sampled(15)
 @pytest.mark.fused
 @pytest.mark.parametrize("sample", CHECKED)
 def test_opcheck_objective_posterior(backend: str, sample: Arguments) -> None:
@@ -136,6 +137,7 @@ def test_opcheck_objective_posterior(backend: str, sample: Arguments) -> None:
     assert set(result.values()) == {"SUCCESS"}, result
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.fused
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("classes", [3, 300])
@@ -203,6 +205,7 @@ def assert_compiled_as_eager(
             assert gradient_error(ours, eager) < GRADIENT_APART
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.every
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("stream", ["positive", "random"])
@@ -303,7 +306,9 @@ def test_posterior_and_no_grad() -> None:
 
 
 def test_dynamic_shapes_compile_once() -> None:
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    from torch._dynamo.testing import CompileCounterWithBackend  # seconds, in each process that collects the tests
+
+    counter = CompileCounterWithBackend("aot_eager")
 
     def use(seg: Tensor, cm: Tensor, labels: Tensor) -> Tensor:
         return ck.annotation_nll(seg, cm, labels, trace_weight=0.1).loss

@@ -148,6 +148,7 @@ def test_the_sample_is_small_attributed_and_balanced() -> None:
         assert [int((labels == digit).sum()) for digit in DIGITS] == [count] * len(DIGITS)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FULL.is_dir(), reason=f"the full MNIST is not at {FULL}; COARSE_DATA names its parent folder")
 def test_the_sample_is_made_from_the_full_files(tmp_path: Path) -> None:
     assert make_sample(FULL, tmp_path) <= 1_000_000
@@ -155,6 +156,7 @@ def test_the_sample_is_made_from_the_full_files(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read_idx(path), read_idx(SAMPLE_DIR / path.name))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FULL.is_dir(), reason=f"the full MNIST is not at {FULL}; COARSE_DATA names its parent folder")
 def test_full_files_are_read() -> None:
     assert [len(read_split(FULL, split)[0]) for split in ("train", "test")] == [60_000, 10_000]
@@ -178,6 +180,7 @@ def test_place_digits_uses_each_digit_once_and_never_overlaps() -> None:
     np.testing.assert_array_equal(canvas, again[0])
 
 
+@pytest.mark.slow
 def test_splits_are_disjoint_and_drawings_do_not_change() -> None:
     config = DataConfig(dataset="mnist")
     sources = [open_split(config, split) for split in ("train", "val", "test")]
@@ -239,6 +242,7 @@ def test_hasty_drawings_are_as_documented() -> None:
     assert confusion[0, 0] > 0.95
 
 
+@pytest.mark.slow
 def test_where_the_majority_is_wrong_two_classes_are_mostly_drawn_as_another() -> None:
     positive, _, mask = _drawn("majority")
     confusion = shares(pair_counts(positive, mask, 5))
@@ -262,6 +266,7 @@ def test_negatives_are_honest_weak_and_silent_where_nothing_is_drawn(variant: st
     assert min(covered) > 0
 
 
+@pytest.mark.slow
 def test_outlines_of_a_thick_and_a_thin_pen_are_a_pixel_off_and_names_are_right() -> None:
     for variant, wrong in (("thick", 1.0), ("thin", -1.0)):
         positive, _, mask = _drawn(variant, 40)
@@ -274,6 +279,7 @@ def test_outlines_of_a_thick_and_a_thin_pen_are_a_pixel_off_and_names_are_right(
         assert not (confusion - np.diag(np.diag(confusion))).any()
 
 
+@pytest.mark.slow
 def test_half_and_sparse_have_as_many_negative_drawings_as_they_say() -> None:
     for variant, share in (("majority", 1.0), ("half", 0.5), ("sparse", 0.15)):
         source = open_split(DataConfig(dataset="mnist", variant=variant), "train")
@@ -291,12 +297,14 @@ def test_look_alikes_are_never_told_apart_in_alike() -> None:
     assert named[1:3, 3:].all()
 
 
+@pytest.mark.slow
 def test_a_swallowed_class_is_mostly_background_and_negatives_may_say_so() -> None:
     positive, negative, mask = _drawn("swallowed", 200)
     assert shares(pair_counts(positive, mask, 5))[0, 2] > 0.65
     assert pair_counts(negative, np.broadcast_to(mask[:, None], negative.shape), 5)[0, 2] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["whole_names", "binary_names"])
 def test_where_objects_are_drawn_whole_pixels_have_the_matrix_of_names(variant: str) -> None:
     positive, negative, mask = _drawn(variant)
@@ -340,7 +348,8 @@ def test_drawings_are_those_of_the_published_tables() -> None:
     assert found == PUBLISHED
 
 
-@pytest.mark.parametrize("area", [pytest.param(a, marks=pytest.mark.slow) if 0.01 < a < 1 else a for a in AREAS])
+@pytest.mark.slow
+@pytest.mark.parametrize("area", AREAS)
 def test_single_digits_are_annotated_on_a_part_of_the_area_with_the_same_errors(area: float) -> None:
     positive, negative, mask = _drawn(f"digits-{area:g}", 200)
     assert mask.shape[1:] == (28, 28)

@@ -78,6 +78,7 @@ def _augment(config: DataConfig) -> Augment:
     return Augment(config.crop, config.scale, config.flip, config.colour)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_sample_depends_on_seed_epoch_and_index_alone(workers: int) -> None:
     """In any order, in any process, whatever was asked for before."""
@@ -434,6 +435,7 @@ def test_bad_settings_are_named(call: Callable[[], object], message: str) -> Non
         call()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CAMVID.is_dir(), reason=f"CamVid is not at {CAMVID}; COARSE_DATA names its parent folder")
 def test_camvid_with_simulated_drawings_makes_batches() -> None:
     config = DataConfig(

@@ -82,6 +82,7 @@ def test_a_step_at_full_resolution_is_the_plain_one(example: Load) -> None:
     assert ours == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_matrices_of_annotators_are_found(example: Load) -> None:
     annotators = example("annotators")
     error = (annotators.main([]) - annotators.TRUE).abs()

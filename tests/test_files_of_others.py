@@ -52,6 +52,7 @@ def test_a_pen_that_was_measured_before_is_kept_where_masks_choose(tmp_path: Pat
     assert (tmp_path / "pen.json").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_run_is_known_without_its_lock(tmp_path: Path) -> None:
     """Which goes with the process on Windows."""
     config = _config(tmp_path, select_with=4, select_steps=2, steps=2)

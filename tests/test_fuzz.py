@@ -42,6 +42,7 @@ class Drawn:
         return self._data.draw(st.sampled_from(options))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("backend", BACKENDS)
 @hypothesis.settings(max_examples=50)
 @hypothesis.given(data=st.data())
@@ -81,6 +82,7 @@ def test_interpolation_weights_that_are_kept_stay_small() -> None:
     assert oracle._small_taps.cache_info().currsize == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_first_of_a_long_run(backend: str) -> None:
     tally = fuzz(backend, seed=0, count=120)

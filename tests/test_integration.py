@@ -254,6 +254,7 @@ class _Exported(nn.Module):
         return loss, posterior, ck.label_map(logits, labels.shape[1:], backend=self.backend)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_exported_program_computes_what_the_module_does(backend: str, tmp_path: Path) -> None:
@@ -277,6 +278,7 @@ class _Mapped(nn.Module):
         return ck.label_map(logits, image.shape[2:], backend=self.backend)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("strict", [False, True])
@@ -291,6 +293,7 @@ def test_a_label_map_is_exported_for_images_of_any_size(backend: str, strict: bo
     assert torch.equal(program(logits, torch.zeros(1, 1, 20, 30)), ck.label_map(logits, (20, 30), backend=backend))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_compiled_label_map_of_many_sizes_is_compiled_once_or_twice(backend: str) -> None:

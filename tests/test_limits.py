@@ -63,7 +63,8 @@ def test_bad_arguments_of_tools(tool: str, name: str, value: int) -> None:
 
 
 @needs_tools
-@pytest.mark.parametrize("isa", ["baseline", pytest.param("avx2", marks=pytest.mark.slow), "avx512"])
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_tools_on_every_instruction_set(isa: str) -> None:
     tools: Any = native.TOOLS
     if isa not in tools.cpu_info()["supported"]:
@@ -79,6 +80,7 @@ print(m.cpu_info()["isa"], m.read_bandwidth(4, 2), m.fma_throughput(2), m.exp_th
     assert all(float(rate) > 1e6 for rate in rates)
 
 
+@pytest.mark.slow
 @needs_tools
 def test_the_lock_is_released() -> None:
     """Another thread of Python goes on meanwhile: it would not get a turn while a tool holds the lock."""

@@ -233,6 +233,7 @@ def test_cpu_and_build_info() -> None:
     assert build["architecture"] in ("x86_64", "aarch64", "other")
 
 
+@pytest.mark.slow
 def test_the_first_call_in_a_fresh_process() -> None:
     """It fetches the kernels from the other module, which may not be imported yet: with the lock released it crashed."""
     calls = ("copy_bandwidth(8, 3)", "read_bandwidth(8, 3)", "exp_throughput(3)", "fma_throughput(3)", "exp([0.0])")

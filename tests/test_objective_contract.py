@@ -64,6 +64,7 @@ def check(seg: Tensor, kinds: list[Drawings], backend: str, floor: float = 1e-6)
         assert gradient_error(ours, theirs) <= 3 * gradient_error(usual, theirs) + floor
 
 
+@pytest.mark.sampled(8)
 @FUSED
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("stream", ["positive", "random"])

@@ -49,6 +49,7 @@ def test_explain_names_the_form() -> None:
     assert "one matrix" not in alone
 
 
+@pytest.mark.sampled(4)
 @SCHEDULE
 @pytest.mark.parametrize("stream", ["positive", "uniform", "random"])
 @pytest.mark.parametrize(
@@ -84,6 +85,7 @@ BESIDE = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("reduction", objectives.REDUCTIONS)
 @pytest.mark.parametrize("seg_grid", [None, (3, 5), ONE], ids=["pixels", "coarse", "one-point"])
 @pytest.mark.parametrize("kinds", BESIDE.values(), ids=BESIDE)

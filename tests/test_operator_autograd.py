@@ -223,6 +223,7 @@ def test_double_backward_by_one_input_names_the_reference(
                 torch.autograd.grad(first.pow(2).sum(), leaves[name], allow_unused=True)
 
 
+@pytest.mark.sampled(3)
 @FUSED
 @pytest.mark.parametrize("door", ["grad", "inputs", "backward"])
 def test_double_backward_of_a_compiled_function_raises(backend: str, door: str) -> None:
@@ -652,6 +653,7 @@ def two_kinds(seg: Tensor, cm: Tensor, labels: Tensor, backend: str, **options: 
     return ck.annotation_objective(seg, drawings, backend=backend, **options)
 
 
+@pytest.mark.slow
 @FUSED
 @pytest.mark.parametrize("hooks", [False, True])
 def test_who_keeps_the_loss_alone_holds_the_gradients_alone(backend: str, hooks: bool) -> None:

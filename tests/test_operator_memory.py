@@ -74,7 +74,8 @@ def step(seg, cm, labels):
     return {**found, "seg": 4 * classes * pixels, "cm": 4 * classes**2 * height * width}
 
 
-@pytest.mark.parametrize("schedule", ["one_pass", pytest.param("recompute", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["one_pass", "recompute"])
 def test_pixel_grid_costs_its_gradients(schedule: str) -> None:
     found = measure((320, 320), None, True, schedule)
     assert found["cm"] > 140 << 20

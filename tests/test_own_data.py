@@ -28,6 +28,7 @@ def _export(tool: str, folder: Path, boxes: tuple[Box, ...], names: tuple[str, .
         save_photo(source / IMAGES[tool] / name, photo(number))
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("tool", TOOLS)
 def test_the_commands_of_the_page_lead_from_drawings_to_predictions_and_a_report(
     tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -112,6 +112,7 @@ def setup_with(before: str, *command: str, **environment: str) -> subprocess.Com
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "mode", "reason"),
     [

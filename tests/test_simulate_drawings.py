@@ -89,11 +89,13 @@ def _check_bands(name: str, masks: list[np.ndarray], num_classes: int) -> None:
             assert negative_low <= _ratio(layer, mask) <= negative_high
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", LEVELS)
 def test_a_level_labels_the_area_that_it_says(name: str) -> None:
     _check_bands(name, [_scene(seed) for seed in range(4)], 8)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.skipif(not CAMVID.is_dir(), reason=f"CamVid is not at {CAMVID}; COARSE_DATA names its parent folder")
 @pytest.mark.parametrize("name", LEVELS)
 def test_a_level_labels_the_area_that_it_says_on_camvid(name: str) -> None:
@@ -123,6 +125,7 @@ def _drawn(kind: str, radius: int, share: float, seed: int) -> tuple[np.ndarray,
     return region, KINDS[kind](region, depth, share * region.sum(), 3.0, np.random.default_rng(seed))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["dilated", "shifted", "polygon"])
 def test_an_error_is_as_large_as_the_object(kind: str) -> None:
     """The part of a disc that is drawn wrongly is about the same for a radius of 8 and of 80 pixels; with errors of a
@@ -229,6 +232,7 @@ def _exact_process(confusion: np.ndarray, **options: float | np.ndarray) -> Proc
     return Process("exact", EXACT, EXACT, process.confusion, process.transition, process.error, 4)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("true", [0, 1, 2])
 def test_classes_are_confused_as_the_matrix_says(true: int) -> None:
     """600 regions drawn exactly: each rate within 4 standard deviations; [drawn, true], not the other way round."""
@@ -487,6 +491,7 @@ def test_nothing_known_nothing_drawn() -> None:
         assert (drawing == IGNORE).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),

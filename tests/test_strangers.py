@@ -153,6 +153,7 @@ def test_weights_of_a_backbone_with_code_in_them_are_refused_before_it_runs(tmp_
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_an_architecture_in_a_checkpoint_says_sizes_and_nothing_of_whose_kernels_to_fetch(tmp_path: Path) -> None:
     data_trees.save_small_segformer(tmp_path / "weights", 3)
     network = SegFormer(3, 3, weights=tmp_path / "weights")
@@ -203,6 +204,7 @@ def test_names_of_classes_and_images_never_lead_out_of_the_folders_that_are_writ
     assert all(after[name] == content for name, content in before.items())
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "name", [".last.pt.part", ".config.toml.part", ".metrics.jsonl.part", "last.pt", "config.toml"]
 )

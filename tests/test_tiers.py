@@ -9,12 +9,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 
 from coarse_kernels import native
-from tests import kernels
+from tests import conftest, cuda_emulation, kernels
 from tests.helpers import ROOT
 from tests.kernels import PARTS, Part, imported, wrong
 from tests.sanitize import __main__ as sanitizers
@@ -40,6 +41,37 @@ def test_the_commands_share_all_tests_and_every_change_runs_all_commands() -> No
     change = [line.partition(" ARGS=")[0] for line in change]
     assert {"not slow and not kernels", "slow and not kernels"} == set(re.findall(r"pytest -m \"([^\"]*)\"", makefile))
     assert {"make test", "make test-slow", "make test-kernels", "make sanitize"} <= set(change)
+
+
+class _Case:
+    """Of a test with a parameter: what the marks are told by."""
+
+    def __init__(self, name: str, backend: str, marks: dict[str, tuple[int, ...]]) -> None:
+        self.nodeid = f"tests/test_x.py::test_y[{name}-{backend}]"
+        self.callspec = SimpleNamespace(params={"backend": backend})
+        self.marks = {mark: SimpleNamespace(args=args) for mark, args in marks.items()}
+
+    def get_closest_marker(self, name: str) -> SimpleNamespace | None:
+        return self.marks.get(name)
+
+    def add_marker(self, name: str) -> None:
+        self.marks[name] = SimpleNamespace(args=())
+
+
+def test_one_case_in_n_of_what_is_sampled_is_fast_and_the_others_are_slow() -> None:
+    cases = [_Case(str(number), "cpu", {"sampled": (4,)}) for number in range(10)]
+    emulated = [_Case(str(number), cuda_emulation.NAME, {"sampled": (4,)}) for number in range(10)]
+    long = _Case("long", "cpu", {"sampled": (4,), "slow": ()})
+    conftest.pytest_collection_modifyitems([*cases, *emulated, long])  # type: ignore[list-item]
+    fast = [case for case in cases if "slow" not in case.marks]
+    assert len(fast) == 3
+    assert all(case.marks.keys() == {"sampled", "kernels"} for case in emulated)  # which are all in make test-kernels
+    again = [_Case(str(number), "cpu", {"sampled": (4,)}) for number in reversed(range(10))]
+    conftest.pytest_collection_modifyitems(again)  # type: ignore[arg-type]
+    assert {case.nodeid for case in again if "slow" not in case.marks} == {case.nodeid for case in fast}
+    alone = [_Case("0", "cpu", {"sampled": (4,)})]
+    conftest.pytest_collection_modifyitems(alone)  # type: ignore[arg-type]
+    assert "slow" not in alone[0].marks  # of few cases, or one that was asked for, one runs
 
 
 @pytest.mark.slow

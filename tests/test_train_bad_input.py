@@ -44,6 +44,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(tmp_path: Path) ->
     assert all(x.isfinite().all() for x in run_folder.load(tmp_path / "last.pt")["model"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [(torch.inf, torch.nan), (-torch.inf, 0.0)])
 def test_a_last_step_that_overflows_is_neither_scored_nor_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: tuple[float, float]

@@ -33,6 +33,7 @@ def test_there_is_a_tree_for_every_data_set() -> None:
     assert {*TREES, "mnist"} == {*DATASETS}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dataset", list(TREES))
 def test_a_data_set_goes_through_all_commands(dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, drawings, run = TREES[dataset](tmp_path / "data"), tmp_path / "drawings", tmp_path / "run"

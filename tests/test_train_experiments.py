@@ -96,6 +96,7 @@ def test_every_row_can_be_trained_and_rows_that_are_tuned_have_equal_trials(
                     check_config(row)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("tables", ["all", "first", "last"])
 @pytest.mark.parametrize("name", get_args(Name))
 def test_each_experiment_draws_and_concludes_from_cells_alone(name: str, tables: str, tmp_path: Path) -> None:
@@ -244,14 +245,23 @@ def test_few_masks_says_what_was_hoped_for_and_what_was_missed() -> None:
     assert "HOPED FOR: 10 points over the best of finetune; pen is +2.00 over finetune: NOT reached." in of_thin
 
 
-def test_regret_is_told_by_seed_and_a_missed_bar_is_said() -> None:
-    scores = {"all trusted": 80.0, "pen": 90.0, **dict(zip(select.CHOOSERS, (87.0, 89.5), strict=True))}
-    first, whole, second = select.conclude([result("thick", scores)])
-    assert "3.0 points on average over 1 noises, NOT within the 1 point" in first
-    assert "whole runs: 0.5 points on average over 1 noises, within the 1 point" in whole
-    assert "regret +3.0 (+3.0, +3.0), with whole runs +0.5 (+0.5, +0.5); best pen" in second
-    luck = {**scores, select.CHOSEN: 95.0}
-    assert select.regrets(result("thick", luck), select.CHOSEN) == [0.0, 0.0]  # makes up for no other seed
+def test_regret_is_told_apart_for_seeds_that_the_rule_was_chosen_by() -> None:
+    one = result("thick", {"all trusted": 80.0, "pen": 90.0, select.CHOSEN: 87.0}, seeds=5)
+    cells = [replace(c, miou=89.5) if c.method == select.CHOSEN and c.seed >= 3 else c for c in one.cells]
+    honest, chosen_by, second = select.conclude([replace(one, cells=cells)])
+    assert (
+        "on seeds 3 4, which had no part in the choice of the rule: 0.5 points on average over 1 noises, wi" in honest
+    )
+    assert "on seeds 0 1 2, by which the rule was chosen: 3.0 points on average over 1 noises, NOT within" in chosen_by
+    assert "regret +2.0 (+3.0, +3.0, +3.0, +0.5, +0.5); best pen 90.0, worst all trusted 80.0." in second
+    assert (
+        len(select.conclude([result("thick", {"pen": 90.0, select.CHOSEN: 87.0}, seeds=3)])) == 2
+    )  # nothing of no seeds
+
+
+def test_luck_of_one_seed_makes_up_for_no_regret_of_another() -> None:
+    lucky = {"all trusted": 80.0, "pen": 90.0, select.CHOSEN: 95.0}
+    assert select.regrets(result("thick", lucky)) == {0: 0.0, 1: 0.0}
 
 
 # ---- drawings that they make ----------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def test_it_learns(tmp_path: Path) -> None:
     assert result.score > 60  # all background is about 45
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing(tmp_path: Path) -> None:
     """Drawings differ in area from image to image: a mean of means would be another loss. By SGD: the first steps of AdamW are
     signs of gradients, whichever way rounding turns the small ones."""
@@ -90,6 +91,7 @@ def test_every_pass_is_one_call_of_the_operator(tmp_path: Path, monkeypatch: pyt
     assert kinds == [3] * 4
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -168,6 +170,7 @@ def test_a_grey_image_among_colour_ones_is_scored(tmp_path: Path) -> None:
     assert np.isfinite(fit(_config(tmp_path / "run", data=data, steps=1)).score)
 
 
+@pytest.mark.slow
 def test_scores_of_classes_and_images_stand_in_metrics_and_on_tensorboard(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -278,6 +281,7 @@ def test_the_moving_average_follows_by_its_decay(tmp_path: Path) -> None:
         torch.testing.assert_close(state["ema"][name], 0.75 * before.detach() + 0.25 * state["model"][name])
 
 
+@pytest.mark.slow
 def test_a_transition_from_a_file_is_the_one_that_is_used(tmp_path: Path) -> None:
     matrix = torch.rand(5, 5, generator=torch.Generator().manual_seed(0)).fill_diagonal_(0.0)
     matrix = matrix / matrix.sum(1, keepdim=True)

@@ -73,6 +73,7 @@ def _during(call: Callable[..., Any], at: int, *numbers: int) -> Callable[..., A
     return interrupted
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("owner", "name", "at", "number", "step"),
     [
@@ -99,6 +100,7 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_with_the_same_bits(
     assert _rows(tmp_path / "run") == _rows(whole)
 
 
+@pytest.mark.slow
 def test_a_signal_that_comes_with_the_last_step_of_a_trial_stops_what_comes_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +276,7 @@ def test_other_rates_and_more_steps_are_refused_by_the_name_of_the_switch(tmp_pa
         fit(replace(config, steps=1, resume=True, resume_changed=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_other_rates_and_more_steps_are_taken_with_the_switch_and_recorded(tmp_path: Path, optimizer: Any) -> None:
     momentum = 0.9 if optimizer == "adamw" else 0.0  # plain SGD keeps no state

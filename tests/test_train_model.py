@@ -324,6 +324,7 @@ def test_segformer_without_its_library_says_what_to_install(monkeypatch: pytest.
         build_segmentation(ModelConfig(network="segformer"), 3, 5)
 
 
+@pytest.mark.slow
 def test_segformer_from_scratch() -> None:
     pytest.importorskip("transformers")
     network = build_segmentation(ModelConfig(network="segformer"), 1, 5).eval()

@@ -585,6 +585,7 @@ def test_auto_reads_no_more_masks_than_it_may(tmp_path: Path) -> None:
     assert open_pen(mixed, open_split(config.data, "train"))[1] == report
 
 
+@pytest.mark.slow
 def test_a_radius_for_each_image_is_measured_on_the_masks_that_may_be_read_and_undone_as_drawings_are_read(
     tmp_path: Path,
 ) -> None:

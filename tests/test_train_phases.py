@@ -52,6 +52,7 @@ def _rows(out: Path) -> list[dict[str, Any]]:
     return [row for row in rows if "loss" in row]
 
 
+@pytest.mark.slow
 def test_drawings_come_first_and_then_masks_alone(tmp_path: Path) -> None:
     fit(_config(tmp_path))
     rows = _rows(tmp_path)
@@ -99,6 +100,7 @@ def test_a_run_goes_on_in_the_phase_it_was_in(tmp_path: Path, stopped: int, monk
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_masks_of_the_second_phase_are_the_ones_that_mixed_would_read(tmp_path: Path) -> None:
     source = open_split(DATA, "train")
     config = _config(tmp_path)
@@ -211,6 +213,7 @@ def test_fine_tuning_is_one_of_the_candidates(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "pen.json").read_text())["radius"]["3"] == 1
 
 
+@pytest.mark.slow
 def test_a_run_whose_masks_chose_the_pen_goes_on_where_it_was_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,6 +239,7 @@ def test_a_pen_file_of_one_s_own_is_not_measured_over(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"radius": {"3": 5}}
 
 
+@pytest.mark.slow
 def test_a_choice_of_a_run_that_was_given_up_is_not_found_by_the_next_one_in_its_folder(tmp_path: Path) -> None:
     data = DataConfig(dataset="mnist", limit=24)
     config = _config(tmp_path, data=data, select_with=4, steps=2)
@@ -250,6 +254,7 @@ def test_a_choice_of_a_run_that_was_given_up_is_not_found_by_the_next_one_in_its
     assert fit(replace(other, resume=True)).steps == 2
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_pen_that_it_began_with_alone(tmp_path: Path) -> None:
     path = tmp_path / "pen.json"
     path.write_text('{"radius": {"3": 1}}')
@@ -355,6 +360,7 @@ def test_fit_says_that_masks_of_one_s_own_are_not_learned_from(tmp_path: Path) -
     assert not any(note in line for line in describe_risks(replace(config, data=data), source))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("left", "changes", "expected"),
     [

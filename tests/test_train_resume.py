@@ -75,6 +75,7 @@ class OneParameterTooMany(torch.nn.Module):
         return self.used(image)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -126,6 +127,7 @@ def test_tensorboard_has_every_step_once_and_the_pictures(tmp_path: Path) -> Non
         np.testing.assert_array_equal(newest, Image.open(config.out / "pictures" / f"{name}.png"))
 
 
+@pytest.mark.slow
 def test_a_run_that_began_where_none_may_begin_now_is_loaded_and_goes_on(tmp_path: Path) -> None:
     """A diagonal of 0.7 beside 0.3 that is missing leaves nothing to wrong names, and was advised once."""
     matrix = DrawingsConfig(cm="global", diagonal=0.6, missing=0.3)
@@ -171,6 +173,7 @@ def test_a_run_does_not_go_on_with_other_classes_or_images(tmp_path: Path) -> No
         fit(replace(config, resume=True, data=replace(config.data, root=other)))
 
 
+@pytest.mark.slow
 def test_weights_of_a_backbone_are_not_needed_again(tmp_path: Path) -> None:
     data_trees.save_small_segformer(tmp_path / "weights", 7)
     config = _config(tmp_path / "run", model=ModelConfig(network="segformer", weights=tmp_path / "weights"), steps=2)

@@ -199,6 +199,7 @@ def test_a_choice_that_was_killed_anywhere_goes_on_to_the_same_run(
     assert {path.name for path in tmp_path.glob("trial_*")} == {path.name for path in chosen_run.glob("trial_*")}
 
 
+@pytest.mark.slow
 def test_what_is_no_candidate_is_said_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = data_trees.write_folder_tree(tmp_path / "mine")
     shutil.rmtree(root / "val" / "positives")

@@ -250,6 +250,7 @@ def test_what_git_lfs_left_in_place_of_a_file_is_named(tmp_path: Path) -> None:
         run_import(ImportConfig("labelme", tmp_path / "a.json", tmp_path / "out"))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("damage", "got"),
     [(lambda _: LFS, r"model.safetensors, a git-lfs pointer"), (lambda b: b[:100], "."), (lambda _: b"", ".")],

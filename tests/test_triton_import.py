@@ -10,6 +10,7 @@ from tests.helpers import run_python
 pytestmark = pytest.mark.skipif(backend._MISSING is not None, reason=str(backend._MISSING))
 
 
+@pytest.mark.slow
 def test_importing_the_library_does_not_import_triton() -> None:
     done = run_python(
         "import sys, coarse_kernels as ck; assert 'triton' not in sys.modules\n"
@@ -34,6 +35,7 @@ def test_on_the_cpu_it_is_interpreted_and_never_chosen() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hidden", "expected"),
     [
