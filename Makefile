@@ -1,7 +1,7 @@
 # `make train` and `make test` do everything on a fresh machine with Python >= 3.10 and a C++ compiler.
 #
 #   make train       the demo: ways to train on coarse drawings of MNIST digits, under four minutes on two cores
-#   make test        the test suite, two to four minutes on two cores: all but what the next two run
+#   make test        the test suite, under three minutes on two cores: all but what the next two run
 #   make test-slow   the tests that take longer than about three seconds each: training, processes
 #   make test-kernels   CUDA kernels in an emulator and through nvcc, Triton's in its interpreter and compiler; what has not changed
 #                    since it passed is left out, ARGS=--again runs it
