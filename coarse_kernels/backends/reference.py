@@ -42,7 +42,28 @@ def interpolate(field: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
         and not torch.compiler.is_exporting()
     ):
         _warn_of_lost_gradients()
+    if field.dtype == torch.float64:
+        for axis, pixels in enumerate(size, start=2):
+            # A coordinate is ((2 i + 1) G / S - 1) / 2, at least 1 / (2 S) below the next point; that is more than half a
+            # step of float32 there while G S <= 2^23.
+            if field.shape[axis] != pixels and field.shape[axis] * pixels > 1 << 23:
+                field = _interpolate_axis(field, axis, pixels)
+        if tuple(field.shape[2:]) == tuple(size):
+            return field
     return F.interpolate(field, size=tuple(size), mode=_MODES[len(size)], align_corners=False)
+
+
+def _interpolate_axis(field: Tensor, axis: int, pixels: int) -> Tensor:
+    """Of float64, exactly: PyTorch (2.13) takes `floorf` of a coordinate in double, which far out on an axis rounds one just
+    below a point up to it, and is off by up to 2e-4 of a point."""
+    points = field.shape[axis]
+    # times 2 S, so that nothing is rounded
+    position = ((2 * torch.arange(pixels, device=field.device) + 1) * points - pixels).clamp(min=0)
+    low = torch.div(position, 2 * pixels, rounding_mode="floor")
+    weight = (position - low * 2 * pixels).to(field.dtype) / (2 * pixels)
+    weight = weight.reshape(-1, *(1,) * (field.dim() - 1 - axis))
+    high = (low + 1).clamp(max=points - 1)
+    return field.index_select(axis, low) * (1 - weight) + field.index_select(axis, high) * weight
 
 
 def _warn_of_lost_gradients() -> bool:
