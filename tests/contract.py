@@ -1,4 +1,4 @@
-"""How close to float64 a result has to be: the numbers of the numerics contract, which all tests take from here.
+"""How close to float64 a result has to be: the numbers of the numerics contract, which tests take from here, or say why not.
 
 The measure is the plain PyTorch formulation in the same dtype. Of a loss (relative to max(1, |truth|)) at most `LOSS_FACTOR`
 times its error, of a gradient (in the 2-norm) `GRADIENT_FACTOR` times, plus a floor by the dtype that logits are stored in:
@@ -33,6 +33,8 @@ EXTREME_FLOOR = 4e-3
 # Where a transition is 0 nothing bounds the quotients p / D that its gradient adds up: from logits of this scale on, which
 # are 88 apart here and there, they leave float32. A `TransitionMatrix` lets nothing of them through to its parameters.
 LARGEST_SCALE_OF_WHAT_IS_RULED_OUT = 30.0
+# Of a point of a grid that thousands of pixels read, whose shares are added in float32, and mostly cancel.
+MANY_SHARES = 1e-6
 # float16 gradients of a mean fall among its subnormals unless the loss is scaled, as documented.
 FLOAT16_LOSS_SCALE = 1024.0
 
@@ -69,6 +71,11 @@ def loss_bound(plain: float, stored: torch.dtype, scale: float = 1.0) -> float:
 
 def gradient_bound(plain: float, stored: torch.dtype, scale: float = 1.0) -> float:
     return GRADIENT_FACTOR * plain + gradient_floor(stored, scale)
+
+
+def posterior_bound(stored: torch.dtype) -> float:
+    """In the 2-norm: as far apart as two gradients may be, or one rounding to the dtype that it is returned in."""
+    return max(2 * GRADIENT_FLOOR[compute_dtype(stored)], torch.finfo(stored).eps / 2)
 
 
 def table() -> str:

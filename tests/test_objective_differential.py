@@ -14,7 +14,7 @@ from torch import Tensor
 
 import coarse_kernels as ck
 from coarse_kernels import Drawings
-from tests.contract import FLOAT16_LOSS_SCALE, compute_dtype, gradient_bound, loss_bound
+from tests.contract import FLOAT16_LOSS_SCALE, compute_dtype, gradient_bound, loss_bound, posterior_bound
 from tests.helpers import (
     SCHEDULES,
     generator,
@@ -473,8 +473,7 @@ def test_posterior_of_several(
     ours = ck.annotation_posterior(seg, drawings, backend=backend)
     truth = ck.annotation_posterior(wide, wide_drawings, backend="reference")
     assert ours.dtype == dtype
-    bound = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 4e-3}[dtype]
-    assert gradient_error(ours, truth) < bound
+    assert gradient_error(ours, truth) < posterior_bound(dtype)
 
 
 GRIDS = (

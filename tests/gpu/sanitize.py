@@ -15,6 +15,7 @@ import torch
 
 import coarse_kernels as ck
 from tests import test_objective_differential as objectives
+from tests.contract import GRADIENT_APART, GRADIENT_FLOOR, LOSS_APART
 from tests.helpers import SCHEDULES, evaluate, gradient_error, loss_error, make_problem, oracle, put, use_device
 from tests.test_objective_differential import Kind
 
@@ -56,10 +57,14 @@ def main(argv: Sequence[str]) -> int:
                 for schedule in SCHEDULES:
                     found = evaluate(problem, backend, schedule)
                     posterior = ck.annotation_posterior(problem.seg, problem.cm, problem.labels, backend=backend)
-                    bound = 2e-6 if dtype == torch.float32 else 1e-2
+                    bound = GRADIENT_APART if dtype == torch.float32 else GRADIENT_FLOOR[dtype]
                     error = max(gradient_error(g, truth.gradients[name]) for name, g in found.gradients.items())
                     runs += 1
-                    if loss_error(found.loss, truth.loss) > 1e-6 or error > bound or not posterior.isfinite().all():
+                    if (
+                        loss_error(found.loss, truth.loss) > LOSS_APART
+                        or error > bound
+                        or not posterior.isfinite().all()
+                    ):
                         wrong.append(f"{backend} {schedule} C={classes} {size} on {grid}, {dtype}: {error:.2g}")
         for classes, size, grid, kinds in OBJECTIVES:
             for dtype in (torch.float32, torch.bfloat16):
@@ -67,11 +72,11 @@ def main(argv: Sequence[str]) -> int:
                 exact = objectives.evaluate(objective, "reference", torch.float64, "one_pass", None)
                 ours = objectives.evaluate(objective, backend, None, "one_pass", None)
                 labels = ck.label_map(put(objective.seg), size, backend=backend)
-                bound = 2e-6 if dtype == torch.float32 else 1e-2
+                bound = GRADIENT_APART if dtype == torch.float32 else GRADIENT_FLOOR[dtype]
                 error = max(gradient_error(g, exact.gradients[name]) for name, g in ours.gradients.items())
                 runs += 1
                 if (
-                    loss_error(ours.losses["loss"], exact.losses["loss"]) > 1e-6
+                    loss_error(ours.losses["loss"], exact.losses["loss"]) > LOSS_APART
                     or error > bound
                     or labels.max() >= classes
                 ):
