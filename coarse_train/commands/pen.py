@@ -13,8 +13,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from .. import is_background
 from ..data import open_split
@@ -151,6 +149,9 @@ def save_picture(
     each: bool = False,
 ) -> None:
     """``pairs``: name, drawing, mask."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second of every command's start
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 2.6 * len(pairs) + 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = np.asarray(figure.subfigures(2, 1, height_ratios=(2.6 * len(pairs), 3.2)))

@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
 import torch
 import tyro
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from ..config import FitConfig, load_toml
@@ -156,6 +153,10 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
 
 def _draw(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bytes:
     """Curves over the steps. No text of the user's is in them: matplotlib reads some of it as formulas."""
+    import matplotlib  # half a second of every command's start
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(5.2, 2.6), layout="constrained")
     axis = figure.subplots()
     for name, (colour, dash) in zip(names, _STYLES, strict=False):

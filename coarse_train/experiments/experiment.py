@@ -24,17 +24,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
 import tyro
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from ..config import FitConfig
 from ..run import write_text
 from .cell import Cell, Scores, read_scores, write_scores
 from .table import Row, Summary, config_of, read_results, run_table, text, write_results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Name = Literal["noise-map", "few-masks", "select", "negatives", "annotators", "sanity", "trace-weight", "structure"]
 EXPERIMENTS = {name: name.replace("-", "_") for name in get_args(Name)}  # name -> module
@@ -164,6 +165,9 @@ def run_experiment(config: ExperimentConfig) -> list[Result]:
         if out.is_dir() and not config.quick:
             write_scores(out)
     verdicts = experiment.conclude(results)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second of every command's start
+    from matplotlib.figure import Figure
+
     figure = Figure(layout="constrained")
     FigureCanvasAgg(figure)
     experiment.draw(results, figure)

@@ -8,8 +8,8 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import scipy
 from PIL import Image
-from scipy import ndimage
 
 from ..data import Source
 from ..simulate import generator_for
@@ -50,4 +50,4 @@ def write_map(folder: Path, source: Source, name: str, labels: np.ndarray) -> No
 def widened(mask: np.ndarray, label: int, radius: float) -> np.ndarray:
     """Where a round pen of this radius draws when it follows the outlines of a class."""
     region = mask == label
-    return np.asarray(ndimage.distance_transform_edt(~region) <= radius) if region.any() else region
+    return np.asarray(scipy.ndimage.distance_transform_edt(~region) <= radius) if region.any() else region

@@ -8,9 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from ..data import IGNORE, Record, Source, open_split
 from ..inference import load_model
@@ -24,6 +21,10 @@ _SHOWN = 4
 
 def save_figure(path: Path, cells: Sequence[Cell], task: str) -> None:
     """Of the first seed. Without the row coarse_both: the scores alone."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second of every command's start
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
     first = {cell.method: cell for cell in reversed(cells)}
     figure = Figure(figsize=(14, 2.0 * _SHOWN + 5.2 if "coarse_both" in first else 4), layout="constrained")
     FigureCanvasAgg(figure)

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-from scipy import ndimage, optimize
+import scipy
 
 from .. import IGNORE, is_background
 from ..label_maps import check_pair
@@ -254,10 +254,10 @@ def count(drawing: np.ndarray, mask: np.ndarray, num_classes: int) -> np.ndarray
         region = mask == label
         if region.all():
             continue
-        numbers, objects = ndimage.label(region, structure=np.ones((3, 3)))
-        outside, (rows, columns) = ndimage.distance_transform_edt(~region, return_indices=True)
+        numbers, objects = scipy.ndimage.label(region, structure=np.ones((3, 3)))
+        outside, (rows, columns) = scipy.ndimage.distance_transform_edt(~region, return_indices=True)
         nearest = numbers[rows, columns]
-        level = np.where(region, 1 - np.ceil(ndimage.distance_transform_edt(region)), np.ceil(outside))
+        level = np.where(region, 1 - np.ceil(scipy.ndimage.distance_transform_edt(region)), np.ceil(outside))
         near = known & (level <= LARGEST + 1)
         on = _shares(drawing, nearest, near & region, objects)
         contrast = on - _shares(drawing, nearest, near & ~region, objects)
@@ -346,7 +346,7 @@ def _fit(counts: np.ndarray) -> _Fit:
     if not len(seen):
         return _Fit(np.zeros(_LEVELS), None, 0.0)
     pixels = counts[seen, 0].astype(np.float64)
-    share = optimize.isotonic_regression(counts[seen, 1] / pixels, weights=pixels, increasing=False).x
+    share = scipy.optimize.isotonic_regression(counts[seen, 1] / pixels, weights=pixels, increasing=False).x
     drawn = share[
         np.searchsorted(seen, np.arange(_LEVELS)).clip(max=len(seen) - 1)
     ]  # of a level without pixels: as beyond

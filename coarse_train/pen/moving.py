@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from .. import IGNORE, is_background
 from ..storage import read_text
@@ -73,18 +73,18 @@ def half_width(region: np.ndarray) -> float | None:
     """Half of the width of the thinnest strokes of a (H, W) boolean region, in pixels: a tenth of its middle lines, the ridges
     of the distance to what is not in it, are thinner. Middle lines nearer to the image's border than to what is not in the
     region do not count, since nobody sees how the stroke goes on. None where there are no others."""
-    box = ndimage.find_objects(region.astype(np.uint8))
+    box = scipy.ndimage.find_objects(region.astype(np.uint8))
     if not box:
         return None
     place = tuple(slice(max(0, one.start - 1), one.stop + 1) for one in box[0])
     own = region[place]
     if own.all():
         return None
-    depth = ndimage.distance_transform_edt(own)
+    depth = scipy.ndimage.distance_transform_edt(own)
     rows, columns = (np.arange(part.start, part.start + n) for part, n in zip(place, own.shape, strict=True))
     height, width = region.shape
     border = np.minimum.outer(np.minimum(rows, height - 1 - rows), np.minimum(columns, width - 1 - columns)) + 1
-    ridge = own & (depth == ndimage.maximum_filter(depth, 3)) & (depth <= border)
+    ridge = own & (depth == scipy.ndimage.maximum_filter(depth, 3)) & (depth <= border)
     return float(np.quantile(depth[ridge], _THIN)) if ridge.any() else None
 
 
@@ -111,7 +111,7 @@ def undo(drawing: np.ndarray, pen: Pen) -> np.ndarray:
     table[: len(pen.radii)] = pen.radii_of(drawing)
     own = table[drawing]
     result, settled = drawing.copy(), np.zeros(drawing.shape, bool)
-    boxes = ndimage.find_objects(drawing.astype(np.int16) + 1, max_label=256)  # of each label
+    boxes = scipy.ndimage.find_objects(drawing.astype(np.int16) + 1, max_label=256)  # of each label
     labels = sorted(np.unique(drawing).tolist(), key=lambda label: (-abs(table[label]), -table[label]))
     for radius, of_radius in groupby(labels, key=lambda label: float(table[label])):
         # of another class with the opposite radius the same move is asked for
@@ -119,7 +119,7 @@ def undo(drawing: np.ndarray, pen: Pen) -> np.ndarray:
         if radius == 0 or not lower.any():
             continue
         if radius > 0:  # one answer for all classes of the radius: none of them is beside another
-            distance, (rows, columns) = ndimage.distance_transform_edt(~lower, return_indices=True)
+            distance, (rows, columns) = scipy.ndimage.distance_transform_edt(~lower, return_indices=True)
             inner, outer = (distance <= radius) & ~settled, drawing[rows, columns]
         for label in of_radius:
             # all that can change, and all that decides it
@@ -156,13 +156,11 @@ def _around(box: tuple[slice, ...], margin: float, shape: tuple[int, ...]) -> tu
 def _proven(left: np.ndarray, unknown: np.ndarray, moved: np.ndarray, radius: float) -> np.ndarray:
     """Pixels of ``left`` without which the outline would not have come so far: one of ``moved`` has no other of them within
     ``radius``, none of ``unknown``, and not the border of the image, beyond which may be others."""
-    from scipy import signal  # takes half a second, and few runs come here
-
     reach = min(int(radius), max(left.shape))
     squares = np.arange(-reach, reach + 1) ** 2
     disc = np.sqrt(np.add.outer(squares, squares)) <= radius  # as distances are computed
     candidates = np.pad(left | unknown, reach, constant_values=True).astype(np.float32)
-    within = np.rint(signal.oaconvolve(candidates, disc.astype(np.float32), mode="valid"))
+    within = np.rint(scipy.signal.oaconvolve(candidates, disc.astype(np.float32), mode="valid"))
     return left & (_distance(moved & (within == 1)) <= radius)
 
 
@@ -170,7 +168,7 @@ def _distance(where: np.ndarray) -> np.ndarray:
     """Of each pixel to the nearest one of ``where``; far where there is none."""
     if not where.any():
         return np.full(where.shape, np.inf)
-    return np.asarray(ndimage.distance_transform_edt(~where))
+    return np.asarray(scipy.ndimage.distance_transform_edt(~where))
 
 
 def read_pen(path: Path, names: Sequence[str]) -> Pen:

@@ -17,7 +17,7 @@ from math import sqrt
 from zlib import crc32
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from .. import IGNORE
 from ..label_maps import check_labels
@@ -93,10 +93,12 @@ class _Scene:
         numbers, classes = _components(mask) if objects is None else _given(objects, mask)
         speck = np.bincount(numbers.ravel(), minlength=len(classes)) < _SPECK * mask.size
         if speck[numbers].any() and not speck[numbers].all():
-            rows, columns = ndimage.distance_transform_edt(speck[numbers], return_distances=False, return_indices=True)
+            rows, columns = scipy.ndimage.distance_transform_edt(
+                speck[numbers], return_distances=False, return_indices=True
+            )
             numbers = numbers[rows, columns]
         areas = np.bincount(numbers.ravel(), minlength=len(classes))
-        boxes = ndimage.find_objects(numbers)
+        boxes = scipy.ndimage.find_objects(numbers)
         order = np.argsort(-areas, kind="stable").tolist()
         order = [n for n in order if areas[n] and classes[n] not in (IGNORE, background)]
         self.numbers, self.depth = numbers, _depth(numbers)
@@ -110,7 +112,7 @@ def _components(mask: np.ndarray) -> tuple[np.ndarray, list[int]]:
     numbers = np.zeros(mask.shape, np.int32)
     classes: list[int] = [IGNORE]
     for label in np.unique(mask):
-        components, count = ndimage.label(mask == label, structure=np.ones((3, 3)))
+        components, count = scipy.ndimage.label(mask == label, structure=np.ones((3, 3)))
         numbers += np.where(components > 0, components + (len(classes) - 1), 0).astype(np.int32)
         classes += [int(label)] * count
     return numbers, classes
@@ -137,7 +139,7 @@ def _depth(numbers: np.ndarray) -> np.ndarray:
     edge[:-1] |= down
     if not edge.any():
         return np.full(numbers.shape, max(numbers.shape) / 2, np.float32)
-    return ndimage.distance_transform_edt(~edge).astype(np.float32) + 1
+    return scipy.ndimage.distance_transform_edt(~edge).astype(np.float32) + 1
 
 
 def _paint(
@@ -191,9 +193,9 @@ def _window(box: tuple[slice, ...], area: float, margin: int, shape: tuple[int, 
 def _near(where: np.ndarray, distance: float) -> np.ndarray:
     """``where`` and what is at most ``distance`` from it; below 0, what is further than that inside it."""
     if distance < 0:
-        depth = np.asarray(ndimage.distance_transform_edt(where))
+        depth = np.asarray(scipy.ndimage.distance_transform_edt(where))
         return where & (depth > min(-distance, depth.max() - 1))  # the thinnest pen still leaves a line
-    return ndimage.distance_transform_edt(~where) <= distance if distance and where.any() else where
+    return scipy.ndimage.distance_transform_edt(~where) <= distance if distance and where.any() else where
 
 
 def _shares(areas: np.ndarray, total: float, balance: float, most: float) -> np.ndarray:
@@ -214,7 +216,7 @@ def _fill(layer: np.ndarray, mask: np.ndarray, count: int) -> None:
     empty = (layer == IGNORE) & (mask != IGNORE)
     if count <= 0 or not empty.any() or not (layer != IGNORE).any():
         return
-    distance, (rows, columns) = ndimage.distance_transform_edt(layer == IGNORE, return_indices=True)
+    distance, (rows, columns) = scipy.ndimage.distance_transform_edt(layer == IGNORE, return_indices=True)
     places = np.flatnonzero(empty)
     places = places[np.argsort(distance.ravel()[places], kind="stable")[:count]]
     layer.ravel()[places] = layer[rows.ravel()[places], columns.ravel()[places]]

@@ -12,8 +12,8 @@ from math import ceil, pi, sqrt
 
 import contourpy
 import numpy as np
+import scipy
 from PIL import Image, ImageDraw
-from scipy import ndimage, sparse
 
 # Of a region's size: nothing is drawn further out. Dilated goes 0.09 times an uneven factor, mostly below 2.
 REACH = 0.25
@@ -44,7 +44,7 @@ def eroded(region: np.ndarray, depth: np.ndarray, area: float, pen: float, rng: 
 def dilated(region: np.ndarray, depth: np.ndarray, area: float, pen: float, rng: np.random.Generator) -> np.ndarray:
     """Too wide all round; where less area is wanted, unfinished."""
     reach = max(1.0, rng.uniform(0.03, 0.09) * size_of(region, depth))
-    wide = ndimage.distance_transform_edt(~region) <= reach * _uneven(region.shape, rng)
+    wide = scipy.ndimage.distance_transform_edt(~region) <= reach * _uneven(region.shape, rng)
     return wide if area > 0.8 * region.sum() else fractured(wide, depth, area, pen, rng)
 
 
@@ -52,7 +52,7 @@ def polygon(region: np.ndarray, depth: np.ndarray, area: float, pen: float, rng:
     """A few straight edges around the inside; holes that are small beside the region are not left out."""
     size = size_of(region, depth)
     inside = eroded(region, depth, area, pen, rng)
-    holes, count = ndimage.label(~inside)
+    holes, count = scipy.ndimage.label(~inside)
     areas = np.bincount(holes.ravel(), minlength=count + 1)
     edge = np.concatenate([holes[0], holes[-1], holes[:, 0], holes[:, -1]])
     filled = areas < 0.1 * size**2
@@ -107,7 +107,7 @@ def scribble(region: np.ndarray, depth: np.ndarray, area: float, pen: float, rng
         if length < 1.5 * pen and drawn.any():
             break
         start = int(rng.choice(len(nodes), p=attraction / attraction.sum()))
-        reach, before = sparse.csgraph.dijkstra(graph, indices=start, return_predecessors=True)
+        reach, before = scipy.sparse.csgraph.dijkstra(graph, indices=start, return_predecessors=True)
         reach[~np.isfinite(reach)] = 0
         path = [int(rng.choice(np.flatnonzero(reach >= np.quantile(reach, 0.7))))]
         while path[-1] != start:
@@ -117,7 +117,7 @@ def scribble(region: np.ndarray, depth: np.ndarray, area: float, pen: float, rng
         drawn = np.asarray(canvas)
         taken = np.hypot(*(nodes[:, None] - line).transpose(2, 0, 1)).min(1) < 2 * pen
         attraction[taken] *= 0.05
-        detour = sparse.diags_array(np.where(taken, 2.0, 1.0))
+        detour = scipy.sparse.diags_array(np.where(taken, 2.0, 1.0))
         graph = (detour @ graph @ detour).tocsr()
     return drawn if drawn.any() else region & (depth >= depth[region].max())
 
@@ -156,7 +156,7 @@ def _uneven(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
 def _smoothed(shape: np.ndarray, sigma: float) -> np.ndarray:
     if sigma < 0.5:
         return shape
-    return ndimage.gaussian_filter(shape.astype(np.float32), sigma, mode="nearest", truncate=2.5) > 0.5
+    return scipy.ndimage.gaussian_filter(shape.astype(np.float32), sigma, mode="nearest", truncate=2.5) > 0.5
 
 
 def _simplified(shape: np.ndarray, size: float, rng: np.random.Generator) -> np.ndarray:
@@ -208,7 +208,7 @@ def douglas_peucker(loop: np.ndarray, tolerance: float) -> np.ndarray:
     return points[sorted(kept)]
 
 
-def _ridge(region: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray, sparse.csr_matrix]:
+def _ridge(region: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray, scipy.sparse.csr_matrix]:
     """A graph to plan strokes on: positions (n, 2) as x, y, their depth (n,), and (n, n) costs between neighbours, which
     are small where it is deep. A node is the deepest pixel of a cell, so that what is connected stays so."""
     cell = ceil(max(region.shape) / _GRID)
@@ -231,7 +231,7 @@ def _ridge(region: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarra
     source, target = np.concatenate(sources), np.concatenate(targets)
     length = np.hypot(*(nodes[source] - nodes[target]).T)
     cost = length / np.minimum(values[source], values[target])
-    graph = sparse.coo_matrix((cost, (source, target)), (len(nodes),) * 2).tocsr()
+    graph = scipy.sparse.coo_matrix((cost, (source, target)), (len(nodes),) * 2).tocsr()
     return nodes, values, graph + graph.T
 
 
@@ -244,9 +244,9 @@ def _by_hand(path: np.ndarray, depth: np.ndarray, length: float, rng: np.random.
     start = rng.uniform(0, along[-1] - length)
     count = int(np.clip(length, 2, 40))
     at = np.linspace(start, start + length, count)
-    smooth = ndimage.gaussian_filter1d(path, max(1.0, len(path) / 8), axis=0, mode="nearest")
+    smooth = scipy.ndimage.gaussian_filter1d(path, max(1.0, len(path) / 8), axis=0, mode="nearest")
     line = np.stack([np.interp(at, along, smooth[:, axis]) for axis in (0, 1)], 1)
-    waver = ndimage.gaussian_filter1d(rng.normal(0, 1, (count, 2)), max(1.0, count / 7), axis=0)
+    waver = scipy.ndimage.gaussian_filter1d(rng.normal(0, 1, (count, 2)), max(1.0, count / 7), axis=0)
     waver *= np.minimum(0.2 * np.interp(at, along, depth), 0.06 * length)[:, None] / (waver.std() + 1e-9)
     return line + waver
 
