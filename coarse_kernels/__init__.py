@@ -11,9 +11,6 @@ Equations: `help(coarse_kernels.functional)`. What was built: `python -m coarse_
 from .backends import available_backends, use_backend
 from .confusion import ConfusionHead, confusion_logits
 from .functional import (
-    AnnotationLoss,
-    CoarseLabelLoss,
-    Objective,
     annotation_nll,
     annotation_objective,
     annotation_posterior,
@@ -24,6 +21,7 @@ from .functional import (
 from .modules import AnnotationNLL, AnnotationObjective, CoarseLabelCriterion, TransitionMatrix
 from .pool import empty_pool, pool_bytes, set_pool_limit
 from .problem import Drawings
+from .results import AnnotationLoss, CoarseLabelLoss, Objective
 from .schedule import use_schedule
 from .transition import estimate_transition, uniform_transition
 from .version import __version__

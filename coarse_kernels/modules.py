@@ -9,15 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, wrapped
-from .functional import (
-    AnnotationLoss,
-    CoarseLabelLoss,
-    Objective,
-    annotation_nll,
-    annotation_objective,
-    coarse_label_loss,
-)
+from .functional import annotation_nll, annotation_objective, coarse_label_loss
 from .problem import Drawings, compute_dtype
+from .results import AnnotationLoss, CoarseLabelLoss, Objective
 from .transition import estimate_transition, uniform_transition
 
 

@@ -93,7 +93,7 @@ def conclude(results: Sequence[Result]) -> list[str]:
                 f"{' and '.join(leads)} over keeping it."
             )
         if "vessel" in result.cells[0].iou:
-            told_of = ("pen", *BY_IMAGE, "finetune", "masks", "drawings", "supervised")
+            told_of = ("pen", *BY_IMAGE, *reversed(OTHERS), "drawings", "supervised")
             dice = {row: _dice(result, row) for row in told_of if row in means}
             told = ", ".join(f"{row} {value:.1f}" for row, value in dice.items())
             sentences.append(f"{result.title}: Dice of vessels: {told}.")
