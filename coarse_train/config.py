@@ -232,9 +232,9 @@ class FitConfig:
     both, or fine-tuning on these masks; then the checkpoint. Nothing else is done with them, unless fine-tuning wins: they are
     learned from then, and the last step counts. 0: masks choose nothing, the last step counts."""
     select_steps: int | None = None
-    """Steps after which the masks keep three of up to six candidates, fine-tuning and the best two; those go on, and the best
-    of them at the end is the run. Without it a fifth of the run; as many as `steps`: all go on to the end. 0: masks choose
-    the checkpoint alone."""
+    """Steps after which the masks keep some of up to six candidates: fine-tuning and the best two, or, where outlines may be
+    moved, fine-tuning, those with moved outlines and the best of the others. They go on, and the best of them at the end is the
+    run. Without it a fifth of the run; as many as `steps`: all go on to the end. 0: masks choose the checkpoint alone."""
 
 
 RECIPES = Path(__file__).parent / "recipes"
