@@ -113,7 +113,7 @@ def run_rounds(
 
 def _best(scores: dict[str, float], found: dict[str, FitConfig], count: int) -> list[str]:
     """Thick drawings that are moved back label less, and those of thin ones more: it is learned later, or sooner, whatever it
-    is worth. After 120 of 600 steps ten masks put thick ones that were moved back 7 to 27 points behind the best of the
+    is worth. After 120 of 600 steps ten masks put thick ones that were moved back up to 27 points behind the best of the
     others, and at the end 23 to 26 ahead (docs/experiments/index.md)."""
     ranked = sorted(scores, key=lambda name: -scores[name])
     moved = [name for name in ranked if found[name].positive.pen is not None]
