@@ -254,7 +254,7 @@ class _Exported(nn.Module):
         return loss, posterior, ck.label_map(logits, labels.shape[1:], backend=self.backend)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_exported_program_computes_what_the_module_does(backend: str, tmp_path: Path) -> None:

@@ -196,6 +196,7 @@ def test_a_gradient_outlives_the_end_of_the_interpreter() -> None:
     assert (done.stdout.strip(), done.returncode) == ("made", 0)
 
 
+@pytest.mark.slow
 def test_compiled_steps_reuse_it_too() -> None:
     seg, cm, labels = inputs()
     step = torch.compile(lambda s, a: ck.annotation_nll(s, a, labels, backend="cpu").loss * 2.0, backend="aot_eager")

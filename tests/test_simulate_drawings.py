@@ -419,6 +419,7 @@ def test_an_honest_negative_never_names_what_is_there(name: str) -> None:
     assert not (negative == mask).any()
 
 
+@pytest.mark.slow
 def test_wrong_negatives_are_as_many_as_asked_for() -> None:
     """Less than the nominal 0.3, since what is drawn too wide is right beside the region."""
     process = level("coarse", 8, error=0.3)

@@ -249,6 +249,7 @@ def test_transparent_pixels_are_counted_as_no_number(root: Path) -> None:
     assert sum(facts.pixels["mask"]) == facts.drawn["mask"] == 0
 
 
+@pytest.mark.slow
 def test_a_name_that_is_no_utf8_is_shown_as_far_as_it_can_be(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = os.fsdecode(b"b\xe4r$a_$.png")
     for kind in ("images", "masks", "positives"):

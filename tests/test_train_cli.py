@@ -85,7 +85,7 @@ def test_simulate_says_what_to_do_with_the_drawings(tmp_path: Path, capsys: pyte
     ]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["check", "simulate", "pen"])
 def test_the_option_that_a_message_names_is_one_of_the_command(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -221,7 +221,7 @@ def test_few_masks_names_the_best_use_of_both_sides() -> None:
     one, nothing, dice = few_masks.conclude([result("thick, 10 masks", scores)])
     assert "the best row with a matrix or a pen, pen, has 80.0, the best without, corrector, 75.0 (+5.0)" in one
     assert "given to what lies there (pen), +1.0 over saying nothing" in nothing
-    assert "pen 88.9, finetune 82.4" in dice  # 2 I / (1 + I)
+    assert "pen 88.9, corrector 85.7, finetune 82.4, masks 75.0" in dice  # 2 I / (1 + I)
     scores |= {"pen_alone": 81.0, "pen_doubt": 82.5, "pen_doubt_alone": 80.0}
     one, _, doubt, _ = few_masks.conclude([result("thick, 10 masks", scores)])
     assert "pen_doubt, has 82.5" in one

@@ -340,6 +340,7 @@ def test_segformer_from_scratch() -> None:
         build_segmentation(ModelConfig(network="segformer"), 4, 5)
 
 
+@pytest.mark.slow
 def test_segformer_from_a_local_folder(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_sizes": [8, 8, 8, 8], "num_attention_heads": [1, 1, 1, 1], "depths": [1, 1, 1, 1]}

@@ -105,6 +105,7 @@ def test_every_kind_of_run_can_be_resumed_from_its_own_config(tmp_path: Path, ch
     assert last["step"] == 6
 
 
+@pytest.mark.slow
 def test_tensorboard_has_every_step_once_and_the_pictures(tmp_path: Path) -> None:
     config = _config(tmp_path / "run", save_every=4, pictures=3)
     stop_after_folder = config.out
