@@ -104,7 +104,8 @@ def run_rounds(
             )
         names = [name for name in found if end == config.steps or name not in late]
         if rounds:
-            names = [*_best(rounds[-1].scores, found, _FINALISTS - len(late)), *late]
+            judged = {name: score for name, score in rounds[-1].scores.items() if name not in late}
+            names = [*_best(judged, found, _FINALISTS - len(late)), *late]
         rounds.append(Round(end, {name: _score(found[name], splits, end, _trial(config, name), fit) for name in names}))
         if world.is_main:
             write_content(config, rounds)

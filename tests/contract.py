@@ -75,7 +75,8 @@ def gradient_bound(plain: float, stored: torch.dtype, scale: float = 1.0) -> flo
 
 def posterior_bound(stored: torch.dtype) -> float:
     """In the 2-norm: as far apart as two gradients may be, or one rounding to the dtype that it is returned in."""
-    return max(2 * GRADIENT_FLOOR[compute_dtype(stored)], torch.finfo(stored).eps / 2)
+    own = GRADIENT_APART if compute_dtype(stored) == torch.float32 else GRADIENT_FLOOR[torch.float64]
+    return max(own, torch.finfo(stored).eps / 2)
 
 
 def table() -> str:

@@ -39,7 +39,7 @@ def test_every_command_lists_its_options(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.slow
 def test_a_command_that_does_not_train_does_not_wait_for_what_training_alone_needs() -> None:
     """Half of the time until ``coarse-train --help`` answers was theirs."""
-    lazy = ("torch.distributed.tensor", "scipy.signal", "scipy.ndimage", "scipy.optimize", "matplotlib")
+    lazy = ("torch.distributed.tensor", "scipy.signal", "scipy.ndimage", "scipy.optimize", "scipy.sparse", "matplotlib")
     code = f"import sys, coarse_train.cli; print([m for m in {lazy} if m in sys.modules])"
     done = run_python(code)
     assert done.stdout.split() == ["[]"], done.stdout + done.stderr
