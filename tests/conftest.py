@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "kernels: of kernels that no CPU runs as they are, tests/kernels.py; make test-kernels"
     )
     config.addinivalue_line(
-        "markers", "sampled(n): of its cases make test runs one in n, and make test-slow the others"
+        "markers", "sampled(n): of its cases (of each backend) make test runs one in n, and make test-slow the others"
     )
     config.addinivalue_line("markers", "fused: once per fused backend of the collecting module's DEVICE, as `backend`")
     config.addinivalue_line("markers", "every: the same, and on the CPU the reference as well")
@@ -49,13 +49,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test of each backend is one of the kernels where that backend is emulated or interpreted; of one that is sampled most
     cases are slow."""
-    sampled: dict[str, list[pytest.Item]] = {}
+    sampled: dict[tuple[str, object], list[pytest.Item]] = {}
     for item in items:
         case = getattr(item, "callspec", None)
         if case is not None and case.params.get("backend") in (cuda_emulation.NAME, "triton"):
             item.add_marker("kernels")
         elif item.get_closest_marker("sampled") and not item.get_closest_marker("slow"):
-            sampled.setdefault(item.nodeid.partition("[")[0], []).append(item)
+            backend = None if case is None else case.params.get("backend")
+            sampled.setdefault((item.nodeid.partition("[")[0], backend), []).append(item)
     for cases in sampled.values():
         marker = cases[0].get_closest_marker("sampled")
         assert marker is not None

@@ -69,6 +69,9 @@ def test_one_case_in_n_of_what_is_sampled_is_fast_and_the_others_are_slow() -> N
     again = [_Case(str(number), "cpu", {"sampled": (4,)}) for number in reversed(range(10))]
     conftest.pytest_collection_modifyitems(again)  # type: ignore[arg-type]
     assert {case.nodeid for case in again if "slow" not in case.marks} == {case.nodeid for case in fast}
+    both = [_Case(str(number), backend, {"sampled": (4,)}) for backend in ("cpu", "reference") for number in range(3)]
+    conftest.pytest_collection_modifyitems(both)  # type: ignore[arg-type]
+    assert [case.callspec.params["backend"] for case in both if "slow" not in case.marks] == ["cpu", "reference"]
     alone = [_Case("0", "cpu", {"sampled": (4,)})]
     conftest.pytest_collection_modifyitems(alone)  # type: ignore[arg-type]
     assert "slow" not in alone[0].marks  # of few cases, or one that was asked for, one runs

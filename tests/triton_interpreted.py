@@ -393,8 +393,9 @@ def test_dtypes_of_trusted_kinds(dtype: torch.dtype, place: str) -> None:
 def test_logit_scale_of_trusted_kinds(classes: int, scale: float, place: str) -> None:
     size, grid = PLACES[place]
     kinds = drawn(classes, size, "positive", "random", "uniform")
-    # not learnt: 1 / D leaves float32's range
-    assert_as_good_as_reference(logits(classes, grid, scale=scale), kinds, scale=scale, learn=False)
+    # not learnt: 1 / D leaves float32's range. At the pixels logits are exact, however large; between points they are rounded.
+    allowed = scale if place == "odd" else 1.0
+    assert_as_good_as_reference(logits(classes, grid, scale=scale), kinds, scale=allowed, learn=False)
 
 
 @pytest.mark.parametrize("place", ["pixels", "odd"])
