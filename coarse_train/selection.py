@@ -16,7 +16,6 @@ from typing import Any, get_args
 
 import numpy as np
 
-from . import IGNORE
 from .config import FitConfig, Measured, from_dict, to_dict
 from .criterion import open_transition
 from .data import FolderNotFound, Source, Subset, open_split
@@ -24,7 +23,7 @@ from .data.segmentation import NO_DRAWINGS, pairs_of
 from .distributed import World
 from .pen import measure, to_json
 from .run import check_same_run, is_run, write_text
-from .trials import Selection, Splits, adopt, read_content, read_selection, run_rounds, write_content
+from .trials import Selection, Splits, adopt, labelled, read_content, read_selection, run_rounds, write_content
 
 _FINE_TUNING = "fine-tuning on the masks"
 _CLOSE = 2.0  # points of mean IoU: a lead that another choice of masks may turn round
@@ -129,8 +128,9 @@ def choose(
     """The config of the best candidate on ``select_with`` masks, and how they did.
 
     As it came, and None, unless masks may choose and there is something to choose. What the candidate has learned is in the run
-    folder then, for the run to go on from. Fine-tuning on the masks is scored by cross-validation over them in two folds, never
-    on what was learned from, and still has to be run. selection.json in the run folder tells a resumed run how far it came.
+    folder then, for the run to go on from. Fine-tuning on the masks is scored by cross-validation over them, never on what was
+    learned from, and has then learned from the drawings alone. selection.json in the run folder tells a resumed run how far it
+    came.
     """
     present = kinds_of_drawings(config, train)
     if config.data.supervision == "drawings" and not present:
@@ -147,7 +147,7 @@ def choose(
         return adopt(*taken, world), taken[1]
     if not config.resume and world.is_main:
         for folder in config.out.glob("trial_*"):  # as above; a run that makes no trials has none to clear away
-            if is_run(folder) or is_run(folder / "fold_0"):  # else it is none of ours
+            if is_run(folder):  # else it is none of ours
                 shutil.rmtree(folder, ignore_errors=True)
     splits = open_splits(config, train)
     assert splits.validation is not None
@@ -156,12 +156,16 @@ def choose(
         pen, why_not = _measured(config, splits.validation, config.out / "pen.json", world)
         left_out += [f"outlines moved back: {why_not}"] if why_not else []
     found = candidates(config, present, pen=pen, estimable=_estimable(config, train, present))
-    halves = _labelled_in_both_halves(splits.validation)
-    if _FINE_TUNING in found and (not halves or config.steps < 2):
+    with_labels = len(labelled(splits.validation))
+    if not with_labels:
+        raise ValueError(
+            f"select_with: expected masks with labelled pixels to choose by, got {len(splits.validation)} without"
+        )
+    if _FINE_TUNING in found and (with_labels < 2 or config.steps < 2):
         del found[_FINE_TUNING]
         why = (
-            "no two halves of them, to learn from and to score, have labels"
-            if not halves
+            "one alone has labels, which is either learned from or scored"
+            if with_labels < 2
             else "a step has no two phases"
         )
         left_out.append(f"{_FINE_TUNING}: {why}")
@@ -180,14 +184,6 @@ def choose(
             config=to_dict(chosen),
         )
     return adopt(chosen, selection, world), selection
-
-
-def _labelled_in_both_halves(masks: Source) -> bool:
-    """Raises ValueError where no mask has a labelled pixel."""
-    labelled = {k for k in range(len(masks)) if (mask := masks.load(k).mask) is not None and (mask != IGNORE).any()}
-    if not labelled:
-        raise ValueError(f"select_with: expected masks with labelled pixels to choose by, got {len(masks)} without")
-    return len({k % 2 for k in labelled}) == 2
 
 
 def _estimable(config: FitConfig, train: Source, present: tuple[str, ...]) -> bool:

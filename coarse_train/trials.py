@@ -5,7 +5,8 @@ selection.json in the run folder says how far they came, for a run that was stop
     rounds, given          after each round: the scores so far, and the config that they are for
     chosen, config, ...    when a candidate has been taken
 
-Trials are runs like any other, in folders of their own, trial_NAME.
+Trials are runs like any other, in folders of their own, trial_NAME. That of fine-tuning ends with the drawings, and has others
+below it, fold_K_of_N, that go on with some of the masks each.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from . import IGNORE
 from .config import FitConfig, from_dict, to_dict
 from .data import Source, Subset
 from .distributed import World
-from .run import check_same_run, load, save, write_config, write_text
+from .inference import load_model, score
+from .metrics import ConfusionMeter
+from .run import check_same_run, describe_data, load, save, write_config, write_text
+from .schedule import plan_phases
 
 _FINALISTS = 3  # of drawings as they are; two cost 1 to 3 points more, a fourth saves 0.1: docs/experiments/index.md
+_FOLDS = 5  # of the masks that fine-tuning learns from: with two, and half of them, it was up to 13 points worse than with all
 
 
 class Splits(NamedTuple):
@@ -106,7 +110,9 @@ def run_rounds(
         if rounds:
             judged = {name: score for name, score in rounds[-1].scores.items() if name not in late}
             names = [*_best(judged, found, _FINALISTS - len(late)), *late]
-        rounds.append(Round(end, {name: _score(found[name], splits, end, _trial(config, name), fit) for name in names}))
+        rounds.append(
+            Round(end, {name: _score(found[name], splits, end, _trial(config, name), world, fit) for name in names})
+        )
         if world.is_main:
             write_content(config, rounds)
     return rounds
@@ -141,20 +147,55 @@ def _trial(config: FitConfig, name: str) -> Path:
     return config.out / f"trial_{name.replace(', ', '_').replace(' ', '_')}"
 
 
-def _score(row: FitConfig, splits: Splits, until: int, folder: Path, fit: Callable[..., Any]) -> float:
+def _score(row: FitConfig, splits: Splits, until: int, folder: Path, world: World, fit: Callable[..., Any]) -> float:
     """Mean IoU of the candidate after the step ``until`` of its run, which a later call takes up there."""
     trial = replace(row, out=folder, select_steps=0, resume=True)
     if row.data.dense_split != "val":
         return float(fit(trial, splits, until=until).last_score)
-    masks = splits.validation
-    assert masks is not None
-    halves = [Subset(masks, range(part, len(masks), 2)) for part in (0, 1)]
-    found = []
-    for number, (learned, scored) in enumerate((halves, halves[::-1])):
+    assert splits.validation is not None
+    return _cross_validated(trial, splits.train, splits.validation, until, world, fit)
+
+
+def _cross_validated(
+    trial: FitConfig, train: Source, masks: Source, until: int, world: World, fit: Callable[..., Any]
+) -> float:
+    """Mean IoU of fine-tuning on ``masks``, each of which is predicted by a run that has learned from others of them alone.
+    Pixels of all are counted together, as for a candidate that learns from none.
+
+    What comes first, the drawings, knows no mask. It is learned once, by what is the run itself if this is chosen, and each
+    fold goes on from there.
+    """
+    fit(trial, Splits(train, None, masks), until=plan_phases(trial, train, masks)[0].last)
+    known, meter = labelled(masks), ConfusionMeter(len(train.classes))
+    folds = min(_FOLDS, len(known))
+    for number in range(folds):
+        scored = known[number::folds]
+        learned = Subset(masks, [index for index in range(len(masks)) if index not in scored])
         data = replace(trial.data, dense_images=len(learned))
-        fold = replace(trial, data=data, out=folder / f"fold_{number}", select_with=0, select_steps=None)
-        found.append(float(fit(fold, Splits(splits.train, scored, learned), until=until).last_score))
-    return float(np.mean(found))
+        out = trial.out / f"fold_{number + 1}_of_{folds}"
+        fold = replace(trial, data=data, out=out, select_with=0, select_steps=None)
+        if world.is_main and not (out / "last.pt").exists():
+            _branch(trial.out / "last.pt", fold, train, learned)
+        world.wait()
+        checkpoint = fit(fold, Splits(train, None, learned), until=until).checkpoint
+        model = load_model(checkpoint, world.device, network=fold.model.network)
+        found = score(model.model.segmentation, Subset(masks, scored), world=world, channels=model.channels)
+        meter.counts += found.meter.counts.to(meter.counts.device)
+    return meter.mean_iou()
+
+
+def _branch(checkpoint: Path, fold: FitConfig, train: Source, learned: Source) -> None:
+    """A run folder for ``fold`` that has done what is in the checkpoint of another run, from the same drawings."""
+    content = load(checkpoint)
+    data = content["data"] | describe_data(train, learned, content["channels"])
+    fold.out.mkdir(parents=True, exist_ok=True)
+    write_config(fold, content["changes"])
+    save(fold.out / "last.pt", {**content, "config": to_dict(fold), "data": data})
+
+
+def labelled(masks: Source) -> list[int]:
+    """Which of the images of ``masks`` have a mask with a labelled pixel."""
+    return [k for k in range(len(masks)) if (mask := masks.load(k).mask) is not None and (mask != IGNORE).any()]
 
 
 def adopt(config: FitConfig, selection: Selection, world: World) -> FitConfig:

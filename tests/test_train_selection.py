@@ -15,7 +15,10 @@ from coarse_train import run as run_folder
 from coarse_train import selection, storage, trials
 from coarse_train.commands.evaluate import EvaluateConfig, run_evaluate
 from coarse_train.config import DataConfig, DrawingsConfig, FitConfig, OptimConfig, load_toml
+from coarse_train.data import open_split
+from coarse_train.distributed import World, join_world
 from coarse_train.engine import fit
+from coarse_train.metrics import ConfusionMeter
 from coarse_train.storage import write_whole
 from coarse_train.trials import Round, Selection, Splits, read_selection
 from tests import data_trees
@@ -56,8 +59,8 @@ def _prefer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks that choose this candidate, whatever it learns."""
     real = trials._score
 
-    def score(row: FitConfig, splits: Splits, until: int, folder: Path, fit: Any) -> float:
-        return real(row, splits, until, folder, fit) + 100 * (folder.name == f"trial_{name.replace(' ', '_')}")
+    def score(row: FitConfig, splits: Splits, until: int, folder: Path, world: World, fit: Any) -> float:
+        return real(row, splits, until, folder, world, fit) + 100 * (folder.name == f"trial_{name.replace(' ', '_')}")
 
     monkeypatch.setattr(trials, "_score", score)
 
@@ -110,7 +113,7 @@ def test_trials_of_a_run_that_was_given_up_choose_nothing(tmp_path: Path) -> Non
     (tmp_path / "best.pt").unlink()
     fit(replace(config, seed=5))
     after = {path.read_text() for path in tmp_path.rglob("metrics.jsonl")}
-    assert len(before) == len(after) == 5  # four candidates, one of them in two folds
+    assert len(before) == len(after) == 8  # four candidates, one of them in four folds besides
     assert not before & after
 
 
@@ -149,6 +152,72 @@ def test_the_run_that_masks_chose_is_the_candidate_s_own_bit_for_bit(
     assert run_folder.load(tmp_path / "run" / f"trial_{ended.replace(' ', '_')}" / "last.pt")["step"] == 3
 
 
+@pytest.mark.slow
+def test_fine_tuning_that_masks_chose_learns_from_all_of_them_as_it_would_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its drawings were learned in the trial, once for all folds, and its masks are learned after it."""
+    _prefer("fine-tuning on the masks", monkeypatch)
+    result = fit(_config(tmp_path / "run", select_with=4, select_steps=3, evaluate_every=4))  # 4: drawings end
+    taken = load_toml(tmp_path / "run" / "config.toml")
+    assert (taken.data.supervision, taken.data.dense_split, taken.data.dense_images) == ("then-masks", "val", 4)
+    alone = fit(replace(taken, out=tmp_path / "alone", select_with=0, select_steps=None))
+    assert (result.checkpoint, result.steps, result.loss) == (tmp_path / "run" / "last.pt", 6, alone.loss)
+    one, other = (run_folder.load(tmp_path / out / "last.pt") for out in ("run", "alone"))
+    _assert_same_bits(one["model"], other["model"])
+    assert one["data"] == other["data"]
+    assert _rows(tmp_path / "run") == _rows(tmp_path / "alone")
+    assert {path.name for path in (tmp_path / "run").glob("trial_*")} == {
+        "trial_all_trusted",
+        "trial_matrix_on_positive",
+        "trial_matrix_on_negative",
+    }
+
+
+@pytest.mark.parametrize(("labelled", "folds"), [(7, 5), (4, 4), (2, 2)])
+def test_fine_tuning_is_never_scored_by_a_mask_that_it_learned_from(
+    tmp_path: Path, labelled: int, folds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every mask with labels is scored once; seven masks, and the pixels of all counted together."""
+    config = _config(tmp_path, select_with=7)
+    train = open_split(config.data, "train")
+    masks = selection.open_splits(config, train).validation
+    assert masks is not None
+    monkeypatch.setattr(trials, "labelled", lambda given: list(range(len(given)))[:labelled])
+    learned, scored, pixels = [], [], []
+    real_fit, real_score = fit, trials.score
+
+    def seen(fold: FitConfig, splits: Splits, *, until: int) -> Any:
+        assert splits.validation is None
+        learned.append([splits.masks.name(index) for index in range(len(splits.masks))])
+        return real_fit(fold, splits, until=until)
+
+    def score(*arguments: Any, **named: Any) -> Any:
+        found = real_score(*arguments, **named)
+        scored.append([arguments[1].name(index) for index in range(len(arguments[1]))])
+        pixels.append(found.meter.counts)
+        return found
+
+    monkeypatch.setattr(trials, "score", score)
+    row = selection.candidates(config, ("positive", "negative"))["fine-tuning on the masks"]
+    with join_world("cpu") as world:
+        found = trials._score(row, Splits(train, masks), config.steps, tmp_path / "trial", world, seen)
+    names = [masks.name(index) for index in range(len(masks))]
+    assert learned[0] == names  # of the run itself, which ends before it has seen one
+    assert run_folder.load(tmp_path / "trial" / "last.pt")["step"] == 4
+    assert len(learned) - 1 == len(scored) == folds
+    assert sorted(name for fold in scored for name in fold) == sorted(names[:labelled])
+    for others, own in zip(learned[1:], scored, strict=True):
+        assert sorted(others + own) == sorted(names)
+    rows = [_rows(path.parent) for path in sorted(tmp_path.glob("trial/fold_*/metrics.jsonl"))]
+    assert [[row["step"] for row in fold if "loss" in row] for fold in rows] == [
+        [5, 6]
+    ] * folds  # after what they share
+    meter = ConfusionMeter(len(train.classes))
+    meter.counts = sum(pixels, meter.counts)
+    assert found == meter.mean_iou()
+
+
 def _best(one: Round, but: str) -> str:
     return max(one.scores.keys() - {but}, key=lambda name: one.scores[name])
 
@@ -165,7 +234,9 @@ def chosen_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "moment",
     [
         ("trial_matrix_on_positive/last.pt", 1),  # at step 2 of 3
-        ("trial_fine-tuning_on_the_masks/fold_1/last.pt", 1),
+        ("trial_fine-tuning_on_the_masks/last.pt", 1),  # before the end of the drawings
+        ("trial_fine-tuning_on_the_masks/fold_2_of_4/last.pt", 1),  # what was learned from drawings
+        ("trial_fine-tuning_on_the_masks/fold_2_of_4/last.pt", 2),
         ("selection.json", 1),  # after the first round
         ("selection.json", 2),  # after the second
         ("selection.json", 3),  # before the run is chosen
