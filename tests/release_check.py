@@ -118,8 +118,10 @@ def check(work: Path, torch: str, pythons: Sequence[str]) -> None:
     with step("an install without a compiler goes on, and says why where it is used"):
         own = {**os.environ, "CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
         target = work / "target"
-        pip = [python(builder), "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(untouched)]
-        run(*pip, cwd=work, env=own)
+        pip = [python(builder), "-m", "pip", "install", "--no-deps", "--target", str(target), str(untouched)]
+        said = run_at_a_terminal(*pip, cwd=work, env=own)
+        if not re.search(r"installing without compiled code \(_C\): .*with GCC or Clang the same again compiles", said):
+            raise Failed(f"expected one line at the terminal that says why and what to do, got:\n{said[-2000:]}")
         run(python(builder), "-m", "pip", "install", "--quiet", "numpy")
         said = run(python(builder), str(smoke), "--reference", cwd=work, env={**os.environ, "PYTHONPATH": str(target)})
         if said.count("the compiled extension is missing: it was not built:") != 1:
@@ -200,6 +202,26 @@ def run(*command: str, cwd: Path | None = None, env: dict[str, str] | None = Non
         expected = "fail" if fails else "succeed"
         raise Failed(f"expected to {expected}: {' '.join(command)}\n{done.stdout[-4000:]}")
     return done.stdout
+
+
+def run_at_a_terminal(*command: str, cwd: Path, env: dict[str, str]) -> str:
+    """What it and whatever it starts show at a terminal of their own: there a build speaks whose output pip keeps."""
+    import pty  # not on Windows
+
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(cwd)
+        os.execve(command[0], command, env)
+    said = b""
+    try:
+        while part := os.read(terminal, 4096):
+            said += part
+    except OSError:  # its other end is closed
+        pass
+    text = said.decode(errors="replace")
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        raise Failed(f"expected to succeed: {' '.join(command)}\n{text[-4000:]}")
+    return text
 
 
 if __name__ == "__main__":
