@@ -410,6 +410,40 @@ def test_drawings_that_were_moved_back_are_not_given_up_by_early_scores_of_other
     ]  # by the user, whatever else
 
 
+def test_a_choice_that_was_stopped_in_its_second_round_keeps_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With moved outlines and fine-tuning among the candidates: who goes on is decided by scores that are on record."""
+    config = _config(tmp_path, select_with=4)
+    moved = replace(config, positive=DrawingsConfig(pen=Path("pen.json")))
+    late = replace(config, data=replace(config.data, dense_split="val", dense_images=4))
+    found = {"trusted": config, "positive": config, "pen": moved, "pen, positive": moved, "fine-tuning": late}
+    scores = {"trusted": 50.0, "positive": 58.0, "pen": 41.0, "pen, positive": 42.0, "fine-tuning": 70.0}
+    asked: list[tuple[str, int]] = []
+    stops = {("pen", 6)}
+
+    def score(row: FitConfig, splits: Splits, until: int, folder: Path, world: World, fit: Any) -> float:
+        name = next(name for name in found if folder == trials._trial(config, name))
+        if (name, until) in stops:
+            raise KeyboardInterrupt
+        asked.append((name, until))
+        return scores[name] + until
+
+    monkeypatch.setattr(trials, "_score", score)
+    splits = Splits(open_split(config.data, "train"), None)
+    with join_world("cpu") as world, pytest.raises(KeyboardInterrupt):
+        trials.run_rounds(config, found, splits, world, fit)
+    assert asked == [*((name, 1) for name in list(found)[:4]), ("positive", 6), ("pen, positive", 6)]
+    asked.clear()
+    stops.clear()
+    scores.update({"trusted": 99.0, "pen": 60.0})  # which nobody asks for again in the first round
+    with join_world("cpu") as world:
+        first, last = trials.run_rounds(replace(config, resume=True), found, splits, world, fit)
+    assert asked == [(name, 6) for name in ("positive", "pen, positive", "pen", "fine-tuning")]
+    assert first == Round(1, {"trusted": 51.0, "positive": 59.0, "pen": 42.0, "pen, positive": 43.0})
+    assert last == Round(6, {"positive": 64.0, "pen, positive": 48.0, "pen": 66.0, "fine-tuning": 76.0})
+
+
 def test_what_a_candidate_would_have_cost_is_not_told_where_the_chosen_one_was_not_scored() -> None:
     """Fine-tuning comes in for the last round: those that had ended looked cheaper than those that went on."""
     rounds = (Round(2, {"a": 30.0, "b": 36.0}), Round(10, {"b": 40.0, "fine-tuning on the masks": 55.0}))
