@@ -137,7 +137,7 @@ def fit(config: FitConfig, splits: Splits | None = None, *, until: int | None = 
             run.write_config(config, changes)
         log = stack.enter_context(run.RunLog(config, start, enabled=world.is_main))
         log.say(f"{describe_source(source)}, {classes} classes; {world.size} process(es) on {world.device.type}")
-        if config.data.dense_images and config.data.supervision != "drawings":
+        if config.data.dense_images and config.data.supervision != "drawings" and splits is None:
             log.say(f"masks: learned from are those of {config.data.dense_images} images, chosen by the seed")
         if config.resume and not resumed and until is None:
             log.say(f"no last.pt in {config.out}: a new run")
@@ -146,7 +146,7 @@ def fit(config: FitConfig, splits: Splits | None = None, *, until: int | None = 
             *changes,
             *checked,
             *(chosen_by_auto if selection is None else ()),
-            *describe_selection(config, validation, selection),
+            *(describe_selection(config, validation, selection) if splits is None else ()),
             # it reads drawings; those of a trial are those of the run
             *(describe_risks(config, source) if world.is_main and until is None else ()),
             *describe_pen(pen, measured, source.classes.names),

@@ -58,7 +58,8 @@ class Learner:
     def load(self, state: dict[str, Any]) -> None:
         """What `state` gave."""
         self.networks.load(self._optimizer, state)
-        self._scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty: of a run that was not in float16 until now
+            self._scaler.load_state_dict(state["scaler"])
 
     def step(self, number: int, phase: Phase, passes: Sequence[Sample]) -> Taken:
         """``passes``: the batches of this process. Raises `NonFiniteStep` after they have been saved in the run folder."""

@@ -22,6 +22,7 @@ from .data import FolderNotFound, Source, Subset, open_split
 from .data.segmentation import NO_DRAWINGS, pairs_of
 from .distributed import World
 from .pen import measure, to_json
+from .rules import check_config
 from .run import check_same_run, is_run, write_text
 from .trials import Selection, Splits, adopt, labelled, read_content, read_selection, run_rounds, write_content
 
@@ -140,11 +141,10 @@ def choose(
     path = config.out / "selection.json"
     if not config.resume and world.is_main:
         path.unlink(missing_ok=True)  # of a run that was given up
-    if not config.select_with or config.select_steps == 0 or not present or config.data.dense_split == "val":
-        taken = _taken_up(config) if config.resume else None
-        return (config, taken[1]) if taken else (config, None)
     if config.resume and (taken := _taken_up(config)):
         return adopt(*taken, world), taken[1]
+    if not config.select_with or config.select_steps == 0 or not present or config.data.dense_split == "val":
+        return config, None
     if not config.resume and world.is_main:
         for folder in config.out.glob("trial_*"):  # as above; a run that makes no trials has none to clear away
             if is_run(folder):  # else it is none of ours
@@ -161,14 +161,9 @@ def choose(
         raise ValueError(
             f"select_with: expected masks with labelled pixels to choose by, got {len(splits.validation)} without"
         )
-    if _FINE_TUNING in found and (with_labels < 2 or config.steps < 2):
+    if _FINE_TUNING in found and (why_not := _not_to_tune(found[_FINE_TUNING], with_labels)):
         del found[_FINE_TUNING]
-        why = (
-            "one alone has labels, which is either learned from or scored"
-            if with_labels < 2
-            else "a step has no two phases"
-        )
-        left_out.append(f"{_FINE_TUNING}: {why}")
+        left_out.append(f"{_FINE_TUNING}: {why_not}")
     rounds = run_rounds(config, found, splits, world, fit)
     last = rounds[-1].scores
     selection = Selection(config.select_with, tuple(rounds), max(last, key=lambda name: last[name]), tuple(left_out))
@@ -184,6 +179,19 @@ def choose(
             config=to_dict(chosen),
         )
     return adopt(chosen, selection, world), selection
+
+
+def _not_to_tune(row: FitConfig, with_labels: int) -> str | None:
+    """Why the run of fine-tuning, on so many masks that have labels, is no candidate."""
+    if with_labels < 2:
+        return "one alone has labels, which is either learned from or scored"
+    if row.steps < 2:
+        return "a step has no two phases"
+    try:
+        check_config(row)
+    except ValueError as error:  # by what a run from drawings alone need not have
+        return str(error)
+    return None
 
 
 def _estimable(config: FitConfig, train: Source, present: tuple[str, ...]) -> bool:

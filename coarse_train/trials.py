@@ -14,18 +14,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from . import IGNORE
 from .config import FitConfig, from_dict, to_dict
 from .data import Source, Subset
 from .distributed import World
 from .inference import load_model, score
-from .metrics import ConfusionMeter
-from .run import check_same_run, describe_data, load, save, write_config, write_text
+from .metrics import mean_iou_of
+from .run import check_same_data, check_same_run, describe_data, is_run, load, save, write_config, write_text
 from .schedule import plan_phases
 
 _FINALISTS = 3  # of drawings as they are; two cost 1 to 3 points more, a fourth saves 0.1: docs/experiments/index.md
@@ -166,7 +171,7 @@ def _cross_validated(
     fold goes on from there.
     """
     fit(trial, Splits(train, None, masks), until=plan_phases(trial, train, masks)[0].last)
-    known, meter = labelled(masks), ConfusionMeter(len(train.classes))
+    known, counts = labelled(masks), torch.zeros(len(train.classes), len(train.classes), dtype=torch.int64)
     folds = min(_FOLDS, len(known))
     for number in range(folds):
         scored = known[number::folds]
@@ -174,23 +179,47 @@ def _cross_validated(
         data = replace(trial.data, dense_images=len(learned))
         out = trial.out / f"fold_{number + 1}_of_{folds}"
         fold = replace(trial, data=data, out=out, select_with=0, select_steps=None)
-        if world.is_main and not (out / "last.pt").exists():
+        if world.is_main and not _goes_on(fold, train, learned):
             _branch(trial.out / "last.pt", fold, train, learned)
         world.wait()
         checkpoint = fit(fold, Splits(train, None, learned), until=until).checkpoint
-        model = load_model(checkpoint, world.device, network=fold.model.network)
-        found = score(model.model.segmentation, Subset(masks, scored), world=world, channels=model.channels)
-        meter.counts += found.meter.counts.to(meter.counts.device)
-    return meter.mean_iou()
+        found = _count(checkpoint, fold, Subset(masks, scored), world)
+        if world.is_main:
+            what = f"{len(scored)} masks by fine-tuning on the {len(learned)} others"
+            tqdm.write(f"fold {number + 1} of {folds}, {what}: mean IoU {mean_iou_of(found):.2f}", file=sys.stderr)
+        counts += found
+    return mean_iou_of(counts)
+
+
+def _goes_on(fold: FitConfig, train: Source, learned: Source) -> bool:
+    """Whether there is one, of these settings and masks: one of others (``resume_changed``) has learned something else after
+    the drawings, or for longer, than the run that it stands for."""
+    path = fold.out / "last.pt"
+    if not path.exists():
+        return False
+    content = load(path)
+    try:
+        check_same_run(from_dict(content["config"]), replace(fold, resume_changed=False))
+        check_same_data(content["data"], content["data"] | describe_data(train, learned, content["channels"]))
+    except ValueError:
+        return False
+    return True
 
 
 def _branch(checkpoint: Path, fold: FitConfig, train: Source, learned: Source) -> None:
-    """A run folder for ``fold`` that has done what is in the checkpoint of another run, from the same drawings."""
+    """A new run folder for ``fold`` that has done what is in the checkpoint of another run, from the same drawings."""
     content = load(checkpoint)
     data = content["data"] | describe_data(train, learned, content["channels"])
-    fold.out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(fold.out, ignore_errors=True)
+    fold.out.mkdir(parents=True)
     write_config(fold, content["changes"])
     save(fold.out / "last.pt", {**content, "config": to_dict(fold), "data": data})
+
+
+def _count(checkpoint: Path, fold: FitConfig, scored: Source, world: World) -> Tensor:
+    """(C, C) int64 pixels, true and predicted. In a function of its own: the network is gone when the next fold begins."""
+    loaded = load_model(checkpoint, world.device, network=fold.model.network)
+    return score(loaded.model.segmentation, scored, world=world, channels=loaded.channels).meter.counts.cpu()
 
 
 def labelled(masks: Source) -> list[int]:
@@ -200,7 +229,8 @@ def labelled(masks: Source) -> list[int]:
 
 def adopt(config: FitConfig, selection: Selection, world: World) -> FitConfig:
     """The trial of the chosen candidate, whose run ``config`` is, is that run: its record and its checkpoints move to the run
-    folder. last.pt comes last, so that what was stopped in between is done again. Returns the config to go on with.
+    folder. last.pt comes last, and then the trial goes, so that what was stopped in between is done again. Returns the config
+    to go on with.
 
     Raises ValueError where the trial is another run, which stays where it is.
     """
@@ -221,6 +251,7 @@ def adopt(config: FitConfig, selection: Selection, world: World) -> FitConfig:
         write_config(own, made["last.pt"]["changes"])
         for name, content in made.items():
             save(config.out / name, {**content, "config": to_dict(own)})
+    if world.is_main and new and last.exists() and is_run(trial):
         shutil.rmtree(trial)
     world.wait()
     return replace(config, resume=True) if last.exists() else config

@@ -62,7 +62,7 @@ def test_a_run_is_known_without_its_lock(tmp_path: Path) -> None:
         path.unlink()
     assert fit(replace(config, seed=5)).steps == 2
     after = {path.read_text() for path in tmp_path.rglob("metrics.jsonl")}
-    assert len(after) == 5  # four candidates, one in two folds: cleared away, and made again
+    assert len(after) == 8  # four candidates, one in four folds besides: cleared away, and made again
     assert not before & after
 
 

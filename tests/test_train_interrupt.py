@@ -304,6 +304,16 @@ def test_other_rates_and_more_steps_are_taken_with_the_switch_and_recorded(tmp_p
     fit(replace(written, resume=True))  # nothing differs any more
 
 
+@pytest.mark.parametrize(("before", "now"), [("fp32", "fp16"), ("fp16", "fp32")])
+def test_a_run_goes_on_in_another_precision(tmp_path: Path, before: Any, now: Any) -> None:
+    """It ended in "The source state dict is empty", since only float16 has a scale of its loss."""
+    config = _config(tmp_path, steps=1, precision=before)
+    fit(config)
+    other = replace(config, steps=2, precision=now, resume=True, resume_changed=True)
+    assert fit(other).steps == 2
+    assert bool(run_folder.load(tmp_path / "last.pt")["scaler"]) == (now == "fp16")
+
+
 def test_a_checkpoint_of_before_such_changes_were_kept_goes_on(tmp_path: Path) -> None:
     config = _config(tmp_path / "run", steps=2)
     fit(config)

@@ -27,7 +27,6 @@ from coarse_train.engine import fit
 from coarse_train.rules import check_config
 from coarse_train.schedule import plan_phases
 from coarse_train.selection import candidates, choose, open_splits
-from coarse_train.trials import Splits
 
 from . import data_trees
 
@@ -170,41 +169,13 @@ def test_masks_of_the_validation_split_are_learned_from_or_scored_but_not_both(
     assert [chosen.name(k) for k in range(6)] == [splits.masks.name(k) for k in range(6)]
 
 
-def test_fine_tuning_is_scored_on_masks_it_did_not_learn_from(tmp_path: Path) -> None:
-    data = DataConfig(dataset="mnist", limit=24)
-    config = _config(tmp_path, data=data, select_with=6, select_steps=2, steps=2)
-    train = open_split(data, "train")
-    folds: list[tuple[set[str], set[str]]] = []
-
-    def spy(trial: FitConfig, splits: Splits, *, until: int) -> SimpleNamespace:
-        if trial.data.dense_split == "val":
-            assert splits.masks is not None
-            assert splits.validation is not None
-            assert trial.data.dense_images == len(splits.masks)
-            folds.append(tuple({s.name(k) for k in range(len(s))} for s in (splits.masks, splits.validation)))  # type: ignore[arg-type]
-        return SimpleNamespace(last_score=50.0)
-
-    with join_world("cpu") as world:
-        choose(config, train, world, spy)
-    assert len(folds) == 2
-    assert all(learned and not learned & scored for learned, scored in folds)
-    chosen = open_splits(config, train).validation
-    assert chosen is not None
-    assert folds[0][1] | folds[1][1] == {chosen.name(k) for k in range(6)}
-    assert not folds[0][1] & folds[1][1]
-
-
 @pytest.mark.slow
 def test_fine_tuning_is_one_of_the_candidates(tmp_path: Path) -> None:
     data = DataConfig(dataset="mnist", variant="thick", limit=24)
     fit(_config(tmp_path, data=data, select_with=6, select_steps=2, steps=2))
-    seen = []
-    for fold in (0, 1):
-        content = run_folder.load(tmp_path / "trial_fine-tuning_on_the_masks" / f"fold_{fold}" / "last.pt")
-        assert content["config"]["data"]["dense_images"] == 3
-        assert not math.isnan(content["last_score"])
-        seen.append(content["data"]["validation masks"])
-    assert seen[0] != seen[1]
+    contents = [run_folder.load(path) for path in tmp_path.glob("trial_fine-tuning_on_the_masks/fold_*_of_5/last.pt")]
+    assert sorted(content["config"]["data"]["dense_images"] for content in contents) == [4, 5, 5, 5, 5]
+    assert len({content["data"]["validation masks"] for content in contents}) == 5
     written = json.loads((tmp_path / "selection.json").read_text())
     assert {"pen", "pen, matrix on positive"} <= set(
         written["rounds"][0]["mean_iou"]
@@ -217,7 +188,7 @@ def test_fine_tuning_is_one_of_the_candidates(tmp_path: Path) -> None:
 def test_a_run_whose_masks_chose_the_pen_goes_on_where_it_was_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trials, "_score", lambda row, splits, until, folder, fit: 90.0 * (folder.name == "trial_pen"))
+    monkeypatch.setattr(trials, "_score", lambda *given: 90.0 * (given[3].name == "trial_pen"))
     data = DataConfig(dataset="mnist", variant="thick", limit=24)
     config = _config(tmp_path / "here", data=data, select_with=4, steps=2)
     fit(config)
@@ -229,22 +200,26 @@ def test_a_run_whose_masks_chose_the_pen_goes_on_where_it_was_moved(
     assert "taken: pen" in capsys.readouterr().err
 
 
-def test_a_pen_file_of_one_s_own_is_not_measured_over(tmp_path: Path) -> None:
+def test_a_pen_file_of_one_s_own_is_not_measured_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "_score", lambda *_: 1.0)
     path = tmp_path / "pen.json"
     path.write_text('{"radius": {"3": 5}}')
     data = DataConfig(dataset="mnist", variant="thick", limit=24)
     config = _config(tmp_path, data=data, select_with=4, positive=DrawingsConfig(pen=path))
     with join_world("cpu") as world:
-        choose(config, open_split(data, "train"), world, lambda *_, **__: SimpleNamespace(last_score=1.0))
+        choose(config, open_split(data, "train"), world, fit)
     assert json.loads(path.read_text()) == {"radius": {"3": 5}}
 
 
 @pytest.mark.slow
-def test_a_choice_of_a_run_that_was_given_up_is_not_found_by_the_next_one_in_its_folder(tmp_path: Path) -> None:
+def test_a_choice_of_a_run_that_was_given_up_is_not_found_by_the_next_one_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "_score", lambda *_: 1.0)
     data = DataConfig(dataset="mnist", limit=24)
     config = _config(tmp_path, data=data, select_with=4, steps=2)
     with join_world("cpu") as world:
-        choose(config, open_split(data, "train"), world, lambda *_, **__: SimpleNamespace(last_score=1.0))
+        choose(config, open_split(data, "train"), world, fit)
     assert (tmp_path / "selection.json").exists()
     (tmp_path / ".run").touch()  # as a run leaves it
     (tmp_path / "trial_of_mine").mkdir()

@@ -174,6 +174,115 @@ def test_fine_tuning_that_masks_chose_learns_from_all_of_them_as_it_would_alone(
     }
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", [{"steps": 12}, {"optim": OptimConfig(lr=1e-2, finetune=0.5)}])
+@pytest.mark.parametrize("moment", [("fold_2_of_4/last.pt", 2), ("fold_1_of_4/last.pt", 1)])
+def test_folds_of_other_settings_are_no_folds_of_the_run(
+    moment: tuple[str, int], changed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``resume_changed``: those that were done had learned from masks, then drawings, then masks."""
+    _prefer("all trusted", monkeypatch)
+    trial = tmp_path / "trial_fine-tuning_on_the_masks"
+    _killed_after(trial / moment[0], moment[1], lambda: fit(_config(tmp_path, select_with=4, select_steps=3)))
+    config = _config(tmp_path, select_with=4, select_steps=3, resume=True, resume_changed=True, **changed)
+    fit(config)
+    drawings = _kinds_of_steps(trial)
+    assert set(drawings.values()) == {"drawings"}
+    for number in (1, 2, 3, 4):
+        seen = _kinds_of_steps(trial / f"fold_{number}_of_4")
+        assert list(seen) == list(range(len(drawings) + 1, config.steps + 1))
+        assert set(seen.values()) == {"masks"}
+
+
+def _kinds_of_steps(folder: Path) -> dict[int, str]:
+    return {row["step"]: "masks" if "mask_nll" in row else "drawings" for row in _rows(folder) if "loss" in row}
+
+
+def _killed_after(path: Path, count: int, call: Callable[[], Any]) -> None:
+    """When ``path`` has been written so often."""
+    real, left = run_folder.save, [count]
+
+    def save(to: Path, content: dict[str, Any]) -> None:
+        real(to, content)
+        left[0] -= to == path
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (run_folder, trials):
+            patch.setattr(module, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+
+
+@pytest.mark.slow
+def test_fine_tuning_that_masks_chose_is_taken_up_by_the_config_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when config.toml had been written and last.pt had not, its drawings were learned once more, and its folds
+    stayed."""
+    _prefer("fine-tuning on the masks", monkeypatch)
+    real = trials.save
+
+    def save(path: Path, content: dict[str, Any]) -> None:
+        if path == tmp_path / "last.pt":
+            raise KeyboardInterrupt
+        real(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            fit(_config(tmp_path, select_with=4, select_steps=3))
+    assert (tmp_path / "config.toml").exists()
+    assert not (tmp_path / "last.pt").exists()
+    before = _rows(tmp_path)
+    assert fit(replace(load_toml(tmp_path / "config.toml"), resume=True)).steps == 6
+    assert _rows(tmp_path)[: len(before)] == before
+    assert not (tmp_path / "trial_fine-tuning_on_the_masks").exists()
+
+
+def test_a_trial_that_is_the_run_is_cleared_away_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the last checkpoint that moved and the end of its folder."""
+    real = shutil.rmtree
+
+    def rmtree(path: Path, **how: Any) -> None:
+        if path.parent == tmp_path:  # not a fold
+            raise KeyboardInterrupt
+        real(path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trials.shutil, "rmtree", rmtree)
+        with pytest.raises(KeyboardInterrupt):
+            fit(_config(tmp_path, select_with=4, select_steps=3))
+    assert (tmp_path / "last.pt").exists()
+    selection = read_selection(tmp_path, 4)
+    assert selection is not None
+    trial = tmp_path / f"trial_{selection.chosen.replace(' ', '_')}"
+    assert trial.exists()
+    fit(_config(tmp_path, select_with=4, select_steps=3, resume=True))
+    assert not trial.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"optim": OptimConfig(finetune=0.0)}, "finetune: expected a number between 0 and 1, got 0.0"),
+        ({"mask_weight": 0.0}, "mask_weight: expected a number above 0 with supervision then-masks, got 0"),
+    ],
+)
+def test_fine_tuning_that_cannot_run_is_left_out_before_the_others_are_trained(
+    changes: dict[str, Any], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are no error in a run that learns from drawings, and were one when all other candidates had been trained."""
+    monkeypatch.setattr(trials, "_score", lambda *_: 50.0)
+    config = _config(tmp_path, select_with=4, **changes)
+    with join_world("cpu") as world:
+        _, found = selection.choose(config, open_split(config.data, "train"), world, fit)
+    assert found is not None
+    assert "fine-tuning on the masks" not in found.last()
+    assert f"fine-tuning on the masks: {reason}" in found.left_out
+
+
 @pytest.mark.parametrize(("labelled", "folds"), [(7, 5), (4, 4), (2, 2)])
 def test_fine_tuning_is_never_scored_by_a_mask_that_it_learned_from(
     tmp_path: Path, labelled: int, folds: int, monkeypatch: pytest.MonkeyPatch
@@ -189,6 +298,7 @@ def test_fine_tuning_is_never_scored_by_a_mask_that_it_learned_from(
 
     def seen(fold: FitConfig, splits: Splits, *, until: int) -> Any:
         assert splits.validation is None
+        assert splits.masks is not None
         learned.append([splits.masks.name(index) for index in range(len(splits.masks))])
         return real_fit(fold, splits, until=until)
 

@@ -225,7 +225,7 @@ def digest(config: FitConfig) -> str:
     a transition, a pen."""
     content = {key: value for key, value in changed(to_dict(config)).items() if key not in _UNNAMED}
     files = [crc32(path.read_bytes()) for path in (config.transition, config.positive.pen) if isinstance(path, Path)]
-    if config.select_with and (config.select_steps is None or 0 < config.select_steps < config.steps):
+    if config.select_with and config.select_steps != 0:
         # what comes of the same settings has changed, three times
         content["trials"] = "three go on to the end, or one and those with a pen; fine-tuning in five folds"
     known = [_FORMAT, content, _content(config.data, config.seed), files]
