@@ -147,7 +147,7 @@ def choose(
         return config, None
     if not config.resume and world.is_main:
         for folder in config.out.glob("trial_*"):  # as above; a run that makes no trials has none to clear away
-            if is_run(folder):  # else it is none of ours
+            if is_run(folder) or is_run(folder / "fold_0"):  # that of an earlier version; else it is none of ours
                 shutil.rmtree(folder, ignore_errors=True)
     splits = open_splits(config, train)
     assert splits.validation is not None

@@ -210,14 +210,19 @@ def run_at_a_terminal(*command: str, cwd: Path, env: dict[str, str]) -> str:
 
     child, terminal = pty.fork()
     if child == 0:
-        os.chdir(cwd)
-        os.execve(command[0], command, env)
+        try:
+            os.chdir(cwd)
+            os.execve(command[0], command, env)
+        finally:  # it must not clear away the folder that it shares with its parent
+            os._exit(127)
     said = b""
     try:
         while part := os.read(terminal, 4096):
             said += part
     except OSError:  # its other end is closed
         pass
+    finally:
+        os.close(terminal)
     text = said.decode(errors="replace")
     if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
         raise Failed(f"expected to succeed: {' '.join(command)}\n{text[-4000:]}")

@@ -283,6 +283,48 @@ def test_fine_tuning_that_cannot_run_is_left_out_before_the_others_are_trained(
     assert f"fine-tuning on the masks: {reason}" in found.left_out
 
 
+@pytest.mark.parametrize(("labelled", "steps", "reason"), [(1, 6, "one alone has labels"), (2, 1, "a step has no two")])
+def test_fine_tuning_that_cannot_be_scored_is_no_candidate(
+    labelled: int, steps: int, reason: str, tmp_path: Path
+) -> None:
+    row = selection.candidates(_config(tmp_path, select_with=4), ("positive",))["fine-tuning on the masks"]
+    assert selection._not_to_tune(row, 2) is None
+    said = selection._not_to_tune(replace(row, steps=steps), labelled)
+    assert said is not None
+    assert reason in said
+
+
+def test_a_fold_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is made anew where its masks are others."""
+    config = _config(tmp_path, select_with=4)
+    train = open_split(config.data, "train")
+    masks = selection.open_splits(config, train).validation
+    assert masks is not None
+    row = selection.candidates(config, ("positive", "negative"))["fine-tuning on the masks"]
+    branched: list[str] = []
+    real = trials._branch
+
+    def branch(checkpoint: Path, fold: FitConfig, *others: Any) -> None:
+        branched.append(str(fold.out.name))
+        real(checkpoint, fold, *others)
+
+    monkeypatch.setattr(trials, "_branch", branch)
+
+    def scored() -> float:
+        with join_world("cpu") as world:
+            return trials._score(row, Splits(train, masks), config.steps, tmp_path / "trial", world, fit)
+
+    fold = tmp_path / "trial" / "fold_2_of_4"
+    _killed_after(fold / "last.pt", 2, scored)
+    assert branched == ["fold_1_of_4", "fold_2_of_4"]
+    before = scored()
+    assert branched == [f"fold_{number}_of_4" for number in (1, 2, 3, 4)]
+    assert scored() == before
+    monkeypatch.setattr(trials, "labelled", lambda _: [1, 0, 2, 3])  # the first two change places
+    scored()
+    assert branched[4:] == ["fold_1_of_4", "fold_2_of_4"]
+
+
 @pytest.mark.parametrize(("labelled", "folds"), [(7, 5), (4, 4), (2, 2)])
 def test_fine_tuning_is_never_scored_by_a_mask_that_it_learned_from(
     tmp_path: Path, labelled: int, folds: int, monkeypatch: pytest.MonkeyPatch
@@ -293,7 +335,7 @@ def test_fine_tuning_is_never_scored_by_a_mask_that_it_learned_from(
     masks = selection.open_splits(config, train).validation
     assert masks is not None
     monkeypatch.setattr(trials, "labelled", lambda given: list(range(len(given)))[:labelled])
-    learned, scored, pixels = [], [], []
+    learned, scored, pixels, networks = [], [], [], []
     real_fit, real_score = fit, trials.score
 
     def seen(fold: FitConfig, splits: Splits, *, until: int) -> Any:
@@ -306,6 +348,7 @@ def test_fine_tuning_is_never_scored_by_a_mask_that_it_learned_from(
         found = real_score(*arguments, **named)
         scored.append([arguments[1].name(index) for index in range(len(arguments[1]))])
         pixels.append(found.meter.counts)
+        networks.append({name: value.clone() for name, value in arguments[0].state_dict().items()})
         return found
 
     monkeypatch.setattr(trials, "score", score)
@@ -319,6 +362,10 @@ def test_fine_tuning_is_never_scored_by_a_mask_that_it_learned_from(
     assert sorted(name for fold in scored for name in fold) == sorted(names[:labelled])
     for others, own in zip(learned[1:], scored, strict=True):
         assert sorted(others + own) == sorted(names)
+    for number, network in enumerate(networks, 1):  # what the fold has learned to its end
+        content = run_folder.load(tmp_path / "trial" / f"fold_{number}_of_{folds}" / "last.pt")
+        assert content["step"] == config.steps
+        _assert_same_bits(network, {name: content["model"][f"segmentation.{name}"] for name in network})
     rows = [_rows(path.parent) for path in sorted(tmp_path.glob("trial/fold_*/metrics.jsonl"))]
     assert [[row["step"] for row in fold if "loss" in row] for fold in rows] == [
         [5, 6]

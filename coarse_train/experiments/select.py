@@ -25,7 +25,8 @@ from .table import Row
 QUESTION = "Do ten dense masks choose the right way to learn, whatever is wrong with the drawings, and what does an error cost?"
 MASKS = 10
 CHOSEN = f"select-with {MASKS}"
-# how many candidates go on was chosen by the regret of the first three, that all with a pen do after that of the others
+# How many candidates go on was chosen by the regret of the first three; that all with a pen do, and in how many folds
+# fine-tuning is scored, by that of the others.
 _RULE_SEEDS = (0, 1, 2, 3, 4, 5)
 
 
