@@ -19,7 +19,7 @@ import coarse_kernels as ck
 from coarse_kernels import native
 from tests import licences, offline_pages, smoke
 from tests.helpers import ROOT, run_python
-from tests.release_check import NOT_INSTALLED, ONLY_IN_GIT, PACKAGES
+from tests.release_check import NOT_INSTALLED, ONLY_IN_GIT, PACKAGES, run_at_a_terminal
 
 
 def git(*arguments: str) -> set[str]:
@@ -195,30 +195,19 @@ def test_a_build_in_isolation_takes_the_torch_around_it(tmp_path: Path) -> None:
 
 
 WINDOWS = "import setuptools.command.build_ext, torch.utils.cpp_extension; sys.platform = 'win32'"
-AT_A_TERMINAL = """
-import os, pty, subprocess, sys
-child, terminal = pty.fork()
-if child == 0:
-    os._exit(subprocess.run([sys.executable, "-c", {code!r}], capture_output=True).returncode)
-said = b""
-try:
-    while part := os.read(terminal, 4096):
-        said += part
-except OSError:  # its other end is closed
-    pass
-print(said.decode())
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="a terminal of its own")
 def test_who_installs_is_told_that_nothing_was_compiled_whatever_pip_swallows() -> None:
     """pip before 26.3 shows nothing that a build prints, and ends with "Successfully installed"."""
-    code = AT_A_TERMINAL.format(code=SHOWN.format(before=WINDOWS))
-    done = run_python(code, COARSE_KERNELS_BUILD="auto")
-    assert done.returncode == 0, done.stderr
-    (line,) = filter(None, map(str.strip, done.stdout.splitlines()))
+    code = SHOWN.format(before=WINDOWS)
+    as_pip_does = (
+        f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {code!r}], check=True, capture_output=True)"
+    )
+    own = {**os.environ, "PYTHONPATH": str(ROOT), "COARSE_KERNELS_BUILD": "auto"}
+    said = run_at_a_terminal(sys.executable, "-c", as_pip_does, cwd=ROOT, env=own)
+    (line,) = filter(None, map(str.strip, said.splitlines()))
     assert "installing without compiled code" in line
     assert "with GCC or Clang the same again compiles" in line
 

@@ -177,6 +177,7 @@ def test_fine_tuning_is_one_of_the_candidates(tmp_path: Path) -> None:
     assert sorted(content["config"]["data"]["dense_images"] for content in contents) == [4, 5, 5, 5, 5]
     assert len({content["data"]["validation masks"] for content in contents}) == 5
     written = json.loads((tmp_path / "selection.json").read_text())
+    assert not math.isnan(written["rounds"][-1]["mean_iou"]["fine-tuning on the masks"])
     assert {"pen", "pen, matrix on positive"} <= set(
         written["rounds"][0]["mean_iou"]
     )  # its outlines are a pixel too far

@@ -341,6 +341,7 @@ def test_fine_tuning_is_never_scored_by_a_mask_that_it_learned_from(
     def seen(fold: FitConfig, splits: Splits, *, until: int) -> Any:
         assert splits.validation is None
         assert splits.masks is not None
+        assert fold.data.dense_images == len(splits.masks)
         learned.append([splits.masks.name(index) for index in range(len(splits.masks))])
         return real_fit(fold, splits, until=until)
 
