@@ -182,6 +182,7 @@ PARTS = {
         ("test_triton_compile",),
         PYTHON,
         6,
+        options=TWO_PROCESSES,
         tools=(TORCH, TRITON),
         lacks=no_triton,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,8 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import coarse_kernels as ck
 from coarse_kernels.backends import operator, reference
@@ -796,3 +799,19 @@ def test_the_type_of_a_label_map(classes: int, dtype: torch.dtype) -> None:
     ours = ck.label_map(seg, (3, 4), backend=BACKEND)
     assert ours.dtype == dtype
     assert torch.equal(ours, ck.label_map(seg, (3, 4), backend="reference"))
+
+
+@triton.jit
+def _square_kernel(values, out):
+    value = tl.load(values)
+    tl.store(out, value * value)
+
+
+@pytest.mark.parametrize(("value", "fits"), [(46340, True), (-46340, True), (46341, False)])
+def test_an_offset_that_overflows_ends_the_run(value: int, fits: bool) -> None:
+    """Of the interpreter as tests/interpreter_plugin.py has it: on a GPU it would be a wrong address. 46340^2 < 2^31."""
+    out = torch.zeros(1, dtype=torch.int32)
+    launched = contextlib.nullcontext() if fits else pytest.raises(Exception, match="mul of int32 overflows")
+    with launched:
+        _square_kernel[(1,)](torch.tensor([value], dtype=torch.int32), out)
+    assert out.item() == (value**2 if fits else 0)
