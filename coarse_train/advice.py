@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from . import is_background
-from .config import DrawingsConfig, FitConfig
+from .config import DataConfig, DrawingsConfig, FitConfig
 from .data import IGNORE, Source
 from .data.segmentation import SegmentationData, choose_dense, pairs_of, plain
 from .pen import measure
@@ -66,10 +66,26 @@ def _outlines(config: FitConfig, source: Source) -> list[str]:
     """Outlines that are off, as the first images say whose masks the run may read anyway."""
     if not config.data.dense_images:
         return []
-    dense = sorted(choose_dense(source, config.data, config.seed))[:_PAIRS]
-    pairs = list(pairs_of(source, config.data, config.seed, dense))
+    off, differing = _outlines_of(
+        source, config.data, config.seed, sorted(choose_dense(source, config.data, config.seed))
+    )
+    how = "image" if differing else "auto"
+    return [f"{off}; --positive.pen {how} moves them back, `coarse-train pen` shows them"] if off else []
+
+
+def describe_outlines(source: Source, data: DataConfig) -> str | None:
+    """Outlines that are off, as the first images say that have a drawing and a mask; None: none are, or it is not known."""
+    both = [index for index in range(len(source)) if {"positive", "mask"} <= set(source.kinds(index))]
+    off, differing = _outlines_of(source, data, 0, both)
+    how = " --each" if differing else ""
+    return f"{off}; `coarse-train pen{how}` measures what --positive.pen then moves back" if off else None
+
+
+def _outlines_of(source: Source, data: DataConfig, seed: int, indices: list[int]) -> tuple[str | None, bool]:
+    """What the first of these images say, and whether by how much differs between them."""
+    pairs = list(pairs_of(source, data, seed, indices[:_PAIRS]))
     if not pairs:
-        return []
+        return None, False
     names = source.classes.names
     report = measure(pairs, names)
     off = [
@@ -77,13 +93,8 @@ def _outlines(config: FitConfig, source: Source) -> list[str]:
         for name, radius, one in zip(names, report.radii(), report.classes, strict=True)
         if radius
     ]
-    if not off:
-        return []
-    how = "image" if report.differing else "auto"
-    return [
-        f"outlines of positive drawings are off, pixels too far (below 0: not far enough): {', '.join(off)}; --positive.pen "
-        f"{how} moves them back, `coarse-train pen` shows them"
-    ]
+    told = f"outlines of positive drawings are off, pixels too far (below 0: not far enough): {', '.join(off)}"
+    return told if off else None, bool(report.differing)
 
 
 def _meeting(config: FitConfig, source: Source, *, matrix: bool) -> list[str]:

@@ -119,9 +119,9 @@ def _padding(config: FitConfig, part: Part) -> list[str]:
     ]
 
 
-def write_findings(out: Path, parts: Sequence[Part], *, own: bool) -> list[str]:
-    """check.txt and the pictures; returns the lines for a log."""
-    lines = [f"note: {line}" for part in parts for line in notes(part, own=own)]
+def write_findings(out: Path, parts: Sequence[Part], *, own: bool, more: Sequence[str] = ()) -> list[str]:
+    """check.txt and the pictures; returns the lines for a log. ``more``: what else there is to be noted."""
+    lines = [f"note: {line}" for line in (*(line for part in parts for line in notes(part, own=own)), *more)]
     bad = [f"bad: {line}" for part in parts for line in part.bad()]
     write_text(out / "check.txt", printable("\n".join([*map(table, parts), *lines, *bad]) + "\n"))
     drawn = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -720,3 +721,46 @@ def test_simulated_drawings_are_pairs_too(tmp_path: Path) -> None:
     data = DataConfig(dataset="camvid", root=root, simulate="full", crop=(16, 16), scale=(0.5, 2.0))
     pairs = list(pairs_of(open_split(data, "train"), data, 0, range(2)))
     assert [drawing.shape for _, drawing, _ in pairs] == [(48, 64)] * 2  # whole images, whatever training crops
+
+
+def _drawn_folder(root: Path, draw: Drawn, images: int = 4) -> Path:
+    root.mkdir()
+    (root / "classes.toml").write_text("".join(f'[[class]]\nname = "{name}"\n' for name in NAMES))
+    for number in range(images):
+        mask = scene(number)
+        for folder, values in (("images", mask * 100), ("masks", mask), ("positives", draw(mask))):
+            data_trees.save(root / "train" / folder / f"{number}.png", values)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("radii", "told"),
+    [
+        (None, None),
+        ([{1: 2, 2: 0}] * 4, r"blob \+2 \(spread 0\.0, 0 % missed, \d\d % added\); `coarse-train pen` measures"),
+        ([{1: 1}, {1: 4}, {1: 1}, {1: 4}], r"blob \+\d .*; `coarse-train pen( --each)?` measures"),
+    ],
+    ids=["as they are", "too far", "differing"],
+)
+def test_check_says_that_outlines_are_off_and_by_how_much(
+    radii: list[dict[int, int]] | None, told: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numbers = iter(radii or ())
+    root = _drawn_folder(tmp_path / "mine", lambda mask: moved(mask, next(numbers)) if radii else mask)
+    assert main(["check", "folder", "--root", str(root), "--out", str(tmp_path / "out")]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "note: outlines" in line]
+    assert notes == [
+        line for line in (tmp_path / "out" / "check.txt").read_text().splitlines() if "note: outlines" in line
+    ]
+    assert len(notes) == bool(told)
+    assert all(re.match(f"note: outlines of positive drawings are off, .*{told}", line) for line in notes)
+
+
+def test_check_reads_no_pair_where_drawings_and_masks_are_of_different_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = _drawn_folder(tmp_path / "mine", lambda mask: moved(mask, {1: 2, 2: 2}))
+    for number in range(4):
+        (root / "train" / ("masks" if number % 2 else "positives") / f"{number}.png").unlink()
+    assert main(["check", "folder", "--root", str(root), "--out", str(tmp_path / "out")]) == 0
+    assert "note: outlines" not in capsys.readouterr().out

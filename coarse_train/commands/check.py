@@ -1,6 +1,6 @@
 """`coarse-train check`, which is also what `fit` does first: every file of a data set read once, and what they say together.
 
-OUT/check.txt              images and pixels of each kind and class, and what can hardly be meant
+OUT/check.txt              images and pixels of each kind and class, what can hardly be meant, and outlines that are off
 OUT/check_SPLIT.png        images with their drawings on top, to be looked at
 
 A file that has not changed since is not read again: what was found is remembered in the user's cache folder.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ..advice import describe_outlines
 from ..checking import check_taught, write_findings
 from ..data import FolderNotFound, open_split
 from ..data.findings import Part, check_files
@@ -60,11 +61,12 @@ def run_check(config: CheckConfig) -> list[Part]:
         raise FolderNotFound(
             f"splits: expected a folder for one of {listed(config.splits)}, found none in {config.root}"
         )
+    train = next((part for part in parts if part.split == "train"), None)
+    note = describe_outlines(train.source, data) if train is not None and not train.bad() else None
     make_folder("out", config.out)
-    lines = write_findings(config.out, parts, own=config.dataset == "folder")
+    lines = write_findings(config.out, parts, own=config.dataset == "folder", more=[note] if note else [])
     print((config.out / "check.txt").read_text(encoding="utf-8") + lines[-1])
     check_files(parts)
-    train = next((part for part in parts if part.split == "train"), None)
     if config.dataset == "folder" and train is not None and not train.pixels("negative").any():
         check_taught({"positive": train, "mask": train}, "a class that nobody drew cannot be learned")
     return parts

@@ -28,7 +28,7 @@ import scipy
 
 from .. import IGNORE, is_background
 from ..label_maps import check_pair
-from .moving import LARGEST, Pen, half_width, undo, whole
+from .moving import LARGEST, Pen, around, boxes_of, half_width, undo, whole
 
 _LEVELS = 2 * LARGEST + 2  # of the signed distance: the radii, the smallest that covers a pixel, and "none does"
 _LEAST_CONTRAST = 0.2  # between inside and outside, below which a drawing does not follow the mask
@@ -249,23 +249,24 @@ def count(drawing: np.ndarray, mask: np.ndarray, num_classes: int) -> np.ndarray
     no wrong outlines; and by it `undo` finds them. An object without one was left out and tells nothing.
     """
     result = np.zeros((num_classes, _LEVELS, 2), np.int64)
-    known = mask != IGNORE
-    for label in np.unique(mask[known]).tolist():
-        region = mask == label
-        if region.all():
+    for label, box in boxes_of(mask).items():
+        part = around(box, LARGEST + 1, mask.shape)  # all pixels on a level that is counted, and all that decides it
+        drawn_part, mask_part = drawing[part], mask[part]
+        known, region = mask_part != IGNORE, mask_part == label
+        if label == IGNORE or region.all():
             continue
         numbers, objects = scipy.ndimage.label(region, structure=np.ones((3, 3)))
         outside, (rows, columns) = scipy.ndimage.distance_transform_edt(~region, return_indices=True)
         nearest = numbers[rows, columns]
         level = np.where(region, 1 - np.ceil(scipy.ndimage.distance_transform_edt(region)), np.ceil(outside))
         near = known & (level <= LARGEST + 1)
-        on = _shares(drawing, nearest, near & region, objects)
-        contrast = on - _shares(drawing, nearest, near & ~region, objects)
+        on = _shares(drawn_part, nearest, near & region, objects)
+        contrast = on - _shares(drawn_part, nearest, near & ~region, objects)
         given = np.where(contrast.max(1) >= _LEAST_CONTRAST, contrast.argmax(1), -1)
         counted = near & (given[nearest] >= 0)
         places = np.maximum(level[counted], -LARGEST).astype(np.int64) + LARGEST
         names = given[nearest[counted]]
-        drawn = drawing[counted] == names
+        drawn = drawn_part[counted] == names
         at = names * _LEVELS + places
         for kind, which in enumerate((at, at[drawn])):
             result[:, :, kind] += np.bincount(which, minlength=num_classes * _LEVELS).reshape(num_classes, _LEVELS)

@@ -111,7 +111,7 @@ def undo(drawing: np.ndarray, pen: Pen) -> np.ndarray:
     table[: len(pen.radii)] = pen.radii_of(drawing)
     own = table[drawing]
     result, settled = drawing.copy(), np.zeros(drawing.shape, bool)
-    boxes = scipy.ndimage.find_objects(drawing.astype(np.int16) + 1, max_label=256)  # of each label
+    boxes = boxes_of(drawing)
     labels = sorted(np.unique(drawing).tolist(), key=lambda label: (-abs(table[label]), -table[label]))
     for radius, of_radius in groupby(labels, key=lambda label: float(table[label])):
         # of another class with the opposite radius the same move is asked for
@@ -123,7 +123,7 @@ def undo(drawing: np.ndarray, pen: Pen) -> np.ndarray:
             inner, outer = (distance <= radius) & ~settled, drawing[rows, columns]
         for label in of_radius:
             # all that can change, and all that decides it
-            box = _around(boxes[label], 2 * abs(radius) + max(pen.band, pen.doubt) + 1, drawing.shape)
+            box = around(boxes[label], 2 * abs(radius) + max(pen.band, pen.doubt) + 1, drawing.shape)
             region = drawing[box] == label
             if radius > 0:
                 moved, becomes = region & inner[box], outer[box]
@@ -147,7 +147,13 @@ def undo(drawing: np.ndarray, pen: Pen) -> np.ndarray:
     return result
 
 
-def _around(box: tuple[slice, ...], margin: float, shape: tuple[int, ...]) -> tuple[slice, ...]:
+def boxes_of(labels: np.ndarray) -> dict[int, tuple[slice, ...]]:
+    """Where each label of a uint8 array is."""
+    boxes = scipy.ndimage.find_objects(labels.astype(np.int16) + 1)
+    return {label: box for label, box in enumerate(boxes) if box is not None}
+
+
+def around(box: tuple[slice, ...], margin: float, shape: tuple[int, ...]) -> tuple[slice, ...]:
     """The box with ``margin`` pixels more on each side, within ``shape``; inf: all of it."""
     more = int(min(margin, max(shape))) + 1
     return tuple(slice(max(0, one.start - more), min(one.stop + more, n)) for one, n in zip(box, shape, strict=True))
