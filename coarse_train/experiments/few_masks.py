@@ -52,8 +52,7 @@ _FINETUNED = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _OF_NAMES = ("mixed_trace", "all")
 _OF_OUTLINES = ("pen_alone", "pen_nothing", "pen_doubt", "pen_doubt_alone")
 _OF_BOTH = ("pen_mixed_trace", "names_first")
-# On photographs: what is too slow, or without a reason where all names are right, is left out.
-_ON_PHOTOGRAPHS = ("drawings", "masks", "ce_mixed", "finetune", "pen", "pen_finetune", *BY_IMAGE, "supervised")
+_ON_PHOTOGRAPHS = ("drawings", *OTHERS, "mixed", "pen", "pen_finetune", *BY_IMAGE, "supervised")
 _ON_ALL_DIGITS = (
     "drawings",
     *OTHERS,
@@ -183,7 +182,7 @@ def _part(
     tuned_as: str | None = None,
     only: Sequence[str] = _ON_PHOTOGRAPHS,
 ) -> Part:
-    rows = rows_of(base, int(title.split()[-2]), TRUSTED, out, 0)
+    rows = rows_of(base, int(title.split()[-2]), replace(TRUSTED, cm="global"), out, base.steps)
     wanted = [row for row in only if "chase" in title or row not in BY_IMAGE]
     return Part(title, {row: rows[row] for row in wanted}, split, tuned_as)
 
