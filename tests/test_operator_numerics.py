@@ -97,6 +97,19 @@ def test_a_learned_transition_learns_whatever_the_network_is_sure_of(
     assert gradient_error(grads[1], grads[0]) <= transition_floor(torch.float32, scale)
 
 
+@pytest.mark.skipif("cpu" not in ck.available_backends(), reason="the CPU backend is not built")
+@pytest.mark.xfail(strict=True, reason="inf - inf is NaN: known (docs/reliability.md); of the reference it is 0")
+def test_quotients_of_what_is_ruled_out_that_cancel_are_no_nan() -> None:
+    """Of a transition of one's own; a `TransitionMatrix` drops them. p / D is e^200, of two pixels that weigh 1 and -1."""
+    seg = torch.tensor([200.0, 0.0]).reshape(1, 2, 1, 1).expand(1, 2, 1, 2)
+    transition = torch.tensor([[0.0, 1.0], [1.0, 0.0]], requires_grad=True)
+    drawings = ck.Drawings(torch.zeros(1, 1, 2, dtype=torch.uint8), transition=transition)
+    losses = ck.annotation_objective(seg, [drawings], reduction="none", backend="cpu").loss
+    losses.backward(torch.tensor([1.0, -1.0]).reshape(losses.shape))
+    assert transition.grad is not None
+    assert transition.grad.abs().sum() == 0
+
+
 @EVERY
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("logits", [torch.float32, torch.float64])

@@ -112,7 +112,7 @@ def check(case: Case, backend: str, tally: Tally | None = None) -> None:
         wide = torch.float64 in (STORAGE[case.dtype], STORAGE[case.cm_dtype or case.dtype])
         by = contract.unit_roundoff(torch.float64 if wide else torch.float32)
         want = _gradient(truth, name)
-        beyond = _beyond(name, want, truth, wide)
+        beyond = _beyond(name, truth, wide)
         moves = (
             _distance(
                 _without(_gradient(solve(moved(tensors, by, seed), incoming), name), beyond), _without(want, beyond)
@@ -126,12 +126,13 @@ def check(case: Case, backend: str, tally: Tally | None = None) -> None:
         raise Wrong(message)
 
 
-def _beyond(name: str, want: Array, truth: Truth, wide: bool) -> Array:
+def _beyond(name: str, truth: Truth, wide: bool) -> Array:
     """Entries of a transition that are 0 and whose quotients p / D, which nothing bounds there, may leave the range: they are
-    not looked at."""
+    not looked at. However little is left of them where they cancel: of infinities of two signs NaN is."""
     if name[0] != "t":
-        return np.zeros(want.shape, bool)
-    return truth.ruled_out[name] & ~(np.abs(want) < (_LARGEST_RULED_OUT_WIDE if wide else _LARGEST_RULED_OUT))
+        return np.zeros(_gradient(truth, name).shape, bool)
+    quotients = truth.shares[name][0]
+    return truth.ruled_out[name] & ~(quotients < (_LARGEST_RULED_OUT_WIDE if wide else _LARGEST_RULED_OUT))
 
 
 def _without(gradient: Array, beyond: Array) -> Array:
@@ -175,7 +176,7 @@ def differences(
     for name, got in found.gradients.items():
         tally.comparisons += 1
         want, natural_of = _gradient(truth, name), truth.sizes.get(name, 0.0)
-        beyond = _beyond(name, want, truth, wide)
+        beyond = _beyond(name, truth, wide)
         if name[0] == "t":
             got, want = _without(got, beyond), _without(want, beyond)
             natural_of = float(np.linalg.norm(_without(truth.shares[name][0], beyond)))
