@@ -22,6 +22,7 @@ _COPIED = 0.5  # of where both meet, the same name in both: above, negative draw
 _SEEN = 500  # pixels of a name with a negative drawing, from which on a name that never comes is no chance
 _LISTED = 3
 _PAIRS = 8
+_PIXELS = 20_000_000  # of pairs in all: some 20 seconds where every class is everywhere
 
 
 def describe_risks(config: FitConfig, source: Source) -> list[str]:
@@ -82,16 +83,21 @@ def describe_outlines(source: Source, data: DataConfig) -> str | None:
 
 
 def _outlines_of(source: Source, data: DataConfig, seed: int, indices: list[int]) -> tuple[str | None, bool]:
-    """What the first of these images say, and whether by how much differs between them."""
-    pairs = list(pairs_of(source, data, seed, indices[:_PAIRS]))
+    """What the first of these images say of the classes that they tell enough of, and whether by how much differs."""
+    pairs, pixels = [], 0
+    for pair in pairs_of(source, data, seed, indices[:_PAIRS]):
+        pixels += pair[1].size
+        if pixels > _PIXELS:
+            break
+        pairs.append(pair)
     if not pairs:
         return None, False
     names = source.classes.names
     report = measure(pairs, names)
     off = [
-        f"{name} {radius:+g} (spread {one.spread:.1f}, {100 * one.missed:.0f} % missed, {100 * one.added:.0f} % added)"
-        for name, radius, one in zip(names, report.radii(), report.classes, strict=True)
-        if radius
+        f"{name} {one.move:+d} (spread {one.spread:.1f}, {100 * one.missed:.0f} % missed, {100 * one.added:.0f} % added)"
+        for name, one in zip(names, report.classes, strict=True)
+        if one.move and (not one.few or name in report.differing)
     ]
     told = f"outlines of positive drawings are off, pixels too far (below 0: not far enough): {', '.join(off)}"
     return told if off else None, bool(report.differing)

@@ -65,7 +65,7 @@ def sources() -> list[Path]:
 
 
 def compile_kernels(nvcc: str, source: Path, arch: str, host: bool) -> list[Kernel]:
-    """``host``: also the launches, which are the same for every architecture, and an eighth of the time."""
+    """``host``: also the launches, which are the same for every architecture."""
     with tempfile.TemporaryDirectory() as folder:
         target = f"arch=compute_{arch},code=sm_{arch}"
         command = [nvcc, *FLAGS, "-Xptxas", "-v", "-gencode", target, "-c" if host else "-cubin", str(source)]

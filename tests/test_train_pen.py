@@ -32,6 +32,7 @@ from coarse_train.pen import (
     to_json,
     undo,
 )
+from coarse_train.pen.measure import count
 
 from . import data_trees
 
@@ -723,6 +724,36 @@ def test_simulated_drawings_are_pairs_too(tmp_path: Path) -> None:
     assert [drawing.shape for _, drawing, _ in pairs] == [(48, 64)] * 2  # whole images, whatever training crops
 
 
+def test_pixels_are_counted_as_far_as_radii_are_looked_for() -> None:
+    mask = np.zeros((64, 64), np.uint8)
+    mask[28:36, 28:36] = 1
+    found = count(moved(mask, {1: 7}), mask, 2)[1]
+    levels = np.ceil(ndimage.distance_transform_edt(mask == 0))  # of the whole image
+    for level in range(1, LARGEST + 2):
+        pixels = int((levels == level).sum())
+        assert found[LARGEST + level].tolist() == [pixels, pixels if level <= 7 else 0]
+
+
+def test_check_names_no_class_of_which_pairs_tell_too_little(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A class in no pair was said to be off by what all together are, with nothing missed and nothing added."""
+    root = _drawn_folder(tmp_path / "mine", lambda mask: moved(np.where(mask == 2, 0, mask).astype(np.uint8), {1: 2}))
+    assert main(["check", "folder", "--root", str(root), "--out", str(tmp_path / "out")]) == 0
+    note = next(line for line in capsys.readouterr().out.splitlines() if "note: outlines" in line)
+    assert "blob +2" in note
+    assert "bar" not in note
+
+
+def test_check_measures_no_more_pixels_than_take_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("coarse_train.advice._PIXELS", 96 * 96 - 1)
+    root = _drawn_folder(tmp_path / "mine", lambda mask: moved(mask, {1: 2, 2: 2}))
+    assert main(["check", "folder", "--root", str(root), "--out", str(tmp_path / "out")]) == 0
+    assert "note: outlines" not in capsys.readouterr().out
+
+
 def _drawn_folder(root: Path, draw: Drawn, images: int = 4) -> Path:
     root.mkdir()
     (root / "classes.toml").write_text("".join(f'[[class]]\nname = "{name}"\n' for name in NAMES))
@@ -738,7 +769,7 @@ def _drawn_folder(root: Path, draw: Drawn, images: int = 4) -> Path:
     [
         (None, None),
         ([{1: 2, 2: 0}] * 4, r"blob \+2 \(spread 0\.0, 0 % missed, \d\d % added\); `coarse-train pen` measures"),
-        ([{1: 1}, {1: 4}, {1: 1}, {1: 4}], r"blob \+\d .*; `coarse-train pen( --each)?` measures"),
+        ([{1: 1}, {1: 4}, {1: 1}, {1: 4}], r"blob \+\d \([^;,]*, [^;,]*, [^;,]*\); `coarse-train pen --each` measures"),
     ],
     ids=["as they are", "too far", "differing"],
 )
@@ -753,7 +784,9 @@ def test_check_says_that_outlines_are_off_and_by_how_much(
         line for line in (tmp_path / "out" / "check.txt").read_text().splitlines() if "note: outlines" in line
     ]
     assert len(notes) == bool(told)
-    assert all(re.match(f"note: outlines of positive drawings are off, .*{told}", line) for line in notes)
+    assert all(
+        re.match(rf"note: [^;]* off, pixels too far \(below 0: not far enough\): {told}", line) for line in notes
+    )
 
 
 def test_check_reads_no_pair_where_drawings_and_masks_are_of_different_images(

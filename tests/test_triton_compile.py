@@ -323,7 +323,8 @@ def test_everything_else_compiles(tmp_path: object) -> None:
 
 
 # `launch` as on a GPU up to the launch itself: a driver that only says what device it is, and kernels that only compile. Those
-# end with the first stage, in which names and types are known: the tests above go through the others, four fifths of the time.
+# end with the first stage, in which names and types are known. The others, four fifths of the time, are run by the tests above
+# for every kernel, not for every signature of a launch.
 LAUNCH = """
 import itertools, torch, triton
 from triton import knobs

@@ -3,7 +3,8 @@
 OUT/check.txt              images and pixels of each kind and class, what can hardly be meant, and outlines that are off
 OUT/check_SPLIT.png        images with their drawings on top, to be looked at
 
-A file that has not changed since is not read again: what was found is remembered in the user's cache folder.
+A file that has not changed since is not read again: what was found is remembered in the user's cache folder. Not so outlines,
+for which the first eight training images with a drawing and a mask are read each time.
 """
 
 from __future__ import annotations
