@@ -71,8 +71,8 @@ InterpreterBuilder.cast_impl = _rounding_cast
 
 def _check_overflow(self: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:
     """Of an integer sum, difference or product, whose operands have one type and shape by now. The interpreter computes each
-    again in its own 64 bits, two fifths of its time, to throw the verdict away: its assertions are off without `debug`. Lanes that a
-    mask leaves out count, too; 64 bits, casts and sums along an axis do not."""
+    again in its own 64 bits, two fifths of its time, to throw the verdict away: its assertions are off without `debug`.
+    Lanes that a mask leaves out count, too; 64 bits, casts and sums along an axis do not."""
     dtype = lhs.type.scalar
     if dtype.int_bitwidth >= 64:
         return
